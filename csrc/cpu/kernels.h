@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the four CPU kernels and the table of their builds, one per instruction set. Knows no torch.
+#pragma once
+
+#include "../segments.h"
+
+namespace msam::cpu {
+
+enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
+
+struct Common {
+  Storage storage;
+  const Chunk* chunks;
+  Pointers weights, grads;
+  const double* hyper = nullptr;  // [groups, hyper_stride]
+  int64_t hyper_stride = 0;
+  const uint8_t* fresh = nullptr;  // [segments]: state that begins with this gradient
+  bool stream = false;             // non-temporal stores for what is written and not read again soon
+};
+
+struct InnerProducts : Common {
+  const void* ema = nullptr;
+  double sigma = 0, eta = 0;
+  bool adaptive = false;
+  double* partials = nullptr;  // [chunks]
+};
+
+struct Perturb : InnerProducts {
+  void* saved = nullptr;
+  void* ema_out = nullptr;
+  double norm_sq = 0, lmbda = 0;
+};
+
+struct Restore : Common {  // grads: c_acc acc + c grads lands in acc
+  const void* saved = nullptr;
+  Pointers acc;
+  double c_acc = 1, c = 1;
+  bool poison = false;
+};
+
+struct Update : Restore {  // acc is only read here
+  void* momentum_buffer = nullptr;
+  void *exp_avg = nullptr, *exp_avg_sq = nullptr, *max_exp_avg_sq = nullptr;
+  const float* step = nullptr;  // [segments]
+};
+
+// Each works on chunks [first, last).
+struct Kernels {
+  const char* instruction_set;
+  void (*inner_products)(const InnerProducts&, int64_t first, int64_t last);
+  void (*perturb)(const Perturb&, int64_t first, int64_t last);
+  void (*restore)(const Restore&, int64_t first, int64_t last);
+  void (*sgd)(const Update&, int64_t first, int64_t last);
+  void (*adam)(const Update&, int64_t first, int64_t last);
+};
+
+// The build for the widest instruction set that this processor has; MSAM_KERNELS_ISA=baseline|avx2|avx512 asks for less.
+const Kernels& kernels();
+
+}  // namespace msam::cpu

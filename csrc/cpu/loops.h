@@ -1,0 +1,455 @@
+// SPDX-License-Identifier: Apache-2.0
+// The four loops: load -> function of update_math.h -> store. No include guard: kernels.cpp includes this file once per
+// instruction set, inside a namespace of its own. Blocks of kBlock elements pass through arrays that stay in L1; where
+// storage and arithmetic type agree, loads and ordinary stores touch memory directly.
+
+// ---- storage ----------------------------------------------------------------------------------------------------
+
+template <class S>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+
+inline void widen(const bf16* in, float* out, int n) {
+  for (int i = 0; i < n; ++i) out[i] = bits_to_float(uint32_t(in[i].bits) << 16);
+}
+inline void narrow(const float* in, bf16* out, int n) {
+  for (int i = 0; i < n; ++i) out[i].bits = round_to_bf16(in[i]);
+}
+inline void widen(const half* in, float* out, int n) {
+  int i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+#endif
+  for (; i < n; ++i) out[i] = half_to_float(in[i].bits);
+}
+inline void narrow(const float* in, half* out, int n) {
+  int i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+  for (; i < n; ++i) out[i].bits = round_to_half(in[i]);
+}
+
+// The block at p as arithmetic values: p itself, or widened into tmp.
+template <class S, class T>
+inline const T* load(const S* p, T* tmp, int n) {
+  if constexpr (std::is_same_v<S, T>) {
+    return p;
+  } else {
+    widen(p, tmp, n);
+    return tmp;
+  }
+}
+
+// Whole cache lines past the cache: an ordinary store would first fetch the line from memory.
+template <class S>
+inline void stream_copy(const S* from, S* to, int n) {
+  char* dst = reinterpret_cast<char*>(to);
+  const char* src = reinterpret_cast<const char*>(from);
+  int64_t bytes = int64_t(n) * sizeof(S);
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(dst) % 64 == 0)
+    for (; bytes >= 64; bytes -= 64, src += 64, dst += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), _mm512_loadu_si512(src));
+#elif defined(__SSE2__)
+  if (reinterpret_cast<uintptr_t>(dst) % 64 == 0)
+    for (; bytes >= 64; bytes -= 64, src += 64, dst += 64)
+      for (int i = 0; i < 64; i += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
+#endif
+  if (bytes) std::memcpy(dst, src, bytes);
+}
+
+// Where a block's results go: straight to memory, or into tmp until commit() converts or streams them.
+template <bool stream, class S, class T>
+struct Out {
+  S* p;
+  T* tmp;
+  static constexpr bool kDirect = std::is_same_v<S, T> && !stream;
+  T* values() const {
+    if constexpr (kDirect)
+      return p;
+    else
+      return tmp;
+  }
+  void commit(int n) const {
+    if constexpr (std::is_same_v<S, T>) {
+      if constexpr (stream) stream_copy(tmp, p, n);
+    } else if constexpr (stream) {
+      alignas(64) S narrowed[kBlock];
+      narrow(tmp, narrowed, n);
+      stream_copy(narrowed, p, n);
+    } else {
+      narrow(tmp, p, n);
+    }
+  }
+};
+
+template <class F>
+inline void for_blocks(int64_t numel, F&& body) {
+  int64_t i = 0;
+  for (; i + kBlock <= numel; i += kBlock) body(i, std::integral_constant<int, kBlock>());
+  if (i < numel) body(i, int(numel - i));
+}
+
+inline void finish_streaming(bool stream) {
+#if defined(__SSE2__)
+  if (stream) _mm_sfence();
+#else
+  (void)stream;
+#endif
+}
+
+// ---- reductions: kLanes fixed lanes in double, whatever the width of the registers ----------------------------------
+
+struct Lanes {
+  Doubles8 lane[kLanes / 8] = {};
+
+  template <class F>  // value(i) -> Doubles8 holding terms i .. i+7
+  void add(int n, F&& value) {
+    Doubles8 a = lane[0], b = lane[1], c = lane[2], d = lane[3];
+    for (int i = 0; i < n; i += kLanes) {
+      a += value(i), b += value(i + 8), c += value(i + 16), d += value(i + 24);
+    }
+    lane[0] = a, lane[1] = b, lane[2] = c, lane[3] = d;
+  }
+  double total() const {
+    Doubles8 s = (lane[0] + lane[1]) + (lane[2] + lane[3]);
+    return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+  }
+};
+
+inline Doubles8 doubles(const float* p) {
+  Floats8 v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Doubles8);
+}
+inline Doubles8 doubles(const double* p) {
+  Doubles8 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// A block's tail, padded with zeros to whole lanes.
+template <class T>
+inline const T* padded(const T* p, T* tmp, int n) {
+  if (n == kBlock) return p;
+  if (p != tmp) std::memcpy(tmp, p, n * sizeof(T));
+  std::memset(tmp + n, 0, (kBlock - n) * sizeof(T));
+  return tmp;
+}
+inline int whole_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+template <class T>
+inline void add_squares(Lanes& lanes, const T* x, T* tmp, int n) {
+  x = padded(x, tmp, n);
+  lanes.add(whole_lanes(n), [=](int i) { Doubles8 v = doubles(x + i); return v * v; });
+}
+
+template <class T>
+inline void add_squared_differences(Lanes& lanes, const T* x, const T* y, T* xtmp, T* ytmp, int n) {
+  x = padded(x, xtmp, n);
+  y = padded(y, ytmp, n);
+  lanes.add(whole_lanes(n), [=](int i) { Doubles8 v = doubles(x + i) - doubles(y + i); return v * v; });
+}
+
+// ---- inner_products ---------------------------------------------------------------------------------------------
+
+template <class S, bool friendly>
+void inner_products_chunk(const InnerProducts& a, const Chunk& c, double* partial) {
+  using T = typename Arithmetic<S>::type;
+  const S* grads = a.grads.at<S>(c);
+  const S* weights = a.adaptive ? a.weights.at<S>(c) : nullptr;
+  const S* emas = static_cast<const S*>(a.ema) + (friendly ? c.offset : 0);
+  const T sigma = a.fresh && a.fresh[c.segment] ? T(0) : T(a.sigma);
+  const T eta = T(a.eta);
+  Lanes lanes;
+  for_blocks(c.numel, [&](int64_t i, auto n) {
+    alignas(64) T gt[kBlock], et[kBlock], wt[kBlock], d[kBlock];
+    const T* x = load(grads + i, gt, n);
+    if constexpr (friendly) {
+      const T* g = x;
+      const T* ema = load(emas + i, et, n);
+      MSAM_VECTOR for (int j = 0; j < n; ++j) d[j] = residual(g[j], ema[j], sigma);
+      x = d;
+    }
+    if (weights) {
+      const T* w = load(weights + i, wt, n);
+      MSAM_VECTOR for (int j = 0; j < n; ++j) d[j] = stretch(w[j], eta) * x[j];
+      x = d;
+    }
+    add_squares(lanes, x, d, n);
+  });
+  *partial = lanes.total();
+}
+
+template <class S>
+void inner_products(const InnerProducts& a, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k)
+    a.ema ? inner_products_chunk<S, true>(a, a.chunks[k], a.partials + k)
+          : inner_products_chunk<S, false>(a, a.chunks[k], a.partials + k);
+}
+
+// ---- perturb ----------------------------------------------------------------------------------------------------
+
+template <class S, bool friendly, bool stream>
+void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
+  using T = typename Arithmetic<S>::type;
+  S* weights = a.weights.at<S>(c);
+  const S* grads = a.grads.at<S>(c);
+  S* saved = a.saved ? static_cast<S*>(a.saved) + c.offset : nullptr;
+  S* emas = static_cast<S*>(a.ema_out) + (friendly ? c.offset : 0);
+  if (!is_finite(a.norm_sq)) {  // no perturbation, and an EMA that stays usable
+    if (saved) std::memcpy(saved, weights, c.numel * sizeof(S));
+    *partial = 0;
+    return;
+  }
+  const bool fresh = a.fresh && a.fresh[c.segment];
+  const T scale = T(ascent_scale(a.norm_sq, a.hyper[c.group * a.hyper_stride + kRho]));
+  const T sigma = fresh ? T(0) : T(a.sigma), lmbda = fresh ? T(0) : T(a.lmbda);
+  const T one_minus_lmbda = fresh ? T(1) : T(1 - a.lmbda);
+  const T eta = T(a.eta);
+  const bool adaptive = a.adaptive;
+  Lanes lanes;
+  for_blocks(c.numel, [&](int64_t i, auto n) {
+    alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], d[kBlock], old[kBlock], result[kBlock], ema_result[kBlock];
+    const T* w = load(weights + i, wt, n);
+    const T* g = load(grads + i, gt, n);
+    if (saved) {
+      if constexpr (stream)
+        stream_copy(weights + i, saved + i, n);
+      else
+        std::memcpy(saved + i, weights + i, n * sizeof(S));
+    }
+    // Kept apart from the weights, which are overwritten before the achieved norm is taken.
+    MSAM_VECTOR for (int j = 0; j < n; ++j) old[j] = w[j];
+    if constexpr (friendly) {
+      const T* ema = load(emas + i, et, n);
+      Out<false, S, T> ema_out{emas + i, ema_result};
+      T* ema_new = ema_out.values();
+      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+        const T ema_old = ema[j];
+        d[j] = residual(g[j], ema_old, sigma);
+        ema_new[j] = ema_next(ema_old, g[j], lmbda, one_minus_lmbda);
+      }
+      ema_out.commit(n);
+      g = d;
+    }
+    Out<false, S, T> out{weights + i, result};
+    T* w_new = out.values();
+    MSAM_VECTOR for (int j = 0; j < n; ++j) w_new[j] = perturbed(old[j], g[j], scale, eta, adaptive);
+    out.commit(n);
+    add_squared_differences(lanes, load(weights + i, wt, n), old, wt, old, n);
+  });
+  *partial = lanes.total();
+}
+
+template <class S>
+void perturb(const Perturb& a, int64_t first, int64_t last) {
+  const auto chunk = a.ema_out ? (a.stream ? perturb_chunk<S, true, true> : perturb_chunk<S, true, false>)
+                               : (a.stream ? perturb_chunk<S, false, true> : perturb_chunk<S, false, false>);
+  for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], a.partials + k);
+  finish_streaming(a.stream);
+}
+
+// ---- restore ----------------------------------------------------------------------------------------------------
+
+template <class S>
+void accumulate_chunk(const Restore& a, const Chunk& c) {
+  using T = typename Arithmetic<S>::type;
+  S* accs = a.acc.at<S>(c);
+  const S* grads = a.grads.at<S>(c);
+  const T c_acc = T(a.c_acc), coef = T(a.c);
+  for_blocks(c.numel, [&](int64_t i, auto n) {
+    alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
+    const T* acc = load(accs + i, at, n);
+    const T* g = load(grads + i, gt, n);
+    Out<false, S, T> out{accs + i, result};
+    T* sum = out.values();
+    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
+    out.commit(n);
+  });
+}
+
+template <class S>
+void poison_chunk(const Restore& a, const Chunk& c) {
+  using T = typename Arithmetic<S>::type;
+  S* accs = a.acc.at<S>(c);
+  for_blocks(c.numel, [&](int64_t i, auto n) {
+    alignas(64) T result[kBlock];
+    Out<false, S, T> out{accs + i, result};
+    T* nan = out.values();
+    for (int j = 0; j < n; ++j) nan[j] = std::numeric_limits<T>::quiet_NaN();
+    out.commit(n);
+  });
+}
+
+template <class S>
+void restore(const Restore& a, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k) {
+    const Chunk& c = a.chunks[k];
+    if (a.weights) {
+      const S* saved = static_cast<const S*>(a.saved) + c.offset;
+      if (a.stream)
+        stream_copy(saved, a.weights.at<S>(c), int(c.numel));
+      else
+        std::memcpy(a.weights.at<S>(c), saved, c.numel * sizeof(S));
+    }
+    if (a.poison && a.acc)
+      poison_chunk<S>(a, c);
+    else if (a.acc && a.grads)
+      accumulate_chunk<S>(a, c);
+  }
+  finish_streaming(a.stream);
+}
+
+// ---- update -----------------------------------------------------------------------------------------------------
+
+// The step's gradient: c g, or c_acc acc + c g.
+template <class S, class T>
+inline const T* descent(const Update& a, const S* accs, const S* grads, int64_t i, T* at, T* gt, T* sum, int n) {
+  const T* g = load(grads + i, gt, n);
+  const T c_acc = T(a.c_acc), coef = T(a.c);
+  if (accs) {
+    const T* acc = load(accs + i, at, n);
+    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
+    return sum;
+  }
+  if (a.c == 1) return g;
+  MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = coef * g[j];
+  return sum;
+}
+
+template <class S, bool momentum, bool stream>
+void sgd_chunk(const Update& a, const Chunk& c) {
+  using T = typename Arithmetic<S>::type;
+  S* weights = a.weights.at<S>(c);
+  const S* before = a.saved ? static_cast<const S*>(a.saved) + c.offset : weights;
+  const S* grads = a.grads.at<S>(c);
+  const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
+  S* buffers = static_cast<S*>(a.momentum_buffer) + (momentum ? c.offset : 0);
+  const Sgd<T, momentum> sgd(a.hyper + c.group * a.hyper_stride, a.fresh && a.fresh[c.segment]);
+  for_blocks(c.numel, [&](int64_t i, auto n) {
+    alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], result[kBlock], m_result[kBlock];
+    const T* w = load(before + i, wt, n);
+    const T* g = descent(a, accs, grads, i, at, gt, sum, n);
+    Out<stream, S, T> out{weights + i, result};
+    T* w_new = out.values();
+    if constexpr (momentum) {
+      const T* m = load(buffers + i, mt, n);
+      Out<false, S, T> m_out{buffers + i, m_result};
+      T* m_new = m_out.values();
+      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+        T x = w[j], buffer = m[j];
+        sgd(x, g[j], buffer);
+        w_new[j] = x, m_new[j] = buffer;
+      }
+      m_out.commit(n);
+    } else {
+      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+        T x = w[j], unused = 0;
+        sgd(x, g[j], unused);
+        w_new[j] = x;
+      }
+    }
+    out.commit(n);
+  });
+}
+
+template <class S>
+void sgd(const Update& a, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k) {
+    const Chunk& c = a.chunks[k];
+    const bool momentum = a.hyper[c.group * a.hyper_stride + kSgdMomentum] != 0;
+    const auto chunk = momentum ? (a.stream ? sgd_chunk<S, true, true> : sgd_chunk<S, true, false>)
+                                : (a.stream ? sgd_chunk<S, false, true> : sgd_chunk<S, false, false>);
+    chunk(a, c);
+  }
+  finish_streaming(a.stream);
+}
+
+template <class S, bool amsgrad, bool stream>
+void adam_chunk(const Update& a, const Chunk& c) {
+  using T = typename Arithmetic<S>::type;
+  S* weights = a.weights.at<S>(c);
+  const S* before = a.saved ? static_cast<const S*>(a.saved) + c.offset : weights;
+  const S* grads = a.grads.at<S>(c);
+  const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
+  S* exp_avgs = static_cast<S*>(a.exp_avg) + c.offset;
+  S* exp_avg_sqs = static_cast<S*>(a.exp_avg_sq) + c.offset;
+  S* max_exp_avg_sqs = static_cast<S*>(a.max_exp_avg_sq) + (amsgrad ? c.offset : 0);
+  const Adam<T, amsgrad> adam(a.hyper + c.group * a.hyper_stride, a.step[c.segment]);
+  for_blocks(c.numel, [&](int64_t i, auto n) {
+    alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], vt[kBlock], xt[kBlock];
+    alignas(64) T result[kBlock], m_result[kBlock], v_result[kBlock], x_result[kBlock];
+    const T* w = load(before + i, wt, n);
+    const T* g = descent(a, accs, grads, i, at, gt, sum, n);
+    const T* m = load(exp_avgs + i, mt, n);
+    const T* v = load(exp_avg_sqs + i, vt, n);
+    Out<stream, S, T> out{weights + i, result};
+    Out<false, S, T> m_out{exp_avgs + i, m_result}, v_out{exp_avg_sqs + i, v_result};
+    T *w_new = out.values(), *m_new = m_out.values(), *v_new = v_out.values();
+    if constexpr (amsgrad) {
+      const T* largest = load(max_exp_avg_sqs + i, xt, n);
+      Out<false, S, T> x_out{max_exp_avg_sqs + i, x_result};
+      T* x_new = x_out.values();
+      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+        T x = w[j], first = m[j], second = v[j], most = largest[j];
+        adam(x, g[j], first, second, most);
+        w_new[j] = x, m_new[j] = first, v_new[j] = second, x_new[j] = most;
+      }
+      x_out.commit(n);
+    } else {
+      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+        T x = w[j], first = m[j], second = v[j], unused = 0;
+        adam(x, g[j], first, second, unused);
+        w_new[j] = x, m_new[j] = first, v_new[j] = second;
+      }
+    }
+    m_out.commit(n);
+    v_out.commit(n);
+    out.commit(n);
+  });
+}
+
+template <class S>
+void adam(const Update& a, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k) {
+    const Chunk& c = a.chunks[k];
+    const bool amsgrad = a.hyper[c.group * a.hyper_stride + kAdamAmsgrad] != 0;
+    const auto chunk = amsgrad ? (a.stream ? adam_chunk<S, true, true> : adam_chunk<S, true, false>)
+                               : (a.stream ? adam_chunk<S, false, true> : adam_chunk<S, false, false>);
+    chunk(a, c);
+  }
+  finish_streaming(a.stream);
+}
+
+// ---- one entry per kernel ---------------------------------------------------------------------------------------
+
+#define MSAM_ENTRY(name, Args)                                           \
+  inline void name##_entry(const Args& a, int64_t first, int64_t last) { \
+    switch (a.storage) {                                                 \
+      case Storage::kFloat:                                              \
+        return name<float>(a, first, last);                              \
+      case Storage::kDouble:                                             \
+        return name<double>(a, first, last);                             \
+      case Storage::kBFloat16:                                           \
+        return name<bf16>(a, first, last);                               \
+      case Storage::kHalf:                                               \
+        return name<half>(a, first, last);                               \
+    }                                                                    \
+  }
+MSAM_ENTRY(inner_products, InnerProducts)
+MSAM_ENTRY(perturb, Perturb)
+MSAM_ENTRY(restore, Restore)
+MSAM_ENTRY(sgd, Update)
+MSAM_ENTRY(adam, Update)
+#undef MSAM_ENTRY

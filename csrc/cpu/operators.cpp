@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU side of the operators declared in ops.py: check, gather pointers, run a kernel over torch's thread pool.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/SmallVector.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "../checks.h"
+#include "../update_math.h"
+#include "kernels.h"
+
+namespace msam::cpu {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using MaybeTensor = std::optional<Tensor>;
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+// Streaming stores pay once a buffer no longer fits the cache that the cores share.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+
+Storage storage_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Storage::kFloat;
+    case at::kDouble:
+      return Storage::kDouble;
+    case at::kBFloat16:
+      return Storage::kBFloat16;
+    case at::kHalf:
+      return Storage::kHalf;
+    default:
+      TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16, got ", dtype);
+  }
+}
+
+template <class T = void>
+T* pointer(const MaybeTensor& t) {
+  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+// What every operator shares: the table, its checks, and pointers that live as long as the call.
+class Call {
+ public:
+  Call(const Tensor& chunks, at::ScalarType dtype) : dtype_(dtype) {
+    check_table(chunks);
+    chunks_ = reinterpret_cast<const Chunk*>(chunks.const_data_ptr<int64_t>());
+    size_ = chunks.size(0);
+    for (int64_t k = 0; k < size_; ++k) elements_ += chunks_[k].numel;
+  }
+
+  Pointers list(TensorList tensors, const char* name, bool flat = false) {
+    if (tensors.empty()) return {};
+    check_list(tensors, name, chunks_, size_, flat);
+    pointers_.emplace_back();
+    auto& out = pointers_.back();
+    for (const Tensor& t : tensors) {
+      // An empty tensor stands for a parameter that the table does not name.
+      if (t.numel()) check_dense(t, name, dtype_, at::kCPU);
+      out.push_back(t.data_ptr());
+    }
+    return {out.data(), flat};
+  }
+  void flat(const MaybeTensor& t, const char* name) const { check_flat(t, name, chunks_, size_, dtype_, at::kCPU); }
+  void hyper(const Tensor& t, int64_t columns, Common& args) const {
+    check_hyper(t, columns, chunks_, size_);
+    args.hyper = t.const_data_ptr<double>();
+    args.hyper_stride = t.size(1);
+  }
+  void fresh(const MaybeTensor& t, Common& args) const {
+    per_segment(t, "fresh", at::kByte);
+    args.fresh = pointer<uint8_t>(t);
+  }
+  void per_segment(const MaybeTensor& t, const char* name, at::ScalarType dtype) const {
+    check_per_segment(t, name, dtype, chunks_, size_);
+  }
+  void begin(Common& args) const {
+    args.storage = storage_of(dtype_);
+    args.chunks = chunks_;
+    args.stream = elements_ * int64_t(c10::elementSize(dtype_)) >= kStreamBytes;
+  }
+
+  const Chunk& chunk(int64_t k) const { return chunks_[k]; }
+  int64_t size() const { return size_; }
+
+  // Threads share the elements evenly; a chunk belongs to the thread in whose share it begins.
+  template <class F>
+  void run(F&& kernel) const {
+    if (elements_ <= kGrain) return kernel(0, size_);
+    std::vector<int64_t> starts(size_ + 1, 0);
+    for (int64_t k = 0; k < size_; ++k) starts[k + 1] = starts[k] + chunks_[k].numel;
+    at::parallel_for(0, elements_, kGrain, [&](int64_t from, int64_t to) {
+      const auto first = std::lower_bound(starts.begin(), starts.end() - 1, from) - starts.begin();
+      const auto last = std::lower_bound(starts.begin(), starts.end() - 1, to) - starts.begin();
+      kernel(first, last);
+    });
+  }
+
+ private:
+  at::ScalarType dtype_;
+  const Chunk* chunks_;
+  int64_t size_, elements_ = 0;
+  c10::SmallVector<c10::SmallVector<void*, 64>, 4> pointers_;
+};
+
+// Neumaier's sum, in the order of the chunks.
+double total(const Tensor& partials) {
+  const double* p = partials.const_data_ptr<double>();
+  double sum = 0, lost = 0;
+  for (int64_t k = 0; k < partials.numel(); ++k) {
+    const double next = sum + p[k];
+    lost += std::abs(sum) >= std::abs(p[k]) ? (sum - next) + p[k] : (p[k] - next) + sum;
+    sum = next;
+  }
+  // With an infinite term the correction is NaN; the sum already says what there is to say.
+  return is_finite(lost) ? sum + lost : sum;
+}
+
+at::ScalarType dtype_of(TensorList first, TensorList second, const char* names) {
+  TORCH_CHECK(!first.empty() || !second.empty(), names, " are empty");
+  for (TensorList list : {first, second})
+    for (const Tensor& t : list)
+      if (t.numel()) return t.scalar_type();
+  return at::kFloat;
+}
+
+Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks, const MaybeTensor& ema,
+                      const MaybeTensor& fresh, double sigma, std::optional<double> eta) {
+  Call call(chunks, dtype_of(grads, {}, "grads"));
+  InnerProducts a;
+  call.begin(a);
+  a.grads = call.list(grads, "grads");
+  if (eta) a.weights = call.list(weights, "weights", weights.size() == 1);
+  TORCH_CHECK(!eta || a.weights, "eta needs the weights");
+  call.flat(ema, "ema");
+  call.fresh(fresh, a);
+  a.ema = pointer(ema);
+  a.sigma = sigma;
+  a.adaptive = eta.has_value();
+  a.eta = eta.value_or(0);
+  const Tensor partials = at::empty({call.size()}, at::kDouble);
+  a.partials = partials.mutable_data_ptr<double>();
+  call.run([&](int64_t first, int64_t last) { kernels().inner_products(a, first, last); });
+  Tensor norm_sq = at::empty({1}, at::kDouble);
+  *norm_sq.mutable_data_ptr<double>() = total(partials);
+  return norm_sq;
+}
+
+void perturb(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& norm_sq, const Tensor& hyper,
+             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, const MaybeTensor& fresh,
+             double sigma, double lmbda, std::optional<double> eta) {
+  Call call(chunks, dtype_of(weights, grads, "weights"));
+  Perturb a;
+  call.begin(a);
+  a.weights = call.list(weights, "weights", weights.size() == 1);
+  a.grads = call.list(grads, "grads");
+  call.hyper(hyper, 1, a);
+  call.flat(saved, "saved");
+  call.flat(ema, "ema");
+  call.fresh(fresh, a);
+  check_sum(norm_sq, "norm_sq");
+  check_sum(achieved_sq, "achieved_sq");
+  a.saved = pointer(saved);
+  a.ema_out = pointer(ema);
+  a.norm_sq = norm_sq.const_data_ptr<double>()[0];
+  a.sigma = sigma;
+  a.lmbda = lmbda;
+  a.adaptive = eta.has_value();
+  a.eta = eta.value_or(0);
+  const Tensor partials = at::empty({call.size()}, at::kDouble);
+  a.partials = partials.mutable_data_ptr<double>();
+  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); });
+  if (fresh && is_finite(a.norm_sq))
+    for (int64_t k = 0; k < call.size(); ++k) fresh->data_ptr<uint8_t>()[call.chunk(k).segment] = 0;
+  *achieved_sq.data_ptr<double>() = total(partials);
+}
+
+// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite.
+void gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorList grads, const MaybeTensor& saved,
+            const MaybeTensor& norm_sq, double c_acc, double c) {
+  call.begin(a);
+  a.weights = call.list(weights, "weights", weights.size() == 1);
+  a.acc = call.list(acc, "acc");
+  a.grads = call.list(grads, "grads");
+  call.flat(saved, "saved");
+  if (norm_sq) check_sum(*norm_sq, "norm_sq");
+  a.saved = pointer(saved);
+  a.c_acc = c_acc;
+  a.poison = norm_sq && !is_finite(norm_sq->const_data_ptr<double>()[0]);
+  a.c = a.poison ? std::nan("") : c;
+}
+
+void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const MaybeTensor& saved,
+             const MaybeTensor& norm_sq, double c_acc, double c) {
+  Call call(chunks, dtype_of(weights, acc, "weights and acc"));
+  TORCH_CHECK(weights.empty() || saved, "weights are restored from saved, which is missing");
+  TORCH_CHECK(grads.empty() || !acc.empty(), "grads are added to acc, which is missing");
+  Restore a;
+  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  call.run([&](int64_t first, int64_t last) { kernels().restore(a, first, last); });
+}
+
+void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
+         const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
+         const MaybeTensor& norm_sq, double c_acc, double c) {
+  Call call(chunks, dtype_of(weights, grads, "weights"));
+  TORCH_CHECK(!weights.empty() && !grads.empty(), "sgd needs weights and grads");
+  Update a;
+  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  a.stream = a.stream && saved;  // weights that were read are in cache already
+  call.hyper(hyper, kSgdColumns, a);
+  call.flat(momentum_buffer, "momentum_buffer");
+  call.fresh(fresh, a);
+  for (int64_t k = 0; k < call.size(); ++k)
+    TORCH_CHECK(momentum_buffer || a.hyper[call.chunk(k).group * a.hyper_stride + kSgdMomentum] == 0,
+                "momentum needs a momentum_buffer");
+  a.momentum_buffer = pointer(momentum_buffer);
+  call.run([&](int64_t first, int64_t last) { kernels().sgd(a, first, last); });
+}
+
+void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
+          const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
+          const MaybeTensor& saved, const MaybeTensor& norm_sq, double c_acc, double c) {
+  Call call(chunks, dtype_of(weights, grads, "weights"));
+  TORCH_CHECK(!weights.empty() && !grads.empty(), "adam needs weights and grads");
+  Update a;
+  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  a.stream = a.stream && saved;
+  call.hyper(hyper, kAdamColumns, a);
+  call.flat(exp_avg, "exp_avg");
+  call.flat(exp_avg_sq, "exp_avg_sq");
+  call.flat(max_exp_avg_sq, "max_exp_avg_sq");
+  call.per_segment(step, "step", at::kFloat);
+  for (int64_t k = 0; k < call.size(); ++k)
+    TORCH_CHECK(max_exp_avg_sq || a.hyper[call.chunk(k).group * a.hyper_stride + kAdamAmsgrad] == 0,
+                "amsgrad needs max_exp_avg_sq");
+  a.exp_avg = exp_avg.data_ptr();
+  a.exp_avg_sq = exp_avg_sq.data_ptr();
+  a.max_exp_avg_sq = pointer(max_exp_avg_sq);
+  float* steps = step.data_ptr<float>();
+  for (int64_t k = 0; k < call.size(); ++k)
+    if (call.chunk(k).begin == 0) steps[call.chunk(k).segment] += 1;
+  a.step = steps;
+  call.run([&](int64_t first, int64_t last) { kernels().adam(a, first, last); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(msam_kernels, CPU, m) {
+  m.impl("inner_products", &inner_products);
+  m.impl("perturb", &perturb);
+  m.impl("restore", &restore);
+  m.impl("sgd", &sgd);
+  m.impl("adam", &adam);
+}
+
+}  // namespace msam::cpu

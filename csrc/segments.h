@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// The segment table: which part of which parameter a piece of work covers. Plain structs, shared by CPU and CUDA.
+#pragma once
+
+#include <cstdint>
+
+namespace msam {
+
+// One row of `chunks` (int64, built by flat.py): a run of at most CHUNK elements of one parameter.
+struct Chunk {
+  int64_t segment;  // index into the gradient list
+  int64_t begin;    // first element, counted within the parameter
+  int64_t offset;   // first element, counted within a flat buffer
+  int64_t numel;
+  int64_t group;  // row of `hyper`
+};
+constexpr int64_t kChunkColumns = 5;
+static_assert(sizeof(Chunk) == kChunkColumns * sizeof(int64_t), "a chunk is one row of the table");
+
+// A list of tensors by segment, or one flat buffer.
+struct Pointers {
+  void* const* data = nullptr;
+  bool flat = false;
+
+  explicit operator bool() const { return data != nullptr; }
+  template <class S>
+  S* at(const Chunk& c) const {
+    return flat ? static_cast<S*>(data[0]) + c.offset : static_cast<S*>(data[c.segment]) + c.begin;
+  }
+};
+
+}  // namespace msam

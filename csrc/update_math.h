@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every per-element formula of the library, once, for host and device. T is the arithmetic type: float, or double for
+// fp64 storage. Contraction into FMA is off everywhere (see setup.py), so that every backend rounds alike.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MSAM_FN __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// Always inlined: the function then takes the instruction set of the loop that calls it.
+#define MSAM_FN inline __attribute__((always_inline))
+#else
+#define MSAM_FN inline
+#endif
+
+namespace msam {
+
+// Columns of `hyper`, the fp64 table with one row per parameter group (mirrored in reference.py).
+enum HyperColumn { kRho = 0, kLr = 1 };
+enum SgdColumn { kSgdMomentum = 2, kDampening, kSgdWeightDecay, kNesterov, kSgdMaximize, kSgdColumns };
+enum AdamColumn { kBeta1 = 2, kBeta2, kEps, kAdamWeightDecay, kAdamAmsgrad, kAdamMaximize, kDecoupled, kAdamColumns };
+
+MSAM_FN bool is_finite(double x) { return x - x == 0; }
+
+// rho / (||d|| + 1e-12). The caller skips the perturbation where the norm is not finite.
+MSAM_FN double ascent_scale(double norm_sq, double rho) { return rho / (std::sqrt(norm_sq) + 1e-12); }
+
+// F-SAM: d = g - sigma ema.
+template <class T>
+MSAM_FN T residual(T g, T ema, T sigma) {
+  return g - sigma * ema;
+}
+
+// F-SAM: ema <- lmbda ema + (1 - lmbda) g, from the raw gradient.
+template <class T>
+MSAM_FN T ema_next(T ema, T g, T lmbda, T one_minus_lmbda) {
+  return lmbda * ema + one_minus_lmbda * g;
+}
+
+// ASAM: T_w = |w| + eta.
+template <class T>
+MSAM_FN T stretch(T w, T eta) {
+  return (w < 0 ? -w : w) + eta;
+}
+
+// w + e with e = scale d, or scale T_w^2 d when adaptive.
+template <class T>
+MSAM_FN T perturbed(T w, T d, T scale, T eta, bool adaptive) {
+  if (adaptive) {
+    const T t = stretch(w, eta);
+    d = t * t * d;
+  }
+  return w + d * scale;
+}
+
+// Running weighted sum of descent gradients: c_acc acc + c g.
+template <class T>
+MSAM_FN T accumulated(T acc, T g, T c_acc, T c) {
+  return c_acc * acc + c * g;
+}
+
+// The updates choose by value (?:), not by branch, so that their loops become vector code.
+
+// torch.optim.SGD for one group. `fresh`: the momentum buffer begins with this gradient.
+template <class T, bool kMomentum>
+struct Sgd {
+  T lr, momentum, one_minus_dampening, weight_decay;
+  bool nesterov, maximize, fresh;
+
+  MSAM_FN Sgd(const double* row, bool fresh_)
+      : lr(T(row[kLr])),
+        momentum(T(row[kSgdMomentum])),
+        one_minus_dampening(T(1 - row[kDampening])),
+        weight_decay(T(row[kSgdWeightDecay])),
+        nesterov(row[kNesterov] != 0),
+        maximize(row[kSgdMaximize] != 0),
+        fresh(fresh_) {}
+
+  MSAM_FN void operator()(T& w, T g, T& momentum_buffer) const {
+    g = maximize ? -g : g;
+    g = weight_decay != 0 ? g + weight_decay * w : g;
+    if (kMomentum) {
+      momentum_buffer = fresh ? g : momentum * momentum_buffer + one_minus_dampening * g;
+      g = nesterov ? g + momentum * momentum_buffer : momentum_buffer;
+    }
+    w = w - lr * g;
+  }
+};
+
+// torch.optim.Adam and AdamW (decoupled) for one group at the given step number, counted from 1.
+template <class T, bool kAmsgrad>
+struct Adam {
+  T one_minus_beta1, beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt;
+  bool maximize, decoupled;
+
+  MSAM_FN Adam(const double* row, double step)
+      : one_minus_beta1(T(1 - row[kBeta1])),
+        beta1(T(row[kBeta1])),
+        beta2(T(row[kBeta2])),
+        one_minus_beta2(T(1 - row[kBeta2])),
+        eps(T(row[kEps])),
+        weight_decay(T(row[kAdamWeightDecay])),
+        decay(T(1 - row[kLr] * row[kAdamWeightDecay])),
+        step_size(T(row[kLr] / (1 - std::pow(row[kBeta1], step)))),
+        bias_correction2_sqrt(T(std::sqrt(1 - std::pow(row[kBeta2], step)))),
+        maximize(row[kAdamMaximize] != 0),
+        decoupled(row[kDecoupled] != 0) {}
+
+  MSAM_FN void operator()(T& w, T g, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
+    g = maximize ? -g : g;
+    g = weight_decay != 0 && !decoupled ? g + weight_decay * w : g;
+    w = weight_decay != 0 && decoupled ? w * decay : w;
+    // The two branches of torch.lerp.
+    exp_avg = one_minus_beta1 < T(0.5) ? exp_avg + one_minus_beta1 * (g - exp_avg) : g - (g - exp_avg) * beta1;
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g);
+    T v = exp_avg_sq;
+    if (kAmsgrad) {
+      // torch.maximum: NaN wins.
+      max_exp_avg_sq = (v > max_exp_avg_sq || v != v) ? v : max_exp_avg_sq;
+      v = max_exp_avg_sq;
+    }
+    w = w - step_size * (exp_avg / (std::sqrt(v) / bias_correction2_sqrt + eps));
+  }
+};
+
+}  // namespace msam

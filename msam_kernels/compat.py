@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``SAM``, the drop-in for the most copied implementation: change one import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import methods
+from .optimizer import MicroBatchSAM
+
+
+class SAM(MicroBatchSAM):
+    r"""SAM with the interface ``SAM(params, torch.optim.SGD, rho=0.05, adaptive=False, lr=0.1, ...)``.
+
+    ::
+
+        loss_fn(model(x), y).backward()
+        opt.first_step(zero_grad=True)  # w + e,  e = rho·g / (‖g‖ + 1e-12)
+        loss_fn(model(x), y).backward()
+        opt.second_step(zero_grad=True)  # w back, base optimizer's step
+
+    ``step(closure)`` is both steps: the gradient at w is in ``p.grad`` already, the closure makes the second one.
+    Everything else is ``MicroBatchSAM``: fused kernels, exact restore, checkpoints, schedulers on either object.
+
+    Args:
+        params: parameters or parameter groups, as for any optimizer; a group may have a "rho" of its own.
+        base_optimizer: an optimizer class, e.g. ``torch.optim.SGD``.
+        rho: radius of the perturbation, >= 0.
+        adaptive: ASAM with eta = 0.
+        kwargs: for the base optimizer.
+
+    Source: the interface is that of github.com/davda54/sam.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ):
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+            raise TypeError(
+                f"base_optimizer must be an optimizer class such as torch.optim.SGD, got {base_optimizer!r}; for an "
+                "instance use msam_kernels.MicroBatchSAM"
+            )
+        method = methods.AdaptiveSAM(eta=0.0) if adaptive else methods.SAM()
+        super().__init__(base_optimizer(params, **kwargs), rho, method=method)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """w + e from the gradients in ``p.grad``."""
+        self._check_idle("first_step()")
+        self._prepare()
+        self._norms_sq, self._achieved_sq = [], []
+        try:
+            self._ascend(first=True)
+        except BaseException:
+            self.restore()
+            raise
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """w back, and the base optimizer's step on the gradients in ``p.grad``.
+
+        Raises:
+            RuntimeError: without a ``first_step`` before it.
+        """
+        if not self._perturbed:
+            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
+        try:
+            self._descend_and_update([1.0])
+        except BaseException:
+            self.restore()
+            raise
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """Both steps; ``closure`` runs forward and backward at w + e.
+
+        Returns:
+            What the closure returned, the loss at w + e.
+
+        Raises:
+            RuntimeError: without a closure.
+        """
+        if closure is None:
+            raise RuntimeError("SAM.step needs a closure that runs forward and backward; or call first_step, second_step")
+        self.first_step(zero_grad=True)
+        try:
+            with torch.enable_grad(), self._frozen_statistics():
+                loss = closure()
+        except BaseException:
+            self.restore()
+            raise
+        self.second_step()
+        return loss

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flat buffers and the segment table.
+
+A ``Flat`` holds the parameters of one device and dtype. Weights, saved weights, EMA and optimizer state are flat buffers
+with the same layout: every parameter starts on 128 bytes, padding is zero. Gradients stay where autograd put them and are
+named by segment. ``chunks`` tells the kernels what to work on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+CHUNK = 16384  # elements of one row of the table; the unit of work and of the deterministic reductions
+ALIGNMENT = 128  # bytes
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _alias(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
+    """``buffer[offset:]`` in the shape and memory order of ``like``, with a storage object of its own size.
+
+    Sharing the buffer's storage would make ``torch.save`` of one parameter write the whole buffer, and would make
+    safetensors and ``share_memory_`` see tied parameters. DLPack wraps the same memory in a new storage.
+    """
+    memory = torch.from_dlpack(buffer[offset : offset + like.numel()])
+    if like.numel() and _is_dense(like):
+        return memory.as_strided(like.size(), like.stride())
+    return memory.view(like.size())
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Every element once, no gaps: the memory can be read as one run."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.size(), strict=True) if si != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _span(p: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(p.size(), p.stride(), strict=True))
+    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
+
+
+def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse what no kernel can serve, by name.
+
+    Raises:
+        TypeError: a dtype, layout or tensor subclass that the kernels do not know.
+        ValueError: two parameters that share memory without being the same object.
+    """
+    for name, p in named:
+        if p.layout != torch.strided or type(p.data) is not Tensor:
+            raise TypeError(f"{name} must be an ordinary dense tensor, got {type(p.data).__name__} of layout {p.layout}")
+        if p.dtype not in DTYPES:
+            remedy = "; use torch.view_as_real" if p.is_complex() else ""
+            raise TypeError(f"{name} must be one of {[str(d)[6:] for d in DTYPES]}, got {p.dtype}{remedy}")
+    spans = sorted((*_span(p), str(p.device), name) for name, p in named if p.numel())
+    end, owner, device = -1, "", ""
+    for first, last, on, name in sorted(spans, key=lambda s: (s[2], s[0])):
+        if on == device and first < end:
+            raise ValueError(
+                f"{owner} and {name} share memory but are different objects: tie them by using one Parameter for both"
+            )
+        end, owner, device = last, name, on
+
+
+class Flat:
+    """The parameters of one device and dtype, in the order of their groups, with everything kept for them.
+
+    Args:
+        params: distinct parameters of one device and dtype.
+        groups: for each, the index of its parameter group.
+        flatten: re-point every ``p.data``, once, into one flat buffer of weights. Without it, and for parameters in
+            shared memory, which must stay where other processes see them, weights are reached by segment.
+    """
+
+    def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool):
+        self.params, self.groups = params, groups
+        self.device, self.dtype = params[0].device, params[0].dtype
+        step = ALIGNMENT // params[0].element_size()
+        self.offsets, size = [], 0
+        for p in params:
+            self.offsets.append(size)
+            size += _round_up(p.numel(), step)
+        self.size = size
+        self.flatten = flatten and not any(p.is_shared() for p in params if p.device.type == "cpu")
+        self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._absent_grad = torch.empty(0, dtype=self.dtype, device=self.device)
+        if self.flatten:
+            buffer = self.new_buffer()
+            self._weights = [buffer]
+            for p, alias in zip(params, self.aliases(buffer), strict=True):
+                if p.numel():
+                    alias.copy_(p.detach())
+                    p.data = alias
+        else:
+            for p in params:
+                self._check_unflattened(p)
+        self._remember()
+        self.backend = None  # set by the optimizer
+        # Kept from step to step, made when first needed.
+        self.saved: Tensor | None = None
+        self.ema: Tensor | None = None
+        self.ema_fresh: Tensor | None = None  # uint8 [P]: no gradient has reached the EMA yet
+        self.state: dict[str, Tensor] = {}  # the base optimizer's, by its names
+        self._bound: tuple | None = None
+        # Of the step under way.
+        self._saved_absent: tuple[int, ...] = ()
+        self.perturbed: Tensor | None = None  # the table of what is perturbed now
+        self.perturbed_absent: tuple[int, ...] = ()
+        self.norm_sq: Tensor | None = None
+        self.achieved_sq: Tensor | None = None
+        self.acc: list[Tensor] | None = None  # running mean of the descent gradients
+        self.acc_absent: tuple[int, ...] = ()
+
+    def _check_unflattened(self, p: Tensor) -> None:
+        if not _is_dense(p):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} has strides {p.stride()}, which leave gaps in memory: make it "
+                "contiguous, or use flatten=True"
+            )
+
+    def _remember(self) -> None:
+        self._pointers = list(map(Tensor.data_ptr, self.params))
+        if not self.flatten:
+            self._weights = [p.detach() for p in self.params]
+
+    # -- layout -------------------------------------------------------------------------------------------------------
+
+    def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(self.size, dtype=dtype or self.dtype, device=self.device)
+
+    def alias(self, buffer: Tensor, i: int) -> Tensor:
+        return _alias(buffer, self.offsets[i], self.params[i])
+
+    def aliases(self, buffer: Tensor) -> list[Tensor]:
+        """Per-parameter tensors over a flat buffer, in the shapes and memory orders of the parameters."""
+        return [self.alias(buffer, i) for i in range(len(self.params))]
+
+    def chunks(self, absent: tuple[int, ...] = ()) -> Tensor:
+        """The segment table without the parameters ``absent``: int64 ``[K, 5]``, see csrc/segments.h."""
+        table = self._tables.get(absent)
+        if table is None:
+            rows = [
+                (i, begin, self.offsets[i] + begin, min(CHUNK, p.numel() - begin), self.groups[i])
+                for i, p in enumerate(self.params)
+                if i not in set(absent)
+                for begin in range(0, p.numel(), CHUNK)
+            ]
+            table = torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(-1, 5)
+            self._tables[absent] = table
+        return table
+
+    # -- per call -----------------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the operators take as weights: [the flat buffer], or every parameter's memory."""
+        return self._weights
+
+    def check_pointers(self) -> None:
+        """Take back parameters that somebody re-pointed; refuse those that moved away.
+
+        Raises:
+            RuntimeError: a parameter is now on another device or of another dtype or size.
+        """
+        if list(map(Tensor.data_ptr, self.params)) == self._pointers:
+            return
+        for i, p in enumerate(self.params):
+            if p.data_ptr() == self._pointers[i]:
+                continue
+            numel = self.chunks()[self.chunks()[:, 0] == i, 3].sum().item()
+            if p.device != self.device or p.dtype != self.dtype or p.numel() != numel:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} is now {p.dtype} on {p.device} with {p.numel()} elements; it "
+                    f"was {self.dtype} on {self.device} with {numel} when the optimizer was made: move, convert or "
+                    "resize the model first, then make the optimizer"
+                )
+        for i, p in enumerate(self.params):
+            if p.data_ptr() != self._pointers[i] and p.numel():
+                if self.flatten:
+                    alias = self.alias(self._weights[0], i)
+                    alias.copy_(p.detach())
+                    p.data = alias
+                else:
+                    self._check_unflattened(p)
+        self._remember()
+
+    def collect_grads(self) -> tuple[list[Tensor], tuple[int, ...]]:
+        """Every ``p.grad``, dense and in the memory order of its parameter, and the indices that have none.
+
+        Raises:
+            TypeError: a sparse gradient.
+        """
+        if ops.collect_grads is not None:
+            grads, regular, absent = ops.collect_grads(self.params, self._absent_grad)
+        else:
+            grads, regular = [p.grad for p in self.params], False
+            absent = [i for i, g in enumerate(grads) if g is None]
+        if not regular:
+            grads = [self._absent_grad if p.grad is None else self._regular(p, p.grad) for p in self.params]
+        return grads, tuple(absent)
+
+    @staticmethod
+    def _regular(p: Tensor, g: Tensor) -> Tensor:
+        if g.layout != torch.strided:
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} has a gradient of layout {g.layout}: sharpness-aware steps need "
+                "dense gradients, e.g. nn.Embedding(..., sparse=False)"
+            )
+        g = g.detach()
+        same_order = all(a == b for a, b, n in zip(g.stride(), p.stride(), p.size(), strict=True) if n != 1)
+        if g.dtype == p.dtype and g.device == p.device and same_order:
+            return g
+        return torch.empty_like(p).copy_(g)
+
+    def set_grads(self, grads: Iterable[Tensor | None]) -> None:
+        for p, g in zip(self.params, grads, strict=False):
+            p.grad = g
+
+    # -- the step under way -------------------------------------------------------------------------------------------
+
+    def save(self, absent: tuple[int, ...], *, again: bool) -> bool:
+        """Whether ``perturb`` must save the weights: at the first micro-batch, and when parameters turn up later."""
+        if self.saved is None:
+            self.saved = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        # Between micro-batches the weights are what they were, so saving all of them once more is harmless.
+        if again or not set(self._saved_absent) <= set(absent):
+            self._saved_absent = absent
+            return True
+        return False
+
+    def start_from(self, grads: Sequence[Tensor | None]) -> None:
+        """The mean of the descent gradients begins with gradients that were there before the step."""
+        if any(g is not None for g in grads):
+            self.acc = [self._absent_grad if g is None else self._regular(p, g) for p, g in zip(self.params, grads)]
+            self.acc_absent = tuple(i for i, g in enumerate(grads) if g is None)
+
+    def is_uniform(self, absent: tuple[int, ...]) -> bool:
+        """Whether the same parameters were perturbed, have a gradient now, and had those of earlier micro-batches."""
+        return absent == self.perturbed_absent and (self.acc is None or absent == self.acc_absent)
+
+    def matched(self, grads: list[Tensor], absent: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
+        """(acc, grads, absent) with zeros where only the other has a gradient."""
+        acc, grads = list(self.acc), list(grads)
+        for i in set(absent) - set(self.acc_absent):
+            grads[i] = torch.zeros_like(acc[i])
+        for i in set(self.acc_absent) - set(absent):
+            acc[i] = torch.zeros_like(grads[i])
+        return acc, grads, tuple(sorted(set(absent) & set(self.acc_absent)))
+
+    def means(self) -> list[Tensor | None]:
+        """The mean descent gradients, None where a parameter got none."""
+        absent = set(self.acc_absent)
+        return [None if i in absent else g for i, g in enumerate(self.acc)]
+
+    # -- optimizer state ----------------------------------------------------------------------------------------------
+
+    def bind(self, state: dict, keys: Sequence[tuple[str, ...]], absent: tuple[int, ...]) -> Tensor | None:
+        """Make the base optimizer's per-parameter tensors views of flat buffers, and keep them so.
+
+        Tensors that were loaded or made elsewhere are copied in; missing ones begin as zeros.
+
+        Args:
+            state: the base optimizer's ``state``, by parameter; entries are replaced.
+            keys: per group, the state that its parameters need, e.g. ``("step", "exp_avg", "exp_avg_sq")``.
+            absent: parameters that take no part in this step, and get no state.
+
+        Returns:
+            uint8 ``[P]``, set where state was missing; None where nothing was.
+        """
+        if self._bound is not None:
+            key, dicts, names, views = self._bound
+            # The dicts' identity: load_state_dict replaces them; their values': somebody may replace those by hand.
+            if key == (id(state), len(state), keys, absent) and all(map(is_, map(dict.get, dicts, names), views)):
+                return None
+        fresh = torch.zeros(len(self.params), dtype=torch.uint8)
+        dicts, names, views = [], [], []
+        for i, p in enumerate(self.params):
+            if i in absent:
+                continue
+            entry = state[p] if keys[self.groups[i]] else None
+            for name in keys[self.groups[i]]:
+                buffer = self._state_buffer(name)
+                old = entry.get(name)
+                known = old is not None and old.data_ptr() == buffer.data_ptr() + self._state_offset(name, i) and p.numel()
+                view = old if known else self._state_view(name, buffer, i)
+                if old is None:
+                    view.zero_()
+                    fresh[i] = 1
+                elif not known:
+                    view.copy_(old)
+                entry[name] = view
+                dicts.append(entry), names.append(name), views.append(view)
+        self._bound = ((id(state), len(state), keys, absent), dicts, names, views)
+        return fresh.to(self.device) if fresh.any() else None
+
+    def _state_buffer(self, name: str) -> Tensor:
+        if name not in self.state:
+            steps = (len(self.params),) if name == "step" else None
+            self.state[name] = (
+                torch.zeros(steps, dtype=torch.float32, device=self.device) if steps else self.new_buffer()
+            )
+        return self.state[name]
+
+    def _state_offset(self, name: str, i: int) -> int:
+        return 4 * i if name == "step" else self.offsets[i] * self.params[i].element_size()
+
+    def _state_view(self, name: str, buffer: Tensor, i: int) -> Tensor:
+        if name == "step":
+            return torch.from_dlpack(buffer[i : i + 1]).view(())
+        return self.alias(buffer, i)

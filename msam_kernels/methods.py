@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family of methods: small frozen dataclasses, one per method, that say how the ascent direction is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+def _check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
+        bound = f">= {low}" if math.isinf(high) else f"between {low} and {high}"
+        raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SAM:
+    """Sharpness-aware minimization: e = rho·g / (‖g‖ + 1e-12), and the gradient at w + e is used.
+
+    With several micro-batches this is mSAM: each has its own e, and the gradients at w + e are averaged by size.
+
+    Source: Foret et al., 2010.01412; mSAM: Behdin et al., 2302.09693 and 2212.04343.
+    """
+
+    @property
+    def direction(self) -> dict[str, float]:
+        """Options of the kernels ``inner_products`` and ``perturb`` that make this method's direction."""
+        return {}
+
+    @property
+    def ema_decay(self) -> float | None:
+        """Decay of the mean gradient that the direction leaves out; None for methods that keep none."""
+        return None
+
+
+@dataclass(frozen=True)
+class AdaptiveSAM(SAM):
+    """Adaptive SAM (ASAM): e = rho·T²·g / (‖T·g‖ + 1e-12) with T = |w| + eta, element by element.
+
+    rho is about ten times that of SAM.
+
+    Args:
+        eta: keeps weights near zero moving; 0.01 in the authors' class, 0 in the most copied port.
+
+    Source: Kwon et al., 2102.11600.
+    """
+
+    eta: float = 0.01
+
+    def __post_init__(self):
+        _check_number("eta", self.eta, 0)
+
+    @property
+    def direction(self) -> dict[str, float]:
+        return {"eta": float(self.eta)}
+
+
+@dataclass(frozen=True)
+class FriendlySAM(SAM):
+    """Friendly SAM (F-SAM): the ascent direction is what is particular to this batch, d = g − sigma·ema.
+
+    e = rho·d / (‖d‖ + 1e-12), then ema ← lmbda·ema + (1 − lmbda)·g with the raw gradient g. A parameter's first
+    gradient starts its ema and is its d. With mSAM each micro-batch is F-SAM's batch: one ema, updated by every
+    micro-batch in turn. State: one buffer of the size of the parameters.
+
+    Repeated or full batches make d vanish, and what is left to normalise is noise: use F-SAM with real mini-batches.
+
+    Args:
+        sigma: share of the mean gradient that is taken out.
+        lmbda: decay of the mean gradient.
+
+    Source: Li et al., 2403.12350, as in the authors' code (subtract the old ema, then update it).
+    """
+
+    sigma: float = 1.0
+    lmbda: float = 0.9
+
+    def __post_init__(self):
+        _check_number("sigma", self.sigma, 0)
+        _check_number("lmbda", self.lmbda, 0, 1)
+
+    @property
+    def direction(self) -> dict[str, float]:
+        return {"sigma": float(self.sigma)}
+
+    @property
+    def ema_decay(self) -> float:
+        return float(self.lmbda)

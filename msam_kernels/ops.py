@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators, declared once, and the choice of a backend.
+
+Every backend is a namespace with the five functions below, called alike:
+
+    inner_products(weights, grads, chunks, *, ema, fresh, sigma, eta) -> norm_sq
+    perturb(weights!, grads, chunks, *, norm_sq, hyper, achieved_sq!, saved!, ema!, fresh!, sigma, lmbda, eta)
+    restore(weights!, acc!, grads, chunks, *, saved, norm_sq, c_acc, c)
+    sgd(weights!, acc, grads, chunks, *, hyper, saved, momentum_buffer!, fresh, norm_sq, c_acc, c)
+    adam(weights!, acc, grads, chunks, *, hyper, exp_avg!, exp_avg_sq!, step!, max_exp_avg_sq!, saved, norm_sq, c_acc, c)
+
+``!`` marks what is mutated. Shapes, with P parameters (segments) and K chunks:
+
+* ``weights``: one flat buffer, or P tensors; empty where no weights take part. ``grads``, ``acc``: P tensors, dense in
+  memory, in the order of the weights' memory; an empty tensor for a parameter that the table does not name.
+* ``chunks``: int64 ``[K, 5]``, rows (segment, begin, offset, numel, group): what the call works on. See ``flat.py``.
+* ``saved``, ``ema``, ``momentum_buffer``, ``exp_avg`` …: flat buffers of the weights' dtype; ``step``: float32 ``[P]``.
+* ``hyper``: float64 ``[groups, columns]``, columns as in ``reference.py``; ``norm_sq``, ``achieved_sq``: float64 ``[1]``;
+  ``fresh``: uint8 ``[P]``, set where the EMA or momentum buffer begins with this gradient (``perturb`` clears what it
+  began).
+
+What each computes stands in ``reference.py``, the specification.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+
+try:
+    from . import _C
+except ImportError as error:  # installed without a compiler
+    _C = None
+    _missing_extension: ImportError | None = error
+else:
+    _missing_extension = None
+
+_SCHEMAS = (
+    "inner_products(Tensor[] weights, Tensor[] grads, Tensor chunks, *, Tensor? ema=None, Tensor? fresh=None, "
+    "float sigma=0., float? eta=None) -> Tensor",
+    "perturb(Tensor(a!)[] weights, Tensor[] grads, Tensor chunks, *, Tensor norm_sq, Tensor hyper, "
+    "Tensor(b!) achieved_sq, Tensor(c!)? saved=None, Tensor(d!)? ema=None, Tensor(e!)? fresh=None, float sigma=0., "
+    "float lmbda=0., float? eta=None) -> ()",
+    "restore(Tensor(a!)[] weights, Tensor(b!)[] acc, Tensor[] grads, Tensor chunks, *, Tensor? saved=None, "
+    "Tensor? norm_sq=None, float c_acc=1., float c=1.) -> ()",
+    "sgd(Tensor(a!)[] weights, Tensor[] acc, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor? saved=None, "
+    "Tensor(b!)? momentum_buffer=None, Tensor? fresh=None, Tensor? norm_sq=None, float c_acc=1., float c=1.) -> ()",
+    "adam(Tensor(a!)[] weights, Tensor[] acc, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor(b!) exp_avg, "
+    "Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor(e!)? max_exp_avg_sq=None, Tensor? saved=None, "
+    "Tensor? norm_sq=None, float c_acc=1., float c=1.) -> ()",
+)
+OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
+
+_library = torch.library.Library("msam_kernels", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+
+
+def _fake_sum(weights, grads, chunks, **_):
+    return chunks.new_empty((1,), dtype=torch.float64)
+
+
+def _fake_nothing(*_, **__):
+    return None
+
+
+for _name in OPERATORS:
+    _fake = _fake_sum if _name == "inner_products" else _fake_nothing
+    torch.library.register_fake(f"msam_kernels::{_name}", _fake, lib=_library)
+
+
+class _Compiled:
+    """The operators as their overloads: a call through ``torch.ops`` without the look-up of names."""
+
+    inner_products = torch.ops.msam_kernels.inner_products.default
+    perturb = torch.ops.msam_kernels.perturb.default
+    restore = torch.ops.msam_kernels.restore.default
+    sgd = torch.ops.msam_kernels.sgd.default
+    adam = torch.ops.msam_kernels.adam.default
+
+
+# (params, placeholder) -> (grads, regular, absent); None without the extension. See Flat.collect_grads.
+collect_grads = getattr(_C, "collect_grads", None)
+
+BACKENDS = ("cpu", "reference")
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backends by name, fastest first: None where usable, else a sentence that says what is missing and how to get it."""
+    cpu = None
+    if _C is None:
+        cpu = (
+            f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler (g++ or clang++) and "
+            "rebuild with `pip install --no-build-isolation -e .`"
+        )
+    return {"cpu": cpu, "reference": None}
+
+
+def get_backend(name: str, device: torch.device):
+    """The namespace of functions for tensors on ``device``.
+
+    Args:
+        name: "auto" (the fastest that is there for the device) or one of ``BACKENDS``.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that is not there, or that does not serve ``device``; the message says how to get it.
+    """
+    missing = available_backends()
+    if name == "auto":
+        name = "cpu" if device.type == "cpu" and missing["cpu"] is None else "reference"
+    if name not in missing:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+    if missing[name] is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
+    if name == "reference":
+        return reference
+    if device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' needs parameters on the CPU, got {device}: use backend='auto'")
+    return _Compiled

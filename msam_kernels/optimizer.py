@@ -1,0 +1,727 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``MicroBatchSAM``: the optimizer around the kernels. It decides what runs when; it does no arithmetic on elements."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from . import methods as _methods
+from . import ops
+from .flat import Flat, check_parameters
+
+_STATE_KEY = "msam"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the kernels recorded in the latest step, one entry per micro-batch, on the device until somebody looks.
+
+    Attributes:
+        grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64.
+        perturbation_norm: ‖e‖ as it arrived in the stored weights, float64. In 16 bits it can fall far short of rho.
+        nonfinite: True where the ascent gradient was not finite, so that nothing was perturbed.
+    """
+
+    grad_norm: Tensor
+    perturbation_norm: Tensor
+    nonfinite: Tensor
+
+
+class _MicroBatches(list):
+    """One closure per micro-batch, with the share of the batch that each has."""
+
+    def __init__(self, closures: Sequence[Callable[[], Any]], shares: Sequence[float]):
+        super().__init__(closures)
+        self.shares = shares
+
+
+def _check_rho(rho: Any) -> None:
+    if not isinstance(rho, (numbers.Real, Tensor)) or not 0 <= rho < math.inf:
+        raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
+
+
+def _has_running_stats(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "track_running_stats", None), bool)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Of one value per device, on the first device."""
+    return parts[0] if len(parts) == 1 else torch.stack([t.to(parts[0].device) for t in parts]).sum(0)
+
+
+def _hyper_sgd(group: dict) -> tuple:
+    return (
+        group["lr"],
+        group["momentum"],
+        group["dampening"],
+        group["weight_decay"],
+        group["nesterov"],
+        group["maximize"],
+    )
+
+
+def _keys_sgd(group: dict) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def _hyper_adam(group: dict) -> tuple:
+    return (
+        group["lr"],
+        *group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        group["amsgrad"],
+        group["maximize"],
+        group.get("decoupled_weight_decay", False),
+    )
+
+
+def _keys_adam(group: dict) -> tuple[str, ...]:
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
+
+
+# Base optimizers with a fused update: the operator, its columns after rho, the state it keeps. Exact types only, since a
+# subclass may have a step of its own.
+_FUSED = {
+    SGD: ("sgd", _hyper_sgd, _keys_sgd),
+    Adam: ("adam", _hyper_adam, _keys_adam),
+    AdamW: ("adam", _hyper_adam, _keys_adam),
+}
+
+
+class MicroBatchSAM(Optimizer):
+    r"""Sharpness-aware minimization over micro-batches (mSAM), with the family's other methods, around any optimizer.
+
+    For micro-batches i = 1 … m with n_i of the batch's n samples, g_i the gradient at the weights w:
+
+    .. math::
+        e_i = \rho\, d_i / (\lVert d_i \rVert_2 + 10^{-12}), \qquad
+        \hat g = \sum_i \tfrac{n_i}{n} \nabla L_i(w + e_i), \qquad
+        w \leftarrow \text{base optimizer}(w, \hat g)
+
+    where d_i = g_i for SAM; see ``methods`` for the others. The norm is one L2 norm over all parameters of all groups.
+    Weight decay belongs to the base optimizer and is not part of e.
+
+    ::
+
+        opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05, num_micro_batches=4)
+        for x, y in loader:
+            for xb, yb in opt.passes(x, y):  # an ordinary forward and backward, run as often as the method needs
+                F.cross_entropy(model(xb), yb).backward()
+            opt.step()
+            opt.zero_grad()
+
+    ``step(closure)`` and ``train_step`` do the same in one call and move less memory.
+
+    Mutates: at construction, re-points every parameter's ``.data`` into a flat buffer (see ``flatten``). ``param_groups``
+    and ``state`` are the base optimizer's own: a scheduler on either object reaches both, and state dicts of either load
+    into the other. Each group gets a ``rho``.
+
+    Args:
+        base_optimizer: any ``torch.optim.Optimizer``. ``SGD``, ``Adam`` and ``AdamW`` take fused updates on their own
+            state; others, and flags without a fused kernel, take their own step.
+        rho: radius of the perturbation, in units of the weights; >= 0. A group that has its own "rho" keeps it.
+        num_micro_batches: parts into which ``passes(*batch)`` and ``train_step`` split a batch. Default 1: SAM.
+        micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
+        method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
+        model: if given, its BatchNorm-like layers update their running statistics in the first pass only.
+        flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower.
+        backend: "auto" (the fastest there is), "cpu" (compiled C++ kernels) or "reference" (plain torch).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: arguments or parameters that cannot be served; the message names them and
+            the remedy, and nothing was changed.
+
+    Sources: SAM 2010.01412, mSAM 2302.09693 and 2212.04343, F-SAM 2403.12350, ASAM 2102.11600.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        rho: float = 0.05,
+        *,
+        num_micro_batches: int | None = None,
+        micro_batch_size: int | None = None,
+        method: _methods.SAM | None = None,
+        model: nn.Module | None = None,
+        flatten: bool = True,
+        backend: str = "auto",
+    ):
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(
+                f"base_optimizer must be a torch.optim.Optimizer instance, got {base_optimizer!r}: build it first, e.g. "
+                "MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1))"
+            )
+        if isinstance(base_optimizer, MicroBatchSAM):
+            raise TypeError("base_optimizer is a MicroBatchSAM already: wrap the plain optimizer once")
+        method = _methods.SAM() if method is None else method
+        if not isinstance(method, _methods.SAM):
+            raise TypeError(f"method must be one of msam_kernels.methods, e.g. methods.FriendlySAM(), got {method!r}")
+        if num_micro_batches is not None and micro_batch_size is not None:
+            raise ValueError(f"give {num_micro_batches=} or {micro_batch_size=}, not both")
+        for name, count in (("num_micro_batches", num_micro_batches), ("micro_batch_size", micro_batch_size)):
+            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        for group in base_optimizer.param_groups:
+            _check_rho(group.get("rho", rho))
+        self.base_optimizer = base_optimizer
+        # The hook tables and profiling of an Optimizer, without its own groups and state: those are the base's.
+        super().__setstate__({"defaults": {**base_optimizer.defaults, "rho": rho}})
+        self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
+        self.micro_batch_size = micro_batch_size
+        self.method = method
+        self.model = model
+        self.flatten = flatten
+        self.backend = backend
+        self._begin_life()
+        self._adopt_parameters()
+
+    def _begin_life(self) -> None:
+        """What is not saved: buffers are made again, nothing is in flight."""
+        self._flats: list[Flat] = []
+        self._num_parameters = 0
+        self._rows: list[tuple] | None = None
+        self._state_keys: tuple[tuple[str, ...], ...] = ()
+        self._hyper: dict[torch.device, Tensor] = {}
+        self._running = self._perturbed = False
+        self._norms_sq: list[Tensor] = []
+        self._achieved_sq: list[list[Tensor]] = []
+        self._norm_layers = [] if self.model is None else [m for m in self.model.modules() if _has_running_stats(m)]
+
+    # -- an Optimizer in every convention -------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self):
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state) -> None:
+        self.base_optimizer.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the group may have a "rho". The new parameters are flattened, the old ones stay where they are."""
+        self._check_idle("add_param_group()")
+        rho = param_group.get("rho", self.defaults["rho"])
+        _check_rho(rho)
+        self.base_optimizer.add_param_group({**param_group, "rho": rho})
+        try:
+            self._adopt_parameters()
+        except Exception:
+            del self.base_optimizer.param_groups[-1]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_idle("copying or pickling the optimizer")
+        own = ("defaults", "base_optimizer", "num_micro_batches", "micro_batch_size", "method", "model", "flatten")
+        return {
+            **{name: getattr(self, name) for name in (*own, "backend")},
+            _STATE_KEY: self._own_state(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" not in state:  # Optimizer.load_state_dict hands over what it loaded
+            rhos = [group["rho"] for group in self.param_groups]
+            self.base_optimizer.__setstate__(state)
+            for group, rho in zip(self.param_groups, rhos, strict=True):
+                group.setdefault("rho", rho)
+            return
+        own = state.pop(_STATE_KEY)
+        super().__setstate__(state)
+        self._begin_life()
+        self._adopt_parameters()
+        self._load_own_state(own)
+
+    def __repr__(self) -> str:
+        split = f"micro_batch_size={self.micro_batch_size}"
+        if self.micro_batch_size is None:
+            split = f"num_micro_batches={self.num_micro_batches}"
+        base = "\n  ".join(repr(self.base_optimizer).splitlines())
+        return f"MicroBatchSAM(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps."""
+        return {**super().state_dict(), _STATE_KEY: self._own_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
+
+        A group without "rho" keeps the one it has. Without an EMA in ``state_dict``, F-SAM starts a new one.
+
+        Raises:
+            ValueError: ``state_dict`` is of other parameters; nothing was changed.
+        """
+        self._check_idle("load_state_dict()")
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                "state_dict must be what opt.state_dict() returns, with 'state' and 'param_groups', got "
+                f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__}"
+            )
+        params = self._parameters()
+        ema = state_dict.get(_STATE_KEY, {}).get("ema", {})
+        for where, entries in (("state", state_dict["state"]), ("ema", {i: {"ema": t} for i, t in ema.items()})):
+            for i, entry in entries.items():
+                if isinstance(i, int) and not 0 <= i < len(params):
+                    raise ValueError(f"state_dict has {where} of parameter {i}, the optimizer has {len(params)} parameters")
+                for name, value in entry.items() if isinstance(entry, dict) else ():
+                    shaped = isinstance(value, Tensor) and name != "step" and value.dim() > 0
+                    if shaped and value.shape != params[i].shape:
+                        raise ValueError(
+                            f"state_dict has {name} of shape {tuple(value.shape)} for parameter {i}, whose shape is "
+                            f"{tuple(params[i].shape)}: it was saved for another model"
+                        )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+        self._load_own_state(state_dict.get(_STATE_KEY, {}))
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _own_state(self) -> dict[str, Any]:
+        index = {id(p): i for i, p in enumerate(self._parameters())}
+        ema = {}
+        for flat in self._flats:
+            if flat.ema is not None:
+                started = [True] * len(flat.params) if flat.ema_fresh is None else (flat.ema_fresh == 0).tolist()
+                aliases = flat.aliases(flat.ema)
+                ema.update({index[id(p)]: aliases[i] for i, p in enumerate(flat.params) if started[i]})
+        return {"ema": ema} if ema else {}
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        index = {id(p): i for i, p in enumerate(self._parameters())}
+        for flat in self._flats:
+            flat.ema = flat.ema_fresh = None
+            loaded = [own.get("ema", {}).get(index[id(p)]) for p in flat.params]
+            if any(t is not None for t in loaded):
+                self._start_ema(flat)
+                for i, t in enumerate(loaded):
+                    if t is not None:
+                        flat.alias(flat.ema, i).copy_(t)
+                        flat.ema_fresh[i] = 0
+
+    @staticmethod
+    def _start_ema(flat: Flat) -> None:
+        flat.ema = flat.new_buffer()
+        flat.ema_fresh = torch.ones(len(flat.params), dtype=torch.uint8, device=flat.device)
+
+    def _adopt_parameters(self) -> None:
+        """Flatten the parameters of groups that are new since the last look."""
+        params = self._parameters()
+        if not params:
+            raise ValueError("the base optimizer has no parameters: pass model.parameters() to it")
+        check_parameters(
+            [
+                (f"parameter {i} of group {g}", p)
+                for g, group in enumerate(self.param_groups)
+                for i, p in enumerate(group["params"])
+            ]
+        )
+        for group in self.param_groups:
+            group.setdefault("rho", self.defaults["rho"])
+            _check_rho(group["rho"])
+        known = {id(p) for flat in self._flats for p in flat.params}
+        buckets: dict[tuple, list[tuple[Tensor, int]]] = {}
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if id(p) not in known:
+                    buckets.setdefault((p.device, p.dtype), []).append((p, g))
+        for device, _ in buckets:
+            ops.get_backend(self.backend, device)
+        for (device, _), members in buckets.items():
+            flat = Flat([p for p, _ in members], [g for _, g in members], flatten=self.flatten)
+            flat.backend = ops.get_backend(self.backend, device)
+            self._flats.append(flat)
+        self._num_parameters = len(params)
+        self._rows = None
+
+    def _check_idle(self, what: str) -> None:
+        if self._perturbed:
+            raise RuntimeError(
+                f"{what} while the weights are perturbed: finish the passes() loop first, or call opt.restore() to give it up"
+            )
+        if self._running:
+            raise RuntimeError(f"{what} inside a passes() loop or a closure: let that finish first")
+
+    # -- user's calls ---------------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> Stats:
+        """Norms and flags of the latest step, per micro-batch. Reading them is the only time anything is computed."""
+        if not self._norms_sq:
+            raise RuntimeError("stats are there after the first pass of the first step")
+        norms_sq = torch.cat(self._norms_sq)
+        achieved_sq = torch.cat([_sum(parts) for parts in self._achieved_sq])
+        return Stats(norms_sq.sqrt(), achieved_sq.sqrt(), ~norms_sq.isfinite())
+
+    def passes(self, *batch: Any) -> Iterator[Any]:
+        """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
+
+        ``batch``: tensors, or dicts, tuples and lists of them, that share dim 0. Several arguments are yielded as a tuple,
+        one as it came, both sliced along dim 0 (views). Without arguments the loop is one micro-batch of somebody else's
+        accumulation, and yields None.
+
+        After the loop the weights are bit for bit what they were, and the mean descent gradient, weighted by micro-batch
+        size, has been added to ``p.grad``, as ``backward()`` would. A ``break``, an exception or a dropped iterator
+        restores the weights and the gradients that were there before.
+
+        Raises:
+            ValueError: tensors of different length, or more micro-batches than samples.
+            TypeError: something in ``batch`` that is neither a tensor nor None.
+            RuntimeError: another loop is under way.
+        """
+        self._check_idle("passes()")
+        parts, shares = self._split(batch)
+        return self._passes(parts, shares)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
+        """Update the weights.
+
+        Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop.
+
+        With a closure, which runs forward and backward and returns the loss, or a sequence of them, one per micro-batch
+        of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
+        are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
+        gradients are what they were.
+
+        Returns:
+            None, the closure's value at w, or for a sequence the detached mean of the values.
+
+        Raises:
+            RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished.
+            ValueError: a number of closures other than ``num_micro_batches``.
+        """
+        self._check_idle("step()")
+        if closure is None:
+            self._prepare()
+            fused = self._fused()
+            if fused is None:
+                self.base_optimizer.step()
+            else:
+                for flat, (grads, absent) in self._collected():
+                    self._update(flat, fused, grads, absent)
+            return None
+        if isinstance(closure, Sequence):
+            closures = list(closure)
+            shares = closure.shares if isinstance(closure, _MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
+        else:
+            closures, shares = [closure], [1.0]
+        wanted = self.num_micro_batches
+        if not closures or (wanted and len(closures) != wanted):
+            raise ValueError(f"num_micro_batches={wanted} takes as many closures, one per micro-batch, got {len(closures)}")
+        values = self._run_closures(closures, shares)
+        if not isinstance(closure, Sequence):
+            return values[0]
+        return None if any(v is None for v in values) else sum(v * s for v, s in zip(values, shares, strict=True))
+
+    def train_step(self, loss_fn: Callable[..., Tensor], *batch: Any) -> Tensor:
+        """One whole step: ``loss_fn(*micro_batch)`` returns the mean loss of its micro-batch.
+
+        Args:
+            loss_fn: forward only; ``backward()`` is called on what it returns.
+            batch: as in ``passes``; ``loss_fn`` gets one argument for each.
+
+        Returns:
+            The detached mean loss at w over the whole batch.
+        """
+        self._check_idle("train_step()")
+        if not batch:
+            raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
+        parts, shares = self._split(batch)
+
+        def closure(part):
+            loss = loss_fn(*part) if len(batch) > 1 else loss_fn(part)
+            loss.backward()
+            return loss.detach()
+
+        return self.step(_MicroBatches([lambda part=part: closure(part) for part in parts], shares))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back now, bit for bit, and give up the step under way. Without one, nothing happens."""
+        for flat in self._flats:
+            # A negative sum is the mark of a kernel that was interrupted before it ran.
+            if flat.perturbed is not None and flat.achieved_sq.item() >= 0:
+                self._restore_weights(flat)
+            flat.perturbed = None
+        self._perturbed = self._running = False
+
+    # -- one step -------------------------------------------------------------------------------------------------------
+
+    def _split(self, batch: tuple) -> tuple[list[Any], list[float]]:
+        """The micro-batches, and the share of the batch's samples that each holds."""
+        if not batch:
+            return [None], [1.0]
+        leaves, spec = tree_flatten(batch[0] if len(batch) == 1 else batch)
+        lengths = set()
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.dim() > 0:
+                lengths.add(leaf.shape[0])
+            elif leaf is not None:
+                what = "a 0-d tensor" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+                raise TypeError(f"a batch holds tensors that share dim 0, in dicts, tuples and lists; got {what}")
+        if len(lengths) != 1:
+            raise ValueError(f"the tensors of a batch must share dim 0, got lengths {sorted(lengths)}")
+        (samples,) = lengths
+        sizes = self._sizes(samples)
+        columns = [[None] * len(sizes) if leaf is None else leaf.split(sizes) for leaf in leaves]
+        parts = [tree_unflatten(list(row), spec) for row in zip(*columns, strict=True)]
+        return parts, [size / samples for size in sizes]
+
+    def _sizes(self, samples: int) -> list[int]:
+        if samples == 0:
+            raise ValueError("the batch has no samples")
+        if self.micro_batch_size is not None:
+            size = self.micro_batch_size
+            return [min(size, samples - start) for start in range(0, samples, size)]
+        count = self.num_micro_batches
+        if count > samples:
+            raise ValueError(f"num_micro_batches={count} is more than the {samples} samples of the batch")
+        return [samples // count + (i < samples % count) for i in range(count)]
+
+    def _passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
+        self._check_idle("passes()")
+        with self._step_under_way() as before:
+            if len(parts) == 1:  # the last kernel of the loop can add to the gradients that were there
+                for flat, grads in zip(self._flats, before, strict=True):
+                    flat.start_from(grads)
+            for i, part in enumerate(parts):
+                yield part
+                self._ascend(first=i == 0)
+                self._clear_grads()
+                with self._frozen_statistics():
+                    yield part
+                self._descend(shares, i)
+                self._clear_grads()
+            for flat, grads in zip(self._flats, before, strict=True):
+                flat.set_grads(flat.means() if len(parts) == 1 else map(_added, grads, flat.means()))
+
+    def _run_closures(self, closures: list[Callable[[], Any]], shares: list[float]) -> list[Any]:
+        values = []
+        with self._step_under_way():
+            for i, closure in enumerate(closures):
+                with torch.enable_grad():
+                    values.append(closure())
+                self._ascend(first=i == 0)
+                self._clear_grads()
+                with torch.enable_grad(), self._frozen_statistics():
+                    closure()
+                if i + 1 < len(closures):
+                    self._descend(shares, i)
+                else:
+                    self._descend_and_update(shares)
+                self._clear_grads()
+        return values
+
+    @contextmanager
+    def _step_under_way(self) -> Iterator[list[list[Tensor | None]]]:
+        """Put the gradients that are there aside; bring them and the weights back if the step does not finish."""
+        self._prepare()
+        before = [[p.grad for p in flat.params] for flat in self._flats]
+        self._norms_sq, self._achieved_sq = [], []
+        self._running = True
+        try:
+            self._clear_grads()
+            for flat in self._flats:
+                flat.acc, flat.acc_absent = None, ()
+            yield before
+        except BaseException:
+            self.restore()
+            for flat, grads in zip(self._flats, before, strict=True):
+                flat.set_grads(grads)
+            raise
+        finally:
+            self._running = False
+            for flat in self._flats:
+                flat.acc = None
+
+    @contextmanager
+    def _frozen_statistics(self) -> Iterator[None]:
+        """Running statistics of ``model`` stay as they are: batches are normalised as before, nothing is recorded."""
+        layers = [m for m in self._norm_layers if m.training and m.track_running_stats]
+        try:
+            for layer in layers:
+                layer.track_running_stats = False
+            yield
+        finally:
+            for layer in layers:
+                layer.track_running_stats = True
+
+    def _prepare(self) -> None:
+        """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
+        if sum(len(group["params"]) for group in self.param_groups) != self._num_parameters:
+            self._adopt_parameters()
+        for flat in self._flats:
+            flat.check_pointers()
+        base = type(self.base_optimizer)
+        columns = _FUSED[base][1] if base in _FUSED else lambda group: ()
+        rows = [
+            tuple(float(v) if isinstance(v, Tensor) else v for v in (group.get("rho", self.defaults["rho"]), *columns(group)))
+            for group in self.param_groups
+        ]
+        if rows != self._rows:
+            for row in rows:
+                _check_rho(row[0])
+            hyper = torch.tensor(rows, dtype=torch.float64)
+            self._hyper = {flat.device: hyper.to(flat.device) for flat in self._flats}
+            self._state_keys = tuple(_FUSED[base][2](group) for group in self.param_groups) if base in _FUSED else ()
+            self._rows = rows
+
+    def _collected(self) -> list[tuple[Flat, tuple[list[Tensor], tuple[int, ...]]]]:
+        """Every flat with its gradients; all are looked at before any kernel runs."""
+        return [(flat, flat.collect_grads()) for flat in self._flats]
+
+    def _clear_grads(self) -> None:
+        for flat in self._flats:
+            flat.set_grads(repeat(None))
+
+    @torch.no_grad()
+    def _ascend(self, *, first: bool) -> None:
+        """p.grad is the gradient at w: perturb the weights."""
+        collected = self._collected()
+        lmbda = self.method.ema_decay
+        directions, sums = [], []
+        for flat, (grads, absent) in collected:
+            direction = self.method.direction
+            if lmbda is not None:
+                if flat.ema is None:
+                    self._start_ema(flat)
+                direction.update(ema=flat.ema, fresh=flat.ema_fresh)
+            directions.append(direction)
+            sums.append(flat.backend.inner_products(flat.weights, grads, flat.chunks(absent), **direction))
+        norm_sq = _sum(sums)
+        self._norms_sq.append(norm_sq)
+        self._achieved_sq.append([])
+        for (flat, (grads, absent)), direction in zip(collected, directions, strict=True):
+            if lmbda is not None:
+                direction["lmbda"] = lmbda
+            save = flat.save(absent, again=first)
+            flat.norm_sq = norm_sq.to(flat.device)
+            flat.achieved_sq = torch.full((1,), -1.0, dtype=torch.float64, device=flat.device)
+            self._achieved_sq[-1].append(flat.achieved_sq)
+            flat.perturbed, flat.perturbed_absent = flat.chunks(absent), absent
+            self._perturbed = True
+            flat.backend.perturb(
+                flat.weights,
+                grads,
+                flat.perturbed,
+                norm_sq=flat.norm_sq,
+                hyper=self._hyper[flat.device],
+                achieved_sq=flat.achieved_sq,
+                saved=flat.saved if save else None,
+                **direction,
+            )
+            increment_version(flat.params)
+            if flat.ema_fresh is not None and flat.device.type == "cpu" and not flat.ema_fresh.any():
+                flat.ema_fresh = None
+
+    @torch.no_grad()
+    def _descend(self, shares: list[float], i: int) -> None:
+        """p.grad is micro-batch i's gradient at w + e: weights back, the gradient into the mean."""
+        for flat, (grads, absent) in self._collected():
+            self._restore_and_accumulate(flat, grads, absent, shares, i)
+        self._perturbed = False
+
+    def _descend_and_update(self, shares: list[float]) -> None:
+        """The last micro-batch's ``_descend`` and the base optimizer's step, in one kernel where that is possible."""
+        fused = self._fused()
+        i = len(shares) - 1
+        for flat, (grads, absent) in self._collected():
+            if fused is not None and flat.is_uniform(absent):
+                c_acc, c = _coefficients(shares, i)
+                acc = flat.acc or []
+                self._update(
+                    flat, fused, grads, absent, acc, saved=flat.saved, norm_sq=flat.norm_sq, c_acc=c_acc, c=c
+                )
+                flat.perturbed = None
+            else:
+                self._restore_and_accumulate(flat, grads, absent, shares, i)
+                if fused is not None:
+                    self._update(flat, fused, flat.acc, flat.acc_absent)
+        self._perturbed = False
+        if fused is None:
+            for flat in self._flats:
+                flat.set_grads(flat.means())
+            self.base_optimizer.step()
+
+    @staticmethod
+    def _restore_weights(flat: Flat) -> None:
+        flat.backend.restore(flat.weights, [], [], flat.perturbed, saved=flat.saved)
+        increment_version(flat.params)
+
+    def _restore_and_accumulate(self, flat: Flat, grads: list[Tensor], absent: tuple, shares: list[float], i: int) -> None:
+        c_acc, c = _coefficients(shares, i)
+        coefficients = {"norm_sq": flat.norm_sq, "c_acc": c_acc, "c": c}
+        if flat.is_uniform(absent):
+            acc, new = (grads, []) if flat.acc is None else (flat.acc, grads)
+            flat.backend.restore(flat.weights, acc, new, flat.perturbed, saved=flat.saved, **coefficients)
+            increment_version(flat.params)
+        else:  # a parameter got a gradient in one pass only
+            self._restore_weights(flat)
+            acc, new, absent = (grads, [], absent) if flat.acc is None else flat.matched(grads, absent)
+            flat.backend.restore([], acc, new, flat.chunks(absent), **coefficients)
+        flat.acc, flat.acc_absent = acc, absent
+        flat.perturbed = None
+
+    def _fused(self) -> tuple | None:
+        """How to update in one kernel; None where only the base optimizer's own step will do."""
+        base = self.base_optimizer
+        step = base.__dict__.get("step")  # patched on the instance: by a scheduler, which only counts, or by the user
+        if (
+            (step is not None and not getattr(step, "_wrapped_by_lr_sched", False))
+            or base._optimizer_step_pre_hooks
+            or base._optimizer_step_post_hooks
+            or any(group.get("differentiable") or group.get("capturable") for group in self.param_groups)
+        ):
+            return None
+        return _FUSED.get(type(base))
+
+    def _update(
+        self, flat: Flat, fused: tuple, grads: list[Tensor], absent: tuple, acc: Sequence[Tensor] = (), **options: Any
+    ) -> None:
+        """The fused kernel on the base optimizer's own state."""
+        self.base_optimizer._opt_called = True  # what schedulers look at
+        if len(absent) == len(flat.params):
+            return
+        operator = fused[0]
+        fresh = flat.bind(self.state, self._state_keys, absent)
+        if operator == "sgd":
+            options["fresh"] = fresh
+        getattr(flat.backend, operator)(
+            flat.weights, acc, grads, flat.chunks(absent), hyper=self._hyper[flat.device], **flat.state, **options
+        )
+        increment_version(flat.params)
+
+
+def _coefficients(shares: list[float], i: int) -> tuple[float, float]:
+    """(c_acc, c) that add micro-batch i's gradient to the mean; the first one is kept as it is until there is a second."""
+    if len(shares) == 1:
+        return 1.0, 1.0
+    return (shares[0] if i == 1 else 1.0), shares[i]
+
+
+def _added(before: Tensor | None, mean: Tensor | None) -> Tensor | None:
+    if before is None or mean is None:
+        return mean if before is None else before
+    return before.add_(mean)

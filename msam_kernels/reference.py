@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification of the operators in plain torch: the same signatures as the kernels, any device, no compiler.
+
+With w the weights, g the gradient at w, ĝ the one at w + e, and all norms global (one L2 norm over every parameter of
+every group):
+
+    inner_products   ‖d‖²,   d = g − sigma·ema (F-SAM), d = T_w·d with T_w = |w| + eta (ASAM)
+    perturb          w ← w + e,   e = rho·d / (‖d‖ + 1e-12), or rho·T_w²·d / (‖T_w·d‖ + 1e-12)
+                     ema ← lmbda·ema + (1 − lmbda)·g, after its old value was used
+    restore          w ← saved;   acc ← c_acc·acc + c·ĝ
+    sgd, adam        torch.optim.SGD / Adam / AdamW on c_acc·acc + c·ĝ, starting from ``saved`` where that is given
+
+A non-finite ‖d‖ means e = 0, an unchanged ema and a NaN descent gradient. Arithmetic is fp32 (fp64 for fp64 storage):
+values are rounded to the storage type only when stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Columns of `hyper`, as in csrc/update_math.h.
+SGD_COLUMNS = ("rho", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+ADAM_COLUMNS = ("rho", "lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled")
+
+
+class _Segment(NamedTuple):
+    index: int
+    offset: int
+    numel: int
+    group: int
+
+    def of(self, tensors: list[Tensor], flat: bool = False) -> Tensor:
+        """This parameter's memory as a 1-d view, in a list of tensors or in one flat buffer."""
+        if flat:
+            return tensors[0][self.offset : self.offset + self.numel]
+        tensor = tensors[self.index]
+        return tensor.as_strided((tensor.numel(),), (1,))
+
+    def within(self, buffer: Tensor | None) -> Tensor | None:
+        return None if buffer is None else buffer[self.offset : self.offset + self.numel]
+
+
+def _segments(chunks: Tensor) -> Iterator[_Segment]:
+    """The whole parameters that the table names."""
+    for index, rows in groupby(chunks.tolist(), key=itemgetter(0)):
+        rows = list(rows)
+        _, _, offset, _, group = rows[0]
+        yield _Segment(index, offset, sum(row[3] for row in rows), group)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the arithmetic type."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _is_fresh(fresh: Tensor | None, segment: _Segment) -> bool:
+    return fresh is not None and bool(fresh[segment.index])
+
+
+def _direction(g: Tensor, ema: Tensor | None, sigma: float) -> Tensor:
+    return g if ema is None else g - _wide(ema) * sigma
+
+
+def _stretch(w: Tensor, eta: float) -> Tensor:
+    return w.abs() + eta
+
+
+def inner_products(weights, grads, chunks, *, ema=None, fresh=None, sigma=0.0, eta=None):
+    """``‖d‖²`` as float64 ``[1]``."""
+    total = torch.zeros(1, dtype=torch.float64, device=chunks.device)
+    for s in _segments(chunks):
+        d = _direction(_wide(s.of(grads)), s.within(ema), 0.0 if _is_fresh(fresh, s) else sigma)
+        if eta is not None:
+            d = _stretch(_wide(s.of(weights, len(weights) == 1)), eta) * d
+        total += d.double().square().sum()
+    return total
+
+
+def perturb(
+    weights,
+    grads,
+    chunks,
+    *,
+    norm_sq,
+    hyper,
+    achieved_sq,
+    saved=None,
+    ema=None,
+    fresh=None,
+    sigma=0.0,
+    lmbda=0.0,
+    eta=None,
+):
+    """Weights to w + e, the old ones to ``saved``, ema to its next value, ‖e‖² as stored to ``achieved_sq``."""
+    finite = norm_sq.isfinite()
+    if saved is not None:
+        for s in _segments(chunks):
+            s.within(saved).copy_(s.of(weights, len(weights) == 1))
+    achieved_sq.zero_()  # from here on the weights can be restored, also after an interruption
+    for s in _segments(chunks):
+        weight, g, average = s.of(weights, len(weights) == 1), _wide(s.of(grads)), s.within(ema)
+        w = _wide(weight).clone()
+        is_fresh = _is_fresh(fresh, s)
+        d = _direction(g, average, 0.0 if is_fresh else sigma)
+        if average is not None:
+            keep = 0.0 if is_fresh else lmbda
+            following = _wide(average) * keep + g * (1 - keep)
+            average.copy_(torch.where(finite, following, _wide(average)))
+        if eta is not None:
+            d = _stretch(w, eta).square() * d
+        scale = (hyper[s.group, 0] / (norm_sq.sqrt() + 1e-12)).to(w.dtype)
+        weight.copy_(torch.where(finite, w + d * scale, w))
+        achieved_sq += (weight.double() - w.double()).square().sum()
+        if is_fresh:
+            fresh[s.index] = ~finite[0]
+
+
+def _coefficient(c: float, norm_sq: Tensor | None) -> float | Tensor:
+    """c, or NaN after a non-finite ascent gradient."""
+    return c if norm_sq is None else torch.where(norm_sq.isfinite(), c, math.nan)
+
+
+def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0, c=1.0):
+    """``w ← saved`` and ``acc ← c_acc·acc + c·grads``; either part is left out where its lists are empty."""
+    for s in _segments(chunks):
+        if weights:
+            s.of(weights, len(weights) == 1).copy_(s.within(saved))
+        if acc:
+            total = s.of(acc)
+            if grads:
+                total.copy_(_descent(s, acc, grads, norm_sq, c_acc, c, total.dtype))
+            elif norm_sq is not None:
+                total.copy_(torch.where(norm_sq.isfinite(), total, math.nan))
+
+
+def _descent(s, acc, grads, norm_sq, c_acc, c, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    c = _coefficient(c, norm_sq)
+    c = c.to(wide) if isinstance(c, Tensor) else c
+    g = _wide(s.of(grads)) * c
+    return _wide(s.of(acc)) * c_acc + g if acc else g
+
+
+def _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, c_acc, c):
+    weight = s.of(weights, len(weights) == 1)
+    start = weight if saved is None else s.within(saved)
+    return weight, _wide(start).clone(), _descent(s, acc, grads, norm_sq, c_acc, c, weight.dtype)
+
+
+def sgd(
+    weights,
+    acc,
+    grads,
+    chunks,
+    *,
+    hyper,
+    saved=None,
+    momentum_buffer=None,
+    fresh=None,
+    norm_sq=None,
+    c_acc=1.0,
+    c=1.0,
+):
+    """One step of ``torch.optim.SGD``, columns ``SGD_COLUMNS``; a fresh momentum buffer begins as the gradient."""
+    rows = hyper.tolist()
+    for s in _segments(chunks):
+        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, c_acc, c)
+        _, lr, momentum, dampening, weight_decay, nesterov, maximize = rows[s.group][: len(SGD_COLUMNS)]
+        g = -g if maximize else g
+        if weight_decay:
+            g = g + w * weight_decay
+        if momentum:
+            buffer = s.within(momentum_buffer)
+            following = g if _is_fresh(fresh, s) else _wide(buffer) * momentum + g * (1 - dampening)
+            buffer.copy_(following)
+            g = g + following * momentum if nesterov else following
+        weight.copy_(w - g * lr)
+
+
+def adam(
+    weights,
+    acc,
+    grads,
+    chunks,
+    *,
+    hyper,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    max_exp_avg_sq=None,
+    saved=None,
+    norm_sq=None,
+    c_acc=1.0,
+    c=1.0,
+):
+    """One step of ``torch.optim.Adam`` or, where decoupled, ``AdamW``, columns ``ADAM_COLUMNS``; counts ``step``."""
+    rows = hyper.tolist()
+    for s in _segments(chunks):
+        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, c_acc, c)
+        _, lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled = rows[s.group][: len(ADAM_COLUMNS)]
+        step[s.index] += 1
+        t = step[s.index].item()
+        g = -g if maximize else g
+        if weight_decay and decoupled:
+            w = w * (1 - lr * weight_decay)
+        elif weight_decay:
+            g = g + w * weight_decay
+        m, v = s.within(exp_avg), s.within(exp_avg_sq)
+        first = _wide(m)
+        first = first + (g - first) * (1 - beta1) if 1 - beta1 < 0.5 else g - (g - first) * beta1
+        second = _wide(v) * beta2 + g * g * (1 - beta2)
+        m.copy_(first)
+        v.copy_(second)
+        if amsgrad:
+            largest = s.within(max_exp_avg_sq)
+            second = torch.maximum(_wide(largest), second)
+            largest.copy_(second)
+        step_size, correction = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
+        weight.copy_(w - first / (second.sqrt() / correction + eps) * step_size)
