@@ -92,34 +92,35 @@ struct Sgd {
 // torch.optim.Adam and AdamW (decoupled) for one group at the given step number, counted from 1.
 template <class T, bool kAmsgrad>
 struct Adam {
-  T one_minus_beta1, beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt;
-  bool maximize, decoupled;
+  T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt;
+  bool maximize, coupled, small;
 
   MSAM_FN Adam(const double* row, double step)
-      : one_minus_beta1(T(1 - row[kBeta1])),
-        beta1(T(row[kBeta1])),
+      : beta1(T(row[kBeta1])),
+        one_minus_beta1(T(1 - row[kBeta1])),
         beta2(T(row[kBeta2])),
         one_minus_beta2(T(1 - row[kBeta2])),
         eps(T(row[kEps])),
         weight_decay(T(row[kAdamWeightDecay])),
-        decay(T(1 - row[kLr] * row[kAdamWeightDecay])),
+        decay(row[kDecoupled] != 0 ? T(1 - row[kLr] * row[kAdamWeightDecay]) : T(1)),
         step_size(T(row[kLr] / (1 - std::pow(row[kBeta1], step)))),
         bias_correction2_sqrt(T(std::sqrt(1 - std::pow(row[kBeta2], step)))),
         maximize(row[kAdamMaximize] != 0),
-        decoupled(row[kDecoupled] != 0) {}
+        coupled(row[kDecoupled] == 0 && row[kAdamWeightDecay] != 0),
+        small(1 - row[kBeta1] < 0.5) {}
 
   MSAM_FN void operator()(T& w, T g, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
     g = maximize ? -g : g;
-    g = weight_decay != 0 && !decoupled ? g + weight_decay * w : g;
-    w = weight_decay != 0 && decoupled ? w * decay : w;
+    g = coupled ? g + weight_decay * w : g;
+    w = w * decay;
     // The two branches of torch.lerp.
-    exp_avg = one_minus_beta1 < T(0.5) ? exp_avg + one_minus_beta1 * (g - exp_avg) : g - (g - exp_avg) * beta1;
+    const T change = g - exp_avg, from_average = exp_avg + one_minus_beta1 * change, from_g = g - change * beta1;
+    exp_avg = small ? from_average : from_g;
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g);
     T v = exp_avg_sq;
     if (kAmsgrad) {
-      // torch.maximum: NaN wins.
-      max_exp_avg_sq = (v > max_exp_avg_sq || v != v) ? v : max_exp_avg_sq;
-      v = max_exp_avg_sq;
+      v = v <= max_exp_avg_sq ? max_exp_avg_sq : v;  // a NaN in exp_avg_sq, which stays there, wins as in torch.maximum
+      max_exp_avg_sq = v;
     }
     w = w - step_size * (exp_avg / (std::sqrt(v) / bias_correction2_sqrt + eps));
   }

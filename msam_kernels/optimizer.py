@@ -361,7 +361,9 @@ class MicroBatchSAM(Optimizer):
                 f"{what} while the weights are perturbed: finish the passes() loop first, or call opt.restore() to give it up"
             )
         if self._running:
-            raise RuntimeError(f"{what} inside a passes() loop or a closure: let that finish first")
+            raise RuntimeError(
+                f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up"
+            )
 
     # -- user's calls ---------------------------------------------------------------------------------------------------
 
@@ -540,8 +542,8 @@ class MicroBatchSAM(Optimizer):
         self._prepare()
         before = [[p.grad for p in flat.params] for flat in self._flats]
         self._norms_sq, self._achieved_sq = [], []
-        self._running = True
         try:
+            self._running = True
             self._clear_grads()
             for flat in self._flats:
                 flat.acc, flat.acc_absent = None, ()

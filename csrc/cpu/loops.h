@@ -93,6 +93,8 @@ struct Out {
   }
 };
 
+// body(i, count) for every block; count is a constant for whole blocks, and must be copied into an int before it bounds a
+// loop, or gcc drops the loop's annotation.
 template <class F>
 inline void for_blocks(int64_t numel, F&& body) {
   int64_t i = 0;
@@ -172,7 +174,8 @@ void inner_products_chunk(const InnerProducts& a, const Chunk& c, double* partia
   const T sigma = a.fresh && a.fresh[c.segment] ? T(0) : T(a.sigma);
   const T eta = T(a.eta);
   Lanes lanes;
-  for_blocks(c.numel, [&](int64_t i, auto n) {
+  for_blocks(c.numel, [&](int64_t i, auto count) {
+    const int n = count;
     alignas(64) T gt[kBlock], et[kBlock], wt[kBlock], d[kBlock];
     const T* x = load(grads + i, gt, n);
     if constexpr (friendly) {
@@ -219,7 +222,8 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   const T eta = T(a.eta);
   const bool adaptive = a.adaptive;
   Lanes lanes;
-  for_blocks(c.numel, [&](int64_t i, auto n) {
+  for_blocks(c.numel, [&](int64_t i, auto count) {
+    const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], d[kBlock], old[kBlock], result[kBlock], ema_result[kBlock];
     const T* w = load(weights + i, wt, n);
     const T* g = load(grads + i, gt, n);
@@ -268,7 +272,8 @@ void accumulate_chunk(const Restore& a, const Chunk& c) {
   S* accs = a.acc.at<S>(c);
   const S* grads = a.grads.at<S>(c);
   const T c_acc = T(a.c_acc), coef = T(a.c);
-  for_blocks(c.numel, [&](int64_t i, auto n) {
+  for_blocks(c.numel, [&](int64_t i, auto count) {
+    const int n = count;
     alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
     const T* acc = load(accs + i, at, n);
     const T* g = load(grads + i, gt, n);
@@ -283,7 +288,8 @@ template <class S>
 void poison_chunk(const Restore& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   S* accs = a.acc.at<S>(c);
-  for_blocks(c.numel, [&](int64_t i, auto n) {
+  for_blocks(c.numel, [&](int64_t i, auto count) {
+    const int n = count;
     alignas(64) T result[kBlock];
     Out<false, S, T> out{accs + i, result};
     T* nan = out.values();
@@ -336,9 +342,11 @@ void sgd_chunk(const Update& a, const Chunk& c) {
   const S* grads = a.grads.at<S>(c);
   const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
   S* buffers = static_cast<S*>(a.momentum_buffer) + (momentum ? c.offset : 0);
-  const Sgd<T, momentum> sgd(a.hyper + c.group * a.hyper_stride, a.fresh && a.fresh[c.segment]);
-  for_blocks(c.numel, [&](int64_t i, auto n) {
+  const Sgd<T, momentum> rule(a.hyper + c.group * a.hyper_stride, a.fresh && a.fresh[c.segment]);
+  for_blocks(c.numel, [&](int64_t i, auto count) {
+    const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], result[kBlock], m_result[kBlock];
+    const auto sgd = rule;  // a local copy stays in registers: stores cannot alias it
     const T* w = load(before + i, wt, n);
     const T* g = descent(a, accs, grads, i, at, gt, sum, n);
     Out<stream, S, T> out{weights + i, result};
@@ -386,10 +394,12 @@ void adam_chunk(const Update& a, const Chunk& c) {
   S* exp_avgs = static_cast<S*>(a.exp_avg) + c.offset;
   S* exp_avg_sqs = static_cast<S*>(a.exp_avg_sq) + c.offset;
   S* max_exp_avg_sqs = static_cast<S*>(a.max_exp_avg_sq) + (amsgrad ? c.offset : 0);
-  const Adam<T, amsgrad> adam(a.hyper + c.group * a.hyper_stride, a.step[c.segment]);
-  for_blocks(c.numel, [&](int64_t i, auto n) {
+  const Adam<T, amsgrad> rule(a.hyper + c.group * a.hyper_stride, a.step[c.segment]);
+  for_blocks(c.numel, [&](int64_t i, auto count) {
+    const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], vt[kBlock], xt[kBlock];
     alignas(64) T result[kBlock], m_result[kBlock], v_result[kBlock], x_result[kBlock];
+    const auto adam = rule;
     const T* w = load(before + i, wt, n);
     const T* g = descent(a, accs, grads, i, at, gt, sum, n);
     const T* m = load(exp_avgs + i, mt, n);

@@ -21,8 +21,8 @@ using at::Tensor;
 using at::TensorList;
 using MaybeTensor = std::optional<Tensor>;
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrain = 32768;
+// Elements per thread: for fewer, waking another thread costs more than it saves, and much more when it is slow to come.
+constexpr int64_t kGrain = 65536;
 // Streaming stores pay once a buffer no longer fits the cache that the cores share.
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
