@@ -40,11 +40,13 @@ bool is_regular(const at::Tensor& grad, const at::Tensor& param) {
   return true;
 }
 
-// Every p.grad, with a placeholder for None; whether all are regular; the indices of those that are None.
-py::tuple collect_grads(const py::list& params, py::handle placeholder) {
-  py::list grads(params.size()), absent;
+// Every p.grad, with a placeholder for None; whether all are regular; the indices of those that are None. Where all are
+// regular, counts the parameters as modified in place and, with `clear`, makes every p.grad None.
+py::tuple collect_grads(const py::list& params, py::handle placeholder, bool clear) {
+  const size_t n = params.size();
+  py::list grads(n), absent;
   bool regular = true;
-  for (size_t i = 0; i < params.size(); ++i) {
+  for (size_t i = 0; i < n; ++i) {
     TORCH_CHECK(THPVariable_Check(params[i].ptr()), "collect_grads takes tensors");
     const at::Tensor& param = THPVariable_Unpack(params[i].ptr());
     const at::Tensor& grad = param.grad();
@@ -56,6 +58,11 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder) {
     regular = regular && is_regular(grad, param);
     grads[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
   }
+  for (size_t i = 0; regular && i < n; ++i) {
+    const at::Tensor& param = THPVariable_Unpack(params[i].ptr());
+    param.unsafeGetTensorImpl()->bump_version();
+    if (clear) param.mutable_grad().reset();
+  }
   return py::make_tuple(std::move(grads), regular, py::tuple(absent));
 }
 
@@ -64,5 +71,5 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of msam_kernels";
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
-  m.def("collect_grads", &collect_grads, "(params, placeholder) -> (grads, regular, absent)");
+  m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
 }

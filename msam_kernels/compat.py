@@ -60,7 +60,7 @@ class SAM(MicroBatchSAM):
         self._prepare()
         self._norms_sq, self._achieved_sq = [], []
         try:
-            self._ascend(first=True)
+            self._ascend(first=True, clear=False)
         except BaseException:
             self.restore()
             raise
@@ -77,7 +77,7 @@ class SAM(MicroBatchSAM):
         if not self._perturbed:
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
         try:
-            self._descend_and_update([1.0])
+            self._descend_and_update([1.0], clear=False)
         except BaseException:
             self.restore()
             raise

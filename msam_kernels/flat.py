@@ -9,10 +9,12 @@ named by segment. ``chunks`` tells the kernels what to work on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from operator import is_
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import ops
 
@@ -197,19 +199,25 @@ class Flat:
                     self._check_unflattened(p)
         self._remember()
 
-    def collect_grads(self) -> tuple[list[Tensor], tuple[int, ...]]:
+    def collect_grads(self, *, clear: bool) -> tuple[list[Tensor], tuple[int, ...]]:
         """Every ``p.grad``, dense and in the memory order of its parameter, and the indices that have none.
+
+        With ``clear``, every ``p.grad`` is then None. The parameters count as modified in place, which every caller goes
+        on to do: a graph that still needs the old values raises instead of using wrong ones.
 
         Raises:
             TypeError: a sparse gradient.
         """
         if ops.collect_grads is not None:
-            grads, regular, absent = ops.collect_grads(self.params, self._absent_grad)
+            grads, regular, absent = ops.collect_grads(self.params, self._absent_grad, clear)
         else:
             grads, regular = [p.grad for p in self.params], False
             absent = [i for i, g in enumerate(grads) if g is None]
         if not regular:
             grads = [self._absent_grad if p.grad is None else self._regular(p, p.grad) for p in self.params]
+            increment_version(self.params)
+            if clear:
+                self.set_grads(repeat(None))
         return grads, tuple(absent)
 
     @staticmethod

@@ -80,7 +80,7 @@ class _Compiled:
     adam = torch.ops.msam_kernels.adam.default
 
 
-# (params, placeholder) -> (grads, regular, absent); None without the extension. See Flat.collect_grads.
+# (params, placeholder, clear) -> (grads, regular, absent); None without the extension. See Flat.collect_grads.
 collect_grads = getattr(_C, "collect_grads", None)
 
 BACKENDS = ("cpu", "reference")

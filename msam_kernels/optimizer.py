@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import methods as _methods
@@ -52,8 +53,29 @@ def _check_rho(rho: Any) -> None:
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
 
 
+def _step_hooks(optimizer: Optimizer) -> tuple[dict, ...]:
+    return (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+
+
 def _has_running_stats(module: nn.Module) -> bool:
     return isinstance(getattr(module, "track_running_stats", None), bool)
+
+
+@contextmanager
+def _frozen_statistics(layers: list[nn.Module]) -> Iterator[None]:
+    recording = [m for m in layers if m.training and m.track_running_stats]
+    try:
+        for layer in recording:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in recording:
+            layer.track_running_stats = True
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -396,7 +418,6 @@ class MicroBatchSAM(Optimizer):
         parts, shares = self._split(batch)
         return self._passes(parts, shares)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Update the weights.
 
@@ -414,6 +435,14 @@ class MicroBatchSAM(Optimizer):
             RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished.
             ValueError: a number of closures other than ``num_micro_batches``.
         """
+        if torch.autograd._profiler_enabled() or any(_step_hooks(self)):
+            return self._profiled_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # torch's wrapper costs more than a kernel, so it runs only where somebody listens
+
+    @torch.no_grad()
+    def _step(self, closure) -> Any:
         self._check_idle("step()")
         if closure is None:
             self._prepare()
@@ -421,21 +450,23 @@ class MicroBatchSAM(Optimizer):
             if fused is None:
                 self.base_optimizer.step()
             else:
-                for flat, (grads, absent) in self._collected():
+                for flat, (grads, absent) in self._collected(clear=False):
                     self._update(flat, fused, grads, absent)
             return None
-        if isinstance(closure, Sequence):
+        if callable(closure):
+            closures, shares = [closure], [1.0]
+        else:
             closures = list(closure)
             shares = closure.shares if isinstance(closure, _MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
-        else:
-            closures, shares = [closure], [1.0]
         wanted = self.num_micro_batches
         if not closures or (wanted and len(closures) != wanted):
             raise ValueError(f"num_micro_batches={wanted} takes as many closures, one per micro-batch, got {len(closures)}")
         values = self._run_closures(closures, shares)
-        if not isinstance(closure, Sequence):
+        if callable(closure):
             return values[0]
         return None if any(v is None for v in values) else sum(v * s for v, s in zip(values, shares, strict=True))
+
+    _profiled_step = Optimizer.profile_hook_step(_step)
 
     def train_step(self, loss_fn: Callable[..., Tensor], *batch: Any) -> Tensor:
         """One whole step: ``loss_fn(*micro_batch)`` returns the mean loss of its micro-batch.
@@ -511,11 +542,9 @@ class MicroBatchSAM(Optimizer):
             for i, part in enumerate(parts):
                 yield part
                 self._ascend(first=i == 0)
-                self._clear_grads()
                 with self._frozen_statistics():
                     yield part
                 self._descend(shares, i)
-                self._clear_grads()
             for flat, grads in zip(self._flats, before, strict=True):
                 flat.set_grads(flat.means() if len(parts) == 1 else map(_added, grads, flat.means()))
 
@@ -526,14 +555,12 @@ class MicroBatchSAM(Optimizer):
                 with torch.enable_grad():
                     values.append(closure())
                 self._ascend(first=i == 0)
-                self._clear_grads()
                 with torch.enable_grad(), self._frozen_statistics():
                     closure()
                 if i + 1 < len(closures):
                     self._descend(shares, i)
                 else:
                     self._descend_and_update(shares)
-                self._clear_grads()
         return values
 
     @contextmanager
@@ -544,9 +571,10 @@ class MicroBatchSAM(Optimizer):
         self._norms_sq, self._achieved_sq = [], []
         try:
             self._running = True
-            self._clear_grads()
-            for flat in self._flats:
+            for flat, grads in zip(self._flats, before, strict=True):
                 flat.acc, flat.acc_absent = None, ()
+                if any(g is not None for g in grads):
+                    flat.set_grads(repeat(None))
             yield before
         except BaseException:
             self.restore()
@@ -558,17 +586,9 @@ class MicroBatchSAM(Optimizer):
             for flat in self._flats:
                 flat.acc = None
 
-    @contextmanager
-    def _frozen_statistics(self) -> Iterator[None]:
+    def _frozen_statistics(self) -> AbstractContextManager:
         """Running statistics of ``model`` stay as they are: batches are normalised as before, nothing is recorded."""
-        layers = [m for m in self._norm_layers if m.training and m.track_running_stats]
-        try:
-            for layer in layers:
-                layer.track_running_stats = False
-            yield
-        finally:
-            for layer in layers:
-                layer.track_running_stats = True
+        return _frozen_statistics(self._norm_layers) if self._norm_layers else nullcontext()
 
     def _prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
@@ -590,18 +610,14 @@ class MicroBatchSAM(Optimizer):
             self._state_keys = tuple(_FUSED[base][2](group) for group in self.param_groups) if base in _FUSED else ()
             self._rows = rows
 
-    def _collected(self) -> list[tuple[Flat, tuple[list[Tensor], tuple[int, ...]]]]:
+    def _collected(self, *, clear: bool) -> list[tuple[Flat, tuple[list[Tensor], tuple[int, ...]]]]:
         """Every flat with its gradients; all are looked at before any kernel runs."""
-        return [(flat, flat.collect_grads()) for flat in self._flats]
-
-    def _clear_grads(self) -> None:
-        for flat in self._flats:
-            flat.set_grads(repeat(None))
+        return [(flat, flat.collect_grads(clear=clear)) for flat in self._flats]
 
     @torch.no_grad()
-    def _ascend(self, *, first: bool) -> None:
-        """p.grad is the gradient at w: perturb the weights."""
-        collected = self._collected()
+    def _ascend(self, *, first: bool, clear: bool = True) -> None:
+        """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
+        collected = self._collected(clear=clear)
         lmbda = self.method.ema_decay
         directions, sums = [], []
         for flat, (grads, absent) in collected:
@@ -634,22 +650,21 @@ class MicroBatchSAM(Optimizer):
                 saved=flat.saved if save else None,
                 **direction,
             )
-            increment_version(flat.params)
             if flat.ema_fresh is not None and flat.device.type == "cpu" and not flat.ema_fresh.any():
                 flat.ema_fresh = None
 
     @torch.no_grad()
     def _descend(self, shares: list[float], i: int) -> None:
-        """p.grad is micro-batch i's gradient at w + e: weights back, the gradient into the mean."""
-        for flat, (grads, absent) in self._collected():
+        """p.grad is micro-batch i's gradient at w + e: weights back, the gradient into the mean, p.grad cleared."""
+        for flat, (grads, absent) in self._collected(clear=True):
             self._restore_and_accumulate(flat, grads, absent, shares, i)
         self._perturbed = False
 
-    def _descend_and_update(self, shares: list[float]) -> None:
+    def _descend_and_update(self, shares: list[float], *, clear: bool = True) -> None:
         """The last micro-batch's ``_descend`` and the base optimizer's step, in one kernel where that is possible."""
         fused = self._fused()
         i = len(shares) - 1
-        for flat, (grads, absent) in self._collected():
+        for flat, (grads, absent) in self._collected(clear=clear):
             if fused is not None and flat.is_uniform(absent):
                 c_acc, c = _coefficients(shares, i)
                 acc = flat.acc or []
@@ -666,6 +681,9 @@ class MicroBatchSAM(Optimizer):
             for flat in self._flats:
                 flat.set_grads(flat.means())
             self.base_optimizer.step()
+            if clear:
+                for flat in self._flats:
+                    flat.set_grads(repeat(None))
 
     @staticmethod
     def _restore_weights(flat: Flat) -> None:
@@ -678,7 +696,6 @@ class MicroBatchSAM(Optimizer):
         if flat.is_uniform(absent):
             acc, new = (grads, []) if flat.acc is None else (flat.acc, grads)
             flat.backend.restore(flat.weights, acc, new, flat.perturbed, saved=flat.saved, **coefficients)
-            increment_version(flat.params)
         else:  # a parameter got a gradient in one pass only
             self._restore_weights(flat)
             acc, new, absent = (grads, [], absent) if flat.acc is None else flat.matched(grads, absent)
@@ -713,7 +730,6 @@ class MicroBatchSAM(Optimizer):
         getattr(flat.backend, operator)(
             flat.weights, acc, grads, flat.chunks(absent), hyper=self._hyper[flat.device], **flat.state, **options
         )
-        increment_version(flat.params)
 
 
 def _coefficients(shares: list[float], i: int) -> tuple[float, float]:
