@@ -34,13 +34,15 @@ def _alias(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
     safetensors and ``share_memory_`` see tied parameters. DLPack wraps the same memory in a new storage.
     """
     memory = torch.from_dlpack(buffer[offset : offset + like.numel()])
-    if like.numel() and _is_dense(like):
+    if _is_dense(like):
         return memory.as_strided(like.size(), like.stride())
     return memory.view(like.size())
 
 
 def _is_dense(t: Tensor) -> bool:
     """Every element once, no gaps: the memory can be read as one run."""
+    if t.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.size(), strict=True) if si != 1):
         if stride != expected:
@@ -252,7 +254,8 @@ class Flat:
     def start_from(self, grads: Sequence[Tensor | None]) -> None:
         """The mean of the descent gradients begins with gradients that were there before the step."""
         if any(g is not None for g in grads):
-            self.acc = [self._absent_grad if g is None else self._regular(p, g) for p, g in zip(self.params, grads)]
+            pairs = zip(self.params, grads, strict=True)
+            self.acc = [self._absent_grad if g is None else self._regular(p, g) for p, g in pairs]
             self.acc_absent = tuple(i for i, g in enumerate(grads) if g is None)
 
     def is_uniform(self, absent: tuple[int, ...]) -> bool:

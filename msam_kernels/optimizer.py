@@ -189,6 +189,11 @@ class MicroBatchSAM(Optimizer):
             )
         if isinstance(base_optimizer, MicroBatchSAM):
             raise TypeError("base_optimizer is a MicroBatchSAM already: wrap the plain optimizer once")
+        if "rho" in base_optimizer.defaults:
+            raise ValueError(
+                f"{type(base_optimizer).__name__} has a rho of its own, {base_optimizer.defaults['rho']!r}, in the place "
+                "where SAM's goes: use a base optimizer without one, e.g. SGD or AdamW"
+            )
         method = _methods.SAM() if method is None else method
         if not isinstance(method, _methods.SAM):
             raise TypeError(f"method must be one of msam_kernels.methods, e.g. methods.FriendlySAM(), got {method!r}")
@@ -708,7 +713,7 @@ class MicroBatchSAM(Optimizer):
         base = self.base_optimizer
         step = base.__dict__.get("step")  # patched on the instance: by a scheduler, which only counts, or by the user
         if (
-            (step is not None and not getattr(step, "_wrapped_by_lr_sched", False))
+            (step is not None and getattr(step, "__wrapped__", None) is not type(base).step)
             or base._optimizer_step_pre_hooks
             or base._optimizer_step_post_hooks
             or any(group.get("differentiable") or group.get("capturable") for group in self.param_groups)

@@ -38,10 +38,9 @@ class _Segment(NamedTuple):
 
     def of(self, tensors: list[Tensor], flat: bool = False) -> Tensor:
         """This parameter's memory as a 1-d view, in a list of tensors or in one flat buffer."""
-        if flat:
-            return tensors[0][self.offset : self.offset + self.numel]
-        tensor = tensors[self.index]
-        return tensor.as_strided((tensor.numel(),), (1,))
+        tensor = tensors[0 if flat else self.index]
+        memory = tensor.as_strided((tensor.numel(),), (1,))
+        return self.within(memory) if flat else memory
 
     def within(self, buffer: Tensor | None) -> Tensor | None:
         return None if buffer is None else buffer[self.offset : self.offset + self.numel]
@@ -124,7 +123,7 @@ def perturb(
 
 def _coefficient(c: float, norm_sq: Tensor | None) -> float | Tensor:
     """c, or NaN after a non-finite ascent gradient."""
-    return c if norm_sq is None else torch.where(norm_sq.isfinite(), c, math.nan)
+    return c if norm_sq is None else torch.full_like(norm_sq, c).masked_fill(~norm_sq.isfinite(), math.nan)
 
 
 def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0, c=1.0):

@@ -6,6 +6,7 @@
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -96,11 +97,11 @@ class Call {
     if (elements_ <= kGrain) return kernel(0, size_);
     std::vector<int64_t> starts(size_ + 1, 0);
     for (int64_t k = 0; k < size_; ++k) starts[k + 1] = starts[k] + chunks_[k].numel;
-    at::parallel_for(0, elements_, kGrain, [&](int64_t from, int64_t to) {
-      const auto first = std::lower_bound(starts.begin(), starts.end() - 1, from) - starts.begin();
-      const auto last = std::lower_bound(starts.begin(), starts.end() - 1, to) - starts.begin();
-      kernel(first, last);
-    });
+    const auto first_from = [&](int64_t element) {
+      return element == elements_ ? size_ : std::lower_bound(starts.begin(), starts.end(), element) - starts.begin();
+    };
+    at::parallel_for(0, elements_, kGrain,
+                     [&](int64_t from, int64_t to) { kernel(first_from(from), first_from(to)); });
   }
 
  private:
@@ -125,10 +126,7 @@ double total(const Tensor& partials) {
 
 at::ScalarType dtype_of(TensorList first, TensorList second, const char* names) {
   TORCH_CHECK(!first.empty() || !second.empty(), names, " are empty");
-  for (TensorList list : {first, second})
-    for (const Tensor& t : list)
-      if (t.numel()) return t.scalar_type();
-  return at::kFloat;
+  return (first.empty() ? second : first)[0].scalar_type();
 }
 
 Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks, const MaybeTensor& ema,
