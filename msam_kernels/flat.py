@@ -137,6 +137,7 @@ class Flat:
 
     def _remember(self) -> None:
         self._pointers = list(map(Tensor.data_ptr, self.params))
+        self._strides = [p.stride() for p in self.params]
         if not self.flatten:
             self._weights = [p.detach() for p in self.params]
 
@@ -163,6 +164,8 @@ class Flat:
                 for begin in range(0, p.numel(), CHUNK)
             ]
             table = torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(-1, 5)
+            if len(self._tables) >= 32:  # gradients that come and go at random must not fill the memory
+                self._tables.clear()
             self._tables[absent] = table
         return table
 
@@ -199,7 +202,21 @@ class Flat:
                     p.data = alias
                 else:
                     self._check_unflattened(p)
+                if p.stride() != self._strides[i]:
+                    self._reorder(i)
         self._remember()
+
+    def _reorder(self, i: int) -> None:
+        """Bring what is kept for a parameter into its new memory order, e.g. after ``.to(memory_format=...)``."""
+        p, offset = self.params[i], self.offsets[i]
+        for name, buffer in (("ema", self.ema), *self.state.items()):
+            if buffer is None or name == "step":
+                continue
+            values = buffer.as_strided(p.size(), self._strides[i], offset).clone()
+            buffer.as_strided(p.size(), p.stride(), offset).copy_(values)
+            for view in self._bound[-1] if self._bound else ():
+                if view.data_ptr() == buffer[offset:].data_ptr() and view.shape == p.shape:
+                    view.as_strided_(p.size(), p.stride())
 
     def collect_grads(self, *, clear: bool) -> tuple[list[Tensor], tuple[int, ...]]:
         """Every ``p.grad``, dense and in the memory order of its parameter, and the indices that have none.
@@ -292,9 +309,13 @@ class Flat:
             uint8 ``[P]``, set where state was missing; None where nothing was.
         """
         if self._bound is not None:
-            key, dicts, names, views = self._bound
-            # The dicts' identity: load_state_dict replaces them; their values': somebody may replace those by hand.
-            if key == (id(state), len(state), keys, absent) and all(map(is_, map(dict.get, dicts, names), views)):
+            key, entries, dicts, names, views = self._bound
+            # load_state_dict replaces the entries, and anybody may replace them, or the tensors in them, by hand.
+            if (
+                key == (keys, absent, len(state))
+                and all(map(is_, state.values(), entries))
+                and all(map(is_, map(dict.get, dicts, names), views))
+            ):
                 return None
         fresh = torch.zeros(len(self.params), dtype=torch.uint8)
         dicts, names, views = [], [], []
@@ -314,7 +335,7 @@ class Flat:
                     view.copy_(old)
                 entry[name] = view
                 dicts.append(entry), names.append(name), views.append(view)
-        self._bound = ((id(state), len(state), keys, absent), dicts, names, views)
+        self._bound = ((keys, absent, len(state)), list(state.values()), dicts, names, views)
         return fresh.to(self.device) if fresh.any() else None
 
     def _state_buffer(self, name: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -225,10 +226,17 @@ class MicroBatchSAM(Optimizer):
         self._rows: list[tuple] | None = None
         self._state_keys: tuple[tuple[str, ...], ...] = ()
         self._hyper: dict[torch.device, Tensor] = {}
-        self._running = self._perturbed = False
+        self._perturbed = False
+        self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, what p.grad was
         self._norms_sq: list[Tensor] = []
         self._achieved_sq: list[list[Tensor]] = []
         self._norm_layers = [] if self.model is None else [m for m in self.model.modules() if _has_running_stats(m)]
+        this = weakref.ref(self)
+
+        def keep_rho(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+            return None if this() is None else this()._with_rho(state_dict)
+
+        self.base_optimizer.register_load_state_dict_pre_hook(keep_rho)
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 
@@ -270,10 +278,7 @@ class MicroBatchSAM(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" not in state:  # Optimizer.load_state_dict hands over what it loaded
-            rhos = [group["rho"] for group in self.param_groups]
             self.base_optimizer.__setstate__(state)
-            for group, rho in zip(self.param_groups, rhos, strict=True):
-                group.setdefault("rho", rho)
             return
         own = state.pop(_STATE_KEY)
         super().__setstate__(state)
@@ -319,8 +324,15 @@ class MicroBatchSAM(Optimizer):
                             f"state_dict has {name} of shape {tuple(value.shape)} for parameter {i}, whose shape is "
                             f"{tuple(params[i].shape)}: it was saved for another model"
                         )
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+        plain = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        super().load_state_dict(self._with_rho(plain))
         self._load_own_state(state_dict.get(_STATE_KEY, {}))
+
+    def _with_rho(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Groups that bring no rho, as in a plain optimizer's state dict, get the one that is there."""
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)
+        groups = [{"rho": mine.get("rho", self.defaults["rho"]), **theirs} for mine, theirs in pairs]
+        return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -387,7 +399,7 @@ class MicroBatchSAM(Optimizer):
             raise RuntimeError(
                 f"{what} while the weights are perturbed: finish the passes() loop first, or call opt.restore() to give it up"
             )
-        if self._running:
+        if self._before is not None:
             raise RuntimeError(
                 f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up"
             )
@@ -495,15 +507,30 @@ class MicroBatchSAM(Optimizer):
 
         return self.step(_MicroBatches([lambda part=part: closure(part) for part in parts], shares))
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; inside a ``passes`` loop it also drops the gradients that were there before the loop."""
+        super().zero_grad(set_to_none)
+        for grads in self._before or ():
+            grads[:] = [None] * len(grads)
+
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the weights back now, bit for bit, and give up the step under way. Without one, nothing happens."""
+        """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         for flat in self._flats:
-            # A negative sum is the mark of a kernel that was interrupted before it ran.
-            if flat.perturbed is not None and flat.achieved_sq.item() >= 0:
+            # -1 is the mark of a kernel that was interrupted before it ran.
+            if flat.perturbed is not None and flat.achieved_sq.item() != -1:
                 self._restore_weights(flat)
             flat.perturbed = None
-        self._perturbed = self._running = False
+        self._perturbed = False
+        if self._before is not None:
+            for flat, grads in zip(self._flats, self._before, strict=True):
+                flat.set_grads(grads)
+        self._end_step()
+
+    def _end_step(self) -> None:
+        self._before = None
+        for flat in self._flats:
+            flat.acc = None
 
     # -- one step -------------------------------------------------------------------------------------------------------
 
@@ -541,17 +568,23 @@ class MicroBatchSAM(Optimizer):
     def _passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
         self._check_idle("passes()")
         with self._step_under_way() as before:
-            if len(parts) == 1:  # the last kernel of the loop can add to the gradients that were there
-                for flat, grads in zip(self._flats, before, strict=True):
-                    flat.start_from(grads)
             for i, part in enumerate(parts):
                 yield part
+                self._check_current(before)
                 self._ascend(first=i == 0)
                 with self._frozen_statistics():
                     yield part
+                self._check_current(before)
+                if len(parts) == 1:  # the last kernel of the loop can add to the gradients that were there
+                    for flat, grads in zip(self._flats, before, strict=True):
+                        flat.start_from(grads)
                 self._descend(shares, i)
             for flat, grads in zip(self._flats, before, strict=True):
                 flat.set_grads(flat.means() if len(parts) == 1 else map(_added, grads, flat.means()))
+
+    def _check_current(self, before: list) -> None:
+        if self._before is not before:
+            raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
 
     def _run_closures(self, closures: list[Callable[[], Any]], shares: list[float]) -> list[Any]:
         values = []
@@ -575,21 +608,19 @@ class MicroBatchSAM(Optimizer):
         before = [[p.grad for p in flat.params] for flat in self._flats]
         self._norms_sq, self._achieved_sq = [], []
         try:
-            self._running = True
+            self._before = before
             for flat, grads in zip(self._flats, before, strict=True):
                 flat.acc, flat.acc_absent = None, ()
                 if any(g is not None for g in grads):
                     flat.set_grads(repeat(None))
             yield before
         except BaseException:
-            self.restore()
-            for flat, grads in zip(self._flats, before, strict=True):
-                flat.set_grads(grads)
+            if self._before is before:  # else it was given up, and what is there now is not ours
+                self.restore()
             raise
         finally:
-            self._running = False
-            for flat in self._flats:
-                flat.acc = None
+            if self._before is before:
+                self._end_step()
 
     def _frozen_statistics(self) -> AbstractContextManager:
         """Running statistics of ``model`` stay as they are: batches are normalised as before, nothing is recorded."""
