@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The extension module _C: loading it registers the operators; build_info() says what was built; collect_grads() spares
-// the optimizer a Python loop over the parameters.
+// the optimizer a Python loop over the parameters, and so does memory_layout().
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
+
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -66,10 +68,29 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   return py::make_tuple(std::move(grads), regular, py::tuple(absent));
 }
 
+// What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out.
+py::bytes memory_layout(const py::list& groups) {
+  std::vector<int64_t> layout;
+  for (py::handle group : groups) {
+    const auto params = py::reinterpret_borrow<py::list>(group);
+    layout.push_back(int64_t(params.size()));
+    for (py::handle p : params) {
+      TORCH_CHECK(THPVariable_Check(p.ptr()), "memory_layout takes tensors");
+      const at::Tensor& param = THPVariable_Unpack(p.ptr());
+      layout.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
+      layout.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
+      layout.insert(layout.end(), param.sizes().begin(), param.sizes().end());
+      layout.insert(layout.end(), param.strides().begin(), param.strides().end());
+    }
+  }
+  return {reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of msam_kernels";
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
+  m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
 }

@@ -50,6 +50,10 @@ class SAM(MicroBatchSAM):
                 f"base_optimizer must be an optimizer class such as torch.optim.SGD, got {base_optimizer!r}; for an "
                 "instance use msam_kernels.MicroBatchSAM"
             )
+        params = list(params)
+        for group in params:
+            if isinstance(group, dict) and group.get("adaptive", adaptive) != adaptive:
+                raise ValueError(f"adaptive is one for all groups: got {adaptive=} and a group with {group['adaptive']!r}")
         method = methods.AdaptiveSAM(eta=0.0) if adaptive else methods.SAM()
         super().__init__(base_optimizer(params, **kwargs), rho, method=method)
 
@@ -86,7 +90,7 @@ class SAM(MicroBatchSAM):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
-        """Both steps; ``closure`` runs forward and backward at w + e.
+        """Both steps; ``closure`` runs forward and backward at w + e. A sequence of closures is ``MicroBatchSAM.step``'s.
 
         Returns:
             What the closure returned, the loss at w + e.
@@ -96,10 +100,14 @@ class SAM(MicroBatchSAM):
         """
         if closure is None:
             raise RuntimeError("SAM.step needs a closure that runs forward and backward; or call first_step, second_step")
+        if not callable(closure):
+            return super().step(closure)
         self.first_step(zero_grad=True)
         try:
-            with torch.enable_grad(), self._frozen_statistics():
+            self._freeze_statistics()
+            with torch.enable_grad():
                 loss = closure()
+            self._thaw_statistics()
         except BaseException:
             self.restore()
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,10 +88,11 @@ class Flat:
         groups: for each, the index of its parameter group.
         flatten: re-point every ``p.data``, once, into one flat buffer of weights. Without it, and for parameters in
             shared memory, which must stay where other processes see them, weights are reached by segment.
+        backend: the namespace of operators, see ``ops``.
     """
 
-    def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool):
-        self.params, self.groups = params, groups
+    def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool, backend: Any):
+        self.params, self.groups, self.backend = params, groups, backend
         self.device, self.dtype = params[0].device, params[0].dtype
         step = ALIGNMENT // params[0].element_size()
         self.offsets, size = [], 0
@@ -112,7 +114,6 @@ class Flat:
             for p in params:
                 self._check_unflattened(p)
         self._remember()
-        self.backend = None  # set by the optimizer
         # Kept from step to step, made when first needed.
         self.saved: Tensor | None = None
         self.ema: Tensor | None = None
@@ -138,6 +139,7 @@ class Flat:
     def _remember(self) -> None:
         self._pointers = list(map(Tensor.data_ptr, self.params))
         self._strides = [p.stride() for p in self.params]
+        self._numels = [p.numel() for p in self.params]
         if not self.flatten:
             self._weights = [p.detach() for p in self.params]
 
@@ -176,29 +178,28 @@ class Flat:
         """What the operators take as weights: [the flat buffer], or every parameter's memory."""
         return self._weights
 
-    def check_pointers(self) -> None:
+    def take_back(self) -> None:
         """Take back parameters that somebody re-pointed; refuse those that moved away.
 
         Raises:
             RuntimeError: a parameter is now on another device or of another dtype or size.
         """
-        if list(map(Tensor.data_ptr, self.params)) == self._pointers:
-            return
         for i, p in enumerate(self.params):
-            if p.data_ptr() == self._pointers[i]:
-                continue
-            numel = self.chunks()[self.chunks()[:, 0] == i, 3].sum().item()
-            if p.device != self.device or p.dtype != self.dtype or p.numel() != numel:
+            if p.device != self.device or p.dtype != self.dtype or p.numel() != self._numels[i]:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} is now {p.dtype} on {p.device} with {p.numel()} elements; it "
-                    f"was {self.dtype} on {self.device} with {numel} when the optimizer was made: move, convert or "
-                    "resize the model first, then make the optimizer"
+                    f"was {self.dtype} on {self.device} with {self._numels[i]} when the optimizer was made: move, convert "
+                    "or resize the model first, then make the optimizer"
                 )
+        if any(p.is_shared() for p in self.params if p.device.type == "cpu"):
+            self.flatten = False  # other processes look where they are now
         for i, p in enumerate(self.params):
-            if p.data_ptr() != self._pointers[i] and p.numel():
+            moved = p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i]
+            if moved and p.numel():
                 if self.flatten:
+                    values = p.detach().clone()
                     alias = self.alias(self._weights[0], i)
-                    alias.copy_(p.detach())
+                    alias.copy_(values)
                     p.data = alias
                 else:
                     self._check_unflattened(p)

@@ -83,6 +83,15 @@ class _Compiled:
 # (params, placeholder, clear) -> (grads, regular, absent); None without the extension. See Flat.collect_grads.
 collect_grads = getattr(_C, "collect_grads", None)
 
+
+
+def _memory_layout(groups):
+    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in params] for params in groups]
+
+
+# (list of lists of parameters) -> a value that changes when any of them, its memory or its layout does.
+memory_layout = getattr(_C, "memory_layout", _memory_layout)
+
 BACKENDS = ("cpu", "reference")
 
 

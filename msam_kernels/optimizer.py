@@ -7,7 +7,7 @@ import math
 import numbers
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -50,7 +51,8 @@ class _MicroBatches(list):
 
 
 def _check_rho(rho: Any) -> None:
-    if not isinstance(rho, (numbers.Real, Tensor)) or not 0 <= rho < math.inf:
+    is_number = rho.numel() == 1 if isinstance(rho, Tensor) else isinstance(rho, numbers.Real)
+    if not is_number or not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
 
 
@@ -63,20 +65,19 @@ def _step_hooks(optimizer: Optimizer) -> tuple[dict, ...]:
     )
 
 
-def _has_running_stats(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "track_running_stats", None), bool)
-
-
-@contextmanager
-def _frozen_statistics(layers: list[nn.Module]) -> Iterator[None]:
-    recording = [m for m in layers if m.training and m.track_running_stats]
-    try:
-        for layer in recording:
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer in recording:
-            layer.track_running_stats = True
+def _running_statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(layer, attribute, value): what to set so that a BatchNorm-like layer in training records nothing."""
+    stack = [model]
+    while stack:
+        layer = stack.pop()
+        if layer is None:
+            continue
+        stack.extend(layer._modules.values())
+        if layer.__dict__.get("track_running_stats") and layer.training:
+            if isinstance(layer, _InstanceNorm):  # does not ask the flag
+                yield from ((layer, "running_mean", None), (layer, "running_var", None))
+            else:
+                yield layer, "track_running_stats", False
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -205,6 +206,9 @@ class MicroBatchSAM(Optimizer):
                 raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _check_rho(rho)
+        for group in getattr(base_optimizer, "_msam_groups", []):
+            group.pop("rho", None)  # put there by an earlier wrapper, not by the user
         for group in base_optimizer.param_groups:
             _check_rho(group.get("rho", rho))
         self.base_optimizer = base_optimizer
@@ -222,7 +226,7 @@ class MicroBatchSAM(Optimizer):
     def _begin_life(self) -> None:
         """What is not saved: buffers are made again, nothing is in flight."""
         self._flats: list[Flat] = []
-        self._num_parameters = 0
+        self._layout: Any = None  # of all parameters, as the flats know it
         self._rows: list[tuple] | None = None
         self._state_keys: tuple[tuple[str, ...], ...] = ()
         self._hyper: dict[torch.device, Tensor] = {}
@@ -230,7 +234,7 @@ class MicroBatchSAM(Optimizer):
         self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, what p.grad was
         self._norms_sq: list[Tensor] = []
         self._achieved_sq: list[list[Tensor]] = []
-        self._norm_layers = [] if self.model is None else [m for m in self.model.modules() if _has_running_stats(m)]
+        self._frozen: list[tuple[nn.Module, str, Any]] = []  # (layer, attribute, its value) of frozen statistics
         this = weakref.ref(self)
 
         def keep_rho(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -259,6 +263,8 @@ class MicroBatchSAM(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group may have a "rho". The new parameters are flattened, the old ones stay where they are."""
         self._check_idle("add_param_group()")
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict with 'params', got {type(param_group).__name__}")
         rho = param_group.get("rho", self.defaults["rho"])
         _check_rho(rho)
         self.base_optimizer.add_param_group({**param_group, "rho": rho})
@@ -291,7 +297,7 @@ class MicroBatchSAM(Optimizer):
         if self.micro_batch_size is None:
             split = f"num_micro_batches={self.num_micro_batches}"
         base = "\n  ".join(repr(self.base_optimizer).splitlines())
-        return f"MicroBatchSAM(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
+        return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps."""
@@ -306,13 +312,26 @@ class MicroBatchSAM(Optimizer):
             ValueError: ``state_dict`` is of other parameters; nothing was changed.
         """
         self._check_idle("load_state_dict()")
+        self._check_state_dict(state_dict)
+        plain = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
+        super().load_state_dict(self._with_rho(plain))
+        self._load_own_state(state_dict.get(_STATE_KEY, {}))
+
+    def _check_state_dict(self, state_dict: Any) -> None:
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
                 "state_dict must be what opt.state_dict() returns, with 'state' and 'param_groups', got "
                 f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__}"
             )
+        own = state_dict.get(_STATE_KEY, {})
+        ema = own.get("ema", {}) if isinstance(own, dict) else None
+        if not isinstance(ema, dict) or not all(isinstance(t, Tensor) for t in ema.values()):
+            raise ValueError(f"state_dict[{_STATE_KEY!r}] must be a dict whose 'ema' holds tensors by parameter, got {own!r}")
+        for i, group in enumerate(state_dict["param_groups"]):
+            if "params" not in group:
+                raise ValueError(f"state_dict has no 'params' in group {i}: it was not made by an optimizer")
+            _check_rho(group.get("rho", 0.0))
         params = self._parameters()
-        ema = state_dict.get(_STATE_KEY, {}).get("ema", {})
         for where, entries in (("state", state_dict["state"]), ("ema", {i: {"ema": t} for i, t in ema.items()})):
             for i, entry in entries.items():
                 if isinstance(i, int) and not 0 <= i < len(params):
@@ -324,9 +343,6 @@ class MicroBatchSAM(Optimizer):
                             f"state_dict has {name} of shape {tuple(value.shape)} for parameter {i}, whose shape is "
                             f"{tuple(params[i].shape)}: it was saved for another model"
                         )
-        plain = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
-        super().load_state_dict(self._with_rho(plain))
-        self._load_own_state(state_dict.get(_STATE_KEY, {}))
 
     def _with_rho(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Groups that bring no rho, as in a plain optimizer's state dict, get the one that is there."""
@@ -365,34 +381,54 @@ class MicroBatchSAM(Optimizer):
         flat.ema_fresh = torch.ones(len(flat.params), dtype=torch.uint8, device=flat.device)
 
     def _adopt_parameters(self) -> None:
-        """Flatten the parameters of groups that are new since the last look."""
+        """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
+
+        Raises:
+            RuntimeError: parameters left their group, or were moved or converted.
+        """
         params = self._parameters()
         if not params:
             raise ValueError("the base optimizer has no parameters: pass model.parameters() to it")
-        check_parameters(
-            [
-                (f"parameter {i} of group {g}", p)
-                for g, group in enumerate(self.param_groups)
-                for i, p in enumerate(group["params"])
-            ]
-        )
-        for group in self.param_groups:
-            group.setdefault("rho", self.defaults["rho"])
-            _check_rho(group["rho"])
-        known = {id(p) for flat in self._flats for p in flat.params}
+        named = [
+            (f"parameter {i} of group {g}", p)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+        ]
+        twice = len(params) - len(set(map(id, params)))
+        if twice:
+            raise ValueError(f"{twice} of the {len(params)} parameters are listed more than once: list each once")
+        check_parameters(named)
+        group_of = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
+        for flat in self._flats:
+            if [group_of.pop(id(p), None) for p in flat.params] != flat.groups:
+                raise RuntimeError(
+                    "parameters were removed from a group or moved to another by hand: make a new optimizer for the new "
+                    "groups, or use add_param_group for additional ones"
+                )
         buckets: dict[tuple, list[tuple[Tensor, int]]] = {}
-        for g, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if id(p) not in known:
-                    buckets.setdefault((p.device, p.dtype), []).append((p, g))
-        for device, _ in buckets:
-            ops.get_backend(self.backend, device)
-        for (device, _), members in buckets.items():
-            flat = Flat([p for p, _ in members], [g for _, g in members], flatten=self.flatten)
-            flat.backend = ops.get_backend(self.backend, device)
-            self._flats.append(flat)
-        self._num_parameters = len(params)
+        for p in params:
+            if id(p) in group_of:
+                buckets.setdefault((p.device, p.dtype), []).append((p, group_of[id(p)]))
+        backends = {device: ops.get_backend(self.backend, device) for device, _ in buckets}
+        for flat in self._flats:
+            flat.take_back()
+        flats = [
+            Flat([p for p, _ in members], [g for _, g in members], flatten=self.flatten, backend=backends[device])
+            for (device, _), members in buckets.items()
+        ]
+        self._flats += flats
+        base = self.base_optimizer
+        put_there = getattr(base, "_msam_groups", [])
+        for group in self.param_groups:
+            if "rho" not in group:
+                group["rho"] = self.defaults["rho"]
+                put_there.append(group)
+        base._msam_groups = put_there
+        self._layout = self._current_layout()
         self._rows = None
+
+    def _current_layout(self) -> Any:
+        return ops.memory_layout([group["params"] for group in self.param_groups])
 
     def _check_idle(self, what: str) -> None:
         if self._perturbed:
@@ -516,6 +552,7 @@ class MicroBatchSAM(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
+        self._thaw_statistics()
         for flat in self._flats:
             # -1 is the mark of a kernel that was interrupted before it ran.
             if flat.perturbed is not None and flat.achieved_sq.item() != -1:
@@ -562,7 +599,10 @@ class MicroBatchSAM(Optimizer):
             return [min(size, samples - start) for start in range(0, samples, size)]
         count = self.num_micro_batches
         if count > samples:
-            raise ValueError(f"num_micro_batches={count} is more than the {samples} samples of the batch")
+            raise ValueError(
+                f"num_micro_batches={count} is more than the {samples} samples of the batch: use larger batches "
+                "(drop_last=True in the loader), fewer micro-batches, or micro_batch_size"
+            )
         return [samples // count + (i < samples % count) for i in range(count)]
 
     def _passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
@@ -572,9 +612,10 @@ class MicroBatchSAM(Optimizer):
                 yield part
                 self._check_current(before)
                 self._ascend(first=i == 0)
-                with self._frozen_statistics():
-                    yield part
+                self._freeze_statistics()
+                yield part
                 self._check_current(before)
+                self._thaw_statistics()
                 if len(parts) == 1:  # the last kernel of the loop can add to the gradients that were there
                     for flat, grads in zip(self._flats, before, strict=True):
                         flat.start_from(grads)
@@ -593,8 +634,10 @@ class MicroBatchSAM(Optimizer):
                 with torch.enable_grad():
                     values.append(closure())
                 self._ascend(first=i == 0)
-                with torch.enable_grad(), self._frozen_statistics():
+                self._freeze_statistics()
+                with torch.enable_grad():
                     closure()
+                self._thaw_statistics()
                 if i + 1 < len(closures):
                     self._descend(shares, i)
                 else:
@@ -610,7 +653,6 @@ class MicroBatchSAM(Optimizer):
         try:
             self._before = before
             for flat, grads in zip(self._flats, before, strict=True):
-                flat.acc, flat.acc_absent = None, ()
                 if any(g is not None for g in grads):
                     flat.set_grads(repeat(None))
             yield before
@@ -622,16 +664,22 @@ class MicroBatchSAM(Optimizer):
             if self._before is before:
                 self._end_step()
 
-    def _frozen_statistics(self) -> AbstractContextManager:
-        """Running statistics of ``model`` stay as they are: batches are normalised as before, nothing is recorded."""
-        return _frozen_statistics(self._norm_layers) if self._norm_layers else nullcontext()
+    def _freeze_statistics(self) -> None:
+        """From now on ``model`` normalises its batches as before, and records nothing."""
+        if self.model is not None:
+            for layer, name, value in _running_statistics(self.model):
+                self._frozen.append((layer, name, getattr(layer, name)))
+                setattr(layer, name, value)
+
+    def _thaw_statistics(self) -> None:
+        while self._frozen:
+            setattr(*self._frozen[-1])
+            self._frozen.pop()
 
     def _prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
-        if sum(len(group["params"]) for group in self.param_groups) != self._num_parameters:
+        if self._current_layout() != self._layout:
             self._adopt_parameters()
-        for flat in self._flats:
-            flat.check_pointers()
         base = type(self.base_optimizer)
         columns = _FUSED[base][1] if base in _FUSED else lambda group: ()
         rows = [
@@ -646,6 +694,15 @@ class MicroBatchSAM(Optimizer):
             self._state_keys = tuple(_FUSED[base][2](group) for group in self.param_groups) if base in _FUSED else ()
             self._rows = rows
 
+    def _check_model(self) -> None:
+        """No gradient at all: has the model other parameters by now?"""
+        own = set(map(id, self._parameters()))
+        if own.isdisjoint(map(id, self.model.parameters())):
+            raise RuntimeError(
+                "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
+                "make the optimizer after that"
+            )
+
     def _collected(self, *, clear: bool) -> list[tuple[Flat, tuple[list[Tensor], tuple[int, ...]]]]:
         """Every flat with its gradients; all are looked at before any kernel runs."""
         return [(flat, flat.collect_grads(clear=clear)) for flat in self._flats]
@@ -654,6 +711,8 @@ class MicroBatchSAM(Optimizer):
     def _ascend(self, *, first: bool, clear: bool = True) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         collected = self._collected(clear=clear)
+        if self.model is not None and all(len(absent) == len(flat.params) for flat, (_, absent) in collected):
+            self._check_model()
         lmbda = self.method.ema_decay
         directions, sums = [], []
         for flat, (grads, absent) in collected:
@@ -671,6 +730,8 @@ class MicroBatchSAM(Optimizer):
             if lmbda is not None:
                 direction["lmbda"] = lmbda
             save = flat.save(absent, again=first)
+            if first:
+                flat.acc, flat.acc_absent = None, ()
             flat.norm_sq = norm_sq.to(flat.device)
             flat.achieved_sq = torch.full((1,), -1.0, dtype=torch.float64, device=flat.device)
             self._achieved_sq[-1].append(flat.achieved_sq)
