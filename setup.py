@@ -112,7 +112,6 @@ def extensions():
         line = f"pure Python (backend 'reference'), without the C++ kernels: {missing}; to get them, {remedy}"
         stale = sorted(p.name for p in (ROOT / "msam_kernels").glob("_C.*"))
         return [], line + (f" (an earlier build is still in use: {', '.join(stale)})" if stale else "")
-    put_ninja_on_path()
     openmp = openmp_flags(compiler or ["cl"])
     if os.name == "nt":
         flags = ["/O2", "/std:c++17", "/fp:precise", *openmp]
@@ -134,6 +133,7 @@ def extensions():
     return [extension], f"C++ kernels built with {shlex.join(compiler)} for torch {torch.__version__}, {threads}"
 
 
+put_ninja_on_path()
 ext_modules, summary = extensions()
 distribution = setup(
     ext_modules=ext_modules,

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs, once. `make help` says what there is.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+# Tests, demo and benchmark run this checkout, whatever else the environment has installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help build demo test lint bench clean FORCE
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train with SGD, SAM, mSAM and F-SAM on real data: a table, and a picture in demo.png"
+	@echo "make test     build, then run every test"
+	@echo "make lint     style of the Python code, licence lines"
+	@echo "make bench    time the optimizer step against plain PyTorch: a table, and build/bench_step.csv and .png"
+	@echo "make build    build the C++ kernels in place"
+	@echo "make clean    remove what was built; the environment stays (rm -rf .venv)"
+	@echo
+	@echo "PYTHON=python3.12       the Python (3.10 to 3.13) that the environment is made with; default: python3"
+	@echo "VENV=/path              the environment; default: .venv. One that exists already keeps what it has: its own"
+	@echo "                        torch is used, and only packages that are absent are added"
+	@echo "MSAM_KERNELS_CPP=0      leave the C++ kernels out; =1: stop if there is no compiler"
+	@echo "ARGS='...'              options for the command behind demo, test and bench"
+	@echo "JOBS=2                  test processes"
+	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu    a smaller torch, for Linux without a GPU"
+
+demo: build
+	"$(PY)" examples/demo.py $(ARGS)
+
+# One thread for each process unless a test asks for more, and idle threads sleep: the processes share the cores.
+test: build
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$(PY)" -m pytest -n $(JOBS) $(ARGS)
+
+lint: build/environment
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+	@missing=$$(grep -L 'SPDX-License-Identifier: Apache-2.0' $(LICENSED)); \
+	test -z "$$missing" || { echo "no SPDX-License-Identifier: Apache-2.0 in:" $$missing >&2; exit 1; }
+
+LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildcard csrc/*.* csrc/*/*.*) \
+	$(wildcard msam_kernels/*.py tests/*.py benchmarks/*.py examples/*.py)
+
+bench: build
+	"$(PY)" benchmarks/bench_step.py --csv build/bench_step.csv --plot build/bench_step.png $(ARGS)
+
+build: build/extension
+
+# Not done where the compiler was missing: the next make looks for it again.
+build/extension: build/environment $(SOURCES)
+	@touch $@.begun
+	"$(PY)" setup.py -q build_ext --inplace
+	@test -z "$$(ls msam_kernels/_C.* 2>/dev/null)" -a "$(MSAM_KERNELS_CPP)" != 0 || mv $@.begun $@
+
+clean:
+	rm -rf build *.egg-info msam_kernels/_C.*so .pytest_cache .ruff_cache .hypothesis
+	find csrc msam_kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+# What the environment lacks. One that this Makefile made (msam_kernels.made) must have every pin; another one must only
+# have every package: its versions are its owner's business, torch above all.
+define LACKING
+import re, sys
+from importlib.metadata import PackageNotFoundError, version
+if sys.version_info < (3, 10):
+    sys.exit(f"{sys.executable} is Python {sys.version.split()[0]}, and msam_kernels needs 3.10 or later: name another VENV")
+made, lacking = sys.argv[1] == "made", []
+for line in open("requirements-dev.txt"):
+    pin = re.match(r"([\w.-]+)==([^\s;#]+)(?:; python_version < \"3\.(\d+)\")?", line)
+    if not pin or (pin[3] and sys.version_info >= (3, int(pin[3]))):
+        continue
+    try:
+        fine = version(pin[1]).split("+")[0] == pin[2] or not made
+    except PackageNotFoundError:
+        fine = False
+    if not fine:
+        lacking.append(f"{pin[1]}=={pin[2]}")
+print(*lacking)
+endef
+export LACKING
+
+# For whom the extension is built: another environment, Python, torch or choice of kernels builds it again.
+define IDENTITY
+import os, sys
+from importlib.metadata import version
+print(sys.prefix, sys.version, version("torch"), *(os.environ.get(k) for k in ("CXX", "MSAM_KERNELS_CPP")))
+endef
+export IDENTITY
+
+build/environment: FORCE
+	@mkdir -p build
+	@if [ -e "$(VENV)/msam_kernels.making" ] || [ ! -e "$(VENV)" ]; then \
+	  command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not there: install Python 3.10 to 3.13, or say" \
+	    "which one with PYTHON=/path/to/python3" >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo "$(PYTHON) is $$("$(PYTHON)" -V 2>&1), and the pinned packages are for Python 3.10 to 3.13: choose another" \
+	    "with PYTHON=/path/to/python3, or an environment of your own with VENV=/path" >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) lacks the module venv: install it" \
+	    "(Debian and Ubuntu: apt install python3-venv), or give an environment of your own with VENV=/path" >&2; exit 1; }; \
+	  echo "making the environment $(VENV)"; \
+	  mkdir -p "$(VENV)" && touch "$(VENV)/msam_kernels.making" && "$(PYTHON)" -m venv "$(VENV)" && \
+	    mv "$(VENV)/msam_kernels.making" "$(VENV)/msam_kernels.made"; \
+	fi
+	@test -x "$(PY)" || { echo "VENV=$(VENV) is no Python environment, it has no bin/python: name another, or a path that" \
+	  "does not exist to have one made" >&2; exit 1; }
+	@made=$$(test ! -e "$(VENV)/msam_kernels.made" || echo made); \
+	lacking=$$("$(PY)" -c "$$LACKING" "$$made") || exit 1; \
+	case "$$made $$lacking " in \
+	  "made  ") ;; \
+	  made*) echo "installing requirements-dev.txt into $(VENV); the first time this takes minutes"; \
+	    "$(PY)" -m pip install -q -r requirements-dev.txt || exit 1 ;; \
+	  *" torch=="*) echo "VENV=$(VENV) has no torch: install the build that your machine needs there, for instance" \
+	    "\`$(PY) -m pip install" $$(grep '^torch==' requirements-dev.txt)"\`, and run make again" >&2; exit 1 ;; \
+	  "  ") ;; \
+	  *) echo "adding to $(VENV) what it lacks: $$lacking"; "$(PY)" -m pip install -q --no-deps $$lacking || exit 1 ;; \
+	esac; \
+	if [ "$$made" ] && ! "$(PY)" -c 'from importlib.metadata import version; version("msam_kernels")' 2>/dev/null; then \
+	  MSAM_KERNELS_CPP=0 "$(PY)" -m pip install -q --no-build-isolation --no-deps -e . || exit 1; \
+	fi
+	@"$(PY)" -c "$$IDENTITY" >$@.now && { cmp -s $@.now $@ || mv $@.now $@; rm -f $@.now; }

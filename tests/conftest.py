@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: the backends under test, a seed, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import hypothesis
+import pytest
+import torch
+
+from msam_kernels import ops
+
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+# The same examples on every run: a red build is then a fact about the commit.
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("default"), derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def require_extension() -> None:
+    """Fail without the compiled kernels. Only who set MSAM_KERNELS_CPP=0, and so asked for no build, gets a skip."""
+    missing = ops.available_backends()["cpu"]
+    if missing is None:
+        return
+    if os.environ.get("MSAM_KERNELS_CPP") == "0":
+        pytest.skip("MSAM_KERNELS_CPP=0: without the compiled kernels")
+    pytest.fail(missing, pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def extension() -> None:
+    """For tests of the compiled kernels alone."""
+    require_extension()
+
+
+@pytest.fixture(scope="session", params=["cpu", "reference"])
+def backend(request) -> str:
+    """Every backend that runs here, by the name that ``MicroBatchSAM(backend=...)`` takes."""
+    if request.param == "cpu":
+        require_extension()
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The yardstick: SAM, ASAM, F-SAM and their micro-batch forms as plain loops over parameters; and what several tests share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msam_kernels import MicroBatchSAM, methods
+
+METHODS = {
+    "SAM": methods.SAM(),
+    "ASAM": methods.AdaptiveSAM(eta=0.01),
+    "ASAM eta=0": methods.AdaptiveSAM(eta=0.0),
+    "F-SAM": methods.FriendlySAM(),
+    "F-SAM sigma=0.5 lmbda=0.6": methods.FriendlySAM(sigma=0.5, lmbda=0.6),
+}
+
+
+class PlainSAM:
+    """mSAM around any base optimizer, written from the definitions: no buffers, no kernels, one loop for each thing."""
+
+    def __init__(self, base: torch.optim.Optimizer, rho: float = 0.05, method: methods.SAM | None = None):
+        self.base, self.rho = base, rho
+        self.eta = method.eta if isinstance(method, methods.AdaptiveSAM) else None
+        friendly = isinstance(method, methods.FriendlySAM)
+        self.sigma, self.lmbda = (method.sigma, method.lmbda) if friendly else (None, None)
+        self.ema: dict[Tensor, Tensor] = {}
+        self.grad_norms: list[Tensor] = []
+        self.perturbation_norms: list[Tensor] = []
+
+    def step(self, closures: Sequence[Callable[[], Any]], shares: Sequence[float] | None = None) -> None:
+        """One step; ``closures``: forward and backward of each micro-batch, ``shares``: its part of the samples."""
+        shares = shares or [1 / len(closures)] * len(closures)
+        rho = {p: group.get("rho", self.rho) for group in self.base.param_groups for p in group["params"]}
+        mean: dict[Tensor, Tensor] = {}
+        self.grad_norms, self.perturbation_norms = [], []
+        for closure, share in zip(closures, shares, strict=True):
+            for p, g in self._gradients(rho, closure).items():
+                mean[p] = share * g if p not in mean else mean[p] + share * g
+        for p in rho:
+            p.grad = mean.get(p)
+        self.base.step()
+        for p in rho:
+            p.grad = None
+
+    @torch.no_grad()
+    def _gradients(self, rho: dict[Tensor, float], closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
+        g = self._backward(rho, closure)
+        direction, stretch = {}, {}
+        for p in g:
+            direction[p] = g[p] - self.sigma * self.ema[p] if p in self.ema else g[p]
+            stretch[p] = torch.ones_like(p) if self.eta is None else p.abs() + self.eta
+            if self.sigma is not None:
+                old = self.ema.get(p)
+                self.ema[p] = g[p] if old is None else self.lmbda * old + (1 - self.lmbda) * g[p]
+        squares = [(stretch[p] * direction[p]).square().sum().double() for p in g]
+        norm = torch.stack([*squares, torch.zeros((), dtype=torch.float64)]).sum().sqrt()
+        self.grad_norms.append(norm)
+        saved = {p: p.clone() for p in rho}
+        for p in g:
+            p += (rho[p] / (norm + 1e-12)).to(p.dtype) * stretch[p].square() * direction[p]
+        squares = [(p - saved[p]).square().sum().double() for p in rho]
+        self.perturbation_norms.append(torch.stack(squares).sum().sqrt())
+        descent = self._backward(rho, closure)
+        for p in rho:
+            p.copy_(saved[p])
+        return descent
+
+    @staticmethod
+    def _backward(params: Iterable[Tensor], closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
+        for p in params:
+            p.grad = None
+        with torch.enable_grad():
+            closure()
+        return {p: p.grad.clone() for p in params if p.grad is not None}
+
+
+# ---- models and data -------------------------------------------------------------------------------------------------
+
+
+def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.5)
+    return model.to(dtype)
+
+
+def batch(samples: int = 7, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(samples, 3, generator=generator), torch.randn(samples, 2, generator=generator)
+    return x.to(dtype), y.to(dtype)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x) - y).square().mean()
+
+
+class Zoo(nn.Module):
+    """A parameter of every awkward kind; ``sometimes`` gets a gradient only in the calls that ``uses`` picks.
+
+    With ``gaps`` one of them is a column of a matrix, which only ``flatten=True`` serves.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float64, uses: Callable[[int], bool] = lambda call: True, gaps: bool = True
+    ):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def new(*shape: int) -> Tensor:
+            return (torch.randn(shape, generator=generator) * 0.4).to(dtype)
+
+        self.channels_last = nn.Parameter(new(3, 2, 3, 3).to(memory_format=torch.channels_last))
+        self.matrix = nn.Parameter(new(27, 4))
+        self.square = nn.Parameter(new(4, 4).t())
+        self.also_square = self.square
+        self.column = nn.Parameter(new(4, 6)[:, 1] if gaps else new(4))
+        self.scalar = nn.Parameter(new())
+        self.empty = nn.Parameter(new(0, 3))
+        self.frozen = nn.Parameter(new(4), requires_grad=False)
+        self.sometimes = nn.Parameter(new(4))
+        self.unused = nn.Parameter(new(2, 2))
+        self.uses, self.calls = uses, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.conv2d(x, self.channels_last).tanh().flatten(1) @ self.matrix
+        x = (x.tanh() @ self.square + self.column).tanh() @ self.also_square * (1 + self.scalar) + self.frozen
+        if self.uses(self.calls):
+            x = x * (1 + self.sometimes)
+        self.calls += 1
+        return x + self.empty.sum()
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Two parameter groups with settings of their own."""
+        first = [self.channels_last, self.square, self.empty, self.sometimes]
+        known = {id(p) for p in first}
+        second = [p for p in self.parameters() if id(p) not in known]
+        return [{"params": first, "rho": 0.3, "lr": 0.05}, {"params": second, "rho": 0.1}]
+
+
+def images(samples: int = 7, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(samples, 2, 5, 5, generator=generator), torch.randn(samples, 4, generator=generator)
+    return x.to(dtype), y.to(dtype)
+
+
+# ---- the ways to make a step -----------------------------------------------------------------------------------------
+
+
+def split(data: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(t.split(list(sizes)) for t in data), strict=True))
+
+
+def closure_of(model: nn.Module, part: Sequence[Tensor]) -> Callable[[], Tensor]:
+    def closure():
+        loss = loss_of(model, *part)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def step_with_passes(opt: MicroBatchSAM, model: nn.Module, data: Sequence[Tensor]) -> None:
+    for part in opt.passes(*data):
+        loss_of(model, *part).backward()
+    opt.step()
+    opt.zero_grad()
+
+
+def step_with_closures(opt: MicroBatchSAM, model: nn.Module, data: Sequence[Tensor]) -> None:
+    """Micro-batches of equal size only."""
+    count = opt.num_micro_batches
+    opt.step([closure_of(model, part) for part in split(data, [len(data[0]) // count] * count)])
+
+
+def step_with_train_step(opt: MicroBatchSAM, model: nn.Module, data: Sequence[Tensor]) -> None:
+    opt.train_step(lambda *part: loss_of(model, *part), *data)
+
+
+WAYS = {"passes": step_with_passes, "closures": step_with_closures, "train_step": step_with_train_step}
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+
+
+def weights(model: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    """Copies, to be compared with later."""
+    params = model.parameters() if isinstance(model, nn.Module) else model
+    return [p.detach().clone() for p in params]
+
+
+def gradients(model: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.detach().clone() for p in model.parameters()]
+
+
+def same_bits(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> bool:
+    """Equal to the last bit: NaN equals NaN, 0 does not equal -0."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def equal(a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        kind = integer[a.element_size()]
+        return torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
+
+    return all(equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def assert_close(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-12) -> None:
+    for (name, a), b in zip(actual.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(
+            a.detach(), b.detach(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def through_a_file(thing: Any) -> Any:
+    """``thing`` as ``torch.save`` and a careful ``torch.load`` return it."""
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def saved_size(thing: Any) -> int:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    return len(file.getvalue())

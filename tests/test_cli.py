@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, and what the build says when something is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import msam_kernels
+from msam_kernels import __main__ as cli
+from msam_kernels import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python in the checkout, warnings being errors; ``environment`` goes on top of this process's own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def without_extension(monkeypatch) -> None:
+    """As ``ops`` is where ``_C`` was not built."""
+    monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(ops, "_missing_extension", ImportError("no module named msam_kernels._C"))
+
+
+def test_info_says_versions_and_backends():
+    done = python("-m", "msam_kernels", "info")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"msam_kernels {msam_kernels.__version__}" in done.stdout
+    assert f"torch {torch.__version__}" in done.stdout
+    assert f"Python {sys.version.split()[0]}" in done.stdout
+    for name in ops.available_backends():
+        assert f"  {name}: " in done.stdout
+    assert "  reference: available" in done.stdout
+
+
+@pytest.mark.usefixtures("extension")
+def test_info_says_how_the_extension_was_built(capsys):
+    from msam_kernels import _C
+
+    cli.main(["info"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  cpu: available"))
+    facts = _C.build_info()
+    assert {"compiler", "instruction_set", "threads", "built_with_torch"} <= facts.keys()
+    assert all(str(value) in line for value in facts.values())
+
+
+def test_info_says_how_to_get_a_missing_extension():
+    # A subprocess, so that the import in ops.py itself fails.
+    code = "import sys; sys.modules['msam_kernels._C'] = None; from msam_kernels.__main__ import main; main(['info'])"
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^  cpu: not available: .*compiler.*pip install --no-build-isolation", done.stdout, re.MULTILINE)
+    assert "  reference: available" in done.stdout
+
+
+def test_missing_extension_is_no_silent_fall_back(monkeypatch):
+    without_extension(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"'cpu' is not available: .*compiler.*rebuild"):
+        ops.get_backend("cpu", torch.device("cpu"))
+    assert ops.get_backend("auto", torch.device("cpu")) is ops.get_backend("reference", torch.device("cpu"))
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout whose script only reports what it was called with."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "neighbour_of_script.py").write_text("ANSWER = 42\n")
+    (tmp_path / "scripts" / "script_of_test_cli.py").write_text(
+        "import sys\n"
+        "import neighbour_of_script\n"
+        "def main(argv):\n"
+        "    print(argv, sys.argv, neighbour_of_script.ANSWER)\n"
+        "    return 7\n"
+    )
+    script = Path("scripts", "script_of_test_cli.py")
+    monkeypatch.setattr(cli, "SCRIPTS", {"bench": script, "demo": script})
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+@pytest.mark.parametrize("options", [[], ["--quick", "x", "--", "--help"], ["--help"]])
+def test_scripts_get_their_options(command, options, checkout, capsys):
+    assert cli.main([command, *options]) == 7
+    assert capsys.readouterr().out == f"{options} {[f'python -m msam_kernels {command}', *options]} 42\n"
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_scripts_need_a_checkout(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=rf"{command}.* runs .*\.py of a source checkout.*clone") as stop:
+        cli.main([command])
+    assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_scripts_answer_help(command):
+    done = python("-m", "msam_kernels", command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m msam_kernels {command} ")
+    assert "--quick" in done.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["info", "more"]])
+def test_wrong_usage(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: python -m msam_kernels")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"msam_kernels {msam_kernels.__version__}\n"
+
+
+# The build. `build_ext` without --inplace, into a directory of the test's own: this checkout's extension stays.
+
+
+def build(tmp_path, code: str = "pass", **environment: str) -> subprocess.CompletedProcess:
+    argv = ["setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    code = f"import runpy, sys; sys.argv = {argv}; {code}; runpy.run_path('setup.py', run_name='__main__')"
+    return python("-c", code, **environment)
+
+
+def test_build_without_torch_is_one_sentence(tmp_path):
+    done = build(tmp_path, "sys.modules['torch'] = None")
+    assert done.returncode == 1
+    assert re.fullmatch(r"msam_kernels: torch is missing, .*pip install torch==.*--no-build-isolation.*\n", done.stderr)
+
+
+def test_build_with_an_old_torch_is_one_sentence(tmp_path):
+    done = build(tmp_path, "import torch; torch.__version__ = '2.5.1+cpu'")
+    assert done.returncode == 1
+    assert re.fullmatch(r"msam_kernels: torch is 2\.5\.1\+cpu, .*pip install.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"MSAM_KERNELS_CPP": "0"}, "MSAM_KERNELS_CPP=0"), ({"MSAM_KERNELS_CPP": ""}, "no C++ compiler was found")],
+)
+def test_build_without_compiler_is_pure_python(tmp_path, environment, reason):
+    done = build(tmp_path, CXX="", PATH=str(tmp_path), **environment)
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith(
+        f"msam_kernels: pure Python (backend 'reference'), without the C++ kernels: {reason}; to get"
+    )
+    assert not list(tmp_path.rglob("_C*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in compiler is a shell script")
+def test_build_with_a_compiler_that_does_not_work_is_pure_python(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'error: unrecognized option -std=c++17' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = build(tmp_path, CXX="", PATH=str(tmp_path), MSAM_KERNELS_CPP="")
+    assert done.returncode == 0, done.stderr
+    assert "c++ does not compile a C++17 program (error: unrecognized option -std=c++17)" in done.stdout
+
+
+@pytest.mark.parametrize("environment", [{"MSAM_KERNELS_CPP": "1", "CXX": ""}, {"MSAM_KERNELS_CPP": "", "CXX": "g+++"}])
+def test_build_that_was_asked_for_kernels_stops_without_compiler(tmp_path, environment):
+    done = build(tmp_path, PATH=str(tmp_path), **environment)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"msam_kernels: the C\+\+ kernels cannot be built: .*; install a C\+\+17 compiler .*\n", done.stderr
+    )
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
+def test_extension_shares_the_openmp_of_torch():
+    """A second runtime would mean a second thread pool, which ``torch.set_num_threads`` does not reach."""
+    done = python(
+        "-c",
+        "import re, torch\n"
+        "def runtimes():\n"
+        "    return sorted(set(re.findall(r'/\\S*lib(?:gomp|omp|iomp)\\S*', open('/proc/self/maps').read())))\n"
+        "before = runtimes()\n"
+        "from msam_kernels import _C\n"
+        "assert before == runtimes(), (before, runtimes())\n"
+        "assert before or _C.build_info()['threads'] == 'none'\n",
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``SAM``, the drop-in: what a training loop written for the most copied implementation does, it does here."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+
+import msam_kernels
+from msam_kernels import SAM, MicroBatchSAM
+from plain import (
+    Zoo,
+    assert_close,
+    batch,
+    closure_of,
+    gradients,
+    images,
+    loss_of,
+    mlp,
+    same_bits,
+    through_a_file,
+    weights,
+)
+
+FLOAT64 = torch.float64
+
+
+class LoopSAM(torch.optim.Optimizer):
+    """The interface's own meaning, in plain loops: e is added, saved weights come back, the base optimizer steps."""
+
+    def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, **kwargs):
+        super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+        self.old = {}
+
+    def _each(self):
+        return [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def first_step(self, zero_grad=False):
+        parts = [((p.abs() if g["adaptive"] else 1.0) * p.grad).norm() for g, p in self._each()]
+        norm = torch.stack(parts).norm()
+        self.old = {p: p.clone() for g in self.param_groups for p in g["params"]}
+        for g, p in self._each():
+            p += (p.square() if g["adaptive"] else 1.0) * p.grad * (g["rho"] / (norm + 1e-12))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad=False):
+        for p, old in self.old.items():
+            p.copy_(old)
+        self.base_optimizer.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.first_step(zero_grad=True)
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+BASES = {
+    "SGD": (SGD, {"lr": 0.1}),
+    "SGD momentum": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "Adam": (Adam, {"lr": 0.01}),
+    "AdamW amsgrad": (AdamW, {"lr": 0.01, "amsgrad": True}),
+    "RMSprop": (RMSprop, {"lr": 0.01, "momentum": 0.9}),
+    "Adagrad": (Adagrad, {"lr": 0.1}),
+}
+
+
+def pair(base, adaptive=False, rho=0.1, model=None):
+    expected = model or mlp(FLOAT64)
+    actual = copy.deepcopy(expected)
+    kind, settings = BASES[base]
+
+    def groups(m):
+        return m.groups() if isinstance(m, Zoo) else m.parameters()
+
+    theirs = LoopSAM(groups(expected), kind, rho=rho, adaptive=adaptive, **settings)
+    ours = SAM(groups(actual), kind, rho=rho, adaptive=adaptive, **settings)
+    return actual, ours, expected, theirs
+
+
+def two_steps(opt, model, data, zero_grad=(True, True)):
+    for step, zero in zip((opt.first_step, opt.second_step), zero_grad, strict=True):
+        loss_of(model, *data).backward()
+        step(zero_grad=zero)
+
+
+def one_step(opt, model, data):
+    loss_of(model, *data).backward()
+    opt.step(closure_of(model, data))
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("way", [two_steps, one_step], ids=["first_step and second_step", "step with a closure"])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("base", BASES)
+def test_it_follows_the_plain_loops(base, adaptive, way):
+    actual, ours, expected, theirs = pair(base, adaptive)
+    for step in range(5):
+        data = batch(dtype=FLOAT64, seed=step)
+        way(ours, actual, data)
+        way(theirs, expected, data)
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [
+        lambda call: True,
+        lambda call: call % 2 == 0,
+        lambda call: call % 2 == 1,
+        lambda call: call >= 4,
+        lambda call: call % 3 == 0,
+    ],
+    ids=["always", "first pass only", "second pass only", "from the third step on", "now and then"],
+)
+@pytest.mark.parametrize("way", [two_steps, one_step], ids=["first_step and second_step", "step with a closure"])
+@pytest.mark.parametrize("base", ["SGD momentum", "AdamW amsgrad", "RMSprop"])
+def test_parameters_of_every_kind_follow_the_plain_loops(base, way, uses):
+    actual, ours, expected, theirs = pair(base, model=Zoo(uses=uses))
+    for step in range(4):
+        data = images(4, seed=step)
+        way(ours, actual, data)
+        way(theirs, expected, data)
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("zero_grad", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_the_zero_grad_flags_decide_what_stays(zero_grad):
+    actual, ours, expected, theirs = pair("SGD momentum")
+    for step in range(3):
+        data = batch(dtype=FLOAT64, seed=step)
+        two_steps(ours, actual, data, zero_grad)
+        two_steps(theirs, expected, data, zero_grad)
+        assert_close(actual, expected)
+        for a, b in zip(gradients(actual), gradients(expected), strict=True):
+            assert (a is None) == (b is None) == zero_grad[1]
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_step_returns_what_the_closure_returned_and_leaves_its_gradient():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    loss_of(model, *batch()).backward()
+    values = []
+
+    def closure():
+        loss = closure_of(model, batch())()
+        values.append((loss, gradients(model)))
+        return loss
+
+    assert opt.step(closure) is values[0][0]
+    assert len(values) == 1, "the first gradient is in p.grad already"
+    assert same_bits(gradients(model), values[0][1])
+
+
+def test_groups_have_settings_of_their_own():
+    expected, actual = mlp(FLOAT64), mlp(FLOAT64)
+
+    def groups(m):
+        return [{"params": m[0].parameters(), "rho": 0.5, "lr": 0.2}, {"params": m[2].parameters(), "momentum": 0.0}]
+
+    theirs = LoopSAM(groups(expected), SGD, rho=0.1, lr=0.1, momentum=0.9)
+    ours = SAM(groups(actual), SGD, rho=0.1, lr=0.1, momentum=0.9)
+    for step in range(3):
+        two_steps(ours, actual, batch(dtype=FLOAT64, seed=step))
+        two_steps(theirs, expected, batch(dtype=FLOAT64, seed=step))
+    assert_close(actual, expected)
+    assert [g["rho"] for g in ours.param_groups] == [0.5, 0.1]
+
+
+def test_a_group_with_its_own_adaptive_is_honoured_or_refused():
+    """In the copied implementation ``adaptive`` is a group setting; leaving it out without a word would be another method."""
+    expected, actual = mlp(FLOAT64), mlp(FLOAT64)
+
+    def groups(m):
+        return [{"params": m[0].parameters(), "adaptive": True}, {"params": m[2].parameters()}]
+
+    theirs = LoopSAM(groups(expected), SGD, rho=0.5, lr=0.1)
+    try:
+        ours = SAM(groups(actual), SGD, rho=0.5, lr=0.1)
+    except ValueError as refusal:
+        assert "adaptive" in str(refusal)
+        return
+    two_steps(ours, actual, batch(dtype=FLOAT64))
+    two_steps(theirs, expected, batch(dtype=FLOAT64))
+    assert_close(actual, expected)
+
+
+def test_between_the_steps_the_weights_are_perturbed_and_clipping_acts_on_the_second_gradient():
+    actual, ours, expected, theirs = pair("SGD momentum", rho=0.5)
+    for opt, model in ((ours, actual), (theirs, expected)):
+        before = weights(model)
+        loss_of(model, *batch(dtype=FLOAT64)).backward()
+        opt.first_step(zero_grad=True)
+        moved = torch.cat([(p - b).detach().flatten() for p, b in zip(model.parameters(), before, strict=True)])
+        torch.testing.assert_close(moved.norm().item(), 0.5)
+        loss_of(model, *batch(dtype=FLOAT64)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        opt.second_step(zero_grad=True)
+    assert_close(actual, expected)
+    torch.testing.assert_close(ours.stats.perturbation_norm[0].item(), 0.5)
+
+
+def test_gradient_accumulation_works_before_each_step():
+    actual, ours, expected, theirs = pair("SGD momentum")
+    for opt, model in ((ours, actual), (theirs, expected)):
+        for step in (opt.first_step, opt.second_step):
+            for seed in range(3):
+                (loss_of(model, *batch(dtype=FLOAT64, seed=seed)) / 3).backward()
+            step(zero_grad=True)
+    assert_close(actual, expected)
+
+
+def test_it_resumes_from_its_state_dict_bit_for_bit():
+    straight = mlp()
+    opt = SAM(straight.parameters(), AdamW, lr=0.01)
+    for step in range(6):
+        two_steps(opt, straight, batch(seed=step))
+    model = mlp()
+    first = SAM(model.parameters(), AdamW, lr=0.01)
+    for step in range(3):
+        two_steps(first, model, batch(seed=step))
+    saved = through_a_file(first.state_dict())
+    resumed = copy.deepcopy(model)
+    second = SAM(resumed.parameters(), AdamW, lr=0.5)
+    second.load_state_dict(saved)
+    for step in range(3, 6):
+        two_steps(second, resumed, batch(seed=step))
+    assert same_bits(resumed.parameters(), straight.parameters())
+
+
+def test_a_scheduler_reaches_the_base_optimizer():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+    for step in range(3):
+        one_step(opt, model, batch(seed=step))
+        scheduler.step()
+    assert opt.base_optimizer.param_groups[0]["lr"] == 0.1 / 8
+
+
+@pytest.mark.parametrize("way", ["train_step", "step with a list"])
+def test_everything_else_is_micro_batch_sam(way):
+    model, other = mlp(), mlp()
+    opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1, momentum=0.9)
+    theirs = MicroBatchSAM(SGD(other.parameters(), lr=0.1, momentum=0.9), rho=0.1)
+    for step in range(3):
+        data = batch(seed=step)
+        theirs.train_step(lambda *part: loss_of(other, *part), *data)
+        if way == "train_step":
+            opt.train_step(lambda *part: loss_of(model, *part), *data)
+        else:
+            opt.step([closure_of(model, data)])
+    assert same_bits(model.parameters(), other.parameters())
+
+
+def test_it_is_an_optimizer_and_says_what_it_is():
+    opt = SAM(mlp().parameters(), SGD, lr=0.1)
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert repr(opt).startswith("SAM (") or repr(opt).startswith("SAM(")
+    assert opt.param_groups is opt.base_optimizer.param_groups
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [two_steps, one_step])
+def test_an_error_in_the_second_pass_leaves_the_weights_as_they_were(method):
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    before = weights(model)
+    loss_of(model, *batch()).backward()
+
+    def fails():
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        opt.step(fails)
+    assert same_bits(model.parameters(), before)
+    method(opt, model, batch())
+
+
+def test_steps_out_of_order_say_what_to_do_and_change_nothing():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"second_step.*first_step"):
+        opt.second_step()
+    loss_of(model, *batch()).backward()
+    opt.first_step()
+    perturbed = weights(model)
+    for wrong in (
+        opt.first_step,
+        lambda: opt.step(lambda: None),
+        lambda: next(opt.passes()),
+        lambda: copy.deepcopy(opt),
+    ):
+        with pytest.raises(RuntimeError, match="perturbed"):
+            wrong()
+        assert same_bits(model.parameters(), perturbed)
+    opt.restore()
+    assert same_bits(model.parameters(), before)
+    with pytest.raises(RuntimeError, match="first_step"):
+        opt.second_step()
+    two_steps(opt, model, batch())
+
+
+def test_first_step_without_a_gradient_perturbs_nothing():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    before = weights(model)
+    opt.first_step(zero_grad=True)
+    assert same_bits(model.parameters(), before)
+    opt.second_step(zero_grad=True)
+    assert same_bits(model.parameters(), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda p: SAM(p, SGD(p, lr=0.1)), TypeError, "MicroBatchSAM"),
+        (lambda p: SAM(p, "SGD"), TypeError, r"torch\.optim\.SGD"),
+        (lambda p: SAM(p, SGD, rho=-0.1, lr=0.1), ValueError, r"rho.*-0\.1"),
+        (lambda p: SAM(p, SGD, rho=float("nan"), lr=0.1), ValueError, "rho.*nan"),
+        (lambda p: SAM([], SGD, lr=0.1), ValueError, "empty parameter list"),
+        (lambda p: SAM(p, SGD, lr=-1.0), ValueError, "-1.0"),
+        (lambda p: SAM(p, msam_kernels.MicroBatchSAM), TypeError, "MicroBatchSAM"),
+    ],
+    ids=["an instance", "a name", "rho < 0", "rho nan", "no parameters", "lr < 0", "a wrapper"],
+)
+def test_wrong_arguments_say_what_is_wrong(make, error, match):
+    with pytest.raises(error, match=match):
+        make(list(mlp().parameters()))
+
+
+def test_step_without_a_closure_says_what_to_do():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    loss_of(model, *batch()).backward()
+    with pytest.raises(RuntimeError, match="closure"):
+        opt.step()
