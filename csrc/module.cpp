@@ -2,9 +2,12 @@
 // The extension module _C: loading it registers the operators; build_info() says what was built; collect_grads() spares
 // the optimizer a Python loop over the parameters, and so does memory_layout().
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -86,6 +89,77 @@ py::bytes memory_layout(const py::list& groups) {
   return {reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t)};
 }
 
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using MaybeDouble = std::optional<double>;
+
+std::vector<Tensor> unpack(const py::list& list) {
+  std::vector<Tensor> tensors;
+  tensors.reserve(list.size());
+  for (py::handle t : list) {
+    TORCH_CHECK_TYPE(THPVariable_Check(t.ptr()), "expected a list of tensors, got ", Py_TYPE(t.ptr())->tp_name, " in it");
+    tensors.push_back(THPVariable_Unpack(t.ptr()));
+  }
+  return tensors;
+}
+
+// An operator of ops.py as torch.ops would call it, but typed: parsing lists for a boxed call takes longer than a kernel
+// on a small model.
+template <class Signature, class... Args>
+auto dispatch(const c10::TypedOperatorHandle<Signature>& op, Args&&... args) {
+  py::gil_scoped_release no_gil;
+  return op.call(std::forward<Args>(args)...);
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor inner_products(const py::list& weights, const py::list& grads, const Tensor& chunks, const MaybeTensor& ema,
+                      const MaybeTensor& fresh, double sigma, const MaybeDouble& eta) {
+  static const auto op = find<Tensor(at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&,
+                                     const MaybeTensor&, double, MaybeDouble)>("msam_kernels::inner_products");
+  return dispatch(op, unpack(weights), unpack(grads), chunks, ema, fresh, sigma, eta);
+}
+
+void perturb(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& norm_sq,
+             const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema,
+             const MaybeTensor& fresh, double sigma, double lmbda, const MaybeDouble& eta) {
+  static const auto op =
+      find<void(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double, MaybeDouble)>(
+          "msam_kernels::perturb");
+  dispatch(op, unpack(weights), unpack(grads), chunks, norm_sq, hyper, achieved_sq, saved, ema, fresh, sigma, lmbda, eta);
+}
+
+void restore(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks,
+             const MaybeTensor& saved, const MaybeTensor& norm_sq, double c_acc, double c) {
+  static const auto op = find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&,
+                                   const MaybeTensor&, double, double)>("msam_kernels::restore");
+  dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, saved, norm_sq, c_acc, c);
+}
+
+void sgd(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
+         const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
+         const MaybeTensor& norm_sq, double c_acc, double c) {
+  static const auto op =
+      find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const MaybeTensor&,
+                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double)>("msam_kernels::sgd");
+  dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, hyper, saved, momentum_buffer, fresh, norm_sq, c_acc,
+           c);
+}
+
+void adam(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
+          const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
+          const MaybeTensor& saved, const MaybeTensor& norm_sq, double c_acc, double c) {
+  static const auto op = find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&,
+                                   const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
+                                   const MaybeTensor&, double, double)>("msam_kernels::adam");
+  dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq, saved,
+           norm_sq, c_acc, c);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -93,4 +167,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
+  using py::arg;
+  const py::object none = py::none();
+  m.def("inner_products", &inner_products, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("ema") = none,
+        arg("fresh") = none, arg("sigma") = 0.0, arg("eta") = none);
+  m.def("perturb", &perturb, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("norm_sq"), arg("hyper"),
+        arg("achieved_sq"), arg("saved") = none, arg("ema") = none, arg("fresh") = none, arg("sigma") = 0.0,
+        arg("lmbda") = 0.0, arg("eta") = none);
+  m.def("restore", &restore, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("saved") = none,
+        arg("norm_sq") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
+  m.def("sgd", &sgd, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"),
+        arg("saved") = none, arg("momentum_buffer") = none, arg("fresh") = none, arg("norm_sq") = none,
+        arg("c_acc") = 1.0, arg("c") = 1.0);
+  m.def("adam", &adam, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"),
+        arg("exp_avg"), arg("exp_avg_sq"), arg("step"), arg("max_exp_avg_sq") = none, arg("saved") = none,
+        arg("norm_sq") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
 }

@@ -50,10 +50,14 @@ class SAM(MicroBatchSAM):
                 f"base_optimizer must be an optimizer class such as torch.optim.SGD, got {base_optimizer!r}; for an "
                 "instance use msam_kernels.MicroBatchSAM"
             )
-        params = list(params)
+        params = (
+            params if isinstance(params, Tensor) else list(params)
+        )  # torch refuses a single tensor in its own words
         for group in params:
             if isinstance(group, dict) and group.get("adaptive", adaptive) != adaptive:
-                raise ValueError(f"adaptive is one for all groups: got {adaptive=} and a group with {group['adaptive']!r}")
+                raise ValueError(
+                    f"adaptive is one for all groups: got {adaptive=} and a group with {group['adaptive']!r}"
+                )
         method = methods.AdaptiveSAM(eta=0.0) if adaptive else methods.SAM()
         super().__init__(base_optimizer(params, **kwargs), rho, method=method)
 
@@ -99,7 +103,9 @@ class SAM(MicroBatchSAM):
             RuntimeError: without a closure.
         """
         if closure is None:
-            raise RuntimeError("SAM.step needs a closure that runs forward and backward; or call first_step, second_step")
+            raise RuntimeError(
+                "SAM.step needs a closure that runs forward and backward; or call first_step, second_step"
+            )
         if not callable(closure):
             return super().step(closure)
         self.first_step(zero_grad=True)

@@ -66,7 +66,9 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
     """
     for name, p in named:
         if p.layout != torch.strided or type(p.data) is not Tensor:
-            raise TypeError(f"{name} must be an ordinary dense tensor, got {type(p.data).__name__} of layout {p.layout}")
+            raise TypeError(
+                f"{name} must be an ordinary dense tensor, got {type(p.data).__name__} of layout {p.layout}"
+            )
         if p.dtype not in DTYPES:
             remedy = "; use torch.view_as_real" if p.is_complex() else ""
             raise TypeError(f"{name} must be one of {[str(d)[6:] for d in DTYPES]}, got {p.dtype}{remedy}")
@@ -139,7 +141,7 @@ class Flat:
     def _remember(self) -> None:
         self._pointers = list(map(Tensor.data_ptr, self.params))
         self._strides = [p.stride() for p in self.params]
-        self._numels = [p.numel() for p in self.params]
+        self._shapes = [p.shape for p in self.params]
         if not self.flatten:
             self._weights = [p.detach() for p in self.params]
 
@@ -185,11 +187,11 @@ class Flat:
             RuntimeError: a parameter is now on another device or of another dtype or size.
         """
         for i, p in enumerate(self.params):
-            if p.device != self.device or p.dtype != self.dtype or p.numel() != self._numels[i]:
+            if p.device != self.device or p.dtype != self.dtype or p.shape != self._shapes[i]:
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} is now {p.dtype} on {p.device} with {p.numel()} elements; it "
-                    f"was {self.dtype} on {self.device} with {self._numels[i]} when the optimizer was made: move, convert "
-                    "or resize the model first, then make the optimizer"
+                    f"a parameter is now {p.dtype} on {p.device} with {p.numel()} elements in the shape {tuple(p.shape)}; it "
+                    f"was {self.dtype} on {self.device} with {self._shapes[i].numel()} in {tuple(self._shapes[i])} when the "
+                    "optimizer was made: move, convert or reshape the model first, then make the optimizer"
                 )
         if any(p.is_shared() for p in self.params if p.device.type == "cpu"):
             self.flatten = False  # other processes look where they are now
@@ -280,7 +282,9 @@ class Flat:
         """Whether the same parameters were perturbed, have a gradient now, and had those of earlier micro-batches."""
         return absent == self.perturbed_absent and (self.acc is None or absent == self.acc_absent)
 
-    def matched(self, grads: list[Tensor], absent: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
+    def matched(
+        self, grads: list[Tensor], absent: tuple[int, ...]
+    ) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
         """(acc, grads, absent) with zeros where only the other has a gradient."""
         acc, grads = list(self.acc), list(grads)
         for i in set(absent) - set(self.acc_absent):
@@ -327,7 +331,9 @@ class Flat:
             for name in keys[self.groups[i]]:
                 buffer = self._state_buffer(name)
                 old = entry.get(name)
-                known = old is not None and old.data_ptr() == buffer.data_ptr() + self._state_offset(name, i) and p.numel()
+                known = (
+                    old is not None and old.data_ptr() == buffer.data_ptr() + self._state_offset(name, i) and p.numel()
+                )
                 view = old if known else self._state_view(name, buffer, i)
                 if old is None:
                     view.zero_()

@@ -24,12 +24,14 @@ What each computes stands in ``reference.py``, the specification.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from . import reference
 
 try:
-    from . import _C
+    _C = importlib.import_module("._C", __package__)
 except ImportError as error:  # installed without a compiler
     _C = None
     _missing_extension: ImportError | None = error
@@ -70,19 +72,8 @@ for _name in OPERATORS:
     torch.library.register_fake(f"msam_kernels::{_name}", _fake, lib=_library)
 
 
-class _Compiled:
-    """The operators as their overloads: a call through ``torch.ops`` without the look-up of names."""
-
-    inner_products = torch.ops.msam_kernels.inner_products.default
-    perturb = torch.ops.msam_kernels.perturb.default
-    restore = torch.ops.msam_kernels.restore.default
-    sgd = torch.ops.msam_kernels.sgd.default
-    adam = torch.ops.msam_kernels.adam.default
-
-
 # (params, placeholder, clear) -> (grads, regular, absent); None without the extension. See Flat.collect_grads.
 collect_grads = getattr(_C, "collect_grads", None)
-
 
 
 def _memory_layout(groups):
@@ -127,4 +118,4 @@ def get_backend(name: str, device: torch.device):
         return reference
     if device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' needs parameters on the CPU, got {device}: use backend='auto'")
-    return _Compiled
+    return _C  # has the operators by name, without torch.ops's parsing of lists, which would take longer than they do

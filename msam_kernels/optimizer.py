@@ -213,7 +213,8 @@ class MicroBatchSAM(Optimizer):
             _check_rho(group.get("rho", rho))
         self.base_optimizer = base_optimizer
         # The hook tables and profiling of an Optimizer, without its own groups and state: those are the base's.
-        super().__setstate__({"defaults": {**base_optimizer.defaults, "rho": rho}})
+        defaults = {**base_optimizer.defaults, "rho": rho}
+        super().__setstate__({"defaults": defaults, "_warned_capturable_if_run_uncaptured": True})
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
         self.method = method
@@ -313,9 +314,19 @@ class MicroBatchSAM(Optimizer):
         """
         self._check_idle("load_state_dict()")
         self._check_state_dict(state_dict)
-        plain = {key: value for key, value in state_dict.items() if key != _STATE_KEY}
-        super().load_state_dict(self._with_rho(plain))
-        self._load_own_state(state_dict.get(_STATE_KEY, {}))
+        loaded = {}
+
+        def last_hook(_, state_dict: dict[str, Any]) -> dict[str, Any]:
+            self._check_state_dict(state_dict)  # the user's hooks may have changed it
+            loaded.update(state_dict)
+            return self._with_rho(state_dict)
+
+        hook = self.register_load_state_dict_pre_hook(last_hook)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self._load_own_state(loaded.get(_STATE_KEY, {}))
 
     def _check_state_dict(self, state_dict: Any) -> None:
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
@@ -326,22 +337,33 @@ class MicroBatchSAM(Optimizer):
         own = state_dict.get(_STATE_KEY, {})
         ema = own.get("ema", {}) if isinstance(own, dict) else None
         if not isinstance(ema, dict) or not all(isinstance(t, Tensor) for t in ema.values()):
-            raise ValueError(f"state_dict[{_STATE_KEY!r}] must be a dict whose 'ema' holds tensors by parameter, got {own!r}")
+            raise ValueError(
+                f"state_dict[{_STATE_KEY!r}] must be a dict whose 'ema' holds tensors by parameter, got {own!r}"
+            )
         for i, group in enumerate(state_dict["param_groups"]):
             if "params" not in group:
                 raise ValueError(f"state_dict has no 'params' in group {i}: it was not made by an optimizer")
             _check_rho(group.get("rho", 0.0))
         params = self._parameters()
-        for where, entries in (("state", state_dict["state"]), ("ema", {i: {"ema": t} for i, t in ema.items()})):
-            for i, entry in entries.items():
-                if isinstance(i, int) and not 0 <= i < len(params):
-                    raise ValueError(f"state_dict has {where} of parameter {i}, the optimizer has {len(params)} parameters")
-                for name, value in entry.items() if isinstance(entry, dict) else ():
+        # torch names parameters by whatever stands in the groups, in order; the EMA goes by that order.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        by_order = {i: {"ema": t} for i, t in ema.items()}
+        for where, names, entries in (("state", keys, state_dict["state"]), ("ema", range(len(params)), by_order)):
+            index = {key: i for i, key in enumerate(names)}
+            for key, entry in entries.items():
+                if not isinstance(entry, dict):
+                    continue
+                if not 0 <= index.get(key, -1) < len(params):
+                    raise ValueError(
+                        f"state_dict has {where} of parameter {key}, the optimizer has {len(params)} parameters"
+                    )
+                shape = params[index[key]].shape
+                for name, value in entry.items():
                     shaped = isinstance(value, Tensor) and name != "step" and value.dim() > 0
-                    if shaped and value.shape != params[i].shape:
+                    if shaped and value.shape != shape:
                         raise ValueError(
-                            f"state_dict has {name} of shape {tuple(value.shape)} for parameter {i}, whose shape is "
-                            f"{tuple(params[i].shape)}: it was saved for another model"
+                            f"state_dict has {name} of shape {tuple(value.shape)} for parameter {key}, whose shape is "
+                            f"{tuple(shape)}: it was saved for another model"
                         )
 
     def _with_rho(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -510,10 +532,14 @@ class MicroBatchSAM(Optimizer):
             closures, shares = [closure], [1.0]
         else:
             closures = list(closure)
-            shares = closure.shares if isinstance(closure, _MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
+            shares = (
+                closure.shares if isinstance(closure, _MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
+            )
         wanted = self.num_micro_batches
         if not closures or (wanted and len(closures) != wanted):
-            raise ValueError(f"num_micro_batches={wanted} takes as many closures, one per micro-batch, got {len(closures)}")
+            raise ValueError(
+                f"num_micro_batches={wanted} takes as many closures, one per micro-batch, got {len(closures)}"
+            )
         values = self._run_closures(closures, shares)
         if callable(closure):
             return values[0]
@@ -683,7 +709,10 @@ class MicroBatchSAM(Optimizer):
         base = type(self.base_optimizer)
         columns = _FUSED[base][1] if base in _FUSED else lambda group: ()
         rows = [
-            tuple(float(v) if isinstance(v, Tensor) else v for v in (group.get("rho", self.defaults["rho"]), *columns(group)))
+            tuple(
+                float(v) if isinstance(v, Tensor) else v
+                for v in (group.get("rho", self.defaults["rho"]), *columns(group))
+            )
             for group in self.param_groups
         ]
         if rows != self._rows:
@@ -764,9 +793,8 @@ class MicroBatchSAM(Optimizer):
         for flat, (grads, absent) in self._collected(clear=clear):
             if fused is not None and flat.is_uniform(absent):
                 c_acc, c = _coefficients(shares, i)
-                acc = flat.acc or []
                 self._update(
-                    flat, fused, grads, absent, acc, saved=flat.saved, norm_sq=flat.norm_sq, c_acc=c_acc, c=c
+                    flat, fused, grads, absent, flat.acc, saved=flat.saved, norm_sq=flat.norm_sq, c_acc=c_acc, c=c
                 )
                 flat.perturbed = None
             else:
@@ -787,7 +815,9 @@ class MicroBatchSAM(Optimizer):
         flat.backend.restore(flat.weights, [], [], flat.perturbed, saved=flat.saved)
         increment_version(flat.params)
 
-    def _restore_and_accumulate(self, flat: Flat, grads: list[Tensor], absent: tuple, shares: list[float], i: int) -> None:
+    def _restore_and_accumulate(
+        self, flat: Flat, grads: list[Tensor], absent: tuple, shares: list[float], i: int
+    ) -> None:
         c_acc, c = _coefficients(shares, i)
         coefficients = {"norm_sq": flat.norm_sq, "c_acc": c_acc, "c": c}
         if flat.is_uniform(absent):
@@ -814,7 +844,13 @@ class MicroBatchSAM(Optimizer):
         return _FUSED.get(type(base))
 
     def _update(
-        self, flat: Flat, fused: tuple, grads: list[Tensor], absent: tuple, acc: Sequence[Tensor] = (), **options: Any
+        self,
+        flat: Flat,
+        fused: tuple,
+        grads: list[Tensor],
+        absent: tuple,
+        acc: list[Tensor] | None = None,
+        **options: Any,
     ) -> None:
         """The fused kernel on the base optimizer's own state."""
         self.base_optimizer._opt_called = True  # what schedulers look at
@@ -825,7 +861,7 @@ class MicroBatchSAM(Optimizer):
         if operator == "sgd":
             options["fresh"] = fresh
         getattr(flat.backend, operator)(
-            flat.weights, acc, grads, flat.chunks(absent), hyper=self._hyper[flat.device], **flat.state, **options
+            flat.weights, acc or [], grads, flat.chunks(absent), hyper=self._hyper[flat.device], **flat.state, **options
         )
 
 

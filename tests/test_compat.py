@@ -336,10 +336,11 @@ def test_first_step_without_a_gradient_perturbs_nothing():
         (lambda p: SAM(p, SGD, rho=-0.1, lr=0.1), ValueError, r"rho.*-0\.1"),
         (lambda p: SAM(p, SGD, rho=float("nan"), lr=0.1), ValueError, "rho.*nan"),
         (lambda p: SAM([], SGD, lr=0.1), ValueError, "empty parameter list"),
+        (lambda p: SAM(p[0], SGD, lr=0.1), TypeError, "iterable of Tensors"),
         (lambda p: SAM(p, SGD, lr=-1.0), ValueError, "-1.0"),
         (lambda p: SAM(p, msam_kernels.MicroBatchSAM), TypeError, "MicroBatchSAM"),
     ],
-    ids=["an instance", "a name", "rho < 0", "rho nan", "no parameters", "lr < 0", "a wrapper"],
+    ids=["an instance", "a name", "rho < 0", "rho nan", "no parameters", "a tensor", "lr < 0", "a wrapper"],
 )
 def test_wrong_arguments_say_what_is_wrong(make, error, match):
     with pytest.raises(error, match=match):

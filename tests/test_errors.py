@@ -415,6 +415,14 @@ def resized_to_the_front(model):
     model[0].weight.data = model[0].weight.data[:2]
 
 
+def reshaped(model):
+    model[0].weight.data = model[0].weight.data.view(3, 5)
+
+
+def reshaped_elsewhere(model):
+    model[0].weight.data = torch.ones(15)
+
+
 def with_gaps(model):
     model[0].weight.data = torch.ones(5, 6)[:, ::2]
 
@@ -430,6 +438,10 @@ def with_gaps(model):
         (resized, False, RuntimeError, r"49 elements.*15.*first"),
         (resized_to_the_front, True, RuntimeError, r"6 elements.*15.*first"),
         (resized_to_the_front, False, RuntimeError, r"6 elements.*15.*first"),
+        (reshaped, True, RuntimeError, r"shape.*first"),
+        (reshaped, False, RuntimeError, r"shape.*first"),
+        (reshaped_elsewhere, True, RuntimeError, r"shape.*first"),
+        (reshaped_elsewhere, False, RuntimeError, r"shape.*first"),
         (with_gaps, False, ValueError, r"strides.*contiguous"),
     ],
     ids=lambda v: v.__name__ if callable(v) and not isinstance(v, type) else "flattened" if v is True else "",

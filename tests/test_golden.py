@@ -148,6 +148,9 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
     def gradient(at, x):
         return [h * (a - sum(s[j] for s in x) / len(x)) for j, (h, a) in enumerate(zip(CURVATURE, at, strict=True))]
 
+    def averaged(old, new):
+        return [method.lmbda * m + (1 - method.lmbda) * d for m, d in zip(old, new, strict=True)]
+
     for batch in batches:
         mean = [0.0, 0.0]
         bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
@@ -165,11 +168,11 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
             if isinstance(method, methods.FriendlySAM):
                 following = g
                 if ema is not None:
-                    following = [method.lmbda * m + (1 - method.lmbda) * d for m, d in zip(ema, g, strict=True)]
+                    following = averaged(ema, g)
                     used = following if mistake == "the ema is updated before it is subtracted" else ema
                     direction = [d - method.sigma * m for d, m in zip(g, used, strict=True)]
                     if mistake == "the residual feeds the ema":
-                        following = [method.lmbda * m + (1 - method.lmbda) * d for m, d in zip(ema, direction, strict=True)]
+                        following = averaged(ema, direction)
                 ema = following
             radius = rho / len(parts) if mistake == "rho is divided by the micro-batches" else rho
             norm = math.hypot(*(t * d for t, d in zip(stretch, direction, strict=True)))
@@ -190,8 +193,12 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
+each_row = pytest.mark.parametrize(
+    ("name", "micro_batches"), GOLDEN, ids=lambda v: v if isinstance(v, str) else f"{v} micro-batches"
+)
 
-@pytest.mark.parametrize(("name", "micro_batches"), GOLDEN, ids=lambda v: v if isinstance(v, str) else f"{v} micro-batches")
+
+@each_row
 def test_the_computation_by_hand_meets_the_golden_table(name, micro_batches):
     sizes = [2 // micro_batches] * micro_batches
     actual = torch.tensor(by_hand(name, BATCHES, sizes), dtype=torch.float64)
@@ -201,12 +208,10 @@ def test_the_computation_by_hand_meets_the_golden_table(name, micro_batches):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("name", "micro_batches"), GOLDEN, ids=lambda v: v if isinstance(v, str) else f"{v} micro-batches")
+@each_row
 def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, way, flatten, layout, backend):
     rho, method = METHODS[name]
-    problem = Problem(
-        layout, rho=rho, method=method, num_micro_batches=micro_batches, flatten=flatten, backend=backend
-    )
+    problem = Problem(layout, rho=rho, method=method, num_micro_batches=micro_batches, flatten=flatten, backend=backend)
     for batch, golden in zip(BATCHES, GOLDEN[name, micro_batches], strict=True):
         WAYS[way](problem, torch.tensor(batch, dtype=torch.float64), micro_batches)
         torch.testing.assert_close(problem.weights, torch.tensor(golden, dtype=torch.float64), **TOLERANCE)
@@ -273,7 +278,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes", "mistake"), MISTAKES, ids=lambda v: v if isinstance(v, str) else f"sizes {v}")
+@pytest.mark.parametrize(
+    ("name", "sizes", "mistake"), MISTAKES, ids=lambda v: v if isinstance(v, str) else f"sizes {v}"
+)
 def test_the_optimizer_does_not_make_this_mistake(name, sizes, mistake, backend):
     rho, method = METHODS[name]
     options = {"num_micro_batches": len(sizes)}
