@@ -30,8 +30,9 @@ inline void check_list(at::TensorList list, const char* name, const Chunk* chunk
   for (int64_t k = 0; k < n; ++k) {
     const Chunk& c = chunks[k];
     const int64_t index = flat ? 0 : c.segment, begin = flat ? c.offset : c.begin;
+    // No sums: begin + numel can wrap round.
     TORCH_CHECK(c.segment >= 0 && begin >= 0 && c.numel >= 0 && index < int64_t(list.size()) &&
-                    begin + c.numel <= list[index].numel(),
+                    begin <= list[index].numel() && c.numel <= list[index].numel() - begin,
                 "chunk ", k, " reaches past ", name, "[", index, "]");
   }
 }

@@ -51,10 +51,10 @@ inline const T* load(const S* p, T* tmp, int n) {
 
 // Whole cache lines past the cache: an ordinary store would first fetch the line from memory.
 template <class S>
-inline void stream_copy(const S* from, S* to, int n) {
+inline void stream_copy(const S* from, S* to, int64_t n) {
   char* dst = reinterpret_cast<char*>(to);
   const char* src = reinterpret_cast<const char*>(from);
-  int64_t bytes = int64_t(n) * sizeof(S);
+  int64_t bytes = n * sizeof(S);
 #if defined(__AVX512F__)
   if (reinterpret_cast<uintptr_t>(dst) % 64 == 0)
     for (; bytes >= 64; bytes -= 64, src += 64, dst += 64)
@@ -305,7 +305,7 @@ void restore(const Restore& a, int64_t first, int64_t last) {
     if (a.weights) {
       const S* saved = static_cast<const S*>(a.saved) + c.offset;
       if (a.stream)
-        stream_copy(saved, a.weights.at<S>(c), int(c.numel));
+        stream_copy(saved, a.weights.at<S>(c), c.numel);
       else
         std::memcpy(a.weights.at<S>(c), saved, c.numel * sizeof(S));
     }

@@ -154,6 +154,7 @@ Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks
 void perturb(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& norm_sq, const Tensor& hyper,
              const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, const MaybeTensor& fresh,
              double sigma, double lmbda, std::optional<double> eta) {
+  TORCH_CHECK(!weights.empty() && !grads.empty(), "perturb needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
   call.begin(a);
@@ -208,8 +209,8 @@ void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor&
 void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
          const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
          const MaybeTensor& norm_sq, double c_acc, double c) {
-  Call call(chunks, dtype_of(weights, grads, "weights"));
   TORCH_CHECK(!weights.empty() && !grads.empty(), "sgd needs weights and grads");
+  Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
   gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
   a.stream = a.stream && saved;  // weights that were read are in cache already
@@ -226,8 +227,8 @@ void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chu
 void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
           const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
           const MaybeTensor& saved, const MaybeTensor& norm_sq, double c_acc, double c) {
-  Call call(chunks, dtype_of(weights, grads, "weights"));
   TORCH_CHECK(!weights.empty() && !grads.empty(), "adam needs weights and grads");
+  Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
   gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
   a.stream = a.stream && saved;
