@@ -571,7 +571,11 @@ class MicroBatchSAM(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; inside a ``passes`` loop it also drops the gradients that were there before the loop."""
-        super().zero_grad(set_to_none)
+        if set_to_none and not torch.autograd._profiler_enabled():  # torch's costs more than clearing
+            for p in self._parameters():
+                p.grad = None
+        else:
+            super().zero_grad(set_to_none)
         for grads in self._before or ():
             grads[:] = [None] * len(grads)
 
@@ -601,7 +605,9 @@ class MicroBatchSAM(Optimizer):
         """The micro-batches, and the share of the batch's samples that each holds."""
         if not batch:
             return [None], [1.0]
-        leaves, spec = tree_flatten(batch[0] if len(batch) == 1 else batch)
+        whole = batch[0] if len(batch) == 1 else batch
+        plain = all(isinstance(t, Tensor) for t in batch)  # the usual case, without the cost of walking a tree
+        leaves, spec = (batch, None) if plain else tree_flatten(whole)
         lengths = set()
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.dim() > 0:
@@ -613,8 +619,14 @@ class MicroBatchSAM(Optimizer):
             raise ValueError(f"the tensors of a batch must share dim 0, got lengths {sorted(lengths)}")
         (samples,) = lengths
         sizes = self._sizes(samples)
+        if len(sizes) == 1:
+            return [whole], [1.0]
         columns = [[None] * len(sizes) if leaf is None else leaf.split(sizes) for leaf in leaves]
-        parts = [tree_unflatten(list(row), spec) for row in zip(*columns, strict=True)]
+        rows = zip(*columns, strict=True)
+        if plain:
+            parts = [row[0] if len(batch) == 1 else row for row in rows]
+        else:
+            parts = [tree_unflatten(list(row), spec) for row in rows]
         return parts, [size / samples for size in sizes]
 
     def _sizes(self, samples: int) -> list[int]:

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "../update_math.h"
@@ -74,16 +76,18 @@ namespace avx512 {
   Kernels { #isa, isa::inner_products_entry, isa::perturb_entry, isa::restore_entry, isa::sgd_entry, isa::adam_entry }
 
 Kernels choose() {
-#if MSAM_X86
   const char* asked = std::getenv("MSAM_KERNELS_ISA");
-  const auto allowed = [&](const char* isa) { return !asked || std::strcmp(asked, isa) == 0; };
+  const auto wanted = [&](const char* isa) { return !asked || std::strcmp(asked, isa) == 0; };
+#if MSAM_X86
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  if (allowed("avx512") && has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return MSAM_BUILD(avx512);
-  if (allowed("avx2") && has_avx2) return MSAM_BUILD(avx2);
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && wanted("avx512")) return MSAM_BUILD(avx512);
+  if (has_avx2 && wanted("avx2")) return MSAM_BUILD(avx2);
 #endif
-  return MSAM_BUILD(baseline);
+  if (wanted("baseline")) return MSAM_BUILD(baseline);
+  throw std::runtime_error(std::string("MSAM_KERNELS_ISA=") + asked +
+                           " is not there on this processor: unset it, or use baseline, avx2 or avx512");
 }
 
 }  // namespace

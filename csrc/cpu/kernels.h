@@ -54,7 +54,8 @@ struct Kernels {
   void (*adam)(const Update&, int64_t first, int64_t last);
 };
 
-// The build for the widest instruction set that this processor has; MSAM_KERNELS_ISA=baseline|avx2|avx512 asks for less.
+// The build for the widest instruction set that this processor has, or for the one that MSAM_KERNELS_ISA (baseline, avx2,
+// avx512) names; throws where that is not there.
 const Kernels& kernels();
 
 }  // namespace msam::cpu
