@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import methods
@@ -32,6 +32,7 @@ class SAM(MicroBatchSAM):
         base_optimizer: an optimizer class, e.g. ``torch.optim.SGD``.
         rho: radius of the perturbation, >= 0.
         adaptive: ASAM with eta = 0.
+        model: if given, its BatchNorm-like layers record nothing between ``first_step`` and ``second_step``.
         kwargs: for the base optimizer.
 
     Source: the interface is that of github.com/davda54/sam.
@@ -43,6 +44,7 @@ class SAM(MicroBatchSAM):
         base_optimizer: type[Optimizer],
         rho: float = 0.05,
         adaptive: bool = False,
+        model: nn.Module | None = None,
         **kwargs: Any,
     ):
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
@@ -59,7 +61,7 @@ class SAM(MicroBatchSAM):
                     f"adaptive is one for all groups: got {adaptive=} and a group with {group['adaptive']!r}"
                 )
         method = methods.AdaptiveSAM(eta=0.0) if adaptive else methods.SAM()
-        super().__init__(base_optimizer(params, **kwargs), rho, method=method)
+        super().__init__(base_optimizer(params, **kwargs), rho, method=method, model=model)
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -74,6 +76,7 @@ class SAM(MicroBatchSAM):
             raise
         if zero_grad:
             self.zero_grad()
+        self._freeze_statistics()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -85,10 +88,13 @@ class SAM(MicroBatchSAM):
         if not self._perturbed:
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
         try:
+            self._thaw_statistics()
             self._descend_and_update([1.0], clear=False)
         except BaseException:
             self.restore()
             raise
+        self._end_step()
+        self._opt_called = True  # what schedulers look at
         if zero_grad:
             self.zero_grad()
 
@@ -107,13 +113,11 @@ class SAM(MicroBatchSAM):
                 "SAM.step needs a closure that runs forward and backward; or call first_step, second_step"
             )
         if not callable(closure):
-            return super().step(closure)
+            return self._step(closure)  # its hooks have run: torch wraps this method
         self.first_step(zero_grad=True)
         try:
-            self._freeze_statistics()
             with torch.enable_grad():
                 loss = closure()
-            self._thaw_statistics()
         except BaseException:
             self.restore()
             raise

@@ -161,10 +161,11 @@ class Flat:
         """The segment table without the parameters ``absent``: int64 ``[K, 5]``, see csrc/segments.h."""
         table = self._tables.get(absent)
         if table is None:
+            gone = set(absent)
             rows = [
                 (i, begin, self.offsets[i] + begin, min(CHUNK, p.numel() - begin), self.groups[i])
                 for i, p in enumerate(self.params)
-                if i not in set(absent)
+                if i not in gone
                 for begin in range(0, p.numel(), CHUNK)
             ]
             table = torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(-1, 5)
@@ -195,24 +196,26 @@ class Flat:
                 )
         if any(p.is_shared() for p in self.params if p.device.type == "cpu"):
             self.flatten = False  # other processes look where they are now
-        for i, p in enumerate(self.params):
-            moved = p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i]
-            if moved and p.numel():
-                if self.flatten:
-                    values = p.detach().clone()
-                    alias = self.alias(self._weights[0], i)
-                    alias.copy_(values)
-                    p.data = alias
-                else:
-                    self._check_unflattened(p)
-                if p.stride() != self._strides[i]:
-                    self._reorder(i)
+        moved = [
+            (i, p, p.detach().clone())  # all are read before any is written: one may live where another belongs
+            for i, p in enumerate(self.params)
+            if p.numel() and (p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i])
+        ]
+        for i, p, values in moved:
+            if self.flatten:
+                alias = self.alias(self._weights[0], i)
+                alias.copy_(values)
+                p.data = alias
+            else:
+                self._check_unflattened(p)
+            if p.stride() != self._strides[i]:
+                self._reorder(i)
         self._remember()
 
     def _reorder(self, i: int) -> None:
         """Bring what is kept for a parameter into its new memory order, e.g. after ``.to(memory_format=...)``."""
         p, offset = self.params[i], self.offsets[i]
-        for name, buffer in (("ema", self.ema), *self.state.items()):
+        for name, buffer in (("saved", self.saved), ("ema", self.ema), *self.state.items()):
             if buffer is None or name == "step":
                 continue
             values = buffer.as_strided(p.size(), self._strides[i], offset).clone()
@@ -324,8 +327,9 @@ class Flat:
                 return None
         fresh = torch.zeros(len(self.params), dtype=torch.uint8)
         dicts, names, views = [], [], []
+        gone = set(absent)
         for i, p in enumerate(self.params):
-            if i in absent:
+            if i in gone:
                 continue
             entry = state[p] if keys[self.groups[i]] else None
             for name in keys[self.groups[i]]:

@@ -63,6 +63,9 @@ class FriendlySAM(SAM):
     gradient starts its ema and is its d. With mSAM each micro-batch is F-SAM's batch: one ema, updated by every
     micro-batch in turn. State: one buffer of the size of the parameters.
 
+    Under a ``GradScaler`` g and the ema carry the loss scale: after a change of scale the ema is off by that factor for
+    about 1 / (1 - lmbda) micro-batches.
+
     Repeated or full batches make d vanish, and what is left to normalise is noise: use F-SAM with real mini-batches.
 
     Args:

@@ -112,6 +112,10 @@ def _hyper_adam(group: dict) -> tuple:
     )
 
 
+def _hyper_adamw(group: dict) -> tuple:
+    return (*_hyper_adam(group)[:-1], True)  # before torch 2.7 the group does not say so
+
+
 def _keys_adam(group: dict) -> tuple[str, ...]:
     keys = ("step", "exp_avg", "exp_avg_sq")
     return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
@@ -122,7 +126,7 @@ def _keys_adam(group: dict) -> tuple[str, ...]:
 _FUSED = {
     SGD: ("sgd", _hyper_sgd, _keys_sgd),
     Adam: ("adam", _hyper_adam, _keys_adam),
-    AdamW: ("adam", _hyper_adam, _keys_adam),
+    AdamW: ("adam", _hyper_adamw, _keys_adam),
 }
 
 
@@ -207,8 +211,8 @@ class MicroBatchSAM(Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         _check_rho(rho)
-        for group in getattr(base_optimizer, "_msam_groups", []):
-            group.pop("rho", None)  # put there by an earlier wrapper, not by the user
+        for g in getattr(base_optimizer, "_msam_groups", []):
+            base_optimizer.param_groups[g].pop("rho", None)  # put there by an earlier wrapper, not by the user
         for group in base_optimizer.param_groups:
             _check_rho(group.get("rho", rho))
         self.base_optimizer = base_optimizer
@@ -441,13 +445,17 @@ class MicroBatchSAM(Optimizer):
         self._flats += flats
         base = self.base_optimizer
         put_there = getattr(base, "_msam_groups", [])
-        for group in self.param_groups:
+        for g, group in enumerate(self.param_groups):
             if "rho" not in group:
                 group["rho"] = self.defaults["rho"]
-                put_there.append(group)
+                put_there.append(g)
         base._msam_groups = put_there
         self._layout = self._current_layout()
         self._rows = None
+
+    def _follow_parameters(self) -> None:
+        if self._current_layout() != self._layout:
+            self._adopt_parameters()
 
     def _current_layout(self) -> Any:
         return ops.memory_layout([group["params"] for group in self.param_groups])
@@ -501,7 +509,8 @@ class MicroBatchSAM(Optimizer):
         With a closure, which runs forward and backward and returns the loss, or a sequence of them, one per micro-batch
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
         are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
-        gradients are what they were.
+        gradients are what they were. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
+        ``GradScaler``), use ``passes``.
 
         Returns:
             None, the closure's value at w, or for a sequence the detached mean of the values.
@@ -583,6 +592,7 @@ class MicroBatchSAM(Optimizer):
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         self._thaw_statistics()
+        self._follow_parameters()
         for flat in self._flats:
             # -1 is the mark of a kernel that was interrupted before it ran.
             if flat.perturbed is not None and flat.achieved_sq.item() != -1:
@@ -716,8 +726,7 @@ class MicroBatchSAM(Optimizer):
 
     def _prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
-        if self._current_layout() != self._layout:
-            self._adopt_parameters()
+        self._follow_parameters()
         base = type(self.base_optimizer)
         columns = _FUSED[base][1] if base in _FUSED else lambda group: ()
         rows = [
@@ -794,12 +803,14 @@ class MicroBatchSAM(Optimizer):
     @torch.no_grad()
     def _descend(self, shares: list[float], i: int) -> None:
         """p.grad is micro-batch i's gradient at w + e: weights back, the gradient into the mean, p.grad cleared."""
+        self._follow_parameters()
         for flat, (grads, absent) in self._collected(clear=True):
             self._restore_and_accumulate(flat, grads, absent, shares, i)
         self._perturbed = False
 
     def _descend_and_update(self, shares: list[float], *, clear: bool = True) -> None:
         """The last micro-batch's ``_descend`` and the base optimizer's step, in one kernel where that is possible."""
+        self._follow_parameters()
         fused = self._fused()
         i = len(shares) - 1
         for flat, (grads, absent) in self._collected(clear=clear):

@@ -353,3 +353,28 @@ def test_step_without_a_closure_says_what_to_do():
     loss_of(model, *batch()).backward()
     with pytest.raises(RuntimeError, match="closure"):
         opt.step()
+
+
+def test_hooks_run_once_and_a_scheduler_sees_the_steps():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append(1))
+    opt.step([closure_of(model, batch())])
+    assert calls == [1]
+    closure_of(model, batch())()
+    opt.first_step(zero_grad=True)
+    closure_of(model, batch())()
+    opt.second_step(zero_grad=True)
+    scheduler.step()
+
+
+def test_layers_of_the_model_record_once_between_the_steps():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1, model=model)
+    for zero_grad_step in (opt.first_step, opt.second_step):
+        model(torch.randn(5, 3)).square().sum().backward()
+        zero_grad_step(zero_grad=True)
+    assert model[1].num_batches_tracked.item() == 1
+    assert model[1].track_running_stats

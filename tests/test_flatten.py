@@ -428,3 +428,23 @@ def test_a_flattened_model_may_be_shared_for_reading():
     model.share_memory()
     assert all(p.is_shared() for p in model.parameters())
     assert same_bits(model.parameters(), before)
+
+
+def test_parameters_that_exchanged_their_memory_keep_their_values():
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((3,), 2.0))
+    opt = MicroBatchSAM(SGD([a, b], lr=0.0), rho=0.1)
+    a.data, b.data = b.data, a.data
+    opt.train_step(lambda x: ((a + b) * x).sum(), torch.ones(1))
+    assert a.tolist() == [2.0] * 3
+    assert b.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
+def test_a_parameter_that_is_re_pointed_while_perturbed_is_restored_all_the_same(flatten):
+    w = nn.Parameter(torch.ones(2, 3))
+    opt = MicroBatchSAM(SGD([w], lr=0.1), rho=0.1, flatten=flatten)
+    for i, x in enumerate(x for x in opt.passes(torch.ones(1, 3))):
+        if i == 1:
+            w.data = w.data.t().contiguous().t()  # another address, and another memory order
+        (w * x).square().sum().backward()
+    assert torch.equal(w, torch.ones(2, 3))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of the four CPU kernels and the table of their builds, one per instruction set. Knows no torch.
+// Arguments of the CPU kernels and the table of their builds, one per instruction set. Knows no torch.
 #pragma once
 
 #include "../segments.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The four loops: load -> function of update_math.h -> store. No include guard: kernels.cpp includes this file once per
+// The loops: load -> function of update_math.h -> store. No include guard: kernels.cpp includes this file once per
 // instruction set, inside a namespace of its own. Blocks of kBlock elements pass through arrays that stay in L1; where
 // storage and arithmetic type agree, loads and ordinary stores touch memory directly.
 
