@@ -147,8 +147,8 @@ class Flat:
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
-    def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.zeros(self.size, dtype=dtype or self.dtype, device=self.device)
+    def new_buffer(self) -> Tensor:
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     def alias(self, buffer: Tensor, i: int) -> Tensor:
         return _alias(buffer, self.offsets[i], self.params[i])
@@ -338,7 +338,9 @@ class Flat:
                 known = (
                     old is not None and old.data_ptr() == buffer.data_ptr() + self._state_offset(name, i) and p.numel()
                 )
-                view = old if known else self._state_view(name, buffer, i)
+                # A view in an older memory order shows what is in place already, wrongly: it is only made anew.
+                current = known and (name == "step" or old.stride() == p.stride())
+                view = old if current else self._state_view(name, buffer, i)
                 if old is None:
                     view.zero_()
                     fresh[i] = 1

@@ -211,10 +211,10 @@ class MicroBatchSAM(Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         _check_rho(rho)
-        for g in getattr(base_optimizer, "_msam_groups", []):
-            base_optimizer.param_groups[g].pop("rho", None)  # put there by an earlier wrapper, not by the user
         for group in base_optimizer.param_groups:
             _check_rho(group.get("rho", rho))
+        for g in getattr(base_optimizer, "_msam_groups", []):
+            base_optimizer.param_groups[g].pop("rho", None)  # put there by an earlier wrapper, not by the user
         self.base_optimizer = base_optimizer
         # The hook tables and profiling of an Optimizer, without its own groups and state: those are the base's.
         defaults = {**base_optimizer.defaults, "rho": rho}
