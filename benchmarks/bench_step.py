@@ -489,7 +489,7 @@ def kernel_cases(gradients: Gradients) -> list[tuple[str, int, Callable[[], obje
     acc, g = gradients.sets[0], gradients.sets[1]
     saved, ema, m, v = (flat.new_buffer() for _ in range(4))
     saved.copy_(w[0])
-    step = torch.zeros(len(params), device=flat.device)
+    step = torch.zeros(len(params) + 1, device=flat.device)
 
     def row(*values):
         return torch.tensor([values], dtype=torch.float64, device=flat.device)
@@ -497,7 +497,8 @@ def kernel_cases(gradients: Gradients) -> list[tuple[str, int, Callable[[], obje
     sgd = dict(hyper=row(gradients.rho, 1e-3, 0.9, 0, 5e-4, 0, 0), momentum_buffer=m)
     adam = dict(hyper=row(gradients.rho, 1e-4, 0.9, 0.999, 1e-8, 0.01, 0, 0, 1), exp_avg=m, exp_avg_sq=v, step=step)
     norm_sq = torch.full((1,), float(gradients.numel) * 1e-2, dtype=torch.float64, device=flat.device)
-    ascent = dict(norm_sq=norm_sq, hyper=sgd["hyper"], achieved_sq=torch.zeros_like(norm_sq))
+    outputs = dict(hyper=sgd["hyper"], achieved_sq=torch.empty(len(table), dtype=torch.float64, device=flat.device))
+    ascent = dict(norm_sq=norm_sq, **outputs)
     friendly, moving = dict(ema=ema, sigma=SIGMA), dict(ema=ema, sigma=SIGMA, lmbda=LMBDA)
     back, mean = dict(saved=saved, norm_sq=norm_sq), dict(saved=saved, norm_sq=norm_sq, c_acc=0.5, c=0.5)
     return [
@@ -509,6 +510,8 @@ def kernel_cases(gradients: Gradients) -> list[tuple[str, int, Callable[[], obje
         ("perturb first friendly", 6, lambda: k.perturb(w, g, table, saved=saved, **ascent, **moving)),
         ("perturb later friendly", 5, lambda: k.perturb(w, g, table, **ascent, **moving)),
         ("perturb first adaptive", 4, lambda: k.perturb(w, g, table, saved=saved, **ascent, eta=0.01)),
+        ("ascend", 5, lambda: k.ascend(w, g, table, saved=saved, **outputs)),
+        ("ascend friendly", 8, lambda: k.ascend(w, g, table, saved=saved, **outputs, **moving)),
         ("restore", 2, lambda: k.restore(w, [], [], table, saved=saved)),
         ("restore + accumulate", 5, lambda: k.restore(w, acc, g, table, **back)),
         ("sgd", 5, lambda: k.sgd(w, [], g, table, **sgd)),

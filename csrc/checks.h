@@ -64,9 +64,16 @@ inline void check_per_segment(const std::optional<at::Tensor>& t, const char* na
                 t->numel());
 }
 
+inline void check_per_chunk(const at::Tensor& t, const char* name, int64_t n) {
+  TORCH_CHECK(t.dim() == 1 && t.numel() == n && t.scalar_type() == at::kDouble && t.is_contiguous(), name,
+              " must be a contiguous float64 tensor of shape [", n, "], one value per chunk, got ", t.scalar_type(),
+              " of shape ", t.sizes());
+}
+
+// The terms of a sum, at least one.
 inline void check_sum(const at::Tensor& t, const char* name) {
-  TORCH_CHECK(t.scalar_type() == at::kDouble && t.numel() == 1, name, " must be one float64 value, got ",
-              t.scalar_type(), " of shape ", t.sizes());
+  TORCH_CHECK(t.dim() == 1 && t.numel() > 0 && t.scalar_type() == at::kDouble && t.is_contiguous(), name,
+              " must be a contiguous 1-d float64 tensor, got ", t.scalar_type(), " of shape ", t.sizes());
 }
 
 }  // namespace msam

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The extension module _C: loading it registers the operators; build_info() says what was built; collect_grads() spares
-// the optimizer a Python loop over the parameters, and so does memory_layout().
+// The extension module _C: loading it registers the operators; build_info() says what was built; the rest spares the
+// optimizer Python loops over the parameters.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
@@ -43,6 +43,19 @@ bool is_regular(const at::Tensor& grad, const at::Tensor& param) {
   for (int64_t d = 0; d < grad.dim(); ++d)
     if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;
   return true;
+}
+
+// Every p.grad or None; an empty list where all are None.
+py::list current_grads(const py::list& params) {
+  py::list grads;
+  for (py::handle p : params) {
+    TORCH_CHECK(THPVariable_Check(p.ptr()), "current_grads takes tensors");
+    if (THPVariable_Unpack(p.ptr()).grad().defined()) {
+      for (py::handle q : params) grads.append(q.attr("grad"));
+      break;
+    }
+  }
+  return grads;
 }
 
 // Every p.grad, with a placeholder for None; whether all are regular; the indices of those that are None. Where all are
@@ -117,20 +130,28 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 }
 
 Tensor inner_products(const py::list& weights, const py::list& grads, const Tensor& chunks, const MaybeTensor& ema,
-                      const MaybeTensor& fresh, double sigma, const MaybeDouble& eta) {
-  static const auto op = find<Tensor(at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&,
-                                     const MaybeTensor&, double, MaybeDouble)>("msam_kernels::inner_products");
-  return dispatch(op, unpack(weights), unpack(grads), chunks, ema, fresh, sigma, eta);
+                      double sigma, const MaybeDouble& eta) {
+  static const auto op = find<Tensor(at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&, double,
+                                     MaybeDouble)>("msam_kernels::inner_products");
+  return dispatch(op, unpack(weights), unpack(grads), chunks, ema, sigma, eta);
 }
 
 void perturb(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& norm_sq,
              const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema,
-             const MaybeTensor& fresh, double sigma, double lmbda, const MaybeDouble& eta) {
+             double sigma, double lmbda, const MaybeDouble& eta) {
   static const auto op =
       find<void(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double, MaybeDouble)>(
-          "msam_kernels::perturb");
-  dispatch(op, unpack(weights), unpack(grads), chunks, norm_sq, hyper, achieved_sq, saved, ema, fresh, sigma, lmbda, eta);
+                const MaybeTensor&, const MaybeTensor&, double, double, MaybeDouble)>("msam_kernels::perturb");
+  dispatch(op, unpack(weights), unpack(grads), chunks, norm_sq, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
+}
+
+Tensor ascend(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
+              const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma, double lmbda,
+              const MaybeDouble& eta) {
+  static const auto op =
+      find<Tensor(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
+                  const MaybeTensor&, double, double, MaybeDouble)>("msam_kernels::ascend");
+  return dispatch(op, unpack(weights), unpack(grads), chunks, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
 }
 
 void restore(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks,
@@ -166,14 +187,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of msam_kernels";
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
+  m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
   m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
   using py::arg;
   const py::object none = py::none();
   m.def("inner_products", &inner_products, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("ema") = none,
-        arg("fresh") = none, arg("sigma") = 0.0, arg("eta") = none);
+        arg("sigma") = 0.0, arg("eta") = none);
   m.def("perturb", &perturb, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("norm_sq"), arg("hyper"),
-        arg("achieved_sq"), arg("saved") = none, arg("ema") = none, arg("fresh") = none, arg("sigma") = 0.0,
-        arg("lmbda") = 0.0, arg("eta") = none);
+        arg("achieved_sq"), arg("saved") = none, arg("ema") = none, arg("sigma") = 0.0, arg("lmbda") = 0.0,
+        arg("eta") = none);
+  m.def("ascend", &ascend, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"), arg("achieved_sq"),
+        arg("saved") = none, arg("ema") = none, arg("sigma") = 0.0, arg("lmbda") = 0.0, arg("eta") = none);
   m.def("restore", &restore, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("saved") = none,
         arg("norm_sq") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
   m.def("sgd", &sgd, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"),

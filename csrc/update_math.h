@@ -27,16 +27,26 @@ MSAM_FN bool is_finite(double x) { return x - x == 0; }
 // rho / (||d|| + 1e-12). The caller skips the perturbation where the norm is not finite.
 MSAM_FN double ascent_scale(double norm_sq, double rho) { return rho / (std::sqrt(norm_sq) + 1e-12); }
 
-// F-SAM: d = g - sigma ema.
-template <class T>
-MSAM_FN T residual(T g, T ema, T sigma) {
-  return g - sigma * ema;
+// x^n by repeated squaring: std::pow rounds differently on host and device.
+MSAM_FN double integer_power(double x, int64_t n) {
+  double result = 1;
+  for (; n > 0; n >>= 1, x *= x)
+    if (n & 1) result *= x;
+  return result;
 }
 
-// F-SAM: ema <- lmbda ema + (1 - lmbda) g, from the raw gradient.
+// The formulas of the ascent also take vectors of the compiler in place of T, so they choose by value (?:) only.
+
+// F-SAM: d = g - sigma ema. An element of the EMA that is NaN has not begun: its first gradient is its d.
+template <class T>
+MSAM_FN T residual(T g, T ema, T sigma) {
+  return ema != ema ? g : g - sigma * ema;
+}
+
+// F-SAM: ema <- lmbda ema + (1 - lmbda) g, from the raw gradient, with which it begins.
 template <class T>
 MSAM_FN T ema_next(T ema, T g, T lmbda, T one_minus_lmbda) {
-  return lmbda * ema + one_minus_lmbda * g;
+  return ema != ema ? g : lmbda * ema + one_minus_lmbda * g;
 }
 
 // ASAM: T_w = |w| + eta.
@@ -95,7 +105,7 @@ struct Adam {
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt;
   bool maximize, coupled, small;
 
-  MSAM_FN Adam(const double* row, double step)
+  MSAM_FN Adam(const double* row, int64_t step)
       : beta1(T(row[kBeta1])),
         one_minus_beta1(T(1 - row[kBeta1])),
         beta2(T(row[kBeta2])),
@@ -103,8 +113,8 @@ struct Adam {
         eps(T(row[kEps])),
         weight_decay(T(row[kAdamWeightDecay])),
         decay(row[kDecoupled] != 0 ? T(1 - row[kLr] * row[kAdamWeightDecay]) : T(1)),
-        step_size(T(row[kLr] / (1 - std::pow(row[kBeta1], step)))),
-        bias_correction2_sqrt(T(std::sqrt(1 - std::pow(row[kBeta2], step)))),
+        step_size(T(row[kLr] / (1 - integer_power(row[kBeta1], step)))),
+        bias_correction2_sqrt(T(std::sqrt(1 - integer_power(row[kBeta2], step)))),
         maximize(row[kAdamMaximize] != 0),
         coupled(row[kDecoupled] == 0 && row[kAdamWeightDecay] != 0),
         small(1 - row[kBeta1] < 0.5) {}

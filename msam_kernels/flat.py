@@ -8,6 +8,7 @@ named by segment. ``chunks`` tells the kernels what to work on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import is_
@@ -119,7 +120,6 @@ class Flat:
         # Kept from step to step, made when first needed.
         self.saved: Tensor | None = None
         self.ema: Tensor | None = None
-        self.ema_fresh: Tensor | None = None  # uint8 [P]: no gradient has reached the EMA yet
         self.state: dict[str, Tensor] = {}  # the base optimizer's, by its names
         self._bound: tuple | None = None
         # Of the step under way.
@@ -168,7 +168,7 @@ class Flat:
                 if i not in gone
                 for begin in range(0, p.numel(), CHUNK)
             ]
-            table = torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(-1, 5)
+            table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5).to(self.device, non_blocking=True)
             if len(self._tables) >= 32:  # gradients that come and go at random must not fill the memory
                 self._tables.clear()
             self._tables[absent] = table
@@ -242,7 +242,7 @@ class Flat:
             grads = [self._absent_grad if p.grad is None else self._regular(p, p.grad) for p in self.params]
             increment_version(self.params)
             if clear:
-                self.set_grads(repeat(None))
+                self.set_grads(())
         return grads, tuple(absent)
 
     @staticmethod
@@ -259,7 +259,8 @@ class Flat:
         return torch.empty_like(p).copy_(g)
 
     def set_grads(self, grads: Iterable[Tensor | None]) -> None:
-        for p, g in zip(self.params, grads, strict=False):
+        """``p.grad`` by parameter; None for all where ``grads`` is empty."""
+        for p, g in zip(self.params, grads or repeat(None), strict=False):
             p.grad = g
 
     # -- the step under way -------------------------------------------------------------------------------------------
@@ -274,9 +275,18 @@ class Flat:
             return True
         return False
 
+    def start_ema(self) -> None:
+        self.ema = self.new_buffer().fill_(math.nan)  # none of it has begun
+
+    def begun(self) -> list[bool]:
+        """By parameter: whether its EMA has begun."""
+        first = [min(offset, self.size - 1) for offset in self.offsets]
+        is_nan = self.ema[torch.tensor(first, device=self.device)].isnan().tolist()
+        return [p.numel() > 0 and not nan for p, nan in zip(self.params, is_nan, strict=True)]
+
     def start_from(self, grads: Sequence[Tensor | None]) -> None:
         """The mean of the descent gradients begins with gradients that were there before the step."""
-        if any(g is not None for g in grads):
+        if grads:
             pairs = zip(self.params, grads, strict=True)
             self.acc = [self._absent_grad if g is None else self._regular(p, g) for p, g in pairs]
             self.acc_absent = tuple(i for i, g in enumerate(grads) if g is None)
@@ -349,13 +359,14 @@ class Flat:
                 entry[name] = view
                 dicts.append(entry), names.append(name), views.append(view)
         self._bound = ((keys, absent, len(state)), list(state.values()), dicts, names, views)
-        return fresh.to(self.device) if fresh.any() else None
+        return fresh.to(self.device, non_blocking=True) if fresh.any() else None
 
     def _state_buffer(self, name: str) -> Tensor:
         if name not in self.state:
-            steps = (len(self.params),) if name == "step" else None
             self.state[name] = (
-                torch.zeros(steps, dtype=torch.float32, device=self.device) if steps else self.new_buffer()
+                torch.zeros(len(self.params) + 1, dtype=torch.float32, device=self.device)
+                if name == "step"
+                else self.new_buffer()
             )
         return self.state[name]
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators, declared once, and the choice of a backend.
 
-Every backend is a namespace with the five functions below, called alike:
+Every backend is a namespace with the six functions below, called alike:
 
-    inner_products(weights, grads, chunks, *, ema, fresh, sigma, eta) -> norm_sq
-    perturb(weights!, grads, chunks, *, norm_sq, hyper, achieved_sq!, saved!, ema!, fresh!, sigma, lmbda, eta)
+    inner_products(weights, grads, chunks, *, ema, sigma, eta) -> norm_sq
+    perturb(weights!, grads, chunks, *, norm_sq, hyper, achieved_sq!, saved!, ema!, sigma, lmbda, eta)
+    ascend(weights!, grads, chunks, *, hyper, achieved_sq!, saved!, ema!, sigma, lmbda, eta) -> norm_sq
     restore(weights!, acc!, grads, chunks, *, saved, norm_sq, c_acc, c)
     sgd(weights!, acc, grads, chunks, *, hyper, saved, momentum_buffer!, fresh, norm_sq, c_acc, c)
     adam(weights!, acc, grads, chunks, *, hyper, exp_avg!, exp_avg_sq!, step!, max_exp_avg_sq!, saved, norm_sq, c_acc, c)
@@ -14,10 +15,13 @@ Every backend is a namespace with the five functions below, called alike:
 * ``weights``: one flat buffer, or P tensors; empty where no weights take part. ``grads``, ``acc``: P tensors, dense in
   memory, in the order of the weights' memory; an empty tensor for a parameter that the table does not name.
 * ``chunks``: int64 ``[K, 5]``, rows (segment, begin, offset, numel, group): what the call works on. See ``flat.py``.
-* ``saved``, ``ema``, ``momentum_buffer``, ``exp_avg`` …: flat buffers of the weights' dtype; ``step``: float32 ``[P]``.
-* ``hyper``: float64 ``[groups, columns]``, columns as in ``reference.py``; ``norm_sq``, ``achieved_sq``: float64 ``[1]``;
-  ``fresh``: uint8 ``[P]``, set where the EMA or momentum buffer begins with this gradient (``perturb`` clears what it
-  began).
+* ``saved``, ``ema``, ``momentum_buffer``, ``exp_avg`` …: flat buffers of the weights' dtype. An element of ``ema`` that
+  is NaN has not begun.
+* ``hyper``: float64 ``[groups, columns]``, columns as in ``reference.py``.
+* ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
+  ``[K]``, the terms of ‖e‖² as it was stored; its version counter tells whether ``perturb`` has saved the weights.
+* ``step``: float32 ``[P + 1]``; the last element, zero between calls, is where GPU kernels count the blocks that are done.
+* ``fresh``: uint8 ``[P]``, set where a momentum buffer begins with this gradient.
 
 What each computes stands in ``reference.py``, the specification.
 """
@@ -39,11 +43,13 @@ else:
     _missing_extension = None
 
 _SCHEMAS = (
-    "inner_products(Tensor[] weights, Tensor[] grads, Tensor chunks, *, Tensor? ema=None, Tensor? fresh=None, "
-    "float sigma=0., float? eta=None) -> Tensor",
+    "inner_products(Tensor[] weights, Tensor[] grads, Tensor chunks, *, Tensor? ema=None, float sigma=0., "
+    "float? eta=None) -> Tensor",
     "perturb(Tensor(a!)[] weights, Tensor[] grads, Tensor chunks, *, Tensor norm_sq, Tensor hyper, "
-    "Tensor(b!) achieved_sq, Tensor(c!)? saved=None, Tensor(d!)? ema=None, Tensor(e!)? fresh=None, float sigma=0., "
-    "float lmbda=0., float? eta=None) -> ()",
+    "Tensor(b!) achieved_sq, Tensor(c!)? saved=None, Tensor(d!)? ema=None, float sigma=0., float lmbda=0., "
+    "float? eta=None) -> ()",
+    "ascend(Tensor(a!)[] weights, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor(b!) achieved_sq, "
+    "Tensor(c!)? saved=None, Tensor(d!)? ema=None, float sigma=0., float lmbda=0., float? eta=None) -> Tensor",
     "restore(Tensor(a!)[] weights, Tensor(b!)[] acc, Tensor[] grads, Tensor chunks, *, Tensor? saved=None, "
     "Tensor? norm_sq=None, float c_acc=1., float c=1.) -> ()",
     "sgd(Tensor(a!)[] weights, Tensor[] acc, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor? saved=None, "
@@ -60,7 +66,8 @@ for _schema in _SCHEMAS:
 
 
 def _fake_sum(weights, grads, chunks, **_):
-    return chunks.new_empty((1,), dtype=torch.float64)
+    terms = 1 if chunks.device.type == "cpu" else torch.library.get_ctx().new_dynamic_size()
+    return chunks.new_empty((terms,), dtype=torch.float64)
 
 
 def _fake_nothing(*_, **__):
@@ -68,12 +75,21 @@ def _fake_nothing(*_, **__):
 
 
 for _name in OPERATORS:
-    _fake = _fake_sum if _name == "inner_products" else _fake_nothing
+    _fake = _fake_sum if _name in ("inner_products", "ascend") else _fake_nothing
     torch.library.register_fake(f"msam_kernels::{_name}", _fake, lib=_library)
 
 
 # (params, placeholder, clear) -> (grads, regular, absent); None without the extension. See Flat.collect_grads.
 collect_grads = getattr(_C, "collect_grads", None)
+
+
+def _current_grads(params):
+    grads = [p.grad for p in params]
+    return grads if any(g is not None for g in grads) else []
+
+
+# (params) -> every p.grad or None; an empty list where all are None.
+current_grads = getattr(_C, "current_grads", _current_grads)
 
 
 def _memory_layout(groups):

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -80,9 +79,9 @@ def _running_statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]
                 yield layer, "track_running_stats", False
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    """Of one value per device, on the first device."""
-    return parts[0] if len(parts) == 1 else torch.stack([t.to(parts[0].device) for t in parts]).sum(0)
+def _gathered(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The terms of a sum, from all devices."""
+    return torch.cat([t.to(device, non_blocking=True) for t in parts])
 
 
 def _hyper_sgd(group: dict) -> tuple:
@@ -236,7 +235,7 @@ class MicroBatchSAM(Optimizer):
         self._state_keys: tuple[tuple[str, ...], ...] = ()
         self._hyper: dict[torch.device, Tensor] = {}
         self._perturbed = False
-        self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, what p.grad was
+        self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, p.grad, or []
         self._norms_sq: list[Tensor] = []
         self._achieved_sq: list[list[Tensor]] = []
         self._frozen: list[tuple[nn.Module, str, Any]] = []  # (layer, attribute, its value) of frozen statistics
@@ -384,27 +383,20 @@ class MicroBatchSAM(Optimizer):
         ema = {}
         for flat in self._flats:
             if flat.ema is not None:
-                started = [True] * len(flat.params) if flat.ema_fresh is None else (flat.ema_fresh == 0).tolist()
-                aliases = flat.aliases(flat.ema)
-                ema.update({index[id(p)]: aliases[i] for i, p in enumerate(flat.params) if started[i]})
+                begun = flat.begun()
+                ema.update({index[id(p)]: flat.alias(flat.ema, i) for i, p in enumerate(flat.params) if begun[i]})
         return {"ema": ema} if ema else {}
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         index = {id(p): i for i, p in enumerate(self._parameters())}
         for flat in self._flats:
-            flat.ema = flat.ema_fresh = None
+            flat.ema = None
             loaded = [own.get("ema", {}).get(index[id(p)]) for p in flat.params]
             if any(t is not None for t in loaded):
-                self._start_ema(flat)
+                flat.start_ema()
                 for i, t in enumerate(loaded):
                     if t is not None:
                         flat.alias(flat.ema, i).copy_(t)
-                        flat.ema_fresh[i] = 0
-
-    @staticmethod
-    def _start_ema(flat: Flat) -> None:
-        flat.ema = flat.new_buffer()
-        flat.ema_fresh = torch.ones(len(flat.params), dtype=torch.uint8, device=flat.device)
 
     def _adopt_parameters(self) -> None:
         """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
@@ -477,8 +469,8 @@ class MicroBatchSAM(Optimizer):
         """Norms and flags of the latest step, per micro-batch. Reading them is the only time anything is computed."""
         if not self._norms_sq:
             raise RuntimeError("stats are there after the first pass of the first step")
-        norms_sq = torch.cat(self._norms_sq)
-        achieved_sq = torch.cat([_sum(parts) for parts in self._achieved_sq])
+        norms_sq = torch.stack([terms.sum() for terms in self._norms_sq])
+        achieved_sq = torch.stack([_gathered(parts, norms_sq.device).sum() for parts in self._achieved_sq])
         return Stats(norms_sq.sqrt(), achieved_sq.sqrt(), ~norms_sq.isfinite())
 
     def passes(self, *batch: Any) -> Iterator[Any]:
@@ -525,7 +517,6 @@ class MicroBatchSAM(Optimizer):
 
     step.hooked = True  # torch's wrapper costs more than a kernel, so it runs only where somebody listens
 
-    @torch.no_grad()
     def _step(self, closure) -> Any:
         self._check_idle("step()")
         if closure is None:
@@ -552,7 +543,7 @@ class MicroBatchSAM(Optimizer):
         values = self._run_closures(closures, shares)
         if callable(closure):
             return values[0]
-        return None if any(v is None for v in values) else sum(v * s for v, s in zip(values, shares, strict=True))
+        return None if any(v is None for v in values) else _mean(values, shares)
 
     _profiled_step = Optimizer.profile_hook_step(_step)
 
@@ -586,7 +577,7 @@ class MicroBatchSAM(Optimizer):
         else:
             super().zero_grad(set_to_none)
         for grads in self._before or ():
-            grads[:] = [None] * len(grads)
+            grads.clear()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -594,8 +585,8 @@ class MicroBatchSAM(Optimizer):
         self._thaw_statistics()
         self._follow_parameters()
         for flat in self._flats:
-            # -1 is the mark of a kernel that was interrupted before it ran.
-            if flat.perturbed is not None and flat.achieved_sq.item() != -1:
+            # An untouched achieved_sq tells of a kernel that was interrupted before it ran.
+            if flat.perturbed is not None and flat.achieved_sq._version > 0:
                 self._restore_weights(flat)
             flat.perturbed = None
         self._perturbed = False
@@ -669,7 +660,7 @@ class MicroBatchSAM(Optimizer):
                         flat.start_from(grads)
                 self._descend(shares, i)
             for flat, grads in zip(self._flats, before, strict=True):
-                flat.set_grads(flat.means() if len(parts) == 1 else map(_added, grads, flat.means()))
+                flat.set_grads(map(_added, grads, flat.means()) if grads and len(parts) > 1 else flat.means())
 
     def _check_current(self, before: list) -> None:
         if self._before is not before:
@@ -679,12 +670,10 @@ class MicroBatchSAM(Optimizer):
         values = []
         with self._step_under_way():
             for i, closure in enumerate(closures):
-                with torch.enable_grad():
-                    values.append(closure())
+                values.append(_call(closure))
                 self._ascend(first=i == 0)
                 self._freeze_statistics()
-                with torch.enable_grad():
-                    closure()
+                _call(closure)
                 self._thaw_statistics()
                 if i + 1 < len(closures):
                     self._descend(shares, i)
@@ -696,13 +685,13 @@ class MicroBatchSAM(Optimizer):
     def _step_under_way(self) -> Iterator[list[list[Tensor | None]]]:
         """Put the gradients that are there aside; bring them and the weights back if the step does not finish."""
         self._prepare()
-        before = [[p.grad for p in flat.params] for flat in self._flats]
+        before = [ops.current_grads(flat.params) for flat in self._flats]
         self._norms_sq, self._achieved_sq = [], []
         try:
             self._before = before
             for flat, grads in zip(self._flats, before, strict=True):
-                if any(g is not None for g in grads):
-                    flat.set_grads(repeat(None))
+                if grads:
+                    flat.set_grads(())
             yield before
         except BaseException:
             if self._before is before:  # else it was given up, and what is there now is not ours
@@ -740,7 +729,12 @@ class MicroBatchSAM(Optimizer):
             for row in rows:
                 _check_rho(row[0])
             hyper = torch.tensor(rows, dtype=torch.float64)
-            self._hyper = {flat.device: hyper.to(flat.device) for flat in self._flats}
+            for device in {flat.device for flat in self._flats}:
+                old = self._hyper.get(device)
+                if old is not None and old.shape == hyper.shape:
+                    old.copy_(hyper, non_blocking=True)  # a captured graph reads it at this address
+                else:
+                    self._hyper[device] = hyper.to(device, non_blocking=True)
             self._state_keys = tuple(_FUSED[base][2](group) for group in self.param_groups) if base in _FUSED else ()
             self._rows = rows
 
@@ -757,50 +751,39 @@ class MicroBatchSAM(Optimizer):
         """Every flat with its gradients; all are looked at before any kernel runs."""
         return [(flat, flat.collect_grads(clear=clear)) for flat in self._flats]
 
-    @torch.no_grad()
     def _ascend(self, *, first: bool, clear: bool = True) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         collected = self._collected(clear=clear)
         if self.model is not None and all(len(absent) == len(flat.params) for flat, (_, absent) in collected):
             self._check_model()
-        lmbda = self.method.ema_decay
-        directions, sums = [], []
+        calls = []
         for flat, (grads, absent) in collected:
-            direction = self.method.direction
-            if lmbda is not None:
-                if flat.ema is None:
-                    self._start_ema(flat)
-                direction.update(ema=flat.ema, fresh=flat.ema_fresh)
-            directions.append(direction)
-            sums.append(flat.backend.inner_products(flat.weights, grads, flat.chunks(absent), **direction))
-        norm_sq = _sum(sums)
-        self._norms_sq.append(norm_sq)
-        self._achieved_sq.append([])
-        for (flat, (grads, absent)), direction in zip(collected, directions, strict=True):
-            if lmbda is not None:
-                direction["lmbda"] = lmbda
             save = flat.save(absent, again=first)
             if first:
                 flat.acc, flat.acc_absent = None, ()
-            flat.norm_sq = norm_sq.to(flat.device)
-            flat.achieved_sq = torch.full((1,), -1.0, dtype=torch.float64, device=flat.device)
-            self._achieved_sq[-1].append(flat.achieved_sq)
-            flat.perturbed, flat.perturbed_absent = flat.chunks(absent), absent
-            self._perturbed = True
-            flat.backend.perturb(
-                flat.weights,
-                grads,
-                flat.perturbed,
-                norm_sq=flat.norm_sq,
-                hyper=self._hyper[flat.device],
-                achieved_sq=flat.achieved_sq,
-                saved=flat.saved if save else None,
-                **direction,
-            )
-            if flat.ema_fresh is not None and flat.device.type == "cpu" and not flat.ema_fresh.any():
-                flat.ema_fresh = None
+            chunks = flat.chunks(absent)
+            flat.achieved_sq = torch.empty(len(chunks), dtype=torch.float64, device=flat.device)
+            flat.perturbed, flat.perturbed_absent = chunks, absent
+            arguments = (flat.weights, grads, chunks)
+            direction, outputs = self.method.direction, {"saved": flat.saved if save else None}
+            if self.method.ema_decay is not None:
+                if flat.ema is None:
+                    flat.start_ema()
+                direction["ema"], outputs["lmbda"] = flat.ema, self.method.ema_decay
+            outputs.update(hyper=self._hyper[flat.device], achieved_sq=flat.achieved_sq)
+            calls.append((flat, arguments, direction, outputs))
+        self._achieved_sq.append([flat.achieved_sq for flat in self._flats])
+        self._perturbed = True
+        if len(calls) == 1:
+            ((flat, arguments, direction, outputs),) = calls
+            flat.norm_sq = flat.backend.ascend(*arguments, **direction, **outputs)
+        else:  # the norm is over all of them
+            sums = [flat.backend.inner_products(*args, **direction) for flat, args, direction, _ in calls]
+            for flat, arguments, direction, outputs in calls:
+                flat.norm_sq = _gathered(sums, flat.device)
+                flat.backend.perturb(*arguments, norm_sq=flat.norm_sq, **direction, **outputs)
+        self._norms_sq.append(self._flats[0].norm_sq)
 
-    @torch.no_grad()
     def _descend(self, shares: list[float], i: int) -> None:
         """p.grad is micro-batch i's gradient at w + e: weights back, the gradient into the mean, p.grad cleared."""
         self._follow_parameters()
@@ -831,7 +814,7 @@ class MicroBatchSAM(Optimizer):
             self.base_optimizer.step()
             if clear:
                 for flat in self._flats:
-                    flat.set_grads(repeat(None))
+                    flat.set_grads(())
 
     @staticmethod
     def _restore_weights(flat: Flat) -> None:
@@ -886,6 +869,15 @@ class MicroBatchSAM(Optimizer):
         getattr(flat.backend, operator)(
             flat.weights, acc or [], grads, flat.chunks(absent), hyper=self._hyper[flat.device], **flat.state, **options
         )
+
+
+def _call(closure: Callable[[], Any]) -> Any:
+    return closure() if torch.is_grad_enabled() else torch.enable_grad()(closure)()
+
+
+@torch.no_grad()
+def _mean(values: list[Any], shares: list[float]) -> Any:
+    return sum(v * s for v, s in zip(values, shares, strict=True))
 
 
 def _coefficients(shares: list[float], i: int) -> tuple[float, float]:

@@ -10,8 +10,11 @@ every group):
     restore          w ← saved;   acc ← c_acc·acc + c·ĝ
     sgd, adam        torch.optim.SGD / Adam / AdamW on c_acc·acc + c·ĝ, starting from ``saved`` where that is given
 
-A non-finite ‖d‖ means e = 0, an unchanged ema and a NaN descent gradient. Arithmetic is fp32 (fp64 for fp64 storage):
-values are rounded to the storage type only when stored.
+    ascend           inner_products and perturb
+
+An element of the ema that is NaN has not begun: its first gradient is its d and its next value. A non-finite ‖d‖ means
+e = 0, an unchanged ema and a NaN descent gradient. Arithmetic is fp32 (fp64 for fp64 storage): values are rounded to the
+storage type only when stored.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ class _Segment(NamedTuple):
     offset: int
     numel: int
     group: int
+    rows: slice  # of the table
+    lengths: list[int]
 
     def of(self, tensors: list[Tensor], flat: bool = False) -> Tensor:
         """This parameter's memory as a 1-d view, in a list of tensors or in one flat buffer."""
@@ -48,10 +53,13 @@ class _Segment(NamedTuple):
 
 def _segments(chunks: Tensor) -> Iterator[_Segment]:
     """The whole parameters that the table names."""
+    first = 0
     for index, rows in groupby(chunks.tolist(), key=itemgetter(0)):
         rows = list(rows)
         _, _, offset, _, group = rows[0]
-        yield _Segment(index, offset, sum(row[3] for row in rows), group)
+        lengths = [row[3] for row in rows]
+        yield _Segment(index, offset, sum(lengths), group, slice(first, first + len(rows)), lengths)
+        first += len(rows)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -59,23 +67,23 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _is_fresh(fresh: Tensor | None, segment: _Segment) -> bool:
-    return fresh is not None and bool(fresh[segment.index])
-
-
 def _direction(g: Tensor, ema: Tensor | None, sigma: float) -> Tensor:
-    return g if ema is None else g - _wide(ema) * sigma
+    return g if ema is None else torch.where(ema.isnan(), g, g - _wide(ema) * sigma)
+
+
+def _ema_next(ema: Tensor, g: Tensor, lmbda: float) -> Tensor:
+    return torch.where(ema.isnan(), g, _wide(ema) * lmbda + g * (1 - lmbda))
 
 
 def _stretch(w: Tensor, eta: float) -> Tensor:
     return w.abs() + eta
 
 
-def inner_products(weights, grads, chunks, *, ema=None, fresh=None, sigma=0.0, eta=None):
+def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
     """``‖d‖²`` as float64 ``[1]``."""
     total = torch.zeros(1, dtype=torch.float64, device=chunks.device)
     for s in _segments(chunks):
-        d = _direction(_wide(s.of(grads)), s.within(ema), 0.0 if _is_fresh(fresh, s) else sigma)
+        d = _direction(_wide(s.of(grads)), s.within(ema), sigma)
         if eta is not None:
             d = _stretch(_wide(s.of(weights, len(weights) == 1)), eta) * d
         total += d.double().square().sum()
@@ -83,21 +91,10 @@ def inner_products(weights, grads, chunks, *, ema=None, fresh=None, sigma=0.0, e
 
 
 def perturb(
-    weights,
-    grads,
-    chunks,
-    *,
-    norm_sq,
-    hyper,
-    achieved_sq,
-    saved=None,
-    ema=None,
-    fresh=None,
-    sigma=0.0,
-    lmbda=0.0,
-    eta=None,
+    weights, grads, chunks, *, norm_sq, hyper, achieved_sq, saved=None, ema=None, sigma=0.0, lmbda=0.0, eta=None
 ):
-    """Weights to w + e, the old ones to ``saved``, ema to its next value, ‖e‖² as stored to ``achieved_sq``."""
+    """Weights to w + e, the old ones to ``saved``, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by chunk."""
+    norm_sq = norm_sq.sum(0, keepdim=True)
     finite = norm_sq.isfinite()
     if saved is not None:
         for s in _segments(chunks):
@@ -106,24 +103,39 @@ def perturb(
     for s in _segments(chunks):
         weight, g, average = s.of(weights, len(weights) == 1), _wide(s.of(grads)), s.within(ema)
         w = _wide(weight).clone()
-        is_fresh = _is_fresh(fresh, s)
-        d = _direction(g, average, 0.0 if is_fresh else sigma)
+        d = _direction(g, average, sigma)
         if average is not None:
-            keep = 0.0 if is_fresh else lmbda
-            following = _wide(average) * keep + g * (1 - keep)
-            average.copy_(torch.where(finite, following, _wide(average)))
+            average.copy_(torch.where(finite, _ema_next(average, g, lmbda), _wide(average)))
         if eta is not None:
             d = _stretch(w, eta).square() * d
         scale = (hyper[s.group, 0] / (norm_sq.sqrt() + 1e-12)).to(w.dtype)
         weight.copy_(torch.where(finite, w + d * scale, w))
-        achieved_sq += (weight.double() - w.double()).square().sum()
-        if is_fresh:
-            fresh[s.index] = ~finite[0]
+        change_sq = (weight.double() - w.double()).square()
+        achieved_sq[s.rows] = torch.stack([part.sum() for part in change_sq.split(s.lengths)])
+
+
+def ascend(weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, sigma=0.0, lmbda=0.0, eta=None):
+    """``inner_products``, then ``perturb`` by the norm that it returned; returns it too."""
+    norm_sq = inner_products(weights, grads, chunks, ema=ema, sigma=sigma, eta=eta)
+    perturb(
+        weights,
+        grads,
+        chunks,
+        norm_sq=norm_sq,
+        hyper=hyper,
+        achieved_sq=achieved_sq,
+        saved=saved,
+        ema=ema,
+        sigma=sigma,
+        lmbda=lmbda,
+        eta=eta,
+    )
+    return norm_sq
 
 
 def _coefficient(c: float, norm_sq: Tensor | None) -> float | Tensor:
     """c, or NaN after a non-finite ascent gradient."""
-    return c if norm_sq is None else torch.full_like(norm_sq, c).masked_fill(~norm_sq.isfinite(), math.nan)
+    return c if norm_sq is None else torch.where(norm_sq.sum().isfinite(), norm_sq.new_tensor(c), math.nan)
 
 
 def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0, c=1.0):
@@ -136,7 +148,7 @@ def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0,
             if grads:
                 total.copy_(_descent(s, acc, grads, norm_sq, c_acc, c, total.dtype))
             elif norm_sq is not None:
-                total.copy_(torch.where(norm_sq.isfinite(), total, math.nan))
+                total.copy_(torch.where(norm_sq.sum().isfinite(), total, math.nan))
 
 
 def _descent(s, acc, grads, norm_sq, c_acc, c, dtype):
@@ -177,10 +189,21 @@ def sgd(
             g = g + w * weight_decay
         if momentum:
             buffer = s.within(momentum_buffer)
-            following = g if _is_fresh(fresh, s) else _wide(buffer) * momentum + g * (1 - dampening)
+            following = g if (fresh is not None and fresh[s.index]) else _wide(buffer) * momentum + g * (1 - dampening)
             buffer.copy_(following)
             g = g + following * momentum if nesterov else following
         weight.copy_(w - g * lr)
+
+
+def _integer_power(x: float, n: int) -> float:
+    """x^n by repeated squaring, in the order of the kernels: not every pow rounds alike."""
+    result = 1.0
+    while n > 0:
+        if n & 1:
+            result *= x
+        n >>= 1
+        x *= x
+    return result
 
 
 def adam(
@@ -205,7 +228,7 @@ def adam(
         weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, c_acc, c)
         _, lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled = rows[s.group][: len(ADAM_COLUMNS)]
         step[s.index] += 1
-        t = step[s.index].item()
+        t = int(step[s.index])
         g = -g if maximize else g
         if weight_decay and decoupled:
             w = w * (1 - lr * weight_decay)
@@ -221,5 +244,5 @@ def adam(
             largest = s.within(max_exp_avg_sq)
             second = torch.maximum(_wide(largest), second)
             largest.copy_(second)
-        step_size, correction = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
+        step_size, correction = lr / (1 - _integer_power(beta1, t)), math.sqrt(1 - _integer_power(beta2, t))
         weight.copy_(w - first / (second.sqrt() / correction + eps) * step_size)

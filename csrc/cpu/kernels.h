@@ -14,7 +14,7 @@ struct Common {
   Pointers weights, grads;
   const double* hyper = nullptr;  // [groups, hyper_stride]
   int64_t hyper_stride = 0;
-  const uint8_t* fresh = nullptr;  // [segments]: state that begins with this gradient
+  const uint8_t* fresh = nullptr;  // [segments]: momentum buffers that begin with this gradient
   bool stream = false;             // non-temporal stores for what is written and not read again soon
 };
 

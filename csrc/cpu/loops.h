@@ -129,17 +129,6 @@ struct Lanes {
   }
 };
 
-inline Doubles8 doubles(const float* p) {
-  Floats8 v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Doubles8);
-}
-inline Doubles8 doubles(const double* p) {
-  Doubles8 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // A block's tail, padded with zeros to whole lanes.
 template <class T>
 inline const T* padded(const T* p, T* tmp, int n) {
@@ -150,117 +139,137 @@ inline const T* padded(const T* p, T* tmp, int n) {
 }
 inline int whole_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+// Whole lanes of a block, in vectors of eight: the compiler's own type, which the formulas take like a number.
 template <class T>
-inline void add_squares(Lanes& lanes, const T* x, T* tmp, int n) {
-  x = padded(x, tmp, n);
-  lanes.add(whole_lanes(n), [=](int i) { Doubles8 v = doubles(x + i); return v * v; });
+using Eight = std::conditional_t<std::is_same_v<T, float>, Floats8, Doubles8>;
+template <class T>
+inline Eight<T> load8(const T* p) {
+  Eight<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
-
 template <class T>
-inline void add_squared_differences(Lanes& lanes, const T* x, const T* y, T* xtmp, T* ytmp, int n) {
-  x = padded(x, xtmp, n);
-  y = padded(y, ytmp, n);
-  lanes.add(whole_lanes(n), [=](int i) { Doubles8 v = doubles(x + i) - doubles(y + i); return v * v; });
+inline void store8(T* p, Eight<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+inline Doubles8 doubles(Floats8 v) { return __builtin_convertvector(v, Doubles8); }
+inline Doubles8 doubles(Doubles8 v) { return v; }
+template <class T>
+inline Eight<T> all8(T x) {
+  return Eight<T>{} + x;
 }
 
 // ---- inner_products ---------------------------------------------------------------------------------------------
 
-template <class S, bool friendly>
+template <class S, bool friendly, bool adaptive>
 void inner_products_chunk(const InnerProducts& a, const Chunk& c, double* partial) {
   using T = typename Arithmetic<S>::type;
   const S* grads = a.grads.at<S>(c);
-  const S* weights = a.adaptive ? a.weights.at<S>(c) : nullptr;
-  const S* emas = static_cast<const S*>(a.ema) + (friendly ? c.offset : 0);
-  const T sigma = a.fresh && a.fresh[c.segment] ? T(0) : T(a.sigma);
-  const T eta = T(a.eta);
+  const S* weights = adaptive ? a.weights.at<S>(c) : nullptr;
+  const S* emas = friendly ? static_cast<const S*>(a.ema) + c.offset : nullptr;
+  const Eight<T> sigma = all8(T(a.sigma)), eta = all8(T(a.eta));
   Lanes lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
-    alignas(64) T gt[kBlock], et[kBlock], wt[kBlock], d[kBlock];
-    const T* x = load(grads + i, gt, n);
-    if constexpr (friendly) {
-      const T* g = x;
-      const T* ema = load(emas + i, et, n);
-      MSAM_VECTOR for (int j = 0; j < n; ++j) d[j] = residual(g[j], ema[j], sigma);
-      x = d;
-    }
-    if (weights) {
-      const T* w = load(weights + i, wt, n);
-      MSAM_VECTOR for (int j = 0; j < n; ++j) d[j] = stretch(w[j], eta) * x[j];
-      x = d;
-    }
-    add_squares(lanes, x, d, n);
+    alignas(64) T gt[kBlock], et[kBlock], wt[kBlock];
+    const T* g = padded(load(grads + i, gt, n), gt, n);
+    const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
+    const T* w = adaptive ? padded(load(weights + i, wt, n), wt, n) : nullptr;
+    lanes.add(whole_lanes(n), [&](int j) {
+      Eight<T> d = load8(g + j);
+      if constexpr (friendly) d = residual(d, load8(ema + j), sigma);
+      if constexpr (adaptive) d = stretch(load8(w + j), eta) * d;
+      return doubles(d) * doubles(d);
+    });
   });
   *partial = lanes.total();
 }
 
 template <class S>
 void inner_products(const InnerProducts& a, int64_t first, int64_t last) {
-  for (int64_t k = first; k < last; ++k)
-    a.ema ? inner_products_chunk<S, true>(a, a.chunks[k], a.partials + k)
-          : inner_products_chunk<S, false>(a, a.chunks[k], a.partials + k);
+  const auto chunk =
+      a.ema ? (a.adaptive ? inner_products_chunk<S, true, true> : inner_products_chunk<S, true, false>)
+            : (a.adaptive ? inner_products_chunk<S, false, true> : inner_products_chunk<S, false, false>);
+  for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], a.partials + k);
 }
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
 
-template <class S, bool friendly, bool stream>
+template <class S, bool friendly, bool adaptive, bool stream>
 void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   using T = typename Arithmetic<S>::type;
   S* weights = a.weights.at<S>(c);
   const S* grads = a.grads.at<S>(c);
   S* saved = a.saved ? static_cast<S*>(a.saved) + c.offset : nullptr;
-  S* emas = static_cast<S*>(a.ema_out) + (friendly ? c.offset : 0);
+  S* emas = friendly ? static_cast<S*>(a.ema_out) + c.offset : nullptr;
   if (!is_finite(a.norm_sq)) {  // no perturbation, and an EMA that stays usable
     if (saved) std::memcpy(saved, weights, c.numel * sizeof(S));
     *partial = 0;
     return;
   }
-  const bool fresh = a.fresh && a.fresh[c.segment];
-  const T scale = T(ascent_scale(a.norm_sq, a.hyper[c.group * a.hyper_stride + kRho]));
-  const T sigma = fresh ? T(0) : T(a.sigma), lmbda = fresh ? T(0) : T(a.lmbda);
-  const T one_minus_lmbda = fresh ? T(1) : T(1 - a.lmbda);
-  const T eta = T(a.eta);
-  const bool adaptive = a.adaptive;
+  const Eight<T> scale = all8(T(ascent_scale(a.norm_sq, a.hyper[c.group * a.hyper_stride + kRho])));
+  const Eight<T> sigma = all8(T(a.sigma)), eta = all8(T(a.eta));
+  const Eight<T> lmbda = all8(T(a.lmbda)), one_minus_lmbda = all8(T(1 - a.lmbda));
   Lanes lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
-    alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], d[kBlock], old[kBlock], result[kBlock], ema_result[kBlock];
-    const T* w = load(weights + i, wt, n);
-    const T* g = load(grads + i, gt, n);
+    alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock];
     if (saved) {
       if constexpr (stream)
         stream_copy(weights + i, saved + i, n);
       else
         std::memcpy(saved + i, weights + i, n * sizeof(S));
     }
-    // Kept apart from the weights, which are overwritten before the achieved norm is taken.
-    MSAM_VECTOR for (int j = 0; j < n; ++j) old[j] = w[j];
-    if constexpr (friendly) {
-      const T* ema = load(emas + i, et, n);
-      Out<false, S, T> ema_out{emas + i, ema_result};
-      T* ema_new = ema_out.values();
-      MSAM_VECTOR for (int j = 0; j < n; ++j) {
-        const T ema_old = ema[j];
-        d[j] = residual(g[j], ema_old, sigma);
-        ema_new[j] = ema_next(ema_old, g[j], lmbda, one_minus_lmbda);
+    const T* w = padded(load(weights + i, wt, n), wt, n);
+    const T* g = padded(load(grads + i, gt, n), gt, n);
+    const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
+    // Whole blocks of the arithmetic type go straight to memory.
+    const bool direct = std::is_same_v<S, T> && n == kBlock;
+    T* w_new = direct ? reinterpret_cast<T*>(weights + i) : w_result;
+    T* ema_new = friendly && direct ? reinterpret_cast<T*>(emas + i) : ema_result;
+    const auto change_sq = [&](int j) {
+      const Eight<T> old = load8(w + j);
+      Eight<T> d = load8(g + j);
+      if constexpr (friendly) {
+        const Eight<T> average = load8(ema + j);
+        store8(ema_new + j, ema_next(average, d, lmbda, one_minus_lmbda));
+        d = residual(d, average, sigma);
       }
-      ema_out.commit(n);
-      g = d;
+      const Eight<T> next = perturbed(old, d, scale, eta, adaptive);
+      store8(w_new + j, next);
+      const Doubles8 change = doubles(next) - doubles(old);
+      return change * change;
+    };
+    if constexpr (std::is_same_v<S, T>) {
+      lanes.add(whole_lanes(n), change_sq);
+      if (!direct) std::memcpy(weights + i, w_result, n * sizeof(S));
+      if (friendly && !direct) std::memcpy(emas + i, ema_result, n * sizeof(S));
+    } else {  // what counts is what was stored
+      Lanes unrounded;
+      unrounded.add(whole_lanes(n), change_sq);
+      narrow(w_result, weights + i, n);
+      if (friendly) narrow(ema_result, emas + i, n);
+      const T* stored = padded(load(weights + i, w_result, n), w_result, n);
+      lanes.add(whole_lanes(n), [&](int j) {
+        const Doubles8 change = doubles(load8(stored + j)) - doubles(load8(w + j));
+        return change * change;
+      });
     }
-    Out<false, S, T> out{weights + i, result};
-    T* w_new = out.values();
-    MSAM_VECTOR for (int j = 0; j < n; ++j) w_new[j] = perturbed(old[j], g[j], scale, eta, adaptive);
-    out.commit(n);
-    add_squared_differences(lanes, load(weights + i, wt, n), old, wt, old, n);
   });
   *partial = lanes.total();
 }
 
+template <class S, bool stream>
+auto perturb_of(const Perturb& a) {
+  return a.ema_out ? (a.adaptive ? perturb_chunk<S, true, true, stream> : perturb_chunk<S, true, false, stream>)
+                   : (a.adaptive ? perturb_chunk<S, false, true, stream> : perturb_chunk<S, false, false, stream>);
+}
+
 template <class S>
 void perturb(const Perturb& a, int64_t first, int64_t last) {
-  const auto chunk = a.ema_out ? (a.stream ? perturb_chunk<S, true, true> : perturb_chunk<S, true, false>)
-                               : (a.stream ? perturb_chunk<S, false, true> : perturb_chunk<S, false, false>);
-  for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], a.partials + k);
+  const auto chunk = a.stream ? perturb_of<S, true>(a) : perturb_of<S, false>(a);
+  // Backwards: the gradient's end, which inner_products read last, may still be in cache.
+  for (int64_t k = last; k-- > first;) chunk(a, a.chunks[k], a.partials + k);
   finish_streaming(a.stream);
 }
 

@@ -23,7 +23,7 @@ using at::TensorList;
 using MaybeTensor = std::optional<Tensor>;
 
 // Elements per thread: for fewer, waking another thread costs more than it saves, and much more when it is slow to come.
-constexpr int64_t kGrain = 65536;
+constexpr int64_t kGrain = 32768;
 // Streaming stores pay once a buffer no longer fits the cache that the cores share.
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
@@ -82,6 +82,7 @@ class Call {
   void per_segment(const MaybeTensor& t, const char* name, at::ScalarType dtype) const {
     check_per_segment(t, name, dtype, chunks_, size_);
   }
+  void per_chunk(const Tensor& t, const char* name) const { check_per_chunk(t, name, size_); }
   void begin(Common& args) const {
     args.storage = storage_of(dtype_);
     args.chunks = chunks_;
@@ -129,20 +130,34 @@ at::ScalarType dtype_of(TensorList first, TensorList second, const char* names) 
   return (first.empty() ? second : first)[0].scalar_type();
 }
 
-Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks, const MaybeTensor& ema,
-                      const MaybeTensor& fresh, double sigma, std::optional<double> eta) {
-  Call call(chunks, dtype_of(grads, {}, "grads"));
-  InnerProducts a;
+// What the direction d is made of.
+void gather_direction(Call& call, InnerProducts& a, TensorList weights, TensorList grads, const MaybeTensor& ema,
+                      double sigma, std::optional<double> eta) {
   call.begin(a);
   a.grads = call.list(grads, "grads");
-  if (eta) a.weights = call.list(weights, "weights", weights.size() == 1);
+  a.weights = call.list(weights, "weights", weights.size() == 1);
   TORCH_CHECK(!eta || a.weights, "eta needs the weights");
   call.flat(ema, "ema");
-  call.fresh(fresh, a);
   a.ema = pointer(ema);
   a.sigma = sigma;
   a.adaptive = eta.has_value();
   a.eta = eta.value_or(0);
+}
+
+void gather_perturbation(Call& call, Perturb& a, TensorList weights, TensorList grads, const Tensor& hyper,
+                         const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma,
+                         double lmbda, std::optional<double> eta) {
+  TORCH_CHECK(!weights.empty() && !grads.empty(), "perturb needs weights and grads");
+  gather_direction(call, a, weights, grads, ema, sigma, eta);
+  call.hyper(hyper, 1, a);
+  call.flat(saved, "saved");
+  call.per_chunk(achieved_sq, "achieved_sq");
+  a.saved = pointer(saved);
+  a.ema_out = pointer(ema);
+  a.lmbda = lmbda;
+}
+
+Tensor norm_sq_of(const Call& call, InnerProducts& a) {
   const Tensor partials = at::empty({call.size()}, at::kDouble);
   a.partials = partials.mutable_data_ptr<double>();
   call.run([&](int64_t first, int64_t last) { kernels().inner_products(a, first, last); });
@@ -151,34 +166,39 @@ Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks
   return norm_sq;
 }
 
+void perturb_by(const Call& call, Perturb& a, const Tensor& norm_sq, const Tensor& achieved_sq) {
+  a.norm_sq = total(norm_sq);
+  a.partials = achieved_sq.data_ptr<double>();
+  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); });
+  achieved_sq.unsafeGetTensorImpl()->bump_version();  // tells that the weights were saved
+}
+
+Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks, const MaybeTensor& ema, double sigma,
+                      std::optional<double> eta) {
+  Call call(chunks, dtype_of(grads, {}, "grads"));
+  InnerProducts a;
+  gather_direction(call, a, eta ? weights : TensorList(), grads, ema, sigma, eta);
+  return norm_sq_of(call, a);
+}
+
 void perturb(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& norm_sq, const Tensor& hyper,
-             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, const MaybeTensor& fresh,
-             double sigma, double lmbda, std::optional<double> eta) {
-  TORCH_CHECK(!weights.empty() && !grads.empty(), "perturb needs weights and grads");
+             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma, double lmbda,
+             std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  call.begin(a);
-  a.weights = call.list(weights, "weights", weights.size() == 1);
-  a.grads = call.list(grads, "grads");
-  call.hyper(hyper, 1, a);
-  call.flat(saved, "saved");
-  call.flat(ema, "ema");
-  call.fresh(fresh, a);
+  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
   check_sum(norm_sq, "norm_sq");
-  check_sum(achieved_sq, "achieved_sq");
-  a.saved = pointer(saved);
-  a.ema_out = pointer(ema);
-  a.norm_sq = norm_sq.const_data_ptr<double>()[0];
-  a.sigma = sigma;
-  a.lmbda = lmbda;
-  a.adaptive = eta.has_value();
-  a.eta = eta.value_or(0);
-  const Tensor partials = at::empty({call.size()}, at::kDouble);
-  a.partials = partials.mutable_data_ptr<double>();
-  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); });
-  if (fresh && is_finite(a.norm_sq))
-    for (int64_t k = 0; k < call.size(); ++k) fresh->data_ptr<uint8_t>()[call.chunk(k).segment] = 0;
-  *achieved_sq.data_ptr<double>() = total(partials);
+  perturb_by(call, a, norm_sq, achieved_sq);
+}
+
+Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& hyper, const Tensor& achieved_sq,
+              const MaybeTensor& saved, const MaybeTensor& ema, double sigma, double lmbda, std::optional<double> eta) {
+  Call call(chunks, dtype_of(weights, grads, "weights"));
+  Perturb a;
+  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
+  const Tensor norm_sq = norm_sq_of(call, a);
+  perturb_by(call, a, norm_sq, achieved_sq);
+  return norm_sq;
 }
 
 // saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite.
@@ -192,7 +212,7 @@ void gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorLi
   if (norm_sq) check_sum(*norm_sq, "norm_sq");
   a.saved = pointer(saved);
   a.c_acc = c_acc;
-  a.poison = norm_sq && !is_finite(norm_sq->const_data_ptr<double>()[0]);
+  a.poison = norm_sq && !is_finite(total(*norm_sq));
   a.c = a.poison ? std::nan("") : c;
 }
 
@@ -255,6 +275,7 @@ void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& ch
 TORCH_LIBRARY_IMPL(msam_kernels, CPU, m) {
   m.impl("inner_products", &inner_products);
   m.impl("perturb", &perturb);
+  m.impl("ascend", &ascend);
   m.impl("restore", &restore);
   m.impl("sgd", &sgd);
   m.impl("adam", &adam);
