@@ -58,6 +58,20 @@ py::list current_grads(const py::list& params) {
   return grads;
 }
 
+// p.grad by parameter, None for all where grads is empty. The gradients were some p.grad before: nothing is checked.
+void set_grads(const py::list& params, const py::list& grads) {
+  TORCH_CHECK(grads.empty() || grads.size() == params.size(), "set_grads takes a gradient or None per parameter");
+  for (size_t i = 0; i < params.size(); ++i) {
+    TORCH_CHECK(THPVariable_Check(params[i].ptr()), "set_grads takes tensors");
+    const py::handle grad = grads.empty() ? py::handle(Py_None) : py::handle(grads[i]);
+    at::Tensor& place = THPVariable_Unpack(params[i].ptr()).mutable_grad();
+    if (grad.is_none())
+      place.reset();
+    else
+      place = THPVariable_Unpack(grad.ptr());
+  }
+}
+
 // Every p.grad, with a placeholder for None; whether all are regular; the indices of those that are None. Where all are
 // regular, counts the parameters as modified in place and, with `clear`, makes every p.grad None.
 py::tuple collect_grads(const py::list& params, py::handle placeholder, bool clear) {
@@ -188,6 +202,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
+  m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
   using py::arg;
   const py::object none = py::none();

@@ -9,8 +9,7 @@ named by segment. ``chunks`` tells the kernels what to work on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
@@ -242,7 +241,7 @@ class Flat:
             grads = [self._absent_grad if p.grad is None else self._regular(p, p.grad) for p in self.params]
             increment_version(self.params)
             if clear:
-                self.set_grads(())
+                self.set_grads([])
         return grads, tuple(absent)
 
     @staticmethod
@@ -258,10 +257,9 @@ class Flat:
             return g
         return torch.empty_like(p).copy_(g)
 
-    def set_grads(self, grads: Iterable[Tensor | None]) -> None:
+    def set_grads(self, grads: list[Tensor | None]) -> None:
         """``p.grad`` by parameter; None for all where ``grads`` is empty."""
-        for p, g in zip(self.params, grads or repeat(None), strict=False):
-            p.grad = g
+        ops.set_grads(self.params, grads)
 
     # -- the step under way -------------------------------------------------------------------------------------------
 
@@ -308,6 +306,8 @@ class Flat:
 
     def means(self) -> list[Tensor | None]:
         """The mean descent gradients, None where a parameter got none."""
+        if not self.acc_absent:
+            return self.acc
         absent = set(self.acc_absent)
         return [None if i in absent else g for i, g in enumerate(self.acc)]
 

@@ -29,6 +29,7 @@ What each computes stands in ``reference.py``, the specification.
 from __future__ import annotations
 
 import importlib
+from itertools import repeat
 
 import torch
 
@@ -90,6 +91,15 @@ def _current_grads(params):
 
 # (params) -> every p.grad or None; an empty list where all are None.
 current_grads = getattr(_C, "current_grads", _current_grads)
+
+
+def _set_grads(params, grads):
+    for p, g in zip(params, grads or repeat(None), strict=False):
+        p.grad = g
+
+
+# (params, grads): p.grad by parameter, None for all where grads is empty.
+set_grads = getattr(_C, "set_grads", _set_grads)
 
 
 def _memory_layout(groups):

@@ -572,8 +572,8 @@ class MicroBatchSAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; inside a ``passes`` loop it also drops the gradients that were there before the loop."""
         if set_to_none and not torch.autograd._profiler_enabled():  # torch's costs more than clearing
-            for p in self._parameters():
-                p.grad = None
+            for group in self.param_groups:
+                ops.set_grads(group["params"], [])
         else:
             super().zero_grad(set_to_none)
         for grads in self._before or ():
@@ -660,7 +660,8 @@ class MicroBatchSAM(Optimizer):
                         flat.start_from(grads)
                 self._descend(shares, i)
             for flat, grads in zip(self._flats, before, strict=True):
-                flat.set_grads(map(_added, grads, flat.means()) if grads and len(parts) > 1 else flat.means())
+                means = flat.means()
+                flat.set_grads(list(map(_added, grads, means)) if grads and len(parts) > 1 else means)
 
     def _check_current(self, before: list) -> None:
         if self._before is not before:
@@ -691,7 +692,7 @@ class MicroBatchSAM(Optimizer):
             self._before = before
             for flat, grads in zip(self._flats, before, strict=True):
                 if grads:
-                    flat.set_grads(())
+                    flat.set_grads([])
             yield before
         except BaseException:
             if self._before is before:  # else it was given up, and what is there now is not ours
@@ -814,7 +815,7 @@ class MicroBatchSAM(Optimizer):
             self.base_optimizer.step()
             if clear:
                 for flat in self._flats:
-                    flat.set_grads(())
+                    flat.set_grads([])
 
     @staticmethod
     def _restore_weights(flat: Flat) -> None:
