@@ -58,6 +58,17 @@ py::list current_grads(const py::list& params) {
   return grads;
 }
 
+// Whether no gradient is a part of larger memory; None is none.
+bool owns_memory(const py::list& grads) {
+  for (py::handle g : grads) {
+    if (g.is_none()) continue;
+    TORCH_CHECK(THPVariable_Check(g.ptr()), "owns_memory takes tensors");
+    const at::Tensor& grad = THPVariable_Unpack(g.ptr());
+    if (grad.has_storage() && grad.storage().nbytes() > grad.nbytes()) return false;
+  }
+  return true;
+}
+
 // p.grad by parameter, None for all where grads is empty. The gradients were some p.grad before: nothing is checked.
 void set_grads(const py::list& params, const py::list& grads) {
   TORCH_CHECK(grads.empty() || grads.size() == params.size(), "set_grads takes a gradient or None per parameter");
@@ -202,6 +213,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
+  m.def("owns_memory", &owns_memory, "(grads) -> whether none is a part of larger memory");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
   using py::arg;

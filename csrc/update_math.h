@@ -65,10 +65,14 @@ MSAM_FN T perturbed(T w, T d, T scale, T eta, bool adaptive) {
   return w + d * scale;
 }
 
-// Running weighted sum of descent gradients: c_acc acc + c g.
+// Weighted sum of descent gradients: c g, and c_acc acc + c g.
+template <class T>
+MSAM_FN T weighted(T g, T c) {
+  return c * g;
+}
 template <class T>
 MSAM_FN T accumulated(T acc, T g, T c_acc, T c) {
-  return c_acc * acc + c * g;
+  return c_acc * acc + weighted(g, c);
 }
 
 // The updates choose by value (?:), not by branch, so that their loops become vector code.

@@ -102,6 +102,19 @@ def _set_grads(params, grads):
 set_grads = getattr(_C, "set_grads", _set_grads)
 
 
+def own_memory(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """``grads``, with copies of those that are part of larger memory, e.g. of a bucket that DDP is going to overwrite."""
+    return grads if owns_memory(grads) else [g if g is None or owns_memory([g]) else g.clone() for g in grads]
+
+
+def _owns_memory(grads):
+    return all(g is None or g.untyped_storage().nbytes() <= g.numel() * g.itemsize for g in grads)
+
+
+# (list of gradients or None) -> whether each has memory of its own.
+owns_memory = getattr(_C, "owns_memory", _owns_memory)
+
+
 def _memory_layout(groups):
     return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in params] for params in groups]
 
@@ -120,6 +133,11 @@ def available_backends() -> dict[str, str | None]:
             f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler (g++ or clang++) and "
             "rebuild with `pip install --no-build-isolation -e .`"
         )
+    else:
+        try:
+            _C.build_info()
+        except RuntimeError as error:  # an instruction set was asked for that this processor has not
+            cpu = str(error)
     return {"cpu": cpu, "reference": None}
 
 
@@ -135,7 +153,7 @@ def get_backend(name: str, device: torch.device):
     """
     missing = available_backends()
     if name == "auto":
-        name = "cpu" if device.type == "cpu" and missing["cpu"] is None else "reference"
+        name = "cpu" if device.type == "cpu" and _C is not None else "reference"
     if name not in missing:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
     if missing[name] is not None:

@@ -686,7 +686,7 @@ class MicroBatchSAM(Optimizer):
     def _step_under_way(self) -> Iterator[list[list[Tensor | None]]]:
         """Put the gradients that are there aside; bring them and the weights back if the step does not finish."""
         self._prepare()
-        before = [ops.current_grads(flat.params) for flat in self._flats]
+        before = [ops.own_memory(ops.current_grads(flat.params)) for flat in self._flats]
         self._norms_sq, self._achieved_sq = [], []
         try:
             self._before = before
@@ -827,12 +827,13 @@ class MicroBatchSAM(Optimizer):
     ) -> None:
         c_acc, c = _coefficients(shares, i)
         coefficients = {"norm_sq": flat.norm_sq, "c_acc": c_acc, "c": c}
+        own = ops.own_memory if i + 1 < len(shares) else list  # what is kept while later passes write theirs
         if flat.is_uniform(absent):
-            acc, new = (grads, []) if flat.acc is None else (flat.acc, grads)
+            acc, new = (own(grads), []) if flat.acc is None else (flat.acc, grads)
             flat.backend.restore(flat.weights, acc, new, flat.perturbed, saved=flat.saved, **coefficients)
         else:  # a parameter got a gradient in one pass only
             self._restore_weights(flat)
-            acc, new, absent = (grads, [], absent) if flat.acc is None else flat.matched(grads, absent)
+            acc, new, absent = (own(grads), [], absent) if flat.acc is None else flat.matched(grads, absent)
             flat.backend.restore([], acc, new, flat.chunks(absent), **coefficients)
         flat.acc, flat.acc_absent = acc, absent
         flat.perturbed = None

@@ -62,6 +62,15 @@ def test_info_says_how_to_get_a_missing_extension():
     assert "  reference: available" in done.stdout
 
 
+def test_an_instruction_set_that_is_not_there_is_one_sentence(extension):
+    done = python("-m", "msam_kernels", "info", MSAM_KERNELS_ISA="neon")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cpu: not available: MSAM_KERNELS_ISA=neon is not there on this processor: unset it" in done.stdout
+    code = "import torch, msam_kernels; p = torch.ones(2, requires_grad=True); msam_kernels.SAM([p], torch.optim.SGD, lr=0.1)"
+    done = python("-c", code, MSAM_KERNELS_ISA="neon")
+    assert "RuntimeError: backend 'cpu' is not available: MSAM_KERNELS_ISA=neon" in done.stderr
+
+
 def test_missing_extension_is_no_silent_fall_back(monkeypatch):
     without_extension(monkeypatch)
     with pytest.raises(RuntimeError, match=r"'cpu' is not available: .*compiler.*rebuild"):

@@ -435,3 +435,42 @@ def test_the_state_dict_interface_of_distributed_checkpoints_keeps_everything():
     set_optimizer_state_dict(resumed, second, saved)
     WAYS["passes"](second, resumed, batch(6, seed=7))
     assert same_bits(resumed.parameters(), model.parameters())
+
+
+# ---- DistributedDataParallel -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group():
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("as_views", [False, True], ids=["own gradients", "gradients are bucket views"])
+@pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
+def test_ddp_trains_like_the_plain_model(count, as_views, process_group, backend):
+    def trained(wrap):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), num_micro_batches=count, backend=backend)
+        call = wrap(model)
+        x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+        for _ in range(3):
+            for _ in range(2):  # gradients add up, also to those of the loop before
+                for xb, yb in opt.passes(x, y):
+                    nn.functional.cross_entropy(call(xb), yb).backward()
+            opt.step()
+            opt.zero_grad()
+            opt.train_step(lambda xb, yb: nn.functional.cross_entropy(call(xb), yb), x, y)
+        return list(model.parameters())
+
+    def ddp(model):
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=as_views)
+
+    for p, expected in zip(trained(ddp), trained(lambda model: model), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-13, atol=0)

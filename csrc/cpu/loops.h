@@ -339,7 +339,7 @@ inline const T* descent(const Update& a, const S* accs, const S* grads, int64_t 
     return sum;
   }
   if (a.c == 1) return g;
-  MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = coef * g[j];
+  MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(g[j], coef);
   return sum;
 }
 

@@ -54,7 +54,9 @@ class Call {
     check_table(chunks);
     chunks_ = reinterpret_cast<const Chunk*>(chunks.const_data_ptr<int64_t>());
     size_ = chunks.size(0);
-    for (int64_t k = 0; k < size_; ++k) elements_ += chunks_[k].numel;
+    uint64_t elements = 0;  // rows are checked later: a sum of hostile ones wraps round
+    for (int64_t k = 0; k < size_; ++k) elements += uint64_t(chunks_[k].numel);
+    elements_ = int64_t(elements);
   }
 
   Pointers list(TensorList tensors, const char* name, bool flat = false) {
@@ -108,7 +110,7 @@ class Call {
  private:
   at::ScalarType dtype_;
   const Chunk* chunks_;
-  int64_t size_, elements_ = 0;
+  int64_t size_, elements_;
   c10::SmallVector<c10::SmallVector<void*, 64>, 4> pointers_;
 };
 
