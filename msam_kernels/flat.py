@@ -156,10 +156,26 @@ class Flat:
         """Per-parameter tensors over a flat buffer, in the shapes and memory orders of the parameters."""
         return [self.alias(buffer, i) for i in range(len(self.params))]
 
+    def is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def check_not_capturing(self, what: str) -> None:
+        """What is new has to be copied from the host, which no CUDA graph can do.
+
+        Raises:
+            RuntimeError: while the current stream is being captured.
+        """
+        if self.is_capturing():
+            raise RuntimeError(
+                f"{what} changed since the last step, and this one is being captured: run a step like it eagerly before the "
+                "capture, as torch's CUDA graphs ask for anyway"
+            )
+
     def chunks(self, absent: tuple[int, ...] = ()) -> Tensor:
         """The segment table without the parameters ``absent``: int64 ``[K, 5]``, see csrc/segments.h."""
         table = self._tables.get(absent)
         if table is None:
+            self.check_not_capturing("which parameters get a gradient")
             gone = set(absent)
             rows = [
                 (i, begin, self.offsets[i] + begin, min(CHUNK, p.numel() - begin), self.groups[i])
@@ -274,7 +290,8 @@ class Flat:
         return False
 
     def start_ema(self) -> None:
-        self.ema = self.new_buffer().fill_(math.nan)  # none of it has begun
+        """None of it has begun."""
+        self.ema = (self.new_buffer() if self.ema is None else self.ema).fill_(math.nan)
 
     def begun(self) -> list[bool]:
         """By parameter: whether its EMA has begun."""
@@ -335,6 +352,7 @@ class Flat:
                 and all(map(is_, map(dict.get, dicts, names), views))
             ):
                 return None
+        self.check_not_capturing("the optimizer's state")
         fresh = torch.zeros(len(self.params), dtype=torch.uint8)
         dicts, names, views = [], [], []
         gone = set(absent)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from . import methods as _methods
 from . import ops
 from .flat import Flat, check_parameters
+from .graphs import CapturedStep, CudaRecorder
 
 _STATE_KEY = "msam"
 
@@ -390,13 +391,17 @@ class MicroBatchSAM(Optimizer):
     def _load_own_state(self, own: dict[str, Any]) -> None:
         index = {id(p): i for i, p in enumerate(self._parameters())}
         for flat in self._flats:
-            flat.ema = None
-            loaded = [own.get("ema", {}).get(index[id(p)]) for p in flat.params]
-            if any(t is not None for t in loaded):
+            loaded = {
+                i: own["ema"][index[id(p)]].clone()  # it may be a view of what begins anew
+                for i, p in enumerate(flat.params)
+                if index[id(p)] in own.get("ema", {})
+            }
+            if loaded:
                 flat.start_ema()
-                for i, t in enumerate(loaded):
-                    if t is not None:
-                        flat.alias(flat.ema, i).copy_(t)
+                for i, t in loaded.items():
+                    flat.alias(flat.ema, i).copy_(t)
+            else:
+                flat.ema = None
 
     def _adopt_parameters(self) -> None:
         """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
@@ -511,9 +516,10 @@ class MicroBatchSAM(Optimizer):
             RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished.
             ValueError: a number of closures other than ``num_micro_batches``.
         """
-        if torch.autograd._profiler_enabled() or any(_step_hooks(self)):
-            return self._profiled_step(closure)
-        return self._step(closure)
+        return self._profiled_step(closure) if self._has_listeners() else self._step(closure)
+
+    def _has_listeners(self) -> bool:
+        return torch.autograd._profiler_enabled() or any(_step_hooks(self))
 
     step.hooked = True  # torch's wrapper costs more than a kernel, so it runs only where somebody listens
 
@@ -560,6 +566,9 @@ class MicroBatchSAM(Optimizer):
         self._check_idle("train_step()")
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
+        return self.step(self._micro_batches(loss_fn, batch))
+
+    def _micro_batches(self, loss_fn: Callable[..., Tensor], batch: tuple) -> _MicroBatches:
         parts, shares = self._split(batch)
 
         def closure(part):
@@ -567,7 +576,44 @@ class MicroBatchSAM(Optimizer):
             loss.backward()
             return loss.detach()
 
-        return self.step(_MicroBatches([lambda part=part: closure(part) for part in parts], shares))
+        return _MicroBatches([lambda part=part: closure(part) for part in parts], shares)
+
+    def capture(self, loss_fn: Callable[..., Tensor], *example_batch: Any, warm_up: int = 3) -> CapturedStep:
+        """``train_step(loss_fn, *batch)`` as one CUDA graph: both passes of every micro-batch, all kernels, the update.
+
+        ::
+
+            step = opt.capture(lambda x, y: F.cross_entropy(model(x), y), x, y)
+            for x, y in loader:
+                loss = step(x, y)
+                scheduler.step()
+
+        Nothing runs yet: the first ``warm_up`` calls of what is returned are eager steps, the next one is captured, and
+        the others replay it. See ``graphs.CapturedStep``.
+
+        Args:
+            loss_fn: as in ``train_step``; it must do the same on the device each time, without looking at values.
+            example_batch: as in ``train_step``; later batches have its structure, shapes and dtypes.
+            warm_up: eager steps before the capture, >= 1.
+
+        Raises:
+            RuntimeError: the parameters are not all on one CUDA device.
+        """
+        devices = sorted({str(p.device) for p in self._parameters()})
+        if len(devices) > 1 or not devices[0].startswith("cuda"):
+            raise RuntimeError(
+                f"capture needs all parameters on one CUDA device, got {', '.join(devices)}: use train_step, which does the "
+                "same without a graph"
+            )
+        return CapturedStep(self, loss_fn, example_batch, CudaRecorder(torch.device(devices[0])), warm_up)
+
+    def update_hyper(self) -> None:
+        """Bring the device's copy of learning rates, rho and other hyper-parameters up to date, without a host sync.
+
+        Every eager step and every call of ``capture``'s result does so by itself. Call it before you replay a CUDA graph of
+        your own, after a scheduler's step.
+        """
+        self._prepare()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; inside a ``passes`` loop it also drops the gradients that were there before the loop."""
@@ -585,8 +631,8 @@ class MicroBatchSAM(Optimizer):
         self._thaw_statistics()
         self._follow_parameters()
         for flat in self._flats:
-            # An untouched achieved_sq tells of a kernel that was interrupted before it ran.
-            if flat.perturbed is not None and flat.achieved_sq._version > 0:
+            # An untouched achieved_sq tells of a kernel that was interrupted before it ran; what is captured never ran.
+            if flat.perturbed is not None and flat.achieved_sq._version > 0 and not flat.is_capturing():
                 self._restore_weights(flat)
             flat.perturbed = None
         self._perturbed = False
@@ -729,6 +775,8 @@ class MicroBatchSAM(Optimizer):
         if rows != self._rows:
             for row in rows:
                 _check_rho(row[0])
+            for flat in self._flats:
+                flat.check_not_capturing("hyper-parameters")
             hyper = torch.tensor(rows, dtype=torch.float64)
             for device in {flat.device for flat in self._flats}:
                 old = self._hyper.get(device)
