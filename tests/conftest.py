@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
 
 from msam_kernels import ops
+from plain import BACKENDS, DEVICE
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 # The same examples on every run: a red build is then a fact about the commit.
@@ -34,12 +36,21 @@ def extension() -> None:
     require_extension()
 
 
-@pytest.fixture(scope="session", params=["cpu", "reference"])
+@pytest.fixture(scope="session", params=BACKENDS)
 def backend(request) -> str:
     """Every backend that runs here, by the name that ``MicroBatchSAM(backend=...)`` takes."""
     if request.param == "cpu":
         require_extension()
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _device(request) -> Iterator[None]:
+    """Tests marked ``host`` are about the CPU, whatever the others run on."""
+    if DEVICE.type != "cpu" and request.node.get_closest_marker("host") is None:
+        torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -80,11 +81,24 @@ class PlainSAM:
         return {p: p.grad.clone() for p in params if p.grad is not None}
 
 
+# ---- where the tests run ---------------------------------------------------------------------------------------------
+
+# Of parameters and data. On a GPU (`make gpu` sets it) everything that tests make is made there.
+DEVICE = torch.device(os.environ.get("MSAM_TEST_DEVICE", "cpu"))
+# The backends that run there; the first is compiled.
+BACKENDS = ("cpu", "reference") if DEVICE.type == "cpu" else ("cuda", "triton", "reference")
+
+
+def random_numbers(seed: int) -> torch.Generator:
+    """For ``torch.randn(..., generator=...)`` on the device of the tests."""
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
 # ---- models and data -------------------------------------------------------------------------------------------------
 
 
 def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_numbers(seed)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     with torch.no_grad():
         for p in model.parameters():
@@ -93,8 +107,9 @@ def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
 
 
 def batch(samples: int = 7, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(samples, 3, generator=generator), torch.randn(samples, 2, generator=generator)
+    generator = random_numbers(seed)
+    options = {"generator": generator, "device": DEVICE}
+    x, y = torch.randn(samples, 3, **options), torch.randn(samples, 2, **options)
     return x.to(dtype), y.to(dtype)
 
 
@@ -112,7 +127,7 @@ class Zoo(nn.Module):
         self, dtype: torch.dtype = torch.float64, uses: Callable[[int], bool] = lambda call: True, gaps: bool = True
     ):
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        generator = random_numbers(0)
 
         def new(*shape: int) -> Tensor:
             return (torch.randn(shape, generator=generator) * 0.4).to(dtype)
@@ -146,8 +161,9 @@ class Zoo(nn.Module):
 
 
 def images(samples: int = 7, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(samples, 2, 5, 5, generator=generator), torch.randn(samples, 4, generator=generator)
+    generator = random_numbers(seed)
+    options = {"generator": generator, "device": DEVICE}
+    x, y = torch.randn(samples, 2, 5, 5, **options), torch.randn(samples, 4, **options)
     return x.to(dtype), y.to(dtype)
 
 

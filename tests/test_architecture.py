@@ -14,6 +14,8 @@ import pytest
 
 from msam_kernels import reference
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "msam_kernels"
 CSRC = ROOT / "csrc"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD
 
 from msam_kernels import MicroBatchSAM
-from plain import METHODS, same_bits, weights
+from plain import METHODS, random_numbers, same_bits, weights
 
 NORMS = {
     "BatchNorm1d": lambda: nn.BatchNorm1d(4),
@@ -47,7 +47,7 @@ def build(norm) -> nn.Sequential:
 
 
 def data_of(step: int) -> torch.Tensor:
-    return torch.randn(10, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step)) + step
+    return torch.randn(10, 3, dtype=torch.float64, generator=random_numbers(step)) + step
 
 
 def loop(opt, model, data):

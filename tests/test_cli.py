@@ -16,6 +16,8 @@ import msam_kernels
 from msam_kernels import __main__ as cli
 from msam_kernels import ops
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -35,6 +35,8 @@ from torch import Tensor
 from msam_kernels import ops, reference
 from msam_kernels.flat import ALIGNMENT, CHUNK
 
+pytestmark = pytest.mark.host
+
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 HALF_ULP = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}

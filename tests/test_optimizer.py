@@ -16,6 +16,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RMSp
 
 from msam_kernels import MicroBatchSAM, methods
 from plain import (
+    DEVICE,
     METHODS,
     WAYS,
     PlainSAM,
@@ -27,6 +28,7 @@ from plain import (
     images,
     loss_of,
     mlp,
+    random_numbers,
     same_bits,
     split,
     weights,
@@ -315,7 +317,7 @@ def problems(draw):
 @settings(max_examples=60)
 @given(problem=problems())
 def test_any_parameters_and_any_gradients_follow_the_plain_loops(problem, backend):
-    generator = torch.Generator().manual_seed(problem["seed"])
+    generator = random_numbers(problem["seed"])
     start, targets, curvatures = [], [], []
     for shape, reverse in zip(problem["shapes"], problem["reverse"], strict=True):
         # Dense, but in another memory order than the usual one.
@@ -631,7 +633,7 @@ def test_gradients_from_before_the_loop_are_added_to(method, micro_batches, back
             loss_of(model, *part).backward()
         return gradients(model)
 
-    generator = torch.Generator().manual_seed(5)
+    generator = random_numbers(5)
     before = [torch.randn(p.shape, dtype=FLOAT64, generator=generator) for p in mlp().parameters()]
     before[1] = None
     before[2] = before[2].t().contiguous().t()  # another memory order than the parameter's
@@ -821,7 +823,7 @@ def test_a_grad_scaler_skips_what_is_not_finite_and_changes_nothing_else(method,
     ours = MicroBatchSAM(
         BASES[name](actual.parameters()), 0.1, method=METHODS[method], num_micro_batches=2, backend=backend
     )
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10)
 
     def unscale(base, args, kwargs):
         for p in expected.parameters():

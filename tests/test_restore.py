@@ -16,7 +16,21 @@ from torch.optim import SGD, Adam, RMSprop
 
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
-from plain import METHODS, Zoo, batch, closure_of, gradients, images, loss_of, mlp, same_bits, split, weights
+from plain import (
+    BACKENDS,
+    METHODS,
+    Zoo,
+    batch,
+    closure_of,
+    gradients,
+    images,
+    loss_of,
+    mlp,
+    random_numbers,
+    same_bits,
+    split,
+    weights,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -410,7 +424,7 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        generator = random_numbers(0)
         self.weight = nn.Parameter(torch.randn(3, 2, generator=generator))
         self.sometimes = nn.Parameter(torch.ones(2))
         self.wide = nn.Parameter(torch.randn(2, generator=generator).double())
@@ -432,15 +446,15 @@ def each_old_or_new(now, old, new):
 @pytest.mark.parametrize(
     ("scenario", "method", "backend"),
     [
-        ("passes", "SAM", "cpu"),
-        ("passes", "F-SAM", "cpu"),
+        ("passes", "SAM", BACKENDS[0]),
+        ("passes", "F-SAM", BACKENDS[0]),
         ("passes", "F-SAM", "reference"),
-        ("passes given up", "SAM", "cpu"),
-        ("closures, SGD", "SAM", "cpu"),
+        ("passes given up", "SAM", BACKENDS[0]),
+        ("closures, SGD", "SAM", BACKENDS[0]),
         ("closures, SGD", "F-SAM", "reference"),
-        ("closures, Adam", "F-SAM", "cpu"),
-        ("closures, RMSprop", "SAM", "cpu"),
-        ("first_step and second_step", "SAM", "cpu"),
+        ("closures, Adam", "F-SAM", BACKENDS[0]),
+        ("closures, RMSprop", "SAM", BACKENDS[0]),
+        ("first_step and second_step", "SAM", BACKENDS[0]),
     ],
 )
 def test_an_interruption_before_any_line_leaves_no_weight_perturbed(scenario, method, backend, request):

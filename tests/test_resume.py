@@ -25,6 +25,7 @@ from plain import (
     images,
     loss_of,
     mlp,
+    random_numbers,
     same_bits,
     saved_size,
     split,
@@ -51,7 +52,7 @@ class Net(nn.Module):
 
     def __init__(self, seed: int = 0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = random_numbers(seed)
         self.zoo = Zoo(torch.float32, uses=lambda call: call >= 12)
         self.norm = nn.BatchNorm1d(4)
         self.last = nn.Parameter(torch.randn(4, 4, generator=generator, dtype=torch.float64))
