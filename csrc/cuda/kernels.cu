@@ -115,8 +115,10 @@ cudaError_t perturb(const Perturb& args, const Lists& lists, cudaStream_t stream
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     return with_storage(args.storage, [&](auto s) {
-      const auto kernel = args.ema_out ? perturb_kernel<decltype(s), true, P> : perturb_kernel<decltype(s), false, P>;
-      return launch(kernel, args.rows, false, stream, p);
+      return with_direction(args, [&](auto friendly, auto adaptive) {
+        const auto kernel = perturb_kernel<decltype(s), friendly.value, adaptive.value, P>;
+        return launch(kernel, args.rows, false, stream, p);
+      });
     });
   });
 }

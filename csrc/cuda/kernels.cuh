@@ -3,8 +3,8 @@
 //
 // Bytes in flight: HBM3e at 4.8 TB/s with 0.8 us from load to use has 3.8 MB under way, 29 KB for each of 132
 // multiprocessors. Every thread issues 64 to 128 bytes of independent 16-byte loads before it uses the first, and
-// __launch_bounds__ holds the registers to what lets 3 or 4 blocks of 256 threads share a multiprocessor: 48 to 128 KB, so
-// that nearly half of them may be waiting at a barrier or in a store.
+// __launch_bounds__ holds the registers to what lets 3 or 4 blocks of 256 threads share a multiprocessor (see kBlocks):
+// 48 to 128 KB, so that nearly half of them may be waiting at a barrier or in a store.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -64,10 +64,12 @@ struct Traits<double> {
 template <class S>
 constexpr int kWidth = 16 / sizeof(S);
 
-// Blocks that share a multiprocessor, at least: the registers of fp64 and of ascend leave room for 3.
+// Blocks that share a multiprocessor, at least: as many as registers leave room for without spilling.
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
+template <class S>
+constexpr int kAdamBlocks = sizeof(S) == 8 ? 2 : sizeof(S) == 4 ? 4 : 3;
 
 template <class S, int N>
 struct PackOf {
@@ -192,6 +194,13 @@ MSAM_DEVICE void walk(Op& op, int numel) {
   }
 }
 
+template <class T>
+MSAM_DEVICE T as(const Number& x) {
+  T value;
+  x.get(&value);
+  return value;
+}
+
 MSAM_DEVICE uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 // What the threads of a block tell each other.
@@ -311,7 +320,7 @@ template <class S, bool friendly, bool adaptive, class P>
 MSAM_DEVICE void inner_products_term(const P& p, int64_t which, Shared& shared) {
   using T = typename Traits<S>::T;
   const InnerProducts& a = p.args;
-  InnerProductsOp<S, friendly, adaptive> op{nullptr, nullptr, nullptr, T(a.sigma), T(a.eta), {}};
+  InnerProductsOp<S, friendly, adaptive> op{nullptr, nullptr, nullptr, as<T>(a.sigma), as<T>(a.eta), {}};
 #pragma unroll 1
   for (int64_t k = which; k < a.rows; k += kPartials) {
     const Chunk c = a.chunks[k];
@@ -333,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) inner_products_kernel(co
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
 
-template <class S_, bool friendly>
+template <class S_, bool friendly, bool adaptive>
 struct PerturbOp {
   using S = S_;
   using T = typename Traits<S>::T;
@@ -342,7 +351,6 @@ struct PerturbOp {
   const S* grads;
   S *saved, *ema;
   T scale, sigma, lmbda, one_minus_lmbda, eta;
-  bool adaptive;
   Squares<T> sum;
 
   template <int N>
@@ -406,7 +414,7 @@ struct CopyOp {
   }
 };
 
-template <class S, bool friendly, class P>
+template <class S, bool friendly, bool adaptive, class P>
 MSAM_DEVICE void perturb_chunk(const P& p, int64_t k, double norm_sq, Shared& shared) {
   using T = typename Traits<S>::T;
   const Perturb& a = p.args;
@@ -418,17 +426,16 @@ MSAM_DEVICE void perturb_chunk(const P& p, int64_t k, double norm_sq, Shared& sh
   if (is_finite(norm_sq)) {
     const T scale =
         shared_constants<T>(shared, [&] { return T(ascent_scale(norm_sq, a.hyper[c.group * a.hyper_stride + kRho])); });
-    PerturbOp<S, friendly> op{weights,
-                              at<S>(p, a.grads, c),
-                              saved,
-                              at<S>(a.ema_out, c),
-                              scale,
-                              T(a.sigma),
-                              T(a.lmbda),
-                              T(1 - a.lmbda),
-                              T(a.eta),
-                              a.adaptive,
-                              {}};
+    PerturbOp<S, friendly, adaptive> op{weights,
+                                        at<S>(p, a.grads, c),
+                                        saved,
+                                        at<S>(a.ema_out, c),
+                                        scale,
+                                        as<T>(a.sigma),
+                                        as<T>(a.lmbda),
+                                        as<T>(a.one_minus_lmbda),
+                                        as<T>(a.eta),
+                                        {}};
     walk(op, int(c.numel));
     sum = op.sum.total();
   } else if (saved) {  // no perturbation, and an EMA that stays usable
@@ -439,12 +446,12 @@ MSAM_DEVICE void perturb_chunk(const P& p, int64_t k, double norm_sq, Shared& sh
   if (threadIdx.x == 0) a.achieved_sq[k] = sum;
 }
 
-template <class S, bool friendly, class P>
+template <class S, bool friendly, bool adaptive, class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const double norm_sq = norm_sq_of(p.args, shared);
   // Backwards: the end of what inner_products read may still be in cache.
-  perturb_chunk<S, friendly>(p, p.args.rows - 1 - blockIdx.x, norm_sq, shared);
+  perturb_chunk<S, friendly, adaptive>(p, p.args.rows - 1 - blockIdx.x, norm_sq, shared);
 }
 
 // ---- ascend: both in one cooperative launch -----------------------------------------------------------------------
@@ -460,7 +467,7 @@ __global__ void __launch_bounds__(kThreads, kAscendBlocks) ascend_kernel(const _
   const double norm_sq = norm_sq_of(p.args, shared);
 #pragma unroll 1
   for (int64_t k = p.args.rows - 1 - blockIdx.x; k >= 0; k -= gridDim.x)
-    perturb_chunk<S, friendly>(p, k, norm_sq, shared);
+    perturb_chunk<S, friendly, adaptive>(p, k, norm_sq, shared);
 }
 
 // ---- restore ----------------------------------------------------------------------------------------------------
@@ -536,10 +543,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) restore_kernel(const __g
   CopyOp<S> copy{at<S>(a.saved, c), weights};
   if (acc && grads && !poison) {
     if (weights) {
-      AccumulateOp<S, true> op{copy, acc, grads, T(a.c_acc), T(a.c)};
+      AccumulateOp<S, true> op{copy, acc, grads, as<T>(a.c_acc), as<T>(a.c)};
       walk(op, int(c.numel));
     } else {
-      AccumulateOp<S, false> op{copy, acc, grads, T(a.c_acc), T(a.c)};
+      AccumulateOp<S, false> op{copy, acc, grads, as<T>(a.c_acc), as<T>(a.c)};
       walk(op, int(c.numel));
     }
     return;
@@ -600,8 +607,8 @@ MSAM_DEVICE Descent<S> descent(const P& p, const Chunk& c, bool known, Shared& s
           at<S>(a.saved, c),
           at<S>(p, a.acc, c),
           at<S>(p, a.grads, c),
-          T(a.c_acc),
-          known ? T(a.c) : T(NAN)};
+          as<T>(a.c_acc),
+          known ? as<T>(a.c) : T(NAN)};
 }
 
 template <class S_, bool momentum>
@@ -719,7 +726,7 @@ MSAM_DEVICE void adam_chunk(const P& p, const Chunk& c, const double* row, Share
 }
 
 template <class S, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) adam_kernel(const __grid_constant__ P p, bool count) {
+__global__ void __launch_bounds__(kThreads, kAdamBlocks<S>) adam_kernel(const __grid_constant__ P p, bool count) {
   __shared__ Shared shared;
   __shared__ bool is_last;
   const Update& a = p.args;

@@ -30,6 +30,16 @@ struct Lists {
   int64_t capacity = INT64_MAX;  // pointers a launch may carry, where fewer than fit (tests)
 };
 
+// A number in both arithmetic types: the host rounds, once.
+struct Number {
+  double wide = 0;
+  float narrow = 0;
+
+  Number(double x = 0) : wide(x), narrow(float(x)) {}
+  MSAM_FN void get(double* x) const { *x = wide; }
+  MSAM_FN void get(float* x) const { *x = narrow; }
+};
+
 struct Common {
   Storage storage;
   const Chunk* chunks;
@@ -44,7 +54,7 @@ struct Common {
 
 struct InnerProducts : Common {
   const void* ema = nullptr;
-  double sigma = 0, eta = 0;
+  Number sigma, eta;
   bool adaptive = false;
   double* partials = nullptr;  // [partials_of(rows)]
 };
@@ -52,14 +62,14 @@ struct InnerProducts : Common {
 struct Perturb : InnerProducts {
   void* saved = nullptr;
   void* ema_out = nullptr;
-  double lmbda = 0;
+  Number lmbda, one_minus_lmbda;
   double* achieved_sq = nullptr;  // [rows]
 };
 
 struct Restore : Common {  // grads: c_acc acc + c grads lands in acc
   const void* saved = nullptr;
   Place acc;
-  double c_acc = 1, c = 1;
+  Number c_acc = 1, c = 1;
 };
 
 struct Update : Restore {  // acc is only read here
