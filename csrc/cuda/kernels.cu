@@ -99,7 +99,7 @@ cudaError_t resident_blocks(Kernel* kernel, int64_t* blocks) {
 
 }  // namespace
 
-cudaError_t inner_products(const InnerProducts& args, const Lists& lists, cudaStream_t stream) {
+cudaError_t launch_inner_products(const InnerProducts& args, const Lists& lists, cudaStream_t stream) {
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     return with_storage(args.storage, [&](auto s) {
@@ -111,7 +111,7 @@ cudaError_t inner_products(const InnerProducts& args, const Lists& lists, cudaSt
   });
 }
 
-cudaError_t perturb(const Perturb& args, const Lists& lists, cudaStream_t stream) {
+cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t stream) {
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     return with_storage(args.storage, [&](auto s) {
@@ -123,10 +123,10 @@ cudaError_t perturb(const Perturb& args, const Lists& lists, cudaStream_t stream
   });
 }
 
-cudaError_t ascend(const Perturb& args, const Lists& lists, bool one_launch, cudaStream_t stream) {
+cudaError_t launch_ascend(const Perturb& args, const Lists& lists, bool one_launch, cudaStream_t stream) {
   if (!one_launch || lists.count * lists.segments > std::min<int64_t>(Large<Perturb>::kSlots, lists.capacity)) {
-    const cudaError_t error = inner_products(args, lists, stream);
-    return error != cudaSuccess ? error : perturb(args, lists, stream);
+    const cudaError_t error = launch_inner_products(args, lists, stream);
+    return error != cudaSuccess ? error : launch_perturb(args, lists, stream);
   }
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
@@ -144,7 +144,7 @@ cudaError_t ascend(const Perturb& args, const Lists& lists, bool one_launch, cud
   });
 }
 
-cudaError_t restore(const Restore& args, const Lists& lists, cudaStream_t stream) {
+cudaError_t launch_restore(const Restore& args, const Lists& lists, cudaStream_t stream) {
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     return with_storage(args.storage, [&](auto s) {
@@ -153,7 +153,7 @@ cudaError_t restore(const Restore& args, const Lists& lists, cudaStream_t stream
   });
 }
 
-cudaError_t sgd(const Update& args, const Lists& lists, cudaStream_t stream) {
+cudaError_t launch_sgd(const Update& args, const Lists& lists, cudaStream_t stream) {
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     return with_storage(args.storage,
@@ -161,7 +161,7 @@ cudaError_t sgd(const Update& args, const Lists& lists, cudaStream_t stream) {
   });
 }
 
-cudaError_t adam(const Update& args, const Lists& lists, cudaStream_t stream) {
+cudaError_t launch_adam(const Update& args, const Lists& lists, cudaStream_t stream) {
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     const bool last = lists.count == 0 || p.args.last == lists.segments;

@@ -9,6 +9,11 @@
 #include "../segments.h"
 #include "../update_math.h"
 
+// Pointers that a launch may carry, if that is fewer than fit. For tests.
+#ifndef MSAM_LAUNCH_POINTERS
+#define MSAM_LAUNCH_POINTERS INT64_MAX
+#endif
+
 namespace msam::cuda {
 
 enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
@@ -27,7 +32,7 @@ struct Lists {
   void* const* data[kMost] = {};
   int count = 0;
   int64_t segments = 0;
-  int64_t capacity = INT64_MAX;  // pointers a launch may carry, where fewer than fit (tests)
+  int64_t capacity = MSAM_LAUNCH_POINTERS;
 };
 
 // A number in both arithmetic types: the host rounds, once.
@@ -86,13 +91,13 @@ constexpr int64_t kPartials = 1024;
 inline int64_t partials_of(int64_t rows) { return rows < kPartials ? rows : kPartials; }
 
 // On the current device, in order on `stream`; a table without rows launches nothing.
-cudaError_t inner_products(const InnerProducts&, const Lists&, cudaStream_t stream);
-cudaError_t perturb(const Perturb&, const Lists&, cudaStream_t stream);
-// inner_products into args.partials, then perturb with them: the same bits in one launch, where all blocks fit the GPU
+cudaError_t launch_inner_products(const InnerProducts&, const Lists&, cudaStream_t stream);
+cudaError_t launch_perturb(const Perturb&, const Lists&, cudaStream_t stream);
+// The two one after the other, the terms in args.partials: the same bits in one launch, where all blocks fit the GPU
 // at once and the pointers one launch.
-cudaError_t ascend(const Perturb&, const Lists&, bool one_launch, cudaStream_t stream);
-cudaError_t restore(const Restore&, const Lists&, cudaStream_t stream);
-cudaError_t sgd(const Update&, const Lists&, cudaStream_t stream);
-cudaError_t adam(const Update&, const Lists&, cudaStream_t stream);
+cudaError_t launch_ascend(const Perturb&, const Lists&, bool one_launch, cudaStream_t stream);
+cudaError_t launch_restore(const Restore&, const Lists&, cudaStream_t stream);
+cudaError_t launch_sgd(const Update&, const Lists&, cudaStream_t stream);
+cudaError_t launch_adam(const Update&, const Lists&, cudaStream_t stream);
 
 }  // namespace msam::cuda
