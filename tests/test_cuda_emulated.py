@@ -346,9 +346,9 @@ def test_what_the_kernels_cannot_use_is_refused(emulated):
     refused("perturb", "plain", "hyper must be", hyper=lambda h: h.float())
     refused("perturb", "plain", "norm_sq must be", norm_sq=lambda n: n.float())
     refused("perturb", "plain", "achieved_sq must be", achieved_sq=lambda t: t[:1])
-    refused("perturb", "plain", "must be 2 tensors", flat=False, weights=lambda w: [*w, w[0]])
+    refused("perturb", "plain", "one per parameter", flat=False, weights=lambda w: [*w, w[0]])
     refused("restore", "weights alone", "saved, which is missing", saved=lambda _: None)
-    refused("sgd", "plain", "must be 2 tensors", acc=lambda _: [torch.zeros(1)])
+    refused("sgd", "plain", "one per parameter", acc=lambda _: [torch.zeros(5)])
     refused("adam", "plain", "step must have 3", step=lambda s: s[:2])
     refused("adam", "plain", "exp_avg must be", exp_avg=lambda t: t.double())
 

@@ -67,8 +67,8 @@ class Call {
       check_dense(tensors[0], name, dtype_, device());
       return {tensors[0].data_ptr(), -1};
     }
-    TORCH_CHECK(lists_.count == 0 || lists_.segments == int64_t(tensors.size()), name, " must be ", lists_.segments,
-                " tensors, one per parameter, got ", tensors.size());
+    TORCH_CHECK(lists_.count == 0 || lists_.segments == int64_t(tensors.size()), name, " has ", tensors.size(),
+                " tensors, another list ", lists_.segments, ": every list has one per parameter");
     auto& out = pointers_[lists_.count];
     for (const Tensor& t : tensors) {
       // An empty tensor stands for a parameter that the table does not name.
