@@ -24,6 +24,8 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 TORCH_AT_LEAST = (2, 6)
 CUDA_AT_LEAST = (12, 1)  # kernel parameters of more than 4 KiB
+# No contraction, as on the CPU, and nothing that --use_fast_math would bring.
+NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-lineinfo")
 COMPILER_REMEDY = (
     "install a C++17 compiler (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select "
     "--install) and build again with `pip install --no-build-isolation -e .`"
@@ -41,6 +43,7 @@ except ModuleNotFoundError as error:
 if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_AT_LEAST:
     raise SystemExit(f"msam_kernels: torch is {torch.__version__}, and 2.6 or later is needed: `pip install -U torch`")
 
+from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 
@@ -118,7 +121,9 @@ def find_cuda():
     # Where torch looks.
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    remedy = f"install the CUDA toolkit {torch.version.cuda} and put its bin folder on PATH, or name its folder in CUDA_HOME"
+    remedy = (
+        f"install the CUDA toolkit {torch.version.cuda} and put its bin folder on PATH, or name its folder in CUDA_HOME"
+    )
     if not Path(nvcc).is_file():
         return None, f"there is no {nvcc}: {remedy}" if home else f"nvcc was not found: {remedy}"
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -129,6 +134,11 @@ def find_cuda():
         return None, f"{nvcc} is of CUDA {release[1]}, and torch was built with CUDA {torch.version.cuda}: {remedy}"
     if version(release[1]) < CUDA_AT_LEAST:
         return None, f"{nvcc} is of CUDA {release[1]}, and {'.'.join(map(str, CUDA_AT_LEAST))} or later is needed"
+    # The nvcc on PATH may be a link or a script outside of its toolkit, where torch would look for headers.
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    if top:
+        cpp_extension.CUDA_HOME = str(Path(top[1].strip()).resolve())
     if not torch.cuda.device_count() and os.environ.get("FORCE_CUDA") != "1":
         return None, "torch sees no GPU (FORCE_CUDA=1 builds them all the same)"
     return nvcc, None
@@ -176,12 +186,14 @@ def extensions():
     flags = {"cxx": ["-O3", "-std=c++17", *strict, "-fvisibility=hidden", "-g0", *warn, *openmp]}
     macros = [("MSAM_TORCH_VERSION", f'"{torch.__version__}"')]
     # Relative, as setuptools demands; sorted, so that builds repeat.
-    sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.c*") if p.suffix in (".cpp", ".cu"))
+    sources = sorted(
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.c*") if p.suffix in (".cpp", ".cu")
+    )
     if nvcc:
         architectures = name_architectures(nvcc)
         macros.append(("MSAM_CUDA", f'"{torch.version.cuda} for {architectures}"'))
         # One source and several targets: nvcc compiles for them side by side.
-        flags["nvcc"] = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo", f"--threads={min(4, os.cpu_count() or 1)}"]
+        flags["nvcc"] = [*NVCC_FLAGS, f"--threads={min(4, os.cpu_count() or 1)}"]
         cuda = f"CUDA kernels with {nvcc} for {architectures}"
     else:
         sources = [s for s in sources if "csrc/cuda/" not in s]
@@ -189,7 +201,9 @@ def extensions():
     kind = CUDAExtension if nvcc else CppExtension
     extension = kind("msam_kernels._C", sources=sources, define_macros=macros, extra_compile_args=flags)
     threads = "threads of torch's OpenMP" if openmp else "single-threaded: no OpenMP that torch shares"
-    return [extension], f"C++ kernels built with {shlex.join(compiler)} for torch {torch.__version__}, {threads}; {cuda}"
+    return [
+        extension
+    ], f"C++ kernels built with {shlex.join(compiler)} for torch {torch.__version__}, {threads}; {cuda}"
 
 
 put_ninja_on_path()

@@ -132,7 +132,9 @@ def _missing_cuda() -> str | None:
     if _C is None:
         return f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler and nvcc, and {rebuild}"
     if _C.CUDA is None:
-        return f"the extension was built without it: install the CUDA toolkit {torch.version.cuda} (nvcc), and {rebuild}"
+        return (
+            f"the extension was built without it: install the CUDA toolkit {torch.version.cuda} (nvcc), and {rebuild}"
+        )
     if not torch.cuda.is_available():
         return "torch sees no GPU: `nvidia-smi` tells whether there is one and its driver runs"
     return None

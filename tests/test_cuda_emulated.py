@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import CASES, VARIANTS, Call, assert_same_bits, each_dtype, exact_sum_of_squares, make, spread, table
 
 from msam_kernels import ops
 from msam_kernels.flat import CHUNK
+from test_kernels import CASES, VARIANTS, Call, assert_same_bits, each_dtype, exact_sum_of_squares, make, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
@@ -71,7 +71,11 @@ def build(folder: Path) -> Path:
             (stubs / name).write_text('#include "cuda_emulator.h"\n')
         include = Path(torch.__file__).parent / "include"
         folders = [stubs, TESTS / "emulator", ROOT, include, include / "torch" / "csrc" / "api" / "include"]
-        options = [*FLAGS, *(f"-I{f}" for f in folders), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+        options = [
+            *FLAGS,
+            *(f"-I{f}" for f in folders),
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ]
         jobs = []
         for name, code in UNITS.items():
             (stubs / f"{name}.cpp").write_text(code)
@@ -82,7 +86,17 @@ def build(folder: Path) -> Path:
             assert job.returncode == 0, output
         libraries = Path(torch.__file__).parent / "lib"
         objects = [str(stubs / f"{name}.o") for name in UNITS]
-        link = [compiler, "-shared", "-pthread", *objects, f"-L{libraries}", "-lc10", "-ltorch_cpu", "-o", f"{library}.new"]
+        link = [
+            compiler,
+            "-shared",
+            "-pthread",
+            *objects,
+            f"-L{libraries}",
+            "-lc10",
+            "-ltorch_cpu",
+            "-o",
+            f"{library}.new",
+        ]
         done = subprocess.run(link, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         Path(f"{library}.new").rename(library)
