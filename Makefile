@@ -89,7 +89,8 @@ export LACKING
 define IDENTITY
 import os, sys
 from importlib.metadata import version
-print(sys.prefix, sys.version, version("torch"), *(os.environ.get(k) for k in ("CXX", "MSAM_KERNELS_CPP")))
+print(sys.prefix, sys.version, version("torch"), *(os.environ.get(k) for k in (
+    "CXX", "MSAM_KERNELS_CPP", "MSAM_KERNELS_CUDA", "FORCE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")))
 endef
 export IDENTITY
 

@@ -2,6 +2,11 @@
 """Builds ``msam_kernels._C`` against the torch that is installed. Without a compiler the package is pure Python.
 
 MSAM_KERNELS_CPP=0 leaves the C++ kernels out; MSAM_KERNELS_CPP=1 makes it an error if they cannot be built.
+
+The CUDA kernels are built along with them where torch has CUDA, nvcc is there, and so is a GPU. MSAM_KERNELS_CUDA=0 leaves
+them out; FORCE_CUDA=1 builds them without a GPU, and makes it an error if they cannot be built. TORCH_CUDA_ARCH_LIST says
+for which GPUs; unset, it is those that are there (a build is for the torch and the machine it was made on), and without
+any the whole range from compute capability 8.0 to 12.0 that both torch and nvcc know.
 """
 
 import ctypes
@@ -18,6 +23,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 TORCH_AT_LEAST = (2, 6)
+CUDA_AT_LEAST = (12, 1)  # kernel parameters of more than 4 KiB
+# No contraction, as on the CPU, and nothing that --use_fast_math would bring.
+NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-lineinfo")
 COMPILER_REMEDY = (
     "install a C++17 compiler (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select "
     "--install) and build again with `pip install --no-build-isolation -e .`"
@@ -35,7 +43,8 @@ except ModuleNotFoundError as error:
 if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_AT_LEAST:
     raise SystemExit(f"msam_kernels: torch is {torch.__version__}, and 2.6 or later is needed: `pip install -U torch`")
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 
 class Build(BuildExtension):
@@ -57,12 +66,12 @@ def put_ninja_on_path():
 def find_compiler():
     """The C++ compiler as a list of words and None, or None and what is missing."""
     asked = os.environ.get("CXX")
-    names = [asked] if asked else ["cl"] if os.name == "nt" else ["c++", "g++", "clang++"]
+    if os.name == "nt":
+        return None, "they need gcc or clang, and torch's extensions on Windows are built with MSVC"
+    names = [asked] if asked else ["c++", "g++", "clang++"]
     name = next((n for n in names if shutil.which(shlex.split(n)[0])), None)
     if name is None:
         return None, f"the compiler CXX={asked} is not there" if asked else "no C++ compiler was found"
-    if os.name == "nt":
-        return [name], None
     compiler = shlex.split(name)
     include = sysconfig.get_paths()["include"]
     probe = subprocess.run(
@@ -92,13 +101,66 @@ def openmp_flags(compiler):
     wherever torch ships its own under another name. A compiler whose calls torch's runtime does not know (clang beside
     libgomp) builds single-threaded kernels, which give the same bits.
     """
-    if os.name == "nt":
-        return ["/openmp"]
     if sys.platform == "darwin":
         return []  # Apple's clang has no OpenMP
     entry = "__kmpc_fork_call" if is_clang(compiler) else "GOMP_parallel"
     runtime = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     return ["-fopenmp"] if hasattr(runtime, entry) else []
+
+
+def version(text):
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def find_cuda():
+    """(nvcc, None), or (None, why the CUDA kernels are left out)."""
+    if os.environ.get("MSAM_KERNELS_CUDA") == "0":
+        return None, "MSAM_KERNELS_CUDA=0"
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} has no CUDA (https://pytorch.org has builds that do)"
+    # Where torch looks.
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    remedy = (
+        f"install the CUDA toolkit {torch.version.cuda} and put its bin folder on PATH, or name its folder in CUDA_HOME"
+    )
+    if not Path(nvcc).is_file():
+        return None, f"there is no {nvcc}: {remedy}" if home else f"nvcc was not found: {remedy}"
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", output)
+    if release is None:
+        return None, f"{nvcc} --version names no release: {remedy}"
+    if version(release[1])[0] != version(torch.version.cuda)[0]:
+        return None, f"{nvcc} is of CUDA {release[1]}, and torch was built with CUDA {torch.version.cuda}: {remedy}"
+    if version(release[1]) < CUDA_AT_LEAST:
+        return None, f"{nvcc} is of CUDA {release[1]}, and {'.'.join(map(str, CUDA_AT_LEAST))} or later is needed"
+    # The nvcc on PATH may be a link or a script outside of its toolkit, where torch would look for headers.
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    if top:
+        cpp_extension.CUDA_HOME = str(Path(top[1].strip()).resolve())
+    if not torch.cuda.device_count() and os.environ.get("FORCE_CUDA") != "1":
+        return None, "torch sees no GPU (FORCE_CUDA=1 builds them all the same)"
+    return nvcc, None
+
+
+def name_architectures(nvcc):
+    """TORCH_CUDA_ARCH_LIST, if it is not set already."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked and asked != "native":
+        return asked
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = {(int(a), int(b)) for a, b in re.findall(r"compute_(\d+)(\d)$", known, re.MULTILINE)}
+    there = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if there:
+        # A GPU that is newer than nvcc takes the PTX of the last one before it.
+        wanted = {max((k for k in known if k <= gpu), default=gpu) for gpu in there}
+    else:
+        torch_has = {(int(a), int(b)) for a, b in re.findall(r"sm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")}
+        wanted = {a for a in known & torch_has if (8, 0) <= a <= (12, 0)} or {(8, 0)}
+    names = ";".join(f"{a}.{b}" for a, b in sorted(wanted)) + "+PTX"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = names
+    return names
 
 
 def extensions():
@@ -112,25 +174,36 @@ def extensions():
         line = f"pure Python (backend 'reference'), without the C++ kernels: {missing}; to get them, {remedy}"
         stale = sorted(p.name for p in (ROOT / "msam_kernels").glob("_C.*"))
         return [], line + (f" (an earlier build is still in use: {', '.join(stale)})" if stale else "")
-    openmp = openmp_flags(compiler or ["cl"])
-    if os.name == "nt":
-        flags = ["/O2", "/std:c++17", "/fp:precise", *openmp]
-    else:
-        # No -march: kernels.cpp picks the instruction set at run time. No contraction: the same bits everywhere. Neither
-        # errno nor traps: they change no result, and loops with them stay scalar.
-        strict = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-        # Torch's headers use a little of C++20. gcc takes arrays that are filled on every path for uninitialized.
-        warn = ["-Wall", "-Wno-c++20-extensions", *([] if is_clang(compiler) else ["-Wno-maybe-uninitialized"])]
-        flags = ["-O3", "-std=c++17", *strict, "-fvisibility=hidden", "-g0", *warn, *openmp]
-    extension = CppExtension(
-        "msam_kernels._C",
-        # Relative, as setuptools demands; sorted, so that builds repeat.
-        sources=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp") if "cuda" not in p.parts),
-        define_macros=[("MSAM_TORCH_VERSION", f'"{torch.__version__}"')],
-        extra_compile_args={"cxx": flags},
+    nvcc, no_cuda = find_cuda()
+    if no_cuda and os.environ.get("FORCE_CUDA") == "1" and os.environ.get("MSAM_KERNELS_CUDA") != "0":
+        raise SystemExit(f"msam_kernels: FORCE_CUDA=1, but the CUDA kernels cannot be built: {no_cuda}")
+    openmp = openmp_flags(compiler)
+    # No -march: kernels.cpp picks the instruction set at run time. No contraction: the same bits everywhere. Neither
+    # errno nor traps: they change no result, and loops with them stay scalar.
+    strict = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    # Torch's headers use a little of C++20. gcc takes arrays that are filled on every path for uninitialized.
+    warn = ["-Wall", "-Wno-c++20-extensions", *([] if is_clang(compiler) else ["-Wno-maybe-uninitialized"])]
+    flags = {"cxx": ["-O3", "-std=c++17", *strict, "-fvisibility=hidden", "-g0", *warn, *openmp]}
+    macros = [("MSAM_TORCH_VERSION", f'"{torch.__version__}"')]
+    # Relative, as setuptools demands; sorted, so that builds repeat.
+    sources = sorted(
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.c*") if p.suffix in (".cpp", ".cu")
     )
+    if nvcc:
+        architectures = name_architectures(nvcc)
+        macros.append(("MSAM_CUDA", f'"{torch.version.cuda} for {architectures}"'))
+        # One source and several targets: nvcc compiles for them side by side.
+        flags["nvcc"] = [*NVCC_FLAGS, f"--threads={min(4, os.cpu_count() or 1)}"]
+        cuda = f"CUDA kernels with {nvcc} for {architectures}"
+    else:
+        sources = [s for s in sources if "csrc/cuda/" not in s]
+        cuda = f"without the CUDA kernels: {no_cuda}"
+    kind = CUDAExtension if nvcc else CppExtension
+    extension = kind("msam_kernels._C", sources=sources, define_macros=macros, extra_compile_args=flags)
     threads = "threads of torch's OpenMP" if openmp else "single-threaded: no OpenMP that torch shares"
-    return [extension], f"C++ kernels built with {shlex.join(compiler)} for torch {torch.__version__}, {threads}"
+    return [
+        extension
+    ], f"C++ kernels built with {shlex.join(compiler)} for torch {torch.__version__}, {threads}; {cuda}"
 
 
 put_ninja_on_path()

@@ -25,6 +25,12 @@ inline void check_dense(const at::Tensor& t, const char* name, at::ScalarType dt
   TORCH_CHECK(t.is_non_overlapping_and_dense(), name, " must be dense in memory, got strides ", t.strides());
 }
 
+inline void check_device(const at::Tensor& t, const char* name, at::Device device) {
+  TORCH_CHECK(t.device() == device, name, " must be on ", device, " like the weights, got ", t.device());
+}
+
+// `chunks` are the n rows of the table that the host can look at: none on a GPU.
+
 // One tensor per segment, or a single flat buffer, long enough for every chunk.
 inline void check_list(at::TensorList list, const char* name, const Chunk* chunks, int64_t n, bool flat) {
   for (int64_t k = 0; k < n; ++k) {

@@ -16,6 +16,13 @@ namespace py = pybind11;
 
 namespace {
 
+// Toolkit and targets of the CUDA kernels, if they were built.
+#if defined(MSAM_CUDA)
+constexpr const char* kCuda = MSAM_CUDA;
+#else
+constexpr const char* kCuda = nullptr;
+#endif
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -32,6 +39,7 @@ py::dict build_info() {
   info["threads"] = "none";
 #endif
   info["built_with_torch"] = MSAM_TORCH_VERSION;
+  info["cuda"] = kCuda ? kCuda : "none";
   return info;
 }
 
@@ -210,6 +218,7 @@ void adam(const py::list& weights, const py::list& acc, const py::list& grads, c
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of msam_kernels";
+  m.attr("CUDA") = kCuda;
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");

@@ -122,7 +122,22 @@ def _memory_layout(groups):
 # (list of lists of parameters) -> a value that changes when any of them, its memory or its layout does.
 memory_layout = getattr(_C, "memory_layout", _memory_layout)
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
+
+
+def _missing_cuda() -> str | None:
+    rebuild = "rebuild with `FORCE_CUDA=1 pip install --no-build-isolation -e .`"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA: install a build that does (https://pytorch.org), then {rebuild}"
+    if _C is None:
+        return f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler and nvcc, and {rebuild}"
+    if _C.CUDA is None:
+        return (
+            f"the extension was built without it: install the CUDA toolkit {torch.version.cuda} (nvcc), and {rebuild}"
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no GPU: `nvidia-smi` tells whether there is one and its driver runs"
+    return None
 
 
 def available_backends() -> dict[str, str | None]:
@@ -138,7 +153,7 @@ def available_backends() -> dict[str, str | None]:
             _C.build_info()
         except RuntimeError as error:  # an instruction set was asked for that this processor has not
             cpu = str(error)
-    return {"cpu": cpu, "reference": None}
+    return {"cuda": _missing_cuda(), "cpu": cpu, "reference": None}
 
 
 def get_backend(name: str, device: torch.device):
@@ -153,13 +168,15 @@ def get_backend(name: str, device: torch.device):
     """
     missing = available_backends()
     if name == "auto":
-        name = "cpu" if device.type == "cpu" and _C is not None else "reference"
+        there = {"cpu": _C is not None, "cuda": missing["cuda"] is None}
+        name = device.type if there.get(device.type) else "reference"
     if name not in missing:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
     if missing[name] is not None:
         raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
     if name == "reference":
         return reference
-    if device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' needs parameters on the CPU, got {device}: use backend='auto'")
+    if device.type != name:
+        where = "the CPU" if name == "cpu" else "a CUDA device"
+        raise RuntimeError(f"backend {name!r} needs parameters on {where}, got {device}: use backend='auto'")
     return _C  # has the operators by name, without torch.ops's parsing of lists, which would take longer than they do
