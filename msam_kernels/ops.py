@@ -29,6 +29,7 @@ What each computes stands in ``reference.py``, the specification.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from itertools import repeat
 
 import torch
@@ -122,7 +123,13 @@ def _memory_layout(groups):
 # (list of lists of parameters) -> a value that changes when any of them, its memory or its layout does.
 memory_layout = getattr(_C, "memory_layout", _memory_layout)
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
+
+
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton` (it comes with torch's builds for GPUs on Linux)"
+    return None
 
 
 def available_backends() -> dict[str, str | None]:
@@ -138,7 +145,7 @@ def available_backends() -> dict[str, str | None]:
             _C.build_info()
         except RuntimeError as error:  # an instruction set was asked for that this processor has not
             cpu = str(error)
-    return {"cpu": cpu, "reference": None}
+    return {"cpu": cpu, "triton": _missing_triton(), "reference": None}
 
 
 def get_backend(name: str, device: torch.device):
@@ -153,13 +160,23 @@ def get_backend(name: str, device: torch.device):
     """
     missing = available_backends()
     if name == "auto":
-        name = "cpu" if device.type == "cpu" and _C is not None else "reference"
+        on_gpu = device.type in ("cuda", "xpu") and missing["triton"] is None
+        name = "triton" if on_gpu else "cpu" if device.type == "cpu" and _C is not None else "reference"
     if name not in missing:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
     if missing[name] is not None:
         raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
     if name == "reference":
         return reference
+    if name == "triton":
+        kernels = importlib.import_module(".triton_kernels", __package__)
+        served = ("cpu",) if kernels.INTERPRETED else ("cuda", "xpu")
+        if device.type not in served:
+            raise RuntimeError(
+                f"backend 'triton' needs parameters on a GPU (cuda, xpu), or on the CPU with TRITON_INTERPRET=1 set before "
+                f"the start; got {device} and TRITON_INTERPRET={int(kernels.INTERPRETED)}: use backend='auto'"
+            )
+        return kernels
     if device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' needs parameters on the CPU, got {device}: use backend='auto'")
     return _C  # has the operators by name, without torch.ops's parsing of lists, which would take longer than they do

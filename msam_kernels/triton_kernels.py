@@ -44,8 +44,14 @@ def _kernel(f):
 
 
 @triton.jit
+def truth(condition):
+    """The same; the interpreter cannot combine the outcome of a comparison of floats with a mask."""
+    return tl.where(condition, 1, 0) != 0
+
+
+@triton.jit
 def is_finite(x):
-    return x - x == 0
+    return truth(x - x == 0)
 
 
 @triton.jit
@@ -154,6 +160,11 @@ def number(bits, T: tl.constexpr):
 @triton.jit
 def column(row, i: tl.constexpr):
     return tl.load(row.to(tl.pointer_type(tl.float64)) + i)
+
+
+@triton.jit
+def flag(row, i: tl.constexpr):
+    return truth(column(row, i) != 0)
 
 
 @triton.jit
@@ -364,6 +375,7 @@ def sgd_chunk(
     numel = length(numel, ALIGNED)
     wp, bp = pointer(w, S, ALIGNED), pointer(before, S, ALIGNED)
     ap, gp, mp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED), pointer(buffer, S, ALIGNED)
+    has_momentum = truth(momentum != 0)
     lanes = tl.arange(0, BLOCK)
     for i in range(0, numel, BLOCK):
         here = lanes < numel - i
@@ -371,11 +383,11 @@ def sgd_chunk(
         d = descent(ap + i, gp + i, lanes, here, acc != 0, c_acc, c, T)
         average = tl.zeros([BLOCK], T)
         if MOMENTUM:
-            average = tl.load(mp + i + lanes, mask=here & (momentum != 0), other=0.0).to(T)
+            average = tl.load(mp + i + lanes, mask=here & has_momentum, other=0.0).to(T)
         x, average = sgd_step(x, d, average, lr, momentum, one_minus_dampening, weight_decay, nesterov, maximize, fresh)
         tl.store(wp + i + lanes, x.to(S), mask=here)
         if MOMENTUM:
-            tl.store(mp + i + lanes, average.to(S), mask=here & (momentum != 0))
+            tl.store(mp + i + lanes, average.to(S), mask=here & has_momentum)
 
 
 @_kernel
@@ -395,7 +407,7 @@ def sgd_kernel(
         coefficient = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
         row = hyper + group * columns * 8
         lr, momentum, one_minus_dampening = column(row, 1).to(T), column(row, 2).to(T), (1 - column(row, 3)).to(T)
-        weight_decay, nesterov, maximize = column(row, 4).to(T), column(row, 5) != 0, column(row, 6) != 0
+        weight_decay, nesterov, maximize = column(row, 4).to(T), flag(row, 5), flag(row, 6)
         flags = fresh.to(tl.int64).to(tl.pointer_type(tl.uint8))
         begins = tl.load(flags + segment, mask=fresh != 0, other=0) != 0
         if (w | before | a | g | b | numel) % 16 == 0:
@@ -462,13 +474,12 @@ def adam_kernel(
         coefficient = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
         row = hyper + group * columns * 8
         lr, beta1, beta2, eps = column(row, 1), column(row, 2), column(row, 3), column(row, 4)
-        weight_decay, amsgrad, maximize = column(row, 5), column(row, 6) != 0, column(row, 7) != 0
-        decoupled = column(row, 8) != 0
+        weight_decay, amsgrad, maximize, decoupled = column(row, 5), flag(row, 6), flag(row, 7), flag(row, 8)
         decay = tl.where(decoupled, 1 - lr * weight_decay, 1.0).to(T)
         count = tl.load(steps + segment).to(tl.int64) + 1
         step_size = (lr / (1 - integer_power(beta1, count))).to(T)
         bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, count)).to(T)
-        coupled, small = (decoupled == 0) & (weight_decay != 0), 1 - beta1 < 0.5
+        coupled, small = (decoupled == 0) & truth(weight_decay != 0), truth(1 - beta1 < 0.5)
         if (w | before | a | g | m | v | x | numel) % 16 == 0:
             adam_chunk(
                 w, before, a, g, m, v, x, numel, number(c_acc, T), coefficient,
