@@ -24,8 +24,9 @@ from torch.autograd.graph import increment_version
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 WARPS = 4 if torch.version.hip else 8  # 256 threads
-# Elements in flight per program: 128-bit accesses, several of them per thread, without spilling.
-BLOCKS = {"inner_products": 4096, "perturb": 2048, "restore": 2048, "sgd": 2048, "adam": 2048}
+BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
+# Registers per thread on NVIDIA GPUs, where ptxas would rather spill a little to fit one program more.
+FRIENDLY_REGISTERS, ADAM_REGISTERS = 96, 80
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -220,12 +221,13 @@ def total(terms, n):
 
 @triton.jit
 def inner_products_chunk(
-    sums, w, g, ema, numel, sigma, eta, S: tl.constexpr, T: tl.constexpr,
+    w, g, ema, numel, sigma, eta, S: tl.constexpr, T: tl.constexpr,
     FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
     wp, gp, ep = pointer(w, S, ALIGNED), pointer(g, S, ALIGNED), pointer(ema, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
     for i in range(0, numel, BLOCK):
         here = lanes < numel - i
         d = tl.load(gp + i + lanes, mask=here, other=0.0).to(T)
@@ -235,7 +237,7 @@ def inner_products_chunk(
             d = stretch(tl.load(wp + i + lanes, mask=here, other=0.0).to(T), eta) * d
         wide = d.to(tl.float64)
         sums += wide * wide
-    return sums
+    return tl.sum(sums, 0)
 
 
 @_kernel
@@ -244,21 +246,22 @@ def inner_products_kernel(
     ema: tl.int64, sigma: tl.int64, eta: tl.int64, S: tl.constexpr, T: tl.constexpr,
     FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sums = tl.zeros([BLOCK], tl.float64)
+    sums = tl.full([], 0.0, tl.float64)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, offset, numel, _ = load_chunk(chunks, k)
         g = in_list(grads, segment, begin, S)
         w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
         e = in_flat(ema, offset, S)
         if (g | w | e | numel) % 16 == 0:
-            sums = inner_products_chunk(
-                sums, w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK, True
+            part = inner_products_chunk(
+                w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK, True
             )
         else:
-            sums = inner_products_chunk(
-                sums, w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK, False
+            part = inner_products_chunk(
+                w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK // 4, False
             )
-    tl.store(terms.to(tl.int64).to(tl.pointer_type(tl.float64)) + tl.program_id(0), tl.sum(sums, 0))
+        sums += part
+    tl.store(terms.to(tl.int64).to(tl.pointer_type(tl.float64)) + tl.program_id(0), sums)
 
 
 @triton.jit
@@ -314,7 +317,7 @@ def perturb_kernel(
         else:
             achieved = perturb_chunk(
                 w, g, s, e, numel, finite, scale, number(sigma, T), number(lmbda, T), number(one_minus_lmbda, T),
-                number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK, False,
+                number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK // 4, False,
             )  # fmt: skip
         tl.store(achieved_sq.to(tl.int64).to(tl.pointer_type(tl.float64)) + k, achieved)
 
@@ -356,7 +359,7 @@ def restore_kernel(
         if (w | s | a | g | numel) % 16 == 0:
             restore_chunk(w, s, a, g, numel, finite, number(c_acc, T), coefficient, S, T, BLOCK, True)
         else:
-            restore_chunk(w, s, a, g, numel, finite, number(c_acc, T), coefficient, S, T, BLOCK, False)
+            restore_chunk(w, s, a, g, numel, finite, number(c_acc, T), coefficient, S, T, BLOCK // 4, False)
 
 
 @triton.jit
@@ -418,7 +421,7 @@ def sgd_kernel(
         else:
             sgd_chunk(
                 w, before, a, g, b, numel, number(c_acc, T), coefficient, lr, momentum, one_minus_dampening,
-                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, BLOCK, False,
+                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, BLOCK // 4, False,
             )  # fmt: skip
 
 
@@ -490,7 +493,7 @@ def adam_kernel(
             adam_chunk(
                 w, before, a, g, m, v, x, numel, number(c_acc, T), coefficient,
                 beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T), eps.to(T), weight_decay.to(T), decay,
-                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, BLOCK, False,
+                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, BLOCK // 4, False,
             )  # fmt: skip
     # The last program to come here counts the steps: by then every other one has read them.
     tl.debug_barrier()
@@ -547,8 +550,9 @@ def _address(t):
     return 0 if t is None else t.data_ptr()
 
 
-def _launch(kernel, programs, *args, **constants):
-    kernel[(programs,)](*args, **constants, num_warps=WARPS, enable_fp_fusion=False)
+def _launch(kernel, programs, *args, registers=None, **constants):
+    limit = {"maxnreg": registers} if registers and torch.version.cuda else {}
+    kernel[(programs,)](*args, **constants, num_warps=WARPS, enable_fp_fusion=False, **limit)
 
 
 _tables: OrderedDict = OrderedDict()  # addresses -> the device tensor that holds them
@@ -576,6 +580,7 @@ class _Call:
         self.types = {
             "S": STORAGE[dtype],
             "T": tl.float64 if dtype == torch.float64 else tl.float32,
+            "BLOCK": BLOCK // 2 if dtype == torch.float64 else BLOCK,
         }
 
     def on_device(self):
@@ -663,10 +668,10 @@ class _Call:
             raise RuntimeError(f"hyper must have at least {columns} columns, got {hyper.shape[1]}")
         return address, hyper.shape[1]
 
-    def launch(self, kernel, name, *args, **constants):
+    def launch(self, kernel, *args, **constants):
         if self.rows:
             with self.on_device():
-                _launch(kernel, self.programs, *args, **self.types, **constants, BLOCK=BLOCKS[name])
+                _launch(kernel, self.programs, *args, **self.types, **constants)
 
 
 def _dtype_of(*lists):
@@ -692,7 +697,7 @@ def _inner_products(call, direction, sigma, eta):
     pointers, ema, constants = direction
     terms = torch.empty(call.programs, dtype=torch.float64, device=call.device)
     call.launch(
-        inner_products_kernel, "inner_products", terms.data_ptr(), call.chunks.data_ptr(), call.rows, *pointers, ema,
+        inner_products_kernel, terms.data_ptr(), call.chunks.data_ptr(), call.rows, *pointers, ema,
         _bits(sigma), _bits(eta or 0.0), **constants,
     )  # fmt: skip
     return terms if call.rows else terms.new_zeros(1)
@@ -709,7 +714,8 @@ def _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, 
         _bits(sigma), _bits(lmbda), _bits(1 - lmbda), _bits(eta or 0.0),
     )  # fmt: skip
     increment_version(achieved_sq)  # from here on the weights may be perturbed
-    call.launch(perturb_kernel, "perturb", *arguments, **constants)
+    registers = FRIENDLY_REGISTERS if ema else None
+    call.launch(perturb_kernel, *arguments, **constants, registers=registers)
 
 
 def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
@@ -751,7 +757,7 @@ def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0,
         raise RuntimeError("grads are added to acc, which is missing")
     call = _Call(chunks, _dtype_of(weights, acc))
     call.launch(
-        restore_kernel, "restore", *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
+        restore_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
         *_gathered(call, weights, acc, grads, saved if weights else None), _bits(c_acc), _bits(c),
     )  # fmt: skip
 
@@ -763,7 +769,7 @@ def sgd(
         raise RuntimeError("sgd needs weights and grads")
     call = _Call(chunks, _dtype_of(weights))
     call.launch(
-        sgd_kernel, "sgd", *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
+        sgd_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
         *call.hyper(hyper, 7), *_gathered(call, weights, acc, grads, saved),
         call.flat("momentum_buffer", momentum_buffer), call.tensor("fresh", fresh, torch.uint8)[0],
         _bits(c_acc), _bits(c), MOMENTUM=momentum_buffer is not None,
@@ -781,8 +787,9 @@ def adam(
     if count != len(grads) + 1:
         raise RuntimeError(f"step must have an element per parameter and one more, {len(grads) + 1}, got {count}")
     call.launch(
-        adam_kernel, "adam", *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
+        adam_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
         *call.hyper(hyper, 9), *_gathered(call, weights, acc, grads, saved),
         call.flat("exp_avg", exp_avg), call.flat("exp_avg_sq", exp_avg_sq), call.flat("max_exp_avg_sq", max_exp_avg_sq),
         steps, count - 1, _bits(c_acc), _bits(c), AMSGRAD=max_exp_avg_sq is not None,
+        registers=ADAM_REGISTERS,
     )  # fmt: skip
