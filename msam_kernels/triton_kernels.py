@@ -26,7 +26,7 @@ PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a l
 WARPS = 4 if torch.version.hip else 8  # 256 threads
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
 # Registers per thread on NVIDIA GPUs, where ptxas would rather spill a little to fit one program more.
-FRIENDLY_REGISTERS, ADAM_REGISTERS = 96, 80
+FRIENDLY_REGISTERS, UPDATE_REGISTERS = 96, 80
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -773,6 +773,7 @@ def sgd(
         *call.hyper(hyper, 7), *_gathered(call, weights, acc, grads, saved),
         call.flat("momentum_buffer", momentum_buffer), call.tensor("fresh", fresh, torch.uint8)[0],
         _bits(c_acc), _bits(c), MOMENTUM=momentum_buffer is not None,
+        registers=UPDATE_REGISTERS if call.dtype == torch.float64 else None,
     )  # fmt: skip
 
 
@@ -791,5 +792,5 @@ def adam(
         *call.hyper(hyper, 9), *_gathered(call, weights, acc, grads, saved),
         call.flat("exp_avg", exp_avg), call.flat("exp_avg_sq", exp_avg_sq), call.flat("max_exp_avg_sq", max_exp_avg_sq),
         steps, count - 1, _bits(c_acc), _bits(c), AMSGRAD=max_exp_avg_sq is not None,
-        registers=ADAM_REGISTERS,
+        registers=UPDATE_REGISTERS,
     )  # fmt: skip
