@@ -25,8 +25,8 @@ from torch.autograd.graph import increment_version
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 WARPS = 4 if torch.version.hip else 8  # 256 threads
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
-# Registers per thread on NVIDIA GPUs, where ptxas would rather spill a little to fit one program more.
-FRIENDLY_REGISTERS, UPDATE_REGISTERS = 96, 80
+# Per thread at most, on NVIDIA GPUs: left alone, ptxas spills a few bytes to fit one program more.
+REGISTERS = {"inner_products": 64, "perturb": 96, "restore": 64, "sgd": 80, "adam": 80}
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -550,8 +550,14 @@ def _address(t):
     return 0 if t is None else t.data_ptr()
 
 
-def _launch(kernel, programs, *args, registers=None, **constants):
-    limit = {"maxnreg": registers} if registers and torch.version.cuda else {}
+def registers(kernel):
+    """Options for the compiler, on NVIDIA GPUs."""
+    name = kernel.__name__.removesuffix("_kernel")
+    return {"maxnreg": REGISTERS[name]} if name in REGISTERS else {}
+
+
+def _launch(kernel, programs, *args, **constants):
+    limit = registers(kernel) if torch.version.cuda else {}
     kernel[(programs,)](*args, **constants, num_warps=WARPS, enable_fp_fusion=False, **limit)
 
 
@@ -714,8 +720,7 @@ def _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, 
         _bits(sigma), _bits(lmbda), _bits(1 - lmbda), _bits(eta or 0.0),
     )  # fmt: skip
     increment_version(achieved_sq)  # from here on the weights may be perturbed
-    registers = FRIENDLY_REGISTERS if ema else None
-    call.launch(perturb_kernel, *arguments, **constants, registers=registers)
+    call.launch(perturb_kernel, *arguments, **constants)
 
 
 def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
@@ -773,7 +778,6 @@ def sgd(
         *call.hyper(hyper, 7), *_gathered(call, weights, acc, grads, saved),
         call.flat("momentum_buffer", momentum_buffer), call.tensor("fresh", fresh, torch.uint8)[0],
         _bits(c_acc), _bits(c), MOMENTUM=momentum_buffer is not None,
-        registers=UPDATE_REGISTERS if call.dtype == torch.float64 else None,
     )  # fmt: skip
 
 
@@ -792,5 +796,4 @@ def adam(
         *call.hyper(hyper, 9), *_gathered(call, weights, acc, grads, saved),
         call.flat("exp_avg", exp_avg), call.flat("exp_avg_sq", exp_avg_sq), call.flat("max_exp_avg_sq", max_exp_avg_sq),
         steps, count - 1, _bits(c_acc), _bits(c), AMSGRAD=max_exp_avg_sq is not None,
-        registers=UPDATE_REGISTERS,
     )  # fmt: skip

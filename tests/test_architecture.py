@@ -103,7 +103,13 @@ def test_only_the_drop_in_the_public_names_and_the_command_line_know_the_optimiz
 
 def test_kernels_and_specification_do_not_know_each_other_or_parameter_groups():
     assert not MAY_KNOW["reference"] | MAY_KNOW["triton_kernels"]
-    sources = [PACKAGE / "reference.py", PACKAGE / "triton_kernels.py", PACKAGE / "ops.py", *CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")]
+    sources = [
+        PACKAGE / "reference.py",
+        PACKAGE / "triton_kernels.py",
+        PACKAGE / "ops.py",
+        *CSRC.rglob("*.h"),
+        *CSRC.rglob("*.cpp"),
+    ]
     assert [p.name for p in sources if "param_group" in p.read_text()] == []
 
 
