@@ -608,6 +608,8 @@ class _Call:
             self._check_lists(lists)
             table = self._captured(addresses) if capturing else self._copied(addresses)
             if not capturing:
+                if self.device.type == "cuda" and not _tables:
+                    self._captured((0,))  # compiled now: a capture is no place to load a kernel
                 if len(_tables) >= TABLES:
                     _tables.popitem(last=False)
                 _tables[key] = table
@@ -634,7 +636,7 @@ class _Call:
 
     def _copied(self, addresses):
         table = torch.tensor(addresses, dtype=torch.int64)
-        return table if self.kind is None else table.pin_memory(self.device).to(self.device, non_blocking=True)
+        return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
 
     def _captured(self, addresses):
         table = torch.empty(-(-len(addresses) // 16) * 16, dtype=torch.int64, device=self.device)
