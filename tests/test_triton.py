@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels: bit for bit those of the CPU, and compiled ahead of time for GPUs that are not here.
 
-On a machine with a GPU the numerics run there; elsewhere Triton interprets the kernels on CPU tensors (see conftest.py).
+On a GPU (MSAM_TEST_DEVICE) the numerics run there; elsewhere Triton interprets the kernels on CPU tensors (see conftest.py).
 Run as a script, this file is the child process that compiles: nothing can be compiled where kernels are interpreted.
 """
 
@@ -23,15 +23,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ON_GPU
 from msam_kernels import MicroBatchSAM, methods, ops
 from msam_kernels.flat import CHUNK
+from plain import DEVICE
 from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
 from test_kernels import CASES, DTYPES, Call, assert_same_bits, make
 
-DEVICE = torch.device("cpu" if not ON_GPU else "cuda" if torch.cuda.is_available() else "xpu")
+ON_GPU = DEVICE.type != "cpu"
 # Triton 3.6 converts as NumPy no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+_NUMPY = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [pytest.mark.host, _NUMPY]  # data are made on the CPU, for both
 SIZES = (0, 1, 3, 4, 5, 255, 257, 4097, 4096)
 LARGE = (CHUNK + 5, 7, 2 * CHUNK)
 each_case = pytest.mark.parametrize(("operator", "variant"), CASES, ids=lambda v: v)
