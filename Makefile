@@ -66,14 +66,16 @@ clean:
 # What the environment lacks. One that this Makefile made (msam_kernels.made) must have every pin; another one must only
 # have every package: its versions are its owner's business, torch above all.
 define LACKING
-import re, sys
+import platform, re, sys
 from importlib.metadata import PackageNotFoundError, version
 if sys.version_info < (3, 10):
     sys.exit(f"{sys.executable} is Python {sys.version.split()[0]}, and msam_kernels needs 3.10 or later: name another VENV")
 made, lacking = sys.argv[1] == "made", []
 for line in open("requirements-dev.txt"):
-    pin = re.match(r"([\w.-]+)==([^\s;#]+)(?:; python_version < \"3\.(\d+)\")?", line)
+    pin = re.match(r"([\w.-]+)==([^\s;#]+)(?:; (?:python_version < \"3\.(\d+)\"|(sys_platform .*)))?", line)
     if not pin or (pin[3] and sys.version_info >= (3, int(pin[3]))):
+        continue
+    if pin[4] and not eval(pin[4], {"sys_platform": sys.platform, "platform_machine": platform.machine()}):
         continue
     try:
         fine = version(pin[1]).split("+")[0] == pin[2] or not made

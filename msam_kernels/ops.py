@@ -29,6 +29,7 @@ What each computes stands in ``reference.py``, the specification.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from itertools import repeat
 
 import torch
@@ -122,7 +123,7 @@ def _memory_layout(groups):
 # (list of lists of parameters) -> a value that changes when any of them, its memory or its layout does.
 memory_layout = getattr(_C, "memory_layout", _memory_layout)
 
-BACKENDS = ("cuda", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
 def _missing_cuda() -> str | None:
@@ -140,6 +141,12 @@ def _missing_cuda() -> str | None:
     return None
 
 
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton` (it comes with torch's builds for GPUs on Linux)"
+    return None
+
+
 def available_backends() -> dict[str, str | None]:
     """Backends by name, fastest first: None where usable, else a sentence that says what is missing and how to get it."""
     cpu = None
@@ -153,7 +160,7 @@ def available_backends() -> dict[str, str | None]:
             _C.build_info()
         except RuntimeError as error:  # an instruction set was asked for that this processor has not
             cpu = str(error)
-    return {"cuda": _missing_cuda(), "cpu": cpu, "reference": None}
+    return {"cuda": _missing_cuda(), "triton": _missing_triton(), "cpu": cpu, "reference": None}
 
 
 def get_backend(name: str, device: torch.device):
@@ -168,14 +175,27 @@ def get_backend(name: str, device: torch.device):
     """
     missing = available_backends()
     if name == "auto":
-        there = {"cpu": _C is not None, "cuda": missing["cuda"] is None}
-        name = device.type if there.get(device.type) else "reference"
+        if device.type == "cpu":
+            name = "cpu" if _C is not None else "reference"
+        elif device.type == "cuda" and missing["cuda"] is None:
+            name = "cuda"
+        else:
+            name = "triton" if device.type in ("cuda", "xpu") and missing["triton"] is None else "reference"
     if name not in missing:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
     if missing[name] is not None:
         raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
     if name == "reference":
         return reference
+    if name == "triton":
+        kernels = importlib.import_module(".triton_kernels", __package__)
+        served = ("cpu",) if kernels.INTERPRETED else ("cuda", "xpu")
+        if device.type not in served:
+            raise RuntimeError(
+                f"backend 'triton' needs parameters on a GPU (cuda, xpu), or on the CPU with TRITON_INTERPRET=1 set before "
+                f"the start; got {device} and TRITON_INTERPRET={int(kernels.INTERPRETED)}: use backend='auto'"
+            )
+        return kernels
     if device.type != name:
         where = "the CPU" if name == "cpu" else "a CUDA device"
         raise RuntimeError(f"backend {name!r} needs parameters on {where}, got {device}: use backend='auto'")

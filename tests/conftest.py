@@ -14,6 +14,9 @@ import torch
 from msam_kernels import ops
 from plain import BACKENDS, DEVICE
 
+if DEVICE.type == "cpu":  # Triton's kernels are then interpreted; it looks when they are defined, in test_triton.py
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 # The same examples on every run: a red build is then a fact about the commit.
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("default"), derandomize=True)

@@ -1,0 +1,801 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators in Triton: for NVIDIA GPUs without nvcc, and for ROCm and XPU. Imported when first asked for.
+
+One program works on a chunk at a time. ``ascend`` is two launches, every other operator one. The formulas are those of
+csrc/update_math.h, in the same order of operations and without contraction into FMA, so that element-wise results have the
+bits of the C++ kernels.
+
+Memory reaches the kernels as int64 addresses, and what is absent as address 0: one compiled kernel then serves flat and
+listed weights, with and without saved weights, mean, fresh flags and norm. A chunk whose addresses and length are multiples
+of 16 is walked in 128-bit accesses, any other one element by element.
+
+With ``TRITON_INTERPRET=1``, set before this module is imported, the same kernels run on CPU tensors, slowly.
+"""
+
+import inspect
+import struct
+from collections import OrderedDict
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.graph import increment_version
+
+PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
+WARPS = 4 if torch.version.hip else 8  # 256 threads
+BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
+# Per thread at most, on NVIDIA GPUs: left alone, ptxas spills a few bytes to fit one program more.
+REGISTERS = {"inner_products": 64, "perturb": 96, "restore": 64, "sgd": 80, "adam": 80}
+STORAGE = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def _kernel(f):
+    """Compiled once per choice of constants: nothing is specialised on the value of an address or a number."""
+    parameters = inspect.signature(f).parameters.items()
+    return triton.jit(do_not_specialize=[n for n, p in parameters if p.annotation is not tl.constexpr])(f)
+
+
+# ---- formulas: csrc/update_math.h, one to one -------------------------------------------------------------------------
+
+
+@triton.jit
+def truth(condition):
+    """The same; the interpreter cannot combine the outcome of a comparison of floats with a mask."""
+    return tl.where(condition, 1, 0) != 0
+
+
+@triton.jit
+def is_finite(x):
+    return truth(x - x == 0)
+
+
+@triton.jit
+def square_root(x):
+    """Correctly rounded."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def quotient(x, y):
+    """Correctly rounded."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def ascent_scale(norm_sq, rho):
+    return rho / (tl.sqrt(norm_sq) + 1e-12)
+
+
+@triton.jit
+def integer_power(x, n):
+    result = tl.full([], 1.0, tl.float64)
+    while n > 0:
+        result = tl.where(n % 2 == 1, result * x, result)
+        n = n // 2
+        x = x * x
+    return result
+
+
+@triton.jit
+def residual(g, ema, sigma):
+    return tl.where(ema != ema, g, g - sigma * ema)
+
+
+@triton.jit
+def ema_next(ema, g, lmbda, one_minus_lmbda):
+    return tl.where(ema != ema, g, lmbda * ema + one_minus_lmbda * g)
+
+
+@triton.jit
+def stretch(w, eta):
+    return tl.where(w < 0, w * -1.0, w) + eta
+
+
+@triton.jit
+def perturbed(w, d, scale, eta, ADAPTIVE: tl.constexpr):
+    if ADAPTIVE:
+        t = stretch(w, eta)
+        d = t * t * d
+    return w + d * scale
+
+
+@triton.jit
+def accumulated(acc, g, c_acc, c):
+    return c_acc * acc + c * g
+
+
+@triton.jit
+def sgd_step(w, g, buffer, lr, momentum, one_minus_dampening, weight_decay, nesterov, maximize, fresh):
+    """(w, momentum buffer)."""
+    g = tl.where(maximize, g * -1.0, g)
+    g = tl.where(weight_decay != 0, g + weight_decay * w, g)
+    buffer = tl.where(fresh, g, momentum * buffer + one_minus_dampening * g)
+    g = tl.where(momentum != 0, tl.where(nesterov, g + momentum * buffer, buffer), g)
+    return w - lr * g, buffer
+
+
+@triton.jit
+def adam_gradient(w, g, weight_decay, coupled, maximize):
+    g = tl.where(maximize, g * -1.0, g)
+    return tl.where(coupled, g + weight_decay * w, g)
+
+
+@triton.jit
+def adam_first(exp_avg, g, beta1, one_minus_beta1, small):
+    """The two branches of torch.lerp."""
+    change = g - exp_avg
+    return tl.where(small, exp_avg + one_minus_beta1 * change, g - change * beta1)
+
+
+@triton.jit
+def adam_second(exp_avg_sq, g, beta2, one_minus_beta2):
+    return beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
+
+
+@triton.jit
+def adam_weight(w, decay, exp_avg, v, step_size, bias_correction2_sqrt, eps):
+    return w * decay - step_size * quotient(exp_avg, quotient(square_root(v), bias_correction2_sqrt) + eps)
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def number(bits, T: tl.constexpr):
+    """A float argument, which Triton would round to fp32: it comes as the bits of an fp64."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(T)
+
+
+@triton.jit
+def column(row, i: tl.constexpr):
+    return tl.load(row.to(tl.pointer_type(tl.float64)) + i)
+
+
+@triton.jit
+def flag(row, i: tl.constexpr):
+    return truth(column(row, i) != 0)
+
+
+@triton.jit
+def load_chunk(chunks, k):
+    """(segment, begin, offset, numel, group), as in csrc/segments.h."""
+    row = chunks.to(tl.int64).to(tl.pointer_type(tl.int64)) + k * 5
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+
+
+@triton.jit
+def in_flat(base, offset, S: tl.constexpr):
+    """The address of a chunk in a flat buffer; 0 where there is no buffer."""
+    return tl.where(base != 0, base + offset * (S.primitive_bitwidth // 8), base).to(tl.int64)
+
+
+@triton.jit
+def in_list(table, segment, begin, S: tl.constexpr):
+    """The address of a chunk in a list of tensors, of which the table holds the addresses; 0 where there is no list."""
+    there = table != 0
+    base = tl.load(table.to(tl.int64).to(tl.pointer_type(tl.int64)) + segment, mask=there, other=0)
+    return tl.where(there, base + begin * (S.primitive_bitwidth // 8), 0)
+
+
+@triton.jit
+def pointer(address, S: tl.constexpr, ALIGNED: tl.constexpr):
+    p = address.to(tl.pointer_type(S))
+    if ALIGNED:
+        p = tl.multiple_of(p, 16)
+    return p
+
+
+@triton.jit
+def length(numel, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        numel = numel // 16 * 16  # the same, and the compiler knows: whole vectors are in or out
+    return numel
+
+
+@triton.jit
+def total(terms, n):
+    """The sum of a list of fp64, in one order for all programs."""
+    LANES: tl.constexpr = 1024
+    lanes = tl.arange(0, LANES)
+    p = terms.to(tl.int64).to(tl.pointer_type(tl.float64))
+    sums = tl.zeros([LANES], tl.float64)
+    for i in range(0, n, LANES):
+        sums += tl.load(p + i + lanes, mask=lanes < n - i, other=0.0)
+    return tl.sum(sums, 0)
+
+
+# ---- kernels. S: storage type, T: arithmetic type -----------------------------------------------------------------------
+
+
+@triton.jit
+def inner_products_chunk(
+    w, g, ema, numel, sigma, eta, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    numel = length(numel, ALIGNED)
+    wp, gp, ep = pointer(w, S, ALIGNED), pointer(g, S, ALIGNED), pointer(ema, S, ALIGNED)
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for i in range(0, numel, BLOCK):
+        here = lanes < numel - i
+        d = tl.load(gp + i + lanes, mask=here, other=0.0).to(T)
+        if FRIENDLY:
+            d = residual(d, tl.load(ep + i + lanes, mask=here, other=0.0).to(T), sigma)
+        if ADAPTIVE:
+            d = stretch(tl.load(wp + i + lanes, mask=here, other=0.0).to(T), eta) * d
+        wide = d.to(tl.float64)
+        sums += wide * wide
+    return tl.sum(sums, 0)
+
+
+@_kernel
+def inner_products_kernel(
+    terms: tl.int64, chunks: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64,
+    ema: tl.int64, sigma: tl.int64, eta: tl.int64, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sums = tl.full([], 0.0, tl.float64)
+    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
+        segment, begin, offset, numel, _ = load_chunk(chunks, k)
+        g = in_list(grads, segment, begin, S)
+        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
+        e = in_flat(ema, offset, S)
+        if (g | w | e | numel) % 16 == 0:
+            part = inner_products_chunk(
+                w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK, True
+            )
+        else:
+            part = inner_products_chunk(
+                w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK // 4, False
+            )
+        sums += part
+    tl.store(terms.to(tl.int64).to(tl.pointer_type(tl.float64)) + tl.program_id(0), sums)
+
+
+@triton.jit
+def perturb_chunk(
+    w, g, saved, ema, numel, finite, scale, sigma, lmbda, one_minus_lmbda, eta, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The chunk's part of the achieved norm, squared."""
+    numel = length(numel, ALIGNED)
+    wp, gp = pointer(w, S, ALIGNED), pointer(g, S, ALIGNED)
+    sp, ep = pointer(saved, S, ALIGNED), pointer(ema, S, ALIGNED)
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for i in range(0, numel, BLOCK):
+        here = lanes < numel - i
+        stored = tl.load(wp + i + lanes, mask=here, other=0.0)
+        d = tl.load(gp + i + lanes, mask=here, other=0.0).to(T)
+        # Read again only after a whole backward pass: past the caches.
+        tl.store(sp + i + lanes, stored, mask=here & (saved != 0), cache_modifier=".cs")
+        if FRIENDLY:
+            average = tl.load(ep + i + lanes, mask=here, other=0.0).to(T)
+            following = ema_next(average, d, lmbda, one_minus_lmbda)
+            tl.store(ep + i + lanes, following.to(S), mask=here & finite)
+            d = residual(d, average, sigma)
+        result = perturbed(stored.to(T), d, scale, eta, ADAPTIVE).to(S)
+        tl.store(wp + i + lanes, result, mask=here & finite)
+        change = tl.where(here & finite, result.to(tl.float64) - stored.to(tl.float64), 0.0)
+        sums += change * change
+    return tl.sum(sums, 0)
+
+
+@_kernel
+def perturb_kernel(
+    norm_sq: tl.int64, norm_terms: tl.int64, achieved_sq: tl.int64, chunks: tl.int64, rows: tl.int64,
+    hyper: tl.int64, columns: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64, saved: tl.int64,
+    ema: tl.int64, sigma: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64, eta: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    norm = total(norm_sq, norm_terms)
+    finite = is_finite(norm)
+    for before in range(tl.program_id(0), rows, tl.num_programs(0)):
+        k = rows - 1 - before  # backwards: what inner_products read last may still be in the L2 cache
+        segment, begin, offset, numel, group = load_chunk(chunks, k)
+        g = in_list(grads, segment, begin, S)
+        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
+        s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
+        scale = ascent_scale(norm, column(hyper + group * columns * 8, 0)).to(T)
+        if (g | w | s | e | numel) % 16 == 0:
+            achieved = perturb_chunk(
+                w, g, s, e, numel, finite, scale, number(sigma, T), number(lmbda, T), number(one_minus_lmbda, T),
+                number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK, True,
+            )  # fmt: skip
+        else:
+            achieved = perturb_chunk(
+                w, g, s, e, numel, finite, scale, number(sigma, T), number(lmbda, T), number(one_minus_lmbda, T),
+                number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK // 4, False,
+            )  # fmt: skip
+        tl.store(achieved_sq.to(tl.int64).to(tl.pointer_type(tl.float64)) + k, achieved)
+
+
+@triton.jit
+def restore_chunk(
+    w, saved, acc, g, numel, finite, c_acc, c, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    numel = length(numel, ALIGNED)
+    wp, sp = pointer(w, S, ALIGNED), pointer(saved, S, ALIGNED)
+    ap, gp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED)
+    lanes = tl.arange(0, BLOCK)
+    summed = (acc != 0) & (g != 0)
+    for i in range(0, numel, BLOCK):
+        here = lanes < numel - i
+        before = tl.load(sp + i + lanes, mask=here & (w != 0), other=0.0)
+        mean = tl.load(ap + i + lanes, mask=here & summed, other=0.0).to(T)
+        gradient = tl.load(gp + i + lanes, mask=here & summed, other=0.0).to(T)
+        tl.store(wp + i + lanes, before, mask=here & (w != 0))
+        # Without gradients it is stored only where c, and with it every element, is NaN.
+        mean = accumulated(mean, gradient, c_acc, c)
+        tl.store(ap + i + lanes, mean.to(S), mask=here & (summed | ((acc != 0) & (finite == 0))))
+
+
+@_kernel
+def restore_kernel(
+    norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, flat_weights: tl.int64,
+    weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64, c_acc: tl.int64, c: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    norm = total(norm_sq, norm_terms)
+    finite = is_finite(norm)
+    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
+        segment, begin, offset, numel, _ = load_chunk(chunks, k)
+        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
+        s, a, g = in_flat(saved, offset, S), in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
+        coefficient = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
+        if (w | s | a | g | numel) % 16 == 0:
+            restore_chunk(w, s, a, g, numel, finite, number(c_acc, T), coefficient, S, T, BLOCK, True)
+        else:
+            restore_chunk(w, s, a, g, numel, finite, number(c_acc, T), coefficient, S, T, BLOCK // 4, False)
+
+
+@triton.jit
+def descent(ap, gp, lanes, here, has_acc, c_acc, c, T: tl.constexpr):
+    """The step's gradient: c g, or c_acc acc + c g."""
+    g = tl.load(gp + lanes, mask=here, other=0.0).to(T)
+    acc = tl.load(ap + lanes, mask=here & has_acc, other=0.0).to(T)
+    return tl.where(has_acc, accumulated(acc, g, c_acc, c), c * g)
+
+
+@triton.jit
+def sgd_chunk(
+    w, before, acc, g, buffer, numel, c_acc, c, lr, momentum, one_minus_dampening, weight_decay, nesterov, maximize,
+    fresh, S: tl.constexpr, T: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    numel = length(numel, ALIGNED)
+    wp, bp = pointer(w, S, ALIGNED), pointer(before, S, ALIGNED)
+    ap, gp, mp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED), pointer(buffer, S, ALIGNED)
+    has_momentum = truth(momentum != 0)
+    lanes = tl.arange(0, BLOCK)
+    for i in range(0, numel, BLOCK):
+        here = lanes < numel - i
+        x = tl.load(bp + i + lanes, mask=here, other=0.0).to(T)
+        d = descent(ap + i, gp + i, lanes, here, acc != 0, c_acc, c, T)
+        average = tl.zeros([BLOCK], T)
+        if MOMENTUM:
+            average = tl.load(mp + i + lanes, mask=here & has_momentum, other=0.0).to(T)
+        x, average = sgd_step(x, d, average, lr, momentum, one_minus_dampening, weight_decay, nesterov, maximize, fresh)
+        tl.store(wp + i + lanes, x.to(S), mask=here)
+        if MOMENTUM:
+            tl.store(mp + i + lanes, average.to(S), mask=here & has_momentum)
+
+
+@_kernel
+def sgd_kernel(
+    norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, hyper: tl.int64, columns: tl.int64,
+    flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64, buffers: tl.int64,
+    fresh: tl.int64, c_acc: tl.int64, c: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    norm = total(norm_sq, norm_terms)
+    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
+        segment, begin, offset, numel, group = load_chunk(chunks, k)
+        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
+        before = tl.where(saved != 0, in_flat(saved, offset, S), w)
+        a, g = in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
+        b = in_flat(buffers, offset, S)
+        coefficient = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
+        row = hyper + group * columns * 8
+        lr, momentum, one_minus_dampening = column(row, 1).to(T), column(row, 2).to(T), (1 - column(row, 3)).to(T)
+        weight_decay, nesterov, maximize = column(row, 4).to(T), flag(row, 5), flag(row, 6)
+        flags = fresh.to(tl.int64).to(tl.pointer_type(tl.uint8))
+        begins = tl.load(flags + segment, mask=fresh != 0, other=0) != 0
+        if (w | before | a | g | b | numel) % 16 == 0:
+            sgd_chunk(
+                w, before, a, g, b, numel, number(c_acc, T), coefficient, lr, momentum, one_minus_dampening,
+                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, BLOCK, True,
+            )  # fmt: skip
+        else:
+            sgd_chunk(
+                w, before, a, g, b, numel, number(c_acc, T), coefficient, lr, momentum, one_minus_dampening,
+                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, BLOCK // 4, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def adam_chunk(
+    w, before, acc, g, exp_avg, exp_avg_sq, max_exp_avg_sq, numel, c_acc, c,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt,
+    maximize, coupled, small, amsgrad,
+    S: tl.constexpr, T: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    numel = length(numel, ALIGNED)
+    wp, bp = pointer(w, S, ALIGNED), pointer(before, S, ALIGNED)
+    ap, gp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED)
+    mp, vp, xp = pointer(exp_avg, S, ALIGNED), pointer(exp_avg_sq, S, ALIGNED), pointer(max_exp_avg_sq, S, ALIGNED)
+    lanes = tl.arange(0, BLOCK)
+    for i in range(0, numel, BLOCK):
+        here = lanes < numel - i
+        x = tl.load(bp + i + lanes, mask=here, other=0.0).to(T)
+        d = descent(ap + i, gp + i, lanes, here, acc != 0, c_acc, c, T)
+        m = tl.load(mp + i + lanes, mask=here, other=0.0).to(T)
+        v = tl.load(vp + i + lanes, mask=here, other=0.0).to(T)
+        d = adam_gradient(x, d, weight_decay, coupled, maximize)
+        m = adam_first(m, d, beta1, one_minus_beta1, small)
+        v = adam_second(v, d, beta2, one_minus_beta2)
+        tl.store(mp + i + lanes, m.to(S), mask=here)
+        tl.store(vp + i + lanes, v.to(S), mask=here)
+        if AMSGRAD:
+            largest = tl.load(xp + i + lanes, mask=here & amsgrad, other=0.0).to(T)
+            # A NaN in v, which stays there, wins as in torch.maximum.
+            v = tl.where(amsgrad & (v <= largest), largest, v)
+            tl.store(xp + i + lanes, v.to(S), mask=here & amsgrad)
+        x = adam_weight(x, decay, m, v, step_size, bias_correction2_sqrt, eps)
+        tl.store(wp + i + lanes, x.to(S), mask=here)
+
+
+@_kernel
+def adam_kernel(
+    norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, hyper: tl.int64, columns: tl.int64,
+    flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64,
+    exp_avgs: tl.int64, exp_avg_sqs: tl.int64, max_exp_avg_sqs: tl.int64, step: tl.int64, segments: tl.int64,
+    c_acc: tl.int64, c: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    norm = total(norm_sq, norm_terms)
+    steps = step.to(tl.int64).to(tl.pointer_type(tl.float32))
+    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
+        segment, begin, offset, numel, group = load_chunk(chunks, k)
+        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
+        before = tl.where(saved != 0, in_flat(saved, offset, S), w)
+        a, g = in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
+        m, v = in_flat(exp_avgs, offset, S), in_flat(exp_avg_sqs, offset, S)
+        x = in_flat(max_exp_avg_sqs, offset, S)
+        coefficient = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
+        row = hyper + group * columns * 8
+        lr, beta1, beta2, eps = column(row, 1), column(row, 2), column(row, 3), column(row, 4)
+        weight_decay, amsgrad, maximize, decoupled = column(row, 5), flag(row, 6), flag(row, 7), flag(row, 8)
+        decay = tl.where(decoupled, 1 - lr * weight_decay, 1.0).to(T)
+        count = tl.load(steps + segment).to(tl.int64) + 1
+        step_size = (lr / (1 - integer_power(beta1, count))).to(T)
+        bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, count)).to(T)
+        coupled, small = (decoupled == 0) & truth(weight_decay != 0), truth(1 - beta1 < 0.5)
+        if (w | before | a | g | m | v | x | numel) % 16 == 0:
+            adam_chunk(
+                w, before, a, g, m, v, x, numel, number(c_acc, T), coefficient,
+                beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T), eps.to(T), weight_decay.to(T), decay,
+                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, BLOCK, True,
+            )  # fmt: skip
+        else:
+            adam_chunk(
+                w, before, a, g, m, v, x, numel, number(c_acc, T), coefficient,
+                beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T), eps.to(T), weight_decay.to(T), decay,
+                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, BLOCK // 4, False,
+            )  # fmt: skip
+    # The last program to come here counts the steps: by then every other one has read them.
+    tl.debug_barrier()
+    ticket = (step + segments * 4).to(tl.int64).to(tl.pointer_type(tl.int32))
+    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
+        LANES: tl.constexpr = 1024
+        lanes = tl.arange(0, LANES)
+        table = chunks.to(tl.int64).to(tl.pointer_type(tl.int64))
+        for k in range(0, rows, LANES):
+            here = lanes < rows - k
+            segment = tl.load(table + (k + lanes) * 5, mask=here, other=0)
+            here = here & (tl.load(table + (k + lanes) * 5 + 1, mask=here, other=1) == 0)
+            tl.store(steps + segment, tl.load(steps + segment, mask=here, other=0.0) + 1, mask=here)
+        tl.store(ticket, 0)
+
+
+@_kernel
+def write_pointers_kernel(
+    table: tl.int64,
+    p0: tl.int64, p1: tl.int64, p2: tl.int64, p3: tl.int64, p4: tl.int64, p5: tl.int64, p6: tl.int64, p7:
+    tl.int64, p8: tl.int64, p9: tl.int64, p10: tl.int64, p11: tl.int64, p12: tl.int64, p13: tl.int64, p14:
+    tl.int64, p15: tl.int64,
+):  # fmt: skip
+    """Addresses into a table, out of the arguments of the launch: a captured graph then holds them itself."""
+    p = table.to(tl.int64).to(tl.pointer_type(tl.int64))
+    tl.store(p + 0, p0)
+    tl.store(p + 1, p1)
+    tl.store(p + 2, p2)
+    tl.store(p + 3, p3)
+    tl.store(p + 4, p4)
+    tl.store(p + 5, p5)
+    tl.store(p + 6, p6)
+    tl.store(p + 7, p7)
+    tl.store(p + 8, p8)
+    tl.store(p + 9, p9)
+    tl.store(p + 10, p10)
+    tl.store(p + 11, p11)
+    tl.store(p + 12, p12)
+    tl.store(p + 13, p13)
+    tl.store(p + 14, p14)
+    tl.store(p + 15, p15)
+
+
+# ---- host -------------------------------------------------------------------------------------------------------------
+
+INTERPRETED = not isinstance(inner_products_kernel, triton.JITFunction)
+
+
+def _bits(x):
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def _address(t):
+    return 0 if t is None else t.data_ptr()
+
+
+def registers(kernel):
+    """Options for the compiler, on NVIDIA GPUs."""
+    name = kernel.__name__.removesuffix("_kernel")
+    return {"maxnreg": REGISTERS[name]} if name in REGISTERS else {}
+
+
+def _launch(kernel, programs, *args, **constants):
+    limit = registers(kernel) if torch.version.cuda else {}
+    kernel[(programs,)](*args, **constants, num_warps=WARPS, enable_fp_fusion=False, **limit)
+
+
+_tables: OrderedDict = OrderedDict()  # addresses -> the device tensor that holds them
+TABLES = 64
+
+
+class _Call:
+    """What every operator shares: the table and its checks, the pointers, the device. Used as a context around launches.
+
+    The rows of ``chunks`` are on the device, where the host does not look: what they name must be there.
+    """
+
+    def __init__(self, chunks, dtype):
+        self.chunks, self.dtype, self.device, self.rows = chunks, dtype, chunks.device, chunks.shape[0]
+        if not (
+            chunks.dim() == 2 and chunks.shape[1] == 5 and (chunks.dtype == torch.int64) and chunks.is_contiguous()
+        ):
+            raise RuntimeError(
+                f"chunks must be a contiguous int64 tensor of shape [n, 5], got {chunks.dtype} of shape {list(chunks.shape)}"
+            )
+        if dtype not in STORAGE:
+            raise RuntimeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+        self.programs = min(self.rows, PROGRAMS)
+        self.kind = None if self.device.type == "cpu" else torch.get_device_module(self.device)
+        self.types = {
+            "S": STORAGE[dtype],
+            "T": tl.float64 if dtype == torch.float64 else tl.float32,
+            "BLOCK": BLOCK // 2 if dtype == torch.float64 else BLOCK,
+        }
+
+    def on_device(self):
+        """Triton launches on the current device."""
+        if self.kind is None or self.kind.current_device() == self.device.index:
+            return nullcontext()
+        return self.kind.device(self.device)
+
+    def lists(self, **lists):
+        """The addresses of tables with the pointers of each list; 0 for an empty list."""
+        lists = {name: tensors for name, tensors in lists.items() if tensors}
+        addresses = tuple(t.data_ptr() for tensors in lists.values() for t in tensors)
+        stream = self.kind and self.kind.current_stream(self.device)
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        # A table is there for the stream that it was copied on; one made in a capture is filled when that is replayed.
+        key = (self.device, stream, self.dtype, addresses, *map(len, lists.values()))
+        table = None if capturing else _tables.get(key)
+        if table is None:
+            self._check_lists(lists)
+            table = self._captured(addresses) if capturing else self._copied(addresses)
+            if not capturing:
+                if self.device.type == "cuda" and not _tables:
+                    self._captured((0,))  # compiled now: a capture is no place to load a kernel
+                if len(_tables) >= TABLES:
+                    _tables.popitem(last=False)
+                _tables[key] = table
+        self.table = table  # lives as long as the call
+        at, found = table.data_ptr(), {}
+        for name, tensors in lists.items():
+            found[name], at = at, at + 8 * len(tensors)
+        return found
+
+    def _check_lists(self, lists):
+        for name, tensors in lists.items():
+            for t in tensors:
+                # An empty tensor stands for a parameter that the table does not name.
+                if t.numel():
+                    self._check_dense(t, name)
+
+    def _check_dense(self, t, name):
+        if t.dtype != self.dtype:
+            raise RuntimeError(f"{name} must be {self.dtype} like the weights, got {t.dtype}")
+        if t.device != self.device:
+            raise RuntimeError(f"{name} must be on {self.device} like the table, got {t.device}")
+        if not (t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)):
+            raise RuntimeError(f"{name} must be dense in memory, got strides {t.stride()}")
+
+    def _copied(self, addresses):
+        table = torch.tensor(addresses, dtype=torch.int64)
+        return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
+
+    def _captured(self, addresses):
+        table = torch.empty(-(-len(addresses) // 16) * 16, dtype=torch.int64, device=self.device)
+        addresses += (0,) * (len(table) - len(addresses))
+        with self.on_device():
+            for i in range(0, len(table), 16):
+                _launch(write_pointers_kernel, 1, table.data_ptr() + 8 * i, *addresses[i : i + 16])
+        return table
+
+    def weights(self, weights):
+        """(address of the flat buffer or 0, list of tensors or nothing)."""
+        if len(weights) != 1:
+            return 0, weights
+        self._check_dense(weights[0], "weights")
+        return weights[0].data_ptr(), []
+
+    def flat(self, name, t):
+        if t is None:
+            return 0
+        self._check_dense(t, name)
+        return t.data_ptr()
+
+    def tensor(self, name, t, dtype, dim=1):
+        """A small tensor that is no storage: its address and its length."""
+        if t is None:
+            return 0, 0
+        if not (t.dim() == dim and t.dtype == dtype and t.is_contiguous() and (t.device == self.device)):
+            raise RuntimeError(
+                f"{name} must be a contiguous {dim}-d {dtype} tensor on {self.device}, got {t.dtype} of shape "
+                f"{list(t.shape)} on {t.device}"
+            )
+        return t.data_ptr(), t.shape[0]
+
+    def hyper(self, hyper, columns):
+        address, _ = self.tensor("hyper", hyper, torch.float64, dim=2)
+        if hyper.shape[1] < columns:
+            raise RuntimeError(f"hyper must have at least {columns} columns, got {hyper.shape[1]}")
+        return address, hyper.shape[1]
+
+    def launch(self, kernel, *args, **constants):
+        if self.rows:
+            with self.on_device():
+                _launch(kernel, self.programs, *args, **self.types, **constants)
+
+
+def _dtype_of(*lists):
+    for tensors in lists:
+        if tensors:
+            return tensors[0].dtype
+    raise RuntimeError("weights and grads are empty")
+
+
+def _direction(call, weights, grads, ema, eta):
+    """What the direction d is made of."""
+    if not grads:
+        raise RuntimeError("grads are missing")
+    if eta is not None and not weights:
+        raise RuntimeError("eta needs the weights")
+    flat_weights, listed = call.weights(weights)
+    tables = call.lists(weights=listed, grads=grads)
+    constants = {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None}
+    return (flat_weights, tables.get("weights", 0), tables["grads"]), call.flat("ema", ema), constants
+
+
+def _inner_products(call, direction, sigma, eta):
+    pointers, ema, constants = direction
+    terms = torch.empty(call.programs, dtype=torch.float64, device=call.device)
+    call.launch(
+        inner_products_kernel, terms.data_ptr(), call.chunks.data_ptr(), call.rows, *pointers, ema,
+        _bits(sigma), _bits(eta or 0.0), **constants,
+    )  # fmt: skip
+    return terms if call.rows else terms.new_zeros(1)
+
+
+def _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, eta):
+    pointers, ema, constants = direction
+    achieved, terms = call.tensor("achieved_sq", achieved_sq, torch.float64)
+    if terms != call.rows:
+        raise RuntimeError(f"achieved_sq must have one element per chunk, {call.rows}, got {terms}")
+    arguments = (
+        *call.tensor("norm_sq", norm_sq, torch.float64), achieved, call.chunks.data_ptr(), call.rows,
+        *call.hyper(hyper, 1), *pointers, call.flat("saved", saved), ema,
+        _bits(sigma), _bits(lmbda), _bits(1 - lmbda), _bits(eta or 0.0),
+    )  # fmt: skip
+    increment_version(achieved_sq)  # from here on the weights may be perturbed
+    call.launch(perturb_kernel, *arguments, **constants)
+
+
+def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
+    call = _Call(chunks, _dtype_of(grads))
+    return _inner_products(call, _direction(call, weights if eta is not None else [], grads, ema, eta), sigma, eta)
+
+
+def perturb(
+    weights, grads, chunks, *, norm_sq, hyper, achieved_sq, saved=None, ema=None, sigma=0.0, lmbda=0.0, eta=None
+):
+    if not weights:
+        raise RuntimeError("perturb needs weights")
+    call = _Call(chunks, _dtype_of(weights))
+    direction = _direction(call, weights, grads, ema, eta)
+    _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, eta)
+
+
+def ascend(weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, sigma=0.0, lmbda=0.0, eta=None):
+    if not weights:
+        raise RuntimeError("ascend needs weights")
+    call = _Call(chunks, _dtype_of(weights))
+    direction = _direction(call, weights, grads, ema, eta)
+    norm_sq = _inner_products(call, direction, sigma, eta)
+    _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, eta)
+    return norm_sq
+
+
+def _gathered(call, weights, acc, grads, saved):
+    flat_weights, listed = call.weights(weights)
+    tables = call.lists(weights=listed, acc=acc, grads=grads)
+    saved = call.flat("saved", saved)
+    return flat_weights, tables.get("weights", 0), saved, tables.get("acc", 0), tables.get("grads", 0)
+
+
+def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0, c=1.0):
+    if weights and saved is None:
+        raise RuntimeError("weights are restored from saved, which is missing")
+    if grads and not acc:
+        raise RuntimeError("grads are added to acc, which is missing")
+    call = _Call(chunks, _dtype_of(weights, acc))
+    call.launch(
+        restore_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
+        *_gathered(call, weights, acc, grads, saved if weights else None), _bits(c_acc), _bits(c),
+    )  # fmt: skip
+
+
+def sgd(
+    weights, acc, grads, chunks, *, hyper, saved=None, momentum_buffer=None, fresh=None, norm_sq=None, c_acc=1.0, c=1.0
+):
+    if not (weights and grads):
+        raise RuntimeError("sgd needs weights and grads")
+    call = _Call(chunks, _dtype_of(weights))
+    call.launch(
+        sgd_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
+        *call.hyper(hyper, 7), *_gathered(call, weights, acc, grads, saved),
+        call.flat("momentum_buffer", momentum_buffer), call.tensor("fresh", fresh, torch.uint8)[0],
+        _bits(c_acc), _bits(c), MOMENTUM=momentum_buffer is not None,
+    )  # fmt: skip
+
+
+def adam(
+    weights, acc, grads, chunks, *, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq=None, saved=None, norm_sq=None,
+    c_acc=1.0, c=1.0,
+):  # fmt: skip
+    if not (weights and grads):
+        raise RuntimeError("adam needs weights and grads")
+    call = _Call(chunks, _dtype_of(weights))
+    steps, count = call.tensor("step", step, torch.float32)
+    if count != len(grads) + 1:
+        raise RuntimeError(f"step must have an element per parameter and one more, {len(grads) + 1}, got {count}")
+    call.launch(
+        adam_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
+        *call.hyper(hyper, 9), *_gathered(call, weights, acc, grads, saved),
+        call.flat("exp_avg", exp_avg), call.flat("exp_avg_sq", exp_avg_sq), call.flat("max_exp_avg_sq", max_exp_avg_sq),
+        steps, count - 1, _bits(c_acc), _bits(c), AMSGRAD=max_exp_avg_sq is not None,
+    )  # fmt: skip
