@@ -21,8 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from msam_kernels import ops
+from msam_kernels import MicroBatchSAM, ops
 from msam_kernels.flat import CHUNK
+from plain import batch, loss_of, mlp, same_bits, weights
+from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
 from test_kernels import CASES, VARIANTS, Call, assert_same_bits, each_dtype, exact_sum_of_squares, make, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -376,3 +378,33 @@ def test_state_that_a_group_needs_and_the_call_lacks_shows(emulated):
         for _, _, offset, numel, group in chunks:
             weights = call.arguments["weights"][0][offset : offset + numel]
             assert weights.isnan().all() if group != 1 else weights.isfinite().all()
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("flatten", [True, False], ids=["flat", "not flat"])
+@pytest.mark.parametrize(("name", "micro_batches"), GOLDEN)
+def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, flatten, way, emulated, monkeypatch):
+    monkeypatch.setattr(ops, "get_backend", lambda *_: emulated)
+    rho, method = METHODS[name]
+    options = {"rho": rho, "method": method, "num_micro_batches": micro_batches, "flatten": flatten}
+    problem = Problem("two scalars of two groups", **options)
+    for x, golden in zip(BATCHES, GOLDEN[name, micro_batches], strict=True):
+        WAYS[way](problem, torch.tensor(x, dtype=torch.float64), micro_batches)
+        torch.testing.assert_close(problem.weights, torch.tensor(golden, dtype=torch.float64), **TOLERANCE)
+
+
+def test_an_interrupted_loop_restores_the_weights(emulated, monkeypatch):
+    monkeypatch.setattr(ops, "get_backend", lambda *_: emulated)
+    model, data = mlp(), batch()
+    opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.5, num_micro_batches=2)
+    before = weights(model)
+    for stop in range(4):
+        for i, part in enumerate(opt.passes(*data)):
+            loss_of(model, *part).backward()
+            if i == stop:
+                assert same_bits(model.parameters(), before) == (i % 2 == 0)
+                break
+        assert same_bits(model.parameters(), before)

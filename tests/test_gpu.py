@@ -17,10 +17,10 @@ from torch.optim import SGD, AdamW
 from msam_kernels import MicroBatchSAM, methods, ops
 from test_kernels import BITS, CASES, CHUNK, DTYPES, VARIANTS, Call, assert_same_bits, each_case, each_dtype, make
 
-pytestmark = [
-    pytest.mark.host,  # what is compared with is made on the CPU
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.host  # what is compared with is made on the CPU
 GPU_BACKENDS = ("cuda", "triton")
 SIZES = (0, 1, 3, 4, 5, 8, 255, 257, 1023, 4097, CHUNK + 5, 2 * CHUNK, 40000)
 LAYOUTS = {
