@@ -69,14 +69,15 @@ class SAM(MicroBatchSAM):
         self._check_idle("first_step()")
         self._prepare()
         self._norms_sq, self._achieved_sq = [], []
-        try:
-            self._ascend(first=True, clear=False)
-        except BaseException:
-            self.restore()
-            raise
+        if self._perturbs():
+            try:
+                self._ascend(first=True, clear=False)
+                self._freeze_statistics()
+            except BaseException:
+                self.restore()
+                raise
         if zero_grad:
             self.zero_grad()
-        self._freeze_statistics()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -85,7 +86,7 @@ class SAM(MicroBatchSAM):
         Raises:
             RuntimeError: without a ``first_step`` before it.
         """
-        if not self._perturbed:
+        if not self._perturbed and self._perturbs():
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
         try:
             self._thaw_statistics()
@@ -94,6 +95,7 @@ class SAM(MicroBatchSAM):
             self.restore()
             raise
         self._end_step()
+        self.steps += 1
         self._opt_called = True  # what schedulers look at
         if zero_grad:
             self.zero_grad()

@@ -307,8 +307,9 @@ class Flat:
             self.acc_absent = tuple(i for i, g in enumerate(grads) if g is None)
 
     def is_uniform(self, absent: tuple[int, ...]) -> bool:
-        """Whether the same parameters were perturbed, have a gradient now, and had those of earlier micro-batches."""
-        return absent == self.perturbed_absent and (self.acc is None or absent == self.acc_absent)
+        """Whether what was perturbed, what has a gradient now, and what had one in earlier micro-batches are the same."""
+        same_as_perturbed = self.perturbed is None or absent == self.perturbed_absent
+        return same_as_perturbed and (self.acc is None or absent == self.acc_absent)
 
     def matched(
         self, grads: list[Tensor], absent: tuple[int, ...]
@@ -378,6 +379,10 @@ class Flat:
                 dicts.append(entry), names.append(name), views.append(view)
         self._bound = ((keys, absent, len(state)), list(state.values()), dicts, names, views)
         return fresh.to(self.device, non_blocking=True) if fresh.any() else None
+
+    def rebind(self, state: dict, keys: Sequence[tuple[str, ...]]) -> bool:
+        """``bind`` for the parameters of the last one; whether all had state."""
+        return self._bound is None or self.bind(state, keys, self._bound[0][1]) is None
 
     def _state_buffer(self, name: str) -> Tensor:
         if name not in self.state:

@@ -45,8 +45,8 @@ class CapturedStep:
     The first ``warm_up`` calls run eagerly: real steps, which also let libraries initialise. The next one captures, and from
     then on a call copies its batch into the graph's inputs and replays it. Learning rates, rho and other hyper-parameters
     are read from the device and brought up to date before each replay, so schedulers work; step numbers are counted there.
-    After a change that the graph cannot follow (parameters added, state loaded into new memory) it warms up and captures
-    again.
+    After a change that the graph cannot follow (parameters added, state loaded into new memory, a method that starts or is
+    switched off) it warms up and captures again.
 
     The graph is what ``loss_fn`` did on the device when it was captured: Python in it does not run again.
     """
@@ -117,22 +117,18 @@ class CapturedStep:
 
     def _capture(self) -> None:
         opt = self._opt
+        steps = opt.steps
         self._replay, self._loss = self._recorder.capture(lambda: opt._step(self._micro_batches()))
-        self._absent = [flat.perturbed_absent for flat in opt._flats]
+        opt.steps = steps  # nothing ran yet
         self._recorded = opt._norms_sq, opt._achieved_sq
         self._addresses = self._current_addresses()
 
     def _is_current(self) -> bool:
         """Whether the graph's addresses still are those of the optimizer."""
         opt = self._opt
-        if opt._current_layout() != opt._layout or len(self._absent) != len(opt._flats):
-            return False
-        # Brings tensors that were loaded into the state to where the graph reads them; None: they had all been there.
-        if opt._fused() is not None:
-            for flat, absent in zip(opt._flats, self._absent, strict=True):
-                if flat.bind(opt.state, opt._state_keys, absent) is not None:
-                    return False
-        return self._current_addresses() == self._addresses
+        # Also brings tensors that were loaded into the state to where the graph reads them.
+        kept = opt._fused() is None or all(flat.rebind(opt.state, opt._state_keys) for flat in opt._flats)
+        return kept and self._current_addresses() == self._addresses
 
     def _current_addresses(self) -> Any:
         opt = self._opt
@@ -141,7 +137,7 @@ class CapturedStep:
             for flat in opt._flats
         ]
         hyper = [t.data_ptr() for t in opt._hyper.values()]
-        return opt._layout, opt._state_keys, opt._fused() is None, kept, hyper
+        return opt._layout, opt._state_keys, opt._fused() is None, opt._perturbs(), kept, hyper
 
 
 def _replay(opt: Any, captured: CapturedStep) -> Tensor:
@@ -149,6 +145,7 @@ def _replay(opt: Any, captured: CapturedStep) -> Tensor:
     for flat in opt._flats:
         increment_version(flat.params)
     opt._norms_sq, opt._achieved_sq = captured._recorded
+    opt.steps += 1
     opt._opt_called = opt.base_optimizer._opt_called = True  # what schedulers look at
     return captured._loss.clone()  # the next replay overwrites the graph's own
 

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The family of methods: small frozen dataclasses, one per method, that say how the ascent direction is made."""
+"""The family of methods: small frozen dataclasses, one per method, that say how the ascent direction is made.
+
+Every method takes ``start``: the optimizer steps that the base optimizer takes alone, with one pass per micro-batch, before
+the method sets in (late-phase SAM, 2410.10373: the last 5-10 % of training are enough). The base optimizer's state carries
+over.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def _check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -21,6 +26,12 @@ class SAM:
 
     Source: Foret et al., 2010.01412; mSAM: Behdin et al., 2302.09693 and 2212.04343.
     """
+
+    start: int = field(default=0, kw_only=True)
+
+    def __post_init__(self):
+        if not isinstance(self.start, int) or isinstance(self.start, bool) or self.start < 0:
+            raise ValueError(f"start must be a number of steps >= 0, got {self.start!r}")
 
     @property
     def direction(self) -> dict[str, float]:
@@ -48,6 +59,7 @@ class AdaptiveSAM(SAM):
     eta: float = 0.01
 
     def __post_init__(self):
+        super().__post_init__()
         _check_number("eta", self.eta, 0)
 
     @property
@@ -79,6 +91,7 @@ class FriendlySAM(SAM):
     lmbda: float = 0.9
 
     def __post_init__(self):
+        super().__post_init__()
         _check_number("sigma", self.sigma, 0)
         _check_number("lmbda", self.lmbda, 0, 1)
 

@@ -152,7 +152,8 @@ class MicroBatchSAM(Optimizer):
             opt.step()
             opt.zero_grad()
 
-    ``step(closure)`` and ``train_step`` do the same in one call and move less memory.
+    ``step(closure)`` and ``train_step`` do the same in one call and move less memory. While ``opt.enabled`` is False, and
+    before the method's ``start``, the base optimizer works alone: one pass per micro-batch, nothing is perturbed.
 
     Mutates: at construction, re-points every parameter's ``.data`` into a flat buffer (see ``flatten``). ``param_groups``
     and ``state`` are the base optimizer's own: a scheduler on either object reaches both, and state dicts of either load
@@ -161,7 +162,9 @@ class MicroBatchSAM(Optimizer):
     Args:
         base_optimizer: any ``torch.optim.Optimizer``. ``SGD``, ``Adam`` and ``AdamW`` take fused updates on their own
             state; others, and flags without a fused kernel, take their own step.
-        rho: radius of the perturbation, in units of the weights; >= 0. A group that has its own "rho" keeps it.
+        rho: radius of the perturbation, in units of the weights; >= 0. A group that has its own "rho" keeps it. Either may
+            be a function of the number of steps taken so far, e.g. one that follows the learning rate; ``group["rho"]`` then
+            holds the value of the step under way.
         num_micro_batches: parts into which ``passes(*batch)`` and ``train_step`` split a batch. Default 1: SAM.
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
@@ -179,7 +182,7 @@ class MicroBatchSAM(Optimizer):
     def __init__(
         self,
         base_optimizer: Optimizer,
-        rho: float = 0.05,
+        rho: float | Callable[[int], float] = 0.05,
         *,
         num_micro_batches: int | None = None,
         micro_batch_size: int | None = None,
@@ -210,9 +213,9 @@ class MicroBatchSAM(Optimizer):
                 raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        _check_rho(rho)
+        _check_rho(_rho_at(rho, 0))
         for group in base_optimizer.param_groups:
-            _check_rho(group.get("rho", rho))
+            _check_rho(_rho_at(group.get("rho", rho), 0))
         for g in getattr(base_optimizer, "_msam_groups", []):
             base_optimizer.param_groups[g].pop("rho", None)  # put there by an earlier wrapper, not by the user
         self.base_optimizer = base_optimizer
@@ -223,6 +226,9 @@ class MicroBatchSAM(Optimizer):
         self.micro_batch_size = micro_batch_size
         self.method = method
         self.model = model
+        self.enabled = True
+        self.steps = 0
+        self._rho_schedules: dict[int, Callable[[int], float]] = {}  # by group
         self.flatten = flatten
         self.backend = backend
         self._begin_life()
@@ -271,7 +277,7 @@ class MicroBatchSAM(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with 'params', got {type(param_group).__name__}")
         rho = param_group.get("rho", self.defaults["rho"])
-        _check_rho(rho)
+        _check_rho(_rho_at(rho, self.steps))
         self.base_optimizer.add_param_group({**param_group, "rho": rho})
         try:
             self._adopt_parameters()
@@ -281,9 +287,20 @@ class MicroBatchSAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_idle("copying or pickling the optimizer")
-        own = ("defaults", "base_optimizer", "num_micro_batches", "micro_batch_size", "method", "model", "flatten")
+        split = ("num_micro_batches", "micro_batch_size")
+        own = (
+            "defaults",
+            "base_optimizer",
+            *split,
+            "method",
+            "model",
+            "enabled",
+            "_rho_schedules",
+            "flatten",
+            "backend",
+        )
         return {
-            **{name: getattr(self, name) for name in (*own, "backend")},
+            **{name: getattr(self, name) for name in own},
             _STATE_KEY: self._own_state(),
         }
 
@@ -292,7 +309,7 @@ class MicroBatchSAM(Optimizer):
             self.base_optimizer.__setstate__(state)
             return
         own = state.pop(_STATE_KEY)
-        super().__setstate__(state)
+        super().__setstate__({"steps": 0, **state})
         self._begin_life()
         self._adopt_parameters()
         self._load_own_state(own)
@@ -344,6 +361,8 @@ class MicroBatchSAM(Optimizer):
             raise ValueError(
                 f"state_dict[{_STATE_KEY!r}] must be a dict whose 'ema' holds tensors by parameter, got {own!r}"
             )
+        if not isinstance(own.get("steps", 0), int) or own.get("steps", 0) < 0:
+            raise ValueError(f"state_dict[{_STATE_KEY!r}]['steps'] must be an integer >= 0, got {own['steps']!r}")
         for i, group in enumerate(state_dict["param_groups"]):
             if "params" not in group:
                 raise ValueError(f"state_dict has no 'params' in group {i}: it was not made by an optimizer")
@@ -386,9 +405,10 @@ class MicroBatchSAM(Optimizer):
             if flat.ema is not None:
                 begun = flat.begun()
                 ema.update({index[id(p)]: flat.alias(flat.ema, i) for i, p in enumerate(flat.params) if begun[i]})
-        return {"ema": ema} if ema else {}
+        return {"steps": self.steps, **({"ema": ema} if ema else {})}
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
+        self.steps = own.get("steps", 0)
         index = {id(p): i for i, p in enumerate(self._parameters())}
         for flat in self._flats:
             loaded = {
@@ -446,6 +466,9 @@ class MicroBatchSAM(Optimizer):
             if "rho" not in group:
                 group["rho"] = self.defaults["rho"]
                 put_there.append(g)
+            if callable(group["rho"]):
+                self._rho_schedules[g] = group["rho"]
+                group["rho"] = _rho_at(group["rho"], self.steps)
         base._msam_groups = put_there
         self._layout = self._current_layout()
         self._rows = None
@@ -473,7 +496,7 @@ class MicroBatchSAM(Optimizer):
     def stats(self) -> Stats:
         """Norms and flags of the latest step, per micro-batch. Reading them is the only time anything is computed."""
         if not self._norms_sq:
-            raise RuntimeError("stats are there after the first pass of the first step")
+            raise RuntimeError("stats are there after the first pass of a step that perturbs")
         norms_sq = torch.stack([terms.sum() for terms in self._norms_sq])
         achieved_sq = torch.stack([_gathered(parts, norms_sq.device).sum() for parts in self._achieved_sq])
         return Stats(norms_sq.sqrt(), achieved_sq.sqrt(), ~norms_sq.isfinite())
@@ -533,6 +556,7 @@ class MicroBatchSAM(Optimizer):
             else:
                 for flat, (grads, absent) in self._collected(clear=False):
                     self._update(flat, fused, grads, absent)
+            self.steps += 1
             return None
         if callable(closure):
             closures, shares = [closure], [1.0]
@@ -547,6 +571,7 @@ class MicroBatchSAM(Optimizer):
                 f"num_micro_batches={wanted} takes as many closures, one per micro-batch, got {len(closures)}"
             )
         values = self._run_closures(closures, shares)
+        self.steps += 1
         if callable(closure):
             return values[0]
         return None if any(v is None for v in values) else _mean(values, shares)
@@ -644,7 +669,11 @@ class MicroBatchSAM(Optimizer):
     def _end_step(self) -> None:
         self._before = None
         for flat in self._flats:
-            flat.acc = None
+            flat.acc, flat.acc_absent = None, ()
+
+    def _perturbs(self) -> bool:
+        """Whether the step under way is the method's, not the base optimizer's alone."""
+        return self.enabled and self.steps >= self.method.start
 
     # -- one step -------------------------------------------------------------------------------------------------------
 
@@ -693,14 +722,16 @@ class MicroBatchSAM(Optimizer):
     def _passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
         self._check_idle("passes()")
         with self._step_under_way() as before:
+            perturbs = self._perturbs()
             for i, part in enumerate(parts):
                 yield part
                 self._check_current(before)
-                self._ascend(first=i == 0)
-                self._freeze_statistics()
-                yield part
-                self._check_current(before)
-                self._thaw_statistics()
+                if perturbs:
+                    self._ascend(first=i == 0)
+                    self._freeze_statistics()
+                    yield part
+                    self._check_current(before)
+                    self._thaw_statistics()
                 if len(parts) == 1:  # the last kernel of the loop can add to the gradients that were there
                     for flat, grads in zip(self._flats, before, strict=True):
                         flat.start_from(grads)
@@ -716,12 +747,14 @@ class MicroBatchSAM(Optimizer):
     def _run_closures(self, closures: list[Callable[[], Any]], shares: list[float]) -> list[Any]:
         values = []
         with self._step_under_way():
+            perturbs = self._perturbs()
             for i, closure in enumerate(closures):
                 values.append(_call(closure))
-                self._ascend(first=i == 0)
-                self._freeze_statistics()
-                _call(closure)
-                self._thaw_statistics()
+                if perturbs:
+                    self._ascend(first=i == 0)
+                    self._freeze_statistics()
+                    _call(closure)
+                    self._thaw_statistics()
                 if i + 1 < len(closures):
                     self._descend(shares, i)
                 else:
@@ -763,6 +796,8 @@ class MicroBatchSAM(Optimizer):
     def _prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
         self._follow_parameters()
+        for g, schedule in self._rho_schedules.items():
+            self.param_groups[g]["rho"] = _rho_at(schedule, self.steps)
         base = type(self.base_optimizer)
         columns = _FUSED[base][1] if base in _FUSED else lambda group: ()
         rows = [
@@ -808,8 +843,6 @@ class MicroBatchSAM(Optimizer):
         calls = []
         for flat, (grads, absent) in collected:
             save = flat.save(absent, again=first)
-            if first:
-                flat.acc, flat.acc_absent = None, ()
             chunks = flat.chunks(absent)
             flat.achieved_sq = torch.empty(len(chunks), dtype=torch.float64, device=flat.device)
             flat.perturbed, flat.perturbed_absent = chunks, absent
@@ -848,9 +881,10 @@ class MicroBatchSAM(Optimizer):
         for flat, (grads, absent) in self._collected(clear=clear):
             if fused is not None and flat.is_uniform(absent):
                 c_acc, c = _coefficients(shares, i)
-                self._update(
-                    flat, fused, grads, absent, flat.acc, saved=flat.saved, norm_sq=flat.norm_sq, c_acc=c_acc, c=c
-                )
+                options = {"c_acc": c_acc, "c": c}
+                if flat.perturbed is not None:
+                    options.update(saved=flat.saved, norm_sq=flat.norm_sq)
+                self._update(flat, fused, grads, absent, flat.acc, **options)
                 flat.perturbed = None
             else:
                 self._restore_and_accumulate(flat, grads, absent, shares, i)
@@ -874,15 +908,19 @@ class MicroBatchSAM(Optimizer):
         self, flat: Flat, grads: list[Tensor], absent: tuple, shares: list[float], i: int
     ) -> None:
         c_acc, c = _coefficients(shares, i)
-        coefficients = {"norm_sq": flat.norm_sq, "c_acc": c_acc, "c": c}
+        coefficients = {"c_acc": c_acc, "c": c}
+        if flat.perturbed is not None:
+            coefficients["norm_sq"] = flat.norm_sq
         own = ops.own_memory if i + 1 < len(shares) else list  # what is kept while later passes write theirs
-        if flat.is_uniform(absent):
+        if flat.perturbed is not None and flat.is_uniform(absent):
             acc, new = (own(grads), []) if flat.acc is None else (flat.acc, grads)
             flat.backend.restore(flat.weights, acc, new, flat.perturbed, saved=flat.saved, **coefficients)
-        else:  # a parameter got a gradient in one pass only
-            self._restore_weights(flat)
+        else:  # nothing was perturbed, or a parameter got a gradient in one pass only
+            if flat.perturbed is not None:
+                self._restore_weights(flat)
             acc, new, absent = (own(grads), [], absent) if flat.acc is None else flat.matched(grads, absent)
-            flat.backend.restore([], acc, new, flat.chunks(absent), **coefficients)
+            if new or flat.perturbed is not None:
+                flat.backend.restore([], acc, new, flat.chunks(absent), **coefficients)
         flat.acc, flat.acc_absent = acc, absent
         flat.perturbed = None
 
@@ -919,6 +957,10 @@ class MicroBatchSAM(Optimizer):
         getattr(flat.backend, operator)(
             flat.weights, acc or [], grads, flat.chunks(absent), hyper=self._hyper[flat.device], **flat.state, **options
         )
+
+
+def _rho_at(rho: Any, steps: int) -> Any:
+    return rho(steps) if callable(rho) else rho
 
 
 def _call(closure: Callable[[], Any]) -> Any:

@@ -32,6 +32,7 @@ METHODS = {
     "ASAM eta=0.01": (RHO, methods.AdaptiveSAM(eta=0.01)),
     "F-SAM sigma=1 lmbda=0.6": (RHO, methods.FriendlySAM(sigma=1.0, lmbda=0.6)),
     "F-SAM sigma=0.5 lmbda=0.9": (RHO, methods.FriendlySAM(sigma=0.5, lmbda=0.9)),
+    "late start=2": (RHO, methods.SAM(start=2)),
 }
 
 # (method, micro-batches): the weights after steps 1, 2 and 3
@@ -79,6 +80,16 @@ GOLDEN = {
         (0.950000000000, 0.561194299994),
         (0.860057186938, 0.381409726132),
         (0.720156708174, -0.169846102816),
+    ],
+    ("late start=2", 1): [
+        (0.950000000000, 0.600000000000),
+        (0.860000000000, 0.400000000000),
+        (0.716329368931, -0.179437848183),
+    ],
+    ("late start=2", 2): [
+        (0.950000000000, 0.600000000000),
+        (0.860000000000, 0.400000000000),
+        (0.716143479448, -0.179280444558),
     ],
 }
 
@@ -175,7 +186,8 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
                     if mistake == "the residual feeds the ema":
                         following = averaged(ema, direction)
                 ema = following
-            radius = rho / len(parts) if mistake == "rho is divided by the micro-batches" else rho
+            radius = rho if len(trajectory) >= method.start else 0.0
+            radius = radius / len(parts) if mistake == "rho is divided by the micro-batches" else radius
             norm = math.hypot(*(t * d for t, d in zip(stretch, direction, strict=True)))
             e = [radius * t * t * d / (norm + 1e-12) for t, d in zip(stretch, direction, strict=True)]
             at = [a + b for a, b in zip(w, e, strict=True)]

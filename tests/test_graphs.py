@@ -50,6 +50,7 @@ class Recorder:
             self.replays += 1
             for old, new in zip(outputs, [step(), *self.sums()], strict=True):
                 old.copy_(new)
+            self.opt.steps -= 1  # a graph's replay runs no Python
 
         return replay, outputs[0]
 
@@ -97,6 +98,7 @@ def assert_trains_like_train_step(make_step, base, method, count, device):
         assert torch.equal(opt.stats.grad_norm, plain.stats.grad_norm)
         assert torch.equal(opt.stats.perturbation_norm, plain.stats.perturbation_norm)
         assert all(p.grad is None for p in model.parameters())
+        assert opt.steps == plain.steps == i + 1
         for scheduler in schedulers:
             scheduler.step()
         if i == 4:
@@ -198,6 +200,19 @@ def test_the_step_is_captured_again_after_what_a_graph_cannot_follow():
     opt.add_param_group({"params": [extra]})
     step(*data()), step(*data()), step(*data())
     assert (recorder.captures, recorder.replays) == (2, 3)
+
+
+def test_a_method_that_starts_is_captured_again():
+    model, opt, loss_fn = setup()
+    opt.method = methods.SAM(start=4)
+    other, plain, other_loss_fn = setup()
+    plain.method = methods.SAM(start=4)
+    step, recorder = captured(opt, model, loss_fn, *data())
+    for i in range(9):
+        step(*data(seed=i))
+        plain.train_step(other_loss_fn, *data(seed=i))
+    assert (recorder.captures, recorder.replays) == (2, 2 + 3)
+    assert same_bits(model.state_dict().values(), other.state_dict().values())
 
 
 def test_loaded_state_reaches_the_graph():

@@ -805,7 +805,7 @@ def test_the_very_first_gradient_may_be_bad_without_starting_an_average(backend)
     opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=methods.FriendlySAM(), backend=backend)
     for part in opt.passes(*batch()):
         (loss_of(model, *part) * math.inf).backward()
-    assert opt.state_dict()["msam"] == {}
+    assert "ema" not in opt.state_dict()["msam"]
     opt.zero_grad()
     for call, part in enumerate(opt.passes(*batch())):
         loss_of(model, *part).backward()

@@ -346,7 +346,7 @@ def test_the_average_is_saved_only_where_it_began(backend):
     opt = MicroBatchSAM(SGD(model.groups(), lr=0.1), method=methods.FriendlySAM(), backend=backend)
     index = {id(p): i for i, p in enumerate(p for g in opt.param_groups for p in g["params"])}
     without = {index[id(p)] for p in (model.frozen, model.unused, model.empty)}
-    assert opt.state_dict()["msam"] == {}
+    assert "ema" not in opt.state_dict()["msam"]
     step_with_passes(opt, model, images(4, torch.float32))
     assert set(opt.state_dict()["msam"]["ema"]) == set(index.values()) - without - {index[id(model.sometimes)]}
     step_with_passes(opt, model, images(4, torch.float32))
@@ -364,7 +364,7 @@ def test_methods_without_an_average_save_none(method):
     model = mlp()
     opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=METHODS[method])
     step_with_passes(opt, model, batch())
-    assert opt.state_dict()["msam"] == {}
+    assert "ema" not in opt.state_dict()["msam"]
 
 
 def test_a_state_dict_without_an_average_starts_a_new_one(backend):
@@ -375,7 +375,7 @@ def test_a_state_dict_without_an_average_starts_a_new_one(backend):
     first = copy.deepcopy(opt.state_dict()["msam"]["ema"])
     step_with_passes(opt, model, batch(seed=9))
     opt.load_state_dict(plain)
-    assert opt.state_dict()["msam"] == {}
+    assert "ema" not in opt.state_dict()["msam"]
     step_with_passes(opt, model, data)
     assert same_bits(opt.state_dict()["msam"]["ema"].values(), first.values())
 

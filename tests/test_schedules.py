@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a method is at work and how far it goes: ``start``, ``opt.enabled``, and rho as a function of the step."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW, lr_scheduler
+
+import msam_kernels
+from msam_kernels import MicroBatchSAM, methods
+from plain import batch, closure_of, gradients, loss_of, mlp, same_bits, split, weights
+
+BASES = {
+    "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9, dampening=0.1),
+    "AdamW": lambda params: AdamW(params, lr=0.01),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01),
+}
+METHODS = {
+    "SAM": methods.SAM,
+    "ASAM": methods.AdaptiveSAM,
+    "F-SAM": methods.FriendlySAM,
+}
+COUNT = 3
+
+
+class Counted:
+    """A model and its optimizer; how often the body of a step ran."""
+
+    def __init__(self, base="SGD", **options):
+        self.model, self.calls = mlp(), 0
+        self.opt = MicroBatchSAM(BASES[base](self.model.parameters()), num_micro_batches=COUNT, **options)
+
+    def loss(self, x, y):
+        self.calls += 1
+        return loss_of(self.model, x, y)
+
+    def with_passes(self, data):
+        for part in self.opt.passes(*data):
+            self.loss(*part).backward()
+        self.opt.step()
+        self.opt.zero_grad()
+
+    def with_closures(self, data):
+        parts = split(data, [3, 2, 2])
+
+        def closure(part):
+            loss = self.loss(*part)
+            loss.backward()
+            return loss
+
+        self.opt.step([lambda part=part: closure(part) for part in parts])
+
+    def with_train_step(self, data):
+        self.opt.train_step(self.loss, *data)
+
+    def step(self, way, data):
+        before = self.calls
+        getattr(self, "with_" + way)(data)
+        return self.calls - before
+
+
+each_way = pytest.mark.parametrize("way", ["passes", "closures", "train_step"])
+each_method = pytest.mark.parametrize("method", METHODS)
+each_base = pytest.mark.parametrize("base", BASES)
+
+
+@each_way
+@each_method
+def test_a_late_method_takes_one_pass_per_micro_batch_until_it_starts(method, way, backend):
+    run = Counted(method=METHODS[method](start=2), backend=backend)
+    assert [run.step(way, batch()) for _ in range(4)] == [COUNT, COUNT, 2 * COUNT, 2 * COUNT]
+    assert run.opt.steps == 4
+
+
+@each_way
+@each_base
+def test_before_its_start_a_method_is_the_base_optimizer_bit_for_bit(base, way, backend):
+    run = Counted(base, method=methods.SAM(start=10**6), backend=backend)
+    zero = Counted(base, rho=0.0, backend=backend)  # perturbs by nothing: the same kernels, both passes alike
+    for seed in range(3):
+        run.step(way, batch(seed=seed))
+        zero.step(way, batch(seed=seed))
+    assert same_bits(run.model.parameters(), zero.model.parameters())
+    with pytest.raises(RuntimeError, match="stats are there after the first pass of a step that perturbs"):
+        _ = run.opt.stats
+
+
+@each_way
+@each_base
+@each_method
+def test_the_base_state_carries_over_the_start(method, base, way, backend):
+    late = Counted(base, method=METHODS[method](start=2), backend=backend)
+    by_hand = Counted(base, method=METHODS[method](), backend=backend)
+    by_hand.opt.enabled = False
+    for seed in range(5):
+        if seed == 2:
+            by_hand.opt.enabled = True
+        assert late.step(way, batch(seed=seed)) == by_hand.step(way, batch(seed=seed))
+    assert same_bits(late.model.parameters(), by_hand.model.parameters())
+
+
+@each_way
+@each_method
+def test_training_resumes_across_the_start(method, way, backend):
+    options = {"method": METHODS[method](start=3), "backend": backend}
+    straight = Counted("AdamW", **options)
+    for seed in range(6):
+        straight.step(way, batch(seed=seed))
+    first = Counted("AdamW", **options)
+    for seed in range(2):
+        first.step(way, batch(seed=seed))
+    saved = copy.deepcopy((first.model.state_dict(), first.opt.state_dict()))
+    second = Counted("AdamW", **options)
+    second.model.load_state_dict(saved[0])
+    second.opt.load_state_dict(saved[1])
+    assert second.opt.steps == 2
+    assert [second.step(way, batch(seed=seed)) for seed in range(2, 6)] == [COUNT, 2 * COUNT, 2 * COUNT, 2 * COUNT]
+    assert same_bits(second.model.parameters(), straight.model.parameters())
+
+
+def test_gradients_of_several_loops_add_up_without_perturbation_too(backend):
+    run = Counted(method=methods.SAM(start=5), backend=backend)
+    data = batch(6)
+    loss_of(run.model, *data).backward()
+    expected = gradients(run.model)
+    run.opt.zero_grad()
+    for _ in range(2):
+        for part in run.opt.passes(*data):
+            run.loss(*part).backward()
+    for g, e in zip(gradients(run.model), expected, strict=True):
+        torch.testing.assert_close(g, 2 * e)
+    assert run.opt.steps == 0, "a step is an update, not a loop"
+
+
+def test_the_drop_in_can_be_switched_off():
+    model, plain = mlp(), mlp()
+    opt = msam_kernels.SAM(model.parameters(), SGD, rho=0.5, lr=0.1, momentum=0.9)
+    base = SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    opt.enabled = False
+    for seed in range(3):
+        loss_of(model, *batch(seed=seed)).backward()
+        opt.first_step(zero_grad=True)
+        loss_of(model, *batch(seed=seed)).backward()
+        opt.second_step(zero_grad=True)
+        base.zero_grad()
+        loss_of(plain, *batch(seed=seed)).backward()
+        base.step()
+        opt.step(closure_of(model, batch(seed=9)))
+        base.zero_grad()
+        loss_of(plain, *batch(seed=9)).backward()
+        base.step()
+    assert opt.steps == 6
+    for p, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, expected)
+
+
+# ---- rho -------------------------------------------------------------------------------------------------------------
+
+
+@each_way
+def test_rho_may_be_a_function_of_the_step(way, backend):
+    run = Counted(rho=lambda step: 0.1 * (step + 1), backend=backend)
+    by_hand = Counted(rho=0.1, backend=backend)
+    for step in range(4):
+        by_hand.opt.param_groups[0]["rho"] = 0.1 * (step + 1)
+        run.step(way, batch(seed=step))
+        by_hand.step(way, batch(seed=step))
+        assert run.opt.param_groups[0]["rho"] == 0.1 * (step + 1)
+    assert same_bits(run.model.parameters(), by_hand.model.parameters())
+
+
+def test_rho_may_follow_the_learning_rate(backend):
+    model = mlp()
+    base = SGD(model.parameters(), lr=0.1)
+    opt = MicroBatchSAM(base, rho=lambda step: 0.5 * base.param_groups[0]["lr"], backend=backend)
+    scheduler = lr_scheduler.ExponentialLR(opt, 0.5)
+    for step in range(4):
+        opt.train_step(lambda x, y: loss_of(model, x, y), *batch())
+        torch.testing.assert_close(opt.stats.perturbation_norm.item(), 0.05 * 0.5**step, rtol=1e-4, atol=0)
+        scheduler.step()
+
+
+def test_a_group_may_have_a_function_of_its_own(backend):
+    model = mlp()
+    first, second = list(model.parameters())[:2], list(model.parameters())[2:]
+    base = SGD([{"params": first, "rho": lambda step: 0.1 + step}, {"params": second}], lr=0.1)
+    opt = MicroBatchSAM(base, rho=0.05, backend=backend)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "rho": lambda step: 7.0})
+    for step in range(3):
+        opt.train_step(lambda x, y: loss_of(model, x, y), *batch())
+        assert [g["rho"] for g in opt.param_groups] == [0.1 + step, 0.05, 7.0]
+
+
+def test_a_function_survives_copies_and_resumes_at_its_step(backend):
+    def rho(step):
+        return 0.1 / (1 + step)
+
+    run = Counted(rho=rho, backend=backend)
+    for _ in range(2):
+        run.step("train_step", batch())
+    saved = copy.deepcopy(run.opt.state_dict())
+    assert all(not callable(v) for group in saved["param_groups"] for v in group.values())
+    other = Counted(rho=rho, backend=backend)
+    other.opt.load_state_dict(saved)
+    other.step("train_step", batch())
+    assert other.opt.param_groups[0]["rho"] == 0.1 / 3
+    twin = copy.deepcopy(run)
+    twin.step("train_step", batch())
+    assert twin.opt.param_groups[0]["rho"] == 0.1 / 3
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "large"])
+def test_a_function_that_goes_wrong_is_refused_before_anything_changes(value, backend):
+    with pytest.raises(ValueError, match="rho must be a finite number >= 0, got"):
+        Counted(rho=lambda step: value, backend=backend)
+    run = Counted(rho=lambda step: value if step else 0.1, backend=backend)
+    run.step("train_step", batch())
+    before = weights(run.model)
+    with pytest.raises(ValueError, match="rho must be a finite number >= 0, got"):
+        run.step("train_step", batch())
+    assert same_bits(run.model.parameters(), before)
+    assert run.opt.steps == 1
+
+
+@pytest.mark.parametrize("start", [-1, 1.5, True, None])
+@each_method
+def test_a_start_that_is_no_number_of_steps_is_refused(method, start):
+    with pytest.raises(ValueError, match="start must be a number of steps >= 0, got"):
+        METHODS[method](start=start)
