@@ -95,7 +95,7 @@ class SAM(MicroBatchSAM):
             self.restore()
             raise
         self._end_step()
-        self.steps += 1
+        self._count_step()
         self._opt_called = True  # what schedulers look at
         if zero_grad:
             self.zero_grad()

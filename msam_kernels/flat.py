@@ -104,6 +104,7 @@ class Flat:
         self.size = size
         self.flatten = flatten and not any(p.is_shared() for p in params if p.device.type == "cpu")
         self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._captured_tables: dict[tuple[int, ...], Tensor] = {}  # CUDA graphs hold their addresses
         self._absent_grad = torch.empty(0, dtype=self.dtype, device=self.device)
         if self.flatten:
             buffer = self.new_buffer()
@@ -183,10 +184,14 @@ class Flat:
                 if i not in gone
                 for begin in range(0, p.numel(), CHUNK)
             ]
-            table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5).to(self.device, non_blocking=True)
+            table = (
+                torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5).to(self.device, non_blocking=True)
+            )
             if len(self._tables) >= 32:  # gradients that come and go at random must not fill the memory
-                self._tables.clear()
+                self._tables = dict(self._captured_tables)
             self._tables[absent] = table
+        if self.is_capturing():
+            self._captured_tables[absent] = table
         return table
 
     # -- per call -----------------------------------------------------------------------------------------------------
@@ -291,6 +296,7 @@ class Flat:
 
     def start_ema(self) -> None:
         """None of it has begun."""
+        self.check_not_capturing("the method's average")
         self.ema = (self.new_buffer() if self.ema is None else self.ema).fill_(math.nan)
 
     def begun(self) -> list[bool]:
@@ -354,7 +360,7 @@ class Flat:
             ):
                 return None
         self.check_not_capturing("the optimizer's state")
-        fresh = torch.zeros(len(self.params), dtype=torch.uint8)
+        fresh = torch.zeros(len(self.params), dtype=torch.uint8, device="cpu")
         dicts, names, views = [], [], []
         gone = set(absent)
         for i, p in enumerate(self.params):

@@ -34,7 +34,8 @@ class CudaRecorder:
         """(replay, the loss that each replay writes). Nothing runs yet."""
         graph = torch.cuda.CUDAGraph()
         # Other threads, e.g. one that pins memory for a loader, may go on with what a capture must not do.
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        on_stream = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), on_stream:
             loss = step()
         return graph.replay, loss
 
@@ -82,11 +83,14 @@ class CapturedStep:
             if static is not None:
                 static.copy_(leaf, non_blocking=True)
         opt._prepare()
-        if self._replay is not None and not self._is_current():
+        perturbs = opt._perturbs()
+        if self._eager_steps and not self._is_current(perturbs):
             self._start_over()
-        if self._replay is None and self._eager_steps < self._warm_up:
+        if self._eager_steps < self._warm_up:
+            loss = self._recorder.warm_up(lambda: opt.step(self._micro_batches()))
             self._eager_steps += 1
-            return self._recorder.warm_up(lambda: opt.step(self._micro_batches()))
+            self._addresses = self._current_addresses(perturbs)
+            return loss
         if self._replay is None:
             self._capture()
         step = _listened_replay if opt._has_listeners() else _replay
@@ -121,23 +125,22 @@ class CapturedStep:
         self._replay, self._loss = self._recorder.capture(lambda: opt._step(self._micro_batches()))
         opt.steps = steps  # nothing ran yet
         self._recorded = opt._norms_sq, opt._achieved_sq
-        self._addresses = self._current_addresses()
 
-    def _is_current(self) -> bool:
-        """Whether the graph's addresses still are those of the optimizer."""
+    def _is_current(self, perturbs: bool) -> bool:
+        """Whether the step is like the last one that was warmed up or captured, at the same addresses."""
         opt = self._opt
         # Also brings tensors that were loaded into the state to where the graph reads them.
         kept = opt._fused() is None or all(flat.rebind(opt.state, opt._state_keys) for flat in opt._flats)
-        return kept and self._current_addresses() == self._addresses
+        return kept and self._current_addresses(perturbs) == self._addresses
 
-    def _current_addresses(self) -> Any:
+    def _current_addresses(self, perturbs: bool) -> Any:
         opt = self._opt
         kept = [
             [None if t is None else t.data_ptr() for t in (flat.saved, flat.ema, *flat.state.values())]
             for flat in opt._flats
         ]
         hyper = [t.data_ptr() for t in opt._hyper.values()]
-        return opt._layout, opt._state_keys, opt._fused() is None, opt._perturbs(), kept, hyper
+        return opt._layout, opt._state_keys, opt._fused() is None, perturbs, kept, hyper
 
 
 def _replay(opt: Any, captured: CapturedStep) -> Tensor:

@@ -82,7 +82,8 @@ def _running_statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]
 
 def _gathered(parts: list[Tensor], device: torch.device) -> Tensor:
     """The terms of a sum, from all devices."""
-    return torch.cat([t.to(device, non_blocking=True) for t in parts])
+    # A copy to the CPU that does not block returns before the values are there.
+    return torch.cat([t.to(device, non_blocking=device.type != "cpu") for t in parts])
 
 
 def _hyper_sgd(group: dict) -> tuple:
@@ -556,7 +557,7 @@ class MicroBatchSAM(Optimizer):
             else:
                 for flat, (grads, absent) in self._collected(clear=False):
                     self._update(flat, fused, grads, absent)
-            self.steps += 1
+            self._count_step()
             return None
         if callable(closure):
             closures, shares = [closure], [1.0]
@@ -571,7 +572,7 @@ class MicroBatchSAM(Optimizer):
                 f"num_micro_batches={wanted} takes as many closures, one per micro-batch, got {len(closures)}"
             )
         values = self._run_closures(closures, shares)
-        self.steps += 1
+        self._count_step()
         if callable(closure):
             return values[0]
         return None if any(v is None for v in values) else _mean(values, shares)
@@ -630,13 +631,21 @@ class MicroBatchSAM(Optimizer):
                 f"capture needs all parameters on one CUDA device, got {', '.join(devices)}: use train_step, which does the "
                 "same without a graph"
             )
+        for g, group in enumerate(self.param_groups):
+            on_gpu = [name for name, value in group.items() if isinstance(value, Tensor) and value.is_cuda]
+            if on_gpu:
+                raise TypeError(
+                    f"{', '.join(on_gpu)} of group {g} is a tensor on the GPU, which the host would have to wait for in every "
+                    "step: use a number; the graph follows it all the same"
+                )
         return CapturedStep(self, loss_fn, example_batch, CudaRecorder(torch.device(devices[0])), warm_up)
 
     def update_hyper(self) -> None:
         """Bring the device's copy of learning rates, rho and other hyper-parameters up to date, without a host sync.
 
         Every eager step and every call of ``capture``'s result does so by itself. Call it before you replay a CUDA graph of
-        your own, after a scheduler's step.
+        your own, after a scheduler's step. Where the method's ``start`` or a function for rho looks at the number of steps,
+        count such replays in ``opt.steps`` yourself.
         """
         self._prepare()
 
@@ -670,6 +679,10 @@ class MicroBatchSAM(Optimizer):
         self._before = None
         for flat in self._flats:
             flat.acc, flat.acc_absent = None, ()
+
+    def _count_step(self) -> None:
+        if not any(flat.is_capturing() for flat in self._flats):  # what is captured has not run
+            self.steps += 1
 
     def _perturbs(self) -> bool:
         """Whether the step under way is the method's, not the base optimizer's alone."""
@@ -812,7 +825,7 @@ class MicroBatchSAM(Optimizer):
                 _check_rho(row[0])
             for flat in self._flats:
                 flat.check_not_capturing("hyper-parameters")
-            hyper = torch.tensor(rows, dtype=torch.float64)
+            hyper = torch.tensor(rows, dtype=torch.float64, device="cpu")
             for device in {flat.device for flat in self._flats}:
                 old = self._hyper.get(device)
                 if old is not None and old.shape == hyper.shape:

@@ -546,10 +546,6 @@ def _bits(x):
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
-def _address(t):
-    return 0 if t is None else t.data_ptr()
-
-
 def registers(kernel):
     """Options for the compiler, on NVIDIA GPUs."""
     name = kernel.__name__.removesuffix("_kernel")
@@ -563,6 +559,7 @@ def _launch(kernel, programs, *args, **constants):
 
 _tables: OrderedDict = OrderedDict()  # addresses -> the device tensor that holds them
 TABLES = 64
+_ready: set = set()  # devices on which the kernel that a capture needs is loaded
 
 
 class _Call:
@@ -604,12 +601,15 @@ class _Call:
         # A table is there for the stream that it was copied on; one made in a capture is filled when that is replayed.
         key = (self.device, stream, self.dtype, addresses, *map(len, lists.values()))
         table = None if capturing else _tables.get(key)
-        if table is None:
+        if table is not None:
+            _tables.move_to_end(key)
+        else:
             self._check_lists(lists)
             table = self._captured(addresses) if capturing else self._copied(addresses)
             if not capturing:
-                if self.device.type == "cuda" and not _tables:
+                if self.device.type == "cuda" and self.device not in _ready:
                     self._captured((0,))  # compiled now: a capture is no place to load a kernel
+                    _ready.add(self.device)
                 if len(_tables) >= TABLES:
                     _tables.popitem(last=False)
                 _tables[key] = table
@@ -635,7 +635,7 @@ class _Call:
             raise RuntimeError(f"{name} must be dense in memory, got strides {t.stride()}")
 
     def _copied(self, addresses):
-        table = torch.tensor(addresses, dtype=torch.int64)
+        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
 
     def _captured(self, addresses):
@@ -721,8 +721,8 @@ def _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, 
         *call.hyper(hyper, 1), *pointers, call.flat("saved", saved), ema,
         _bits(sigma), _bits(lmbda), _bits(1 - lmbda), _bits(eta or 0.0),
     )  # fmt: skip
-    increment_version(achieved_sq)  # from here on the weights may be perturbed
     call.launch(perturb_kernel, *arguments, **constants)
+    increment_version(achieved_sq)  # the weights are saved; before, the compiler may have been interrupted
 
 
 def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):

@@ -145,7 +145,7 @@ def test_the_binding_compiles_with_cuda():
     # A CPU build of torch lacks one header of c10/cuda, which only says how libc10_cuda was built.
     defines = ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"] if torch.version.cuda is None else []
     defines += ['-DMSAM_CUDA="12.1"', '-DMSAM_TORCH_VERSION="2"', "-DTORCH_EXTENSION_NAME=_C"]
-    options = ["-std=c++20", "-Wall", "-fsyntax-only", *defines, *(f"-isystem{f}" for f in folders)]
+    options = ["-std=c++17", "-Wall", "-fsyntax-only", *defines, *(f"-isystem{f}" for f in folders)]
     sources = [CSRC / "cuda" / "operators.cpp", CSRC / "module.cpp"]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda source: check([compiler, *options, str(source)]), sources))

@@ -155,7 +155,7 @@ def test_a_tensor_of_a_parameter_knows_nothing_of_its_neighbours():
         assert p.is_leaf
         assert p.requires_grad
         assert p.data_ptr() % 64 == 0
-        p.detach().numpy()
+        p.detach().cpu().numpy()
 
 
 # ---- addresses ------------------------------------------------------------------------------------------------------------

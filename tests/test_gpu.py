@@ -7,6 +7,7 @@ Run as a script, it calls every kernel once at awkward sizes: a small program fo
 from __future__ import annotations
 
 import copy
+import os
 import sys
 
 import pytest
@@ -33,6 +34,8 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.fixture(scope="session", params=GPU_BACKENDS)
 def gpu(request) -> str:
     missing = ops.available_backends()[request.param]
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        missing = "set MSAM_TEST_DEVICE=cuda: without it Triton's kernels are interpreted"
     if missing is not None:
         pytest.fail(missing, pytrace=False)
     return request.param
@@ -171,7 +174,7 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
 def test_bad_tensors_are_refused_by_name(gpu):
     call = on_gpu(make("sgd", "momentum", torch.float32, (5, 40)))
     for name, value, message in (
-        ("grads", [t.double() for t in call.arguments["grads"]], "grads must be Float"),
+        ("grads", [t.double() for t in call.arguments["grads"]], "grads must be (Float|torch.float32)"),
         ("momentum_buffer", call.arguments["momentum_buffer"].cpu(), "momentum_buffer must be on cuda"),
         ("hyper", call.arguments["hyper"].float(), "hyper must be"),
     ):
@@ -213,6 +216,7 @@ def a_step(opt, model, x, y, how: str) -> None:
         opt.train_step(loss, x, y)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @each_way[0]
 @each_way[1]
 @each_way[2]
@@ -225,8 +229,8 @@ def test_a_step_never_waits_for_the_gpu(base, method, count, how, gpu):
     for _ in range(2):
         a_step(opt, model, x, y, how)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for i in range(3):
             opt.param_groups[0]["lr"] *= 0.9  # as a scheduler does
             a_step(opt, model, x + i, y, how)
@@ -257,8 +261,11 @@ def test_a_micro_batch_takes_at_most_three_launches(base, method, count, layers,
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         opt.step([closure] * count)
         torch.cuda.synchronize()
-    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert 0 < len(names) <= 3 * count, names
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in on_device if not name.startswith(("Memcpy", "Memset", "Optimizer."))]
+    assert 0 < len(kernels) <= 3 * count, kernels
+    if gpu == "cuda":
+        assert len(on_device) == len(kernels), on_device
 
 
 def test_backends_train_alike(gpu):
@@ -282,14 +289,18 @@ def test_another_stream_is_followed(gpu):
     expected = on_gpu(make("sgd", "momentum", torch.float32, SIZES))
     run(expected, gpu)
     torch.cuda.synchronize()
+    call = on_gpu(make("sgd", "momentum", torch.float32, SIZES))
+    buffer = call.arenas["momentum_buffer"]
+    late = buffer.clone()
+    buffer.zero_()
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        call = on_gpu(make("sgd", "momentum", torch.float32, SIZES))
+        buffer.copy_(late)  # what runs on another stream is too early to see it
         run(call, gpu)
-        copies = {name: t.clone() for name, t in call.tensors().items()}
     stream.synchronize()
-    for name, t in copies.items():
+    for name, t in call.tensors().items():
         assert_same_bits(t.cpu(), expected.tensors()[name].cpu(), name)
 
 

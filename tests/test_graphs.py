@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from msam_kernels import MicroBatchSAM, methods
+from msam_kernels.flat import Flat
 from msam_kernels.graphs import CapturedStep
 from plain import same_bits
 
+pytestmark = pytest.mark.host  # each test says where its model is
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BASES = {
     "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01),
@@ -38,13 +40,12 @@ class Recorder:
 
     def capture(self, step):
         self.captures += 1
-        tensors = list(self.model.state_dict().values())
+        kept = [t for flat in self.opt._flats for t in (flat.saved, flat.ema, *flat.state.values()) if t is not None]
+        tensors = [*self.model.state_dict().values(), *kept]
         before = [t.clone() for t in tensors]
-        state = copy.deepcopy(self.opt.state_dict())
         outputs = [step().clone(), *self.sums()]
         for t, b in zip(tensors, before, strict=True):
             t.copy_(b)
-        self.opt.load_state_dict(state)
 
         def replay():
             self.replays += 1
@@ -154,6 +155,7 @@ def test_a_capture_of_the_users_own_trains_like_train_step():
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_what_a_graph_could_not_follow_is_refused_while_capturing():
     model, opt, loss_fn = setup(device="cuda")
     inputs = data(device="cuda")
@@ -213,6 +215,27 @@ def test_a_method_that_starts_is_captured_again():
         plain.train_step(other_loss_fn, *data(seed=i))
     assert (recorder.captures, recorder.replays) == (2, 2 + 3)
     assert same_bits(model.state_dict().values(), other.state_dict().values())
+
+
+@pytest.mark.parametrize("change", ["the method starts", "it is switched on", "an average is dropped"])
+def test_what_begins_after_the_warm_up_is_warmed_up_before_it_is_captured(change, monkeypatch):
+    model, opt, loss_fn = setup("SGD", "F-SAM")
+    step, recorder = captured(opt, model, loss_fn, *data())
+    opt.method = methods.FriendlySAM(start=2 if change == "the method starts" else 0)
+    opt.enabled = change != "it is switched on"
+    begun = []
+    monkeypatch.setattr(
+        Flat, "start_ema", lambda flat, real=Flat.start_ema: (begun.append(recorder.captures), real(flat))
+    )
+    step(*data()), step(*data())  # the warm-up
+    opt.enabled = True
+    if change == "an average is dropped":
+        opt.load_state_dict({k: v for k, v in copy.deepcopy(opt.state_dict()).items() if k != "msam"})
+    step(*data()), step(*data())
+    assert recorder.captures == 0
+    step(*data())
+    assert recorder.captures == 1
+    assert set(begun) == {0}
 
 
 def test_loaded_state_reaches_the_graph():

@@ -81,11 +81,12 @@ cudaError_t with_direction(const InnerProducts& a, Body&& body) {
                : (a.adaptive ? body(false_type{}, true_type{}) : body(false_type{}, false_type{}));
 }
 
-// Blocks of a kernel that the current device runs at once; asked once for every device.
+constexpr int kDevices = 64;
+using ByDevice = std::atomic<int64_t>[kDevices];
+
+// Blocks of a kernel that the current device runs at once; asked once for every device and kept in `known`.
 template <class Kernel>
-cudaError_t resident_blocks(Kernel* kernel, int64_t* blocks) {
-  constexpr int kDevices = 64;
-  static std::atomic<int64_t> known[kDevices];
+cudaError_t resident_blocks(Kernel* kernel, ByDevice& known, int64_t* blocks) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (device < kDevices && (*blocks = known[device])) return cudaSuccess;
@@ -133,8 +134,9 @@ cudaError_t launch_ascend(const Perturb& args, const Lists& lists, bool one_laun
     return with_storage(args.storage, [&](auto s) {
       return with_direction(args, [&](auto friendly, auto adaptive) {
         const auto kernel = ascend_kernel<decltype(s), friendly.value, adaptive.value, P>;
+        static ByDevice known;  // one for every kernel that this lambda stands for
         int64_t resident = 0;
-        if (const cudaError_t error = resident_blocks(kernel, &resident)) return error;
+        if (const cudaError_t error = resident_blocks(kernel, known, &resident)) return error;
         if (resident == 0) return cudaErrorCooperativeLaunchTooLarge;
         // Equal shares: as many rounds of terms as it takes, and no more blocks than that many rounds need.
         const int64_t rounds = (args.terms + resident - 1) / resident;
