@@ -535,7 +535,7 @@ def _lanczos(
             return nan, [torch.full_like(v, math.nan) for _ in range(k)] if want_vectors else [], math.nan
         table[: len(basis), j] = inside
         longest = max(longest, math.hypot(inside.norm().item(), length))
-        if length > 10 * torch.finfo(v.dtype).eps * longest and len(basis) < n:  # else it is rounding
+        if length > 10 * torch.finfo(v.dtype).eps * longest:  # else it is rounding
             table[len(basis), j] = length
             basis.append(v.div_(length))
         size = j + 1

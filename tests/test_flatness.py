@@ -466,6 +466,22 @@ def test_one_graph_serves_all_products_of_a_single_micro_batch():
         assert (calls > 1) == more
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_the_products_cannot_reach_is_not_searched(k):
+    """Two values: two products of each start vector span all that there is; the rest would be rounding."""
+    model, products = Quadratic([2.0, 1.0] * 20), 0
+
+    def loss_fn(x):
+        nonlocal products
+        products += 1
+        return model.loss(x)
+
+    ones = torch.ones(2, dtype=F64)
+    values = flatness.hessian_eigenvalues(model, loss_fn, ones, k, num_micro_batches=2, tolerance=1e-300)
+    torch.testing.assert_close(values, torch.full((k,), 2.0, dtype=F64, device="cpu"))
+    assert products == 2 * 2 * k
+
+
 def test_eigenvalues_are_the_same_bits_whatever_the_random_state():
     model, data = mlp(), batch()
     first = flatness.hessian_eigenvalues(model, loss_fn_of(model), data, 2)
