@@ -292,6 +292,12 @@ class _Evaluations:
                 f"loss_fn returned {loss.detach().item():g}, which depends on no parameter of model that requires a "
                 "gradient: compute it with this model, without detach(), no_grad() or item()"
             )
+        for p, g in zip(self.params, grads, strict=True):
+            if g is not None and g.layout != torch.strided:
+                raise TypeError(
+                    f"a parameter of shape {tuple(p.shape)} has a gradient of layout {g.layout}: flatness needs dense "
+                    "gradients, e.g. nn.Embedding(..., sparse=False)"
+                )
         return loss.detach(), list(grads)
 
     def mean_loss(self) -> Tensor:

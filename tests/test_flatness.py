@@ -718,6 +718,16 @@ def test_a_bad_argument_is_named_and_nothing_is_changed(bad, function):
     assert_unchanged(model[2], before)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_sparse_gradients_are_refused(function):
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 1))
+    before = snapshot(model)
+    call, arguments = FUNCTIONS[function]
+    with pytest.raises(TypeError, match=r"\(5, 3\).*sparse.*sparse=False"):
+        call(model, lambda x: model(x).square().mean(), torch.tensor([[0, 1], [4, 4]]), **arguments)
+    assert_unchanged(model, before)
+
+
 def test_a_method_that_perturbs_nothing_is_refused(monkeypatch):
     model = mlp(F64)
 
