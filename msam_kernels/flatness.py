@@ -1,0 +1,578 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How flat the loss is where the weights are: its rise along the ascent step, its curvature, and a slice for a picture.
+
+    loss_fn = lambda x, y: F.cross_entropy(model(x), y)
+    flatness.sharpness(model, loss_fn, (x, y), rho=0.05)
+    flatness.hessian_eigenvalues(model, loss_fn, (x, y), k=3)
+    flatness.loss_slice(model, loss_fn, (x, y), torch.linspace(-0.1, 0.1, 21))
+
+What all three share:
+
+* ``data``: a batch as in ``MicroBatchSAM.train_step``: tensors, or dicts, tuples and lists of them, that share dim 0. A
+  tuple or list at the top holds the arguments of ``loss_fn``, anything else is the only one. ``loss_fn(*micro_batch)``
+  returns the mean loss of its micro-batch, computed with ``model``. Beside vectors of the size of the parameters, memory
+  is that of one micro-batch.
+* The mode of ``model`` is the caller's choice: in training BatchNorm normalises by the micro-batch, and dropout drops.
+* All evaluations of a micro-batch start from the same buffers and the same random numbers, so they draw the same dropout
+  masks, and differences between them are not noise.
+* Nothing is mutated. When the call returns, or raises, wherever that is, weights, ``p.grad``, buffers (BatchNorm's
+  statistics among them), training modes and torch's random state, of the CPU and of the devices in use, are bit for bit
+  what they were.
+* Frozen, tied and unused parameters are fine. The "parameters" below are ``model.parameters()`` with ``requires_grad``.
+  Gradients are taken by ``torch.autograd.grad``, which DistributedDataParallel does not see: give ``model.module``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import SGD
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import methods as _methods
+from .flat import check_parameters
+from .optimizer import MicroBatchSAM
+
+__all__ = ["hessian_eigenvalues", "loss_slice", "sharpness"]
+
+
+def sharpness(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    data: Any,
+    rho: float,
+    num_micro_batches: int | None = None,
+    method: _methods.SAM | None = None,
+    *,
+    micro_batch_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The largest rise of the loss that the method's own ascent step finds within rho; with micro-batches, m-sharpness.
+
+    .. math::
+        \sum_{i=1}^{m} \frac{n_i}{n} \left[ L_i(w + e_i) - L_i(w) \right], \qquad
+        e_i = \rho\, d_i / (\lVert d_i \rVert_2 + 10^{-12})
+
+    Sharpness is the maximum of L(w + e) − L(w) over ‖e‖ <= rho, and m-sharpness the mean of that over micro-batches of m
+    samples, each with an e of its own. This is both at the e of one ascent step, made by ``MicroBatchSAM`` with its kernels
+    and its rounding to the stored dtype: what training with these settings sees, and a lower bound of the maximum. It can
+    be negative where rho is beyond the range of the gradient.
+
+    F-SAM's mean gradient begins with the first micro-batch, whose d is its gradient. A method's late start is left out.
+
+    Args:
+        model, loss_fn, data: see the module.
+        rho: radius of the perturbation, in units of the weights; >= 0.
+        num_micro_batches: parts into which the batch is split. Default 1.
+        method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
+        micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
+        backend: as in ``MicroBatchSAM``.
+
+    Returns:
+        0-d float64, in units of the loss, on the loss's device. NaN where a gradient is not finite.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: arguments, parameters or a loss that cannot be served; the message names them.
+
+    Sources: sharpness and its ascent step 2010.01412; m-sharpness 2010.01412 and 2212.04343.
+    """
+    split = {"num_micro_batches": num_micro_batches, "micro_batch_size": micro_batch_size}
+    with _evaluations(model, loss_fn, data, split, rho=rho, method=method, backend=backend) as evaluations:
+        opt, total = evaluations.opt, 0.0
+        for i, share in enumerate(evaluations.shares):
+            with closing(opt.passes()) as passes:  # given up half-way: the weights are back, nothing is learned
+                next(passes)
+                at_w, grads = evaluations.gradients(i)
+                _perturb(passes, evaluations.params, grads, opt)
+                rise = evaluations.loss(i).detach().double() - at_w.double()
+                not_perturbed = opt.stats.nonfinite[0].to(rise.device)
+            rise = rise.masked_fill(not_perturbed, math.nan)
+            total = total + share * rise
+        return total
+
+
+def hessian_eigenvalues(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    data: Any,
+    k: int = 1,
+    *,
+    num_micro_batches: int | None = None,
+    micro_batch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    tolerance: float = 1e-4,
+    max_iterations: int | None = None,
+    eigenvectors: bool = False,
+    seed: int = 0,
+) -> Any:
+    r"""The k largest eigenvalues of the Hessian of the mean loss, by Lanczos on Hessian-vector products.
+
+    .. math:: H = \sum_i \frac{n_i}{n} \nabla^2 L_i(w)
+
+    "Largest" is by sign: curvature upwards. Lanczos with full reorthogonalisation starts from a block of k random vectors,
+    so that an eigenvalue is found as often as it occurs. Each product is a backward pass through a gradient; with one
+    micro-batch the graph is made once and kept, with several it is made anew for each product, so that no more than one
+    micro-batch's is in memory. Beside it there is one vector of the size of the parameters for each product so far.
+    Attention runs on torch's "math" path here: the fused ones have no second derivative.
+
+    Args:
+        model, loss_fn, data: see the module.
+        k: how many, 1 to the number of (scalar) parameters.
+        num_micro_batches: parts into which the batch is split. Default 1.
+        micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
+        dtype: ``torch.float64`` or ``torch.float32``: compute on a copy in that dtype, which the modules of ``model`` hold in
+            place of their parameters and buffers while this runs; floating tensors of ``data`` are converted. What else
+            ``loss_fn`` brings, e.g. class weights, must fit. Default: the model's own; for 16-bit weights choose one.
+        tolerance: stop when ‖H·v − λ·v‖ of all k, with unit vectors v, is at most that share of the largest absolute
+            eigenvalue. That bounds the error of λ, which is commonly about the square of it.
+        max_iterations: products at most, >= k; a warning tells when they did not suffice. Default 50 + 50·k.
+        eigenvectors: also return the eigenvectors.
+        seed: of the start vectors, which are drawn on the CPU and so the same on every device.
+
+    Returns:
+        float64 ``[k]`` on the CPU, largest first, in units of the loss per squared unit of the weights; all NaN where the
+        gradient or a product is not finite. With ``eigenvectors`` a pair of it and k unit vectors, each a list of tensors
+        like the parameters, such as ``loss_slice`` takes as direction.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: arguments, parameters or a loss that cannot be served; the message names them.
+
+    Source: Lanczos, J. Res. Natl. Bur. Stand. 45 (1950); H·v by two backward passes: Pearlmutter, Neural Comput. 6 (1994).
+    """
+    _check_integer("k", k, 1)
+    if max_iterations is None:
+        max_iterations = 50 + 50 * k
+    _check_integer("max_iterations", max_iterations, k)
+    _check_integer("seed", seed, 0)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a finite number > 0, e.g. 1e-4, got {tolerance!r}")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float64, torch.float32 or None for the model's own, got {dtype!r}")
+    split = {"num_micro_batches": num_micro_batches, "micro_batch_size": micro_batch_size}
+    with _evaluations(model, loss_fn, data, split, dtype=dtype) as evaluations:
+        params = evaluations.params
+        n = sum(p.numel() for p in params)
+        if k > n:
+            raise ValueError(f"k must be at most the {n} parameters that require gradients, got {k}")
+        precision = torch.float32
+        for p in params:
+            precision = torch.promote_types(precision, p.dtype)
+
+        def random_vector() -> Tensor:
+            return torch.randn(n, generator=generator, dtype=precision, device="cpu").to(params[0].device)
+
+        generator = torch.Generator("cpu").manual_seed(seed)
+        with sdpa_kernel(SDPBackend.MATH):
+            values, vectors, residual = _lanczos(
+                evaluations.hessian_times, random_vector, n, k, tolerance, max_iterations, want_vectors=eigenvectors
+            )
+        if residual > tolerance:
+            warnings.warn(
+                f"after {max_iterations} Hessian-vector products ‖H·v − λ·v‖ is {residual:.1e} of the largest eigenvalue: "
+                f"give a larger max_iterations, or be content with a tolerance above {tolerance:g}",
+                stacklevel=2,
+            )
+        return (values, [evaluations.like_parameters(v) for v in vectors]) if eigenvectors else values
+
+
+def loss_slice(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    data: Any,
+    points: Sequence[float] | Tensor,
+    direction: str | Sequence[Tensor] = "ascent",
+    *,
+    num_micro_batches: int | None = None,
+    micro_batch_size: int | None = None,
+    method: _methods.SAM | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The mean loss along a line through the weights, L(w + t·u) at given t.
+
+    Args:
+        model, loss_fn, data: see the module.
+        points: the values of t, for example ``torch.linspace(-0.1, 0.1, 21)``.
+        direction: "ascent": u is the method's e at rho = 1, made from the gradient of the whole batch, so that t is in units
+            of rho and w + t·u is where the method looks with rho = t. "random": a Gaussian vector of unit norm. Or one
+            tensor for each parameter, in the order and the shapes of the parameters, taken as they are.
+        num_micro_batches: parts into which the batch is split, to save memory. Default 1.
+        micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
+        method: whose ascent, see ``msam_kernels.methods``. Default ``methods.SAM()``.
+        seed: of the random direction, which is drawn on the CPU and so the same on every device.
+        backend: as in ``MicroBatchSAM``.
+
+    Returns:
+        (t, losses): float64 ``[len(points)]`` each, on the CPU. Weights are w + t·u in float64, rounded to the stored dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: arguments, parameters or a loss that cannot be served; the message names them.
+
+    Source: the direction is 2010.01412's; random slices as in 1712.09913, without its normalisation by filter.
+    """
+    t = torch.as_tensor(points, dtype=torch.float64, device="cpu").detach().clone()
+    if t.dim() != 1 or t.numel() == 0 or not t.isfinite().all():
+        raise ValueError(f"points must be a list or 1-d tensor of finite numbers, at least one, got {points!r}")
+    if isinstance(direction, str) and direction not in ("ascent", "random"):
+        raise ValueError(f"direction must be 'ascent', 'random' or one tensor per parameter, got {direction!r}")
+    _check_integer("seed", seed, 0)
+    split = {"num_micro_batches": num_micro_batches, "micro_batch_size": micro_batch_size}
+    with _evaluations(model, loss_fn, data, split, method=method, backend=backend) as evaluations:
+        params = evaluations.params
+        if not isinstance(direction, str):
+            u = _checked_direction(direction, params)
+        elif direction == "ascent":
+            u = _ascent(evaluations, backend)
+        else:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            v = torch.randn(sum(p.numel() for p in params), generator=generator, dtype=torch.float64, device="cpu")
+            u = evaluations.like_parameters(v / v.norm(), torch.float64)
+        with torch.no_grad():
+            saved = [p.clone() for p in params]
+            try:
+                losses = []
+                for step in t.tolist():
+                    for p, w, v in zip(params, saved, u, strict=True):
+                        p.copy_(w + step * v)
+                    losses.append(evaluations.mean_loss())
+            finally:
+                for p, w in zip(params, saved, strict=True):
+                    p.copy_(w)
+        return t, torch.stack(losses).cpu()
+
+
+# -- evaluating --------------------------------------------------------------------------------------------------------
+
+
+class _Evaluations:
+    """``loss_fn`` on each micro-batch, as often as needed, every time from the same buffers and random numbers."""
+
+    def __init__(self, loss_fn, data: tuple, params: list[Tensor], opt: MicroBatchSAM, rewind: Callable, devices: set):
+        self.loss_fn, self.params, self.opt = loss_fn, params, opt
+        self.parts, self.shares = opt._split(data)
+        self._unpack = len(data) > 1
+        self._rewind, self._devices = rewind, devices
+        self._random: dict[int, Any] = {}  # by micro-batch: what its first evaluation began with
+        self._graph: list[Tensor] | None = None
+
+    @torch.enable_grad()  # always: modules may take another path, and round otherwise, without
+    def loss(self, i: int) -> Tensor:
+        self._rewind()
+        if i in self._random:
+            _set_random_states(self._random[i])
+        else:
+            self._random[i] = _random_states(self._devices)
+        torch.clear_autocast_cache()  # an autocast around the call would go on with casts of the weights at w
+        part = self.parts[i]
+        loss = self.loss_fn(*part) if self._unpack else self.loss_fn(part)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+            raise ValueError(
+                f"loss_fn must return the mean loss of its micro-batch as a tensor with one number, got {got}: take "
+                "the mean"
+            )
+        return loss.reshape(())
+
+    def gradients(self, i: int, *, create_graph: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+        """The detached loss, and the gradient by parameter, None where a parameter takes no part."""
+        loss, grads = self.loss(i), []
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, self.params, create_graph=create_graph, allow_unused=True)
+        if all(g is None for g in grads):
+            raise ValueError(
+                f"loss_fn returned {loss.detach().item():g}, which depends on no parameter of model that requires a "
+                "gradient: compute it with this model, without detach(), no_grad() or item()"
+            )
+        for p, g in zip(self.params, grads, strict=True):
+            if g is not None and g.layout != torch.strided:
+                raise TypeError(
+                    f"a parameter of shape {tuple(p.shape)} has a gradient of layout {g.layout}: flatness needs dense "
+                    "gradients, e.g. nn.Embedding(..., sparse=False)"
+                )
+        return loss.detach(), list(grads)
+
+    def mean_loss(self) -> Tensor:
+        return sum(share * self.loss(i).detach().double() for i, share in enumerate(self.shares))
+
+    def hessian_times(self, v: Tensor) -> Tensor:
+        """H·v, flat, in the dtype and on the device of ``v``."""
+        out, one = torch.zeros_like(v), len(self.parts) == 1
+        parts = self.like_parameters(v)
+        for i, share in enumerate(self.shares):
+            grads = self._graph or self.gradients(i, create_graph=True)[1]
+            if one:
+                self._graph = grads
+            pairs = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
+            if not pairs:  # linear in all parameters
+                continue
+            products = torch.autograd.grad(*_outputs(pairs, self.params), retain_graph=one, materialize_grads=True)
+            out.add_(torch.cat([h.reshape(-1).to(v) for h in products]), alpha=share)
+        return out
+
+    def like_parameters(self, v: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """A flat vector cut into tensors with the shapes and devices of the parameters, and their dtype unless given."""
+        parts = v.split([p.numel() for p in self.params])
+        return [part.view(p.shape).to(p.device, dtype or p.dtype) for part, p in zip(parts, self.params, strict=True)]
+
+
+def _outputs(pairs: list[tuple[Tensor, Tensor]], params: list[Tensor]) -> tuple:
+    """The arguments of autograd.grad for Σ ⟨g, v⟩."""
+    return [g for g, _ in pairs], params, [v for _, v in pairs]
+
+
+@contextmanager
+def _evaluations(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    data: Any,
+    split: dict[str, int | None],
+    *,
+    rho: float = 1.0,
+    method: _methods.SAM | None = None,
+    backend: str = "reference",
+    dtype: torch.dtype | None = None,
+) -> Iterator[_Evaluations]:
+    """Look at all arguments, then let evaluate; whatever that does to the model is undone at the end."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of a micro-batch that returns its mean loss, got {loss_fn!r}")
+    lazy = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if nn.parameter.is_lazy(t)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} has no shape yet: run the model once on an example")
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient: model.requires_grad_(True)"
+        )
+    check_parameters(named)
+    if callable(rho):
+        raise TypeError(f"rho is measured at one radius, got the function {rho!r}: give a number")
+    data = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+    if not data:
+        raise ValueError("data is empty: give the arguments of loss_fn, e.g. (x, y)")
+    if getattr(method, "start", 0):  # what it does once it has begun
+        method = replace(method, start=0)
+    tensors = [t for t in chain(model.parameters(), model.buffers(), tree_leaves(data)) if isinstance(t, Tensor)]
+    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    with _converted(model, dtype), _undisturbed(model, devices) as rewind:
+        if dtype is not None:
+            data = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, data)
+        params = [p for p in model.parameters() if p.requires_grad]
+        # Never stepped: it splits the batch, looks at the arguments as always, and makes the perturbation.
+        opt = MicroBatchSAM(SGD(params, lr=0.0), rho, method=method, flatten=False, backend=backend, **split)
+        try:
+            yield _Evaluations(loss_fn, data, params, opt, rewind, devices)
+        finally:
+            opt.restore()  # nothing to do, unless the restore of a passes() loop was itself interrupted
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Callable[[], None]]:
+    """Afterwards the model and the random numbers are bit for bit what they were. Yields what resets the buffers."""
+    params, modules = list(model.parameters()), list(model.modules())
+    grads = [p.grad for p in params]
+    training = [module.training for module in modules]
+    buffers = [
+        (module, name, buffer, _values(buffer)) for module in modules for name, buffer in module._buffers.items()
+    ]
+    # Kernels want memory without gaps; only where there are some, e.g. in a column of a matrix, a copy is used.
+    spread = [
+        (p, p.data)
+        for p in params
+        if p.requires_grad and torch.empty_like(p.data, device="meta").stride() != p.stride()
+    ]
+    random = _random_states(devices)
+
+    @torch.no_grad()
+    def rewind() -> None:
+        for module, name, buffer, values in buffers:
+            module._buffers[name] = buffer  # a layer may assign instead of writing in place
+            if values is not None:
+                buffer.copy_(values)
+
+    try:
+        for p in params:
+            p.grad = None
+        for p, memory in spread:
+            p.data = memory.clone()
+        yield rewind
+    finally:
+        for p, memory in spread:
+            p.data = memory
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+        _set_random_states(random)
+        rewind()
+
+
+def _values(buffer: Tensor | None) -> Tensor | None:
+    """A copy; None where nobody can write: torch refuses that for expanded tensors."""
+    if buffer is None or (buffer.layout == torch.strided and 0 in buffer.stride() and buffer.numel() > 1):
+        return None
+    return buffer.detach().clone()
+
+
+@contextmanager
+def _converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, the modules hold copies of their parameters and buffers in ``dtype``; tied ones stay tied."""
+    if dtype is None:
+        yield
+        return
+    copies: dict[int, Tensor] = {}
+
+    def converted(t: Tensor) -> Tensor:
+        if id(t) not in copies:
+            copy = t.detach().to(dtype, copy=True)
+            copies[id(t)] = nn.Parameter(copy, t.requires_grad) if isinstance(t, nn.Parameter) else copy
+        return copies[id(t)]
+
+    places = [
+        (module, name, t)
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for name, t in table.items()
+        if t is not None and t.is_floating_point()
+    ]
+    try:
+        for module, name, t in places:
+            setattr(module, name, converted(t))  # not the table: recurrent layers keep a list as well
+        yield
+    finally:
+        for module, name, t in places:
+            setattr(module, name, t)
+
+
+def _random_states(devices: set[torch.device]) -> list[tuple[torch.device | None, Tensor]]:
+    """Of the CPU and of ``devices``."""
+    states = [(None, torch.get_rng_state())]
+    return states + [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+
+
+def _set_random_states(states: list[tuple[torch.device | None, Tensor]]) -> None:
+    for device, state in states:
+        if device is None:
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+# -- directions --------------------------------------------------------------------------------------------------------
+
+
+def _perturb(passes: Iterator, params: list[Tensor], grads: list[Tensor | None], opt: MicroBatchSAM) -> None:
+    """From the first to the second turn of a ``passes`` loop, where the weights are w + e."""
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    done = object()
+    if next(passes, done) is done:
+        raise ValueError(
+            f"method {opt.method} perturbs nothing in its first step: give one that does, e.g. methods.SAM()"
+        )
+
+
+def _ascent(evaluations: _Evaluations, backend: str) -> list[Tensor]:
+    """The method's e at rho = 1, from the gradient of the whole batch. In float64, where w + e − w loses nothing of it."""
+    mean: list[Tensor | None] = [None] * len(evaluations.params)
+    for i, share in enumerate(evaluations.shares):
+        for j, g in enumerate(evaluations.gradients(i)[1]):
+            if g is not None:
+                mean[j] = share * g.double() if mean[j] is None else mean[j].add_(g, alpha=share)
+    before = [p.detach().double() for p in evaluations.params]
+    copies = [nn.Parameter(w.clone()) for w in before]
+    opt = MicroBatchSAM(SGD(copies, lr=0.0), 1.0, method=evaluations.opt.method, flatten=False, backend=backend)
+    with closing(opt.passes()) as passes:
+        next(passes)
+        _perturb(passes, copies, mean, opt)
+        return [p.detach() - w for p, w in zip(copies, before, strict=True)]
+
+
+def _checked_direction(direction: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
+    u = list(direction)
+    if not all(isinstance(v, Tensor) for v in u) or [v.shape for v in u] != [p.shape for p in params]:
+        got = [tuple(v.shape) if isinstance(v, Tensor) else v for v in u]
+        raise ValueError(
+            "direction must be 'ascent', 'random' or one tensor for each parameter that requires a gradient, of shapes "
+            f"{[tuple(p.shape) for p in params]}, got {got}"
+        )
+    return [v.detach().to(p.device, torch.float64) for v, p in zip(u, params, strict=True)]
+
+
+# -- Lanczos -----------------------------------------------------------------------------------------------------------
+
+
+def _lanczos(
+    times: Callable[[Tensor], Tensor],
+    random_vector: Callable[[], Tensor],
+    n: int,
+    k: int,
+    tolerance: float,
+    max_iterations: int,
+    *,
+    want_vectors: bool,
+) -> tuple[Tensor, list[Tensor], float]:
+    """(k largest eigenvalues, their vectors where wanted, largest residual relative to the largest absolute eigenvalue).
+
+    The basis Q begins with k random vectors and grows by what H makes of each in turn, without what is in Q already:
+    H·Q[:j] = Q·T. The leading square of T, banded and for k = 1 tridiagonal, has the eigenvalues; the rows below it tell
+    how far their vectors are from being eigenvectors of H. What H maps into Q lets Q grow no further.
+    """
+    basis: list[Tensor] = []
+    for _ in range(k):
+        v = random_vector()
+        _, length = _orthogonalised(v, basis)
+        basis.append(v.div_(length))
+    limit, longest = min(max_iterations, n), 0.0
+    table = torch.zeros(limit + k, limit, dtype=torch.float64, device="cpu")
+    for j in range(limit):
+        v = times(basis[j])
+        inside, length = _orthogonalised(v, basis)
+        if not (inside.isfinite().all() and math.isfinite(length)):
+            nan = torch.full((k,), math.nan, dtype=torch.float64, device="cpu")
+            return nan, [torch.full_like(v, math.nan) for _ in range(k)] if want_vectors else [], math.nan
+        table[: len(basis), j] = inside
+        longest = max(longest, math.hypot(inside.norm().item(), length))
+        if length > 10 * torch.finfo(v.dtype).eps * longest:  # else it is rounding
+            table[len(basis), j] = length
+            basis.append(v.div_(length))
+        size = j + 1
+        if size < k:
+            continue
+        square = table[:size, :size]
+        values, vectors = torch.linalg.eigh((square + square.T) / 2)
+        below = table[size : len(basis), :size] @ vectors[:, -k:]
+        largest = values.abs().max().item()
+        residual = below.norm(dim=0).max().item() / largest if largest > 0 else 0.0
+        if residual <= tolerance or size == len(basis):
+            break
+    ritz = vectors[:, -k:].flip(1).T.to(basis[0]) if want_vectors else []
+    return values[-k:].flip(0), [sum(c * q for c, q in zip(row, basis, strict=False)) for row in ritz], residual
+
+
+def _orthogonalised(v: Tensor, basis: list[Tensor]) -> tuple[Tensor, float]:
+    """Take out of ``v``, in place, what lies in ``basis``. Returns that, as float64 on the CPU, and the length left."""
+    inside = torch.zeros(len(basis), dtype=torch.float64, device="cpu")
+    for _ in range(2):  # once is not enough in floating point
+        parts = []
+        for q in basis:
+            parts.append(q @ v)
+            v.addcmul_(q, parts[-1], value=-1)
+        if parts:
+            inside += torch.stack(parts).cpu()
+    return inside, v.norm().item()
+
+
+def _check_integer(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
