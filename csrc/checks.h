@@ -70,6 +70,20 @@ inline void check_per_segment(const std::optional<at::Tensor>& t, const char* na
                 t->numel());
 }
 
+// Vectors to combine with a list of `segments` gradients, at most `most`; how many there are.
+inline int check_combination(at::TensorList more, const std::optional<at::Tensor>& coefs, size_t segments, int most) {
+  TORCH_CHECK(coefs || more.empty(), "more needs coefs");
+  if (!coefs) return 0;
+  TORCH_CHECK(coefs->dim() == 1 && coefs->scalar_type() == at::kDouble && coefs->is_contiguous() &&
+                  coefs->numel() >= 1 && coefs->numel() <= 1 + most,
+              "coefs must be a contiguous float64 tensor of 1 to ", 1 + most, " values, got ", coefs->scalar_type(),
+              " of shape ", coefs->sizes());
+  const int terms = int(coefs->numel()) - 1;
+  TORCH_CHECK(more.size() == terms * segments, "more must hold ", terms, " x ", segments, " tensors for ", 1 + terms,
+              " coefs, got ", more.size());
+  return terms;
+}
+
 inline void check_per_chunk(const at::Tensor& t, const char* name, int64_t n) {
   TORCH_CHECK(t.dim() == 1 && t.numel() == n && t.scalar_type() == at::kDouble && t.is_contiguous(), name,
               " must be a contiguous float64 tensor of shape [", n, "], one value per chunk, got ", t.scalar_type(),

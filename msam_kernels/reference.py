@@ -7,8 +7,9 @@ every group):
     inner_products   ‖d‖²,   d = g − sigma·ema (F-SAM), d = T_w·d with T_w = |w| + eta (ASAM)
     perturb          w ← w + e,   e = rho·d / (‖d‖ + 1e-12), or rho·T_w²·d / (‖T_w·d‖ + 1e-12)
                      ema ← lmbda·ema + (1 − lmbda)·g, after its old value was used
-    restore          w ← saved;   acc ← c_acc·acc + c·ĝ
-    sgd, adam        torch.optim.SGD / Adam / AdamW on c_acc·acc + c·ĝ, starting from ``saved`` where that is given
+    dots             x·x, x·y, y·y
+    restore          w ← saved;   acc ← c_acc·acc + c·x̂,   x̂ = ĝ, or coefs[0]·ĝ + coefs[1]·g + … where there are ``coefs``
+    sgd, adam        torch.optim.SGD / Adam / AdamW on c_acc·acc + c·x̂, starting from ``saved`` where that is given
 
     ascend           inner_products and perturb
 
@@ -138,7 +139,18 @@ def _coefficient(c: float, norm_sq: Tensor | None) -> float | Tensor:
     return c if norm_sq is None else torch.where(norm_sq.sum().isfinite(), norm_sq.new_tensor(c), math.nan)
 
 
-def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0, c=1.0):
+def dots(x, y, chunks):
+    """x·x, x·y and y·y as float64 ``[3, 1]``."""
+    total = torch.zeros(3, 1, dtype=torch.float64, device=chunks.device)
+    for s in _segments(chunks):
+        a, b = s.of(x).double(), s.of(y).double()
+        total += torch.stack([(a * a).sum(), (a * b).sum(), (b * b).sum()])[:, None]
+    return total
+
+
+def restore(
+    weights, acc, grads, chunks, *, saved=None, norm_sq=None, more=(), coefs=None, c_acc=1.0, c=1.0
+):
     """``w ← saved`` and ``acc ← c_acc·acc + c·grads``; either part is left out where its lists are empty."""
     for s in _segments(chunks):
         if weights:
@@ -146,23 +158,35 @@ def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0,
         if acc:
             total = s.of(acc)
             if grads:
-                total.copy_(_descent(s, acc, grads, norm_sq, c_acc, c, total.dtype))
-            elif norm_sq is not None:
-                total.copy_(torch.where(norm_sq.sum().isfinite(), total, math.nan))
+                total.copy_(_descent(s, acc, grads, norm_sq, more, coefs, c_acc, c))
+            elif norm_sq is not None or coefs is not None:
+                combined = _combination(s, acc, more, coefs)
+                finite = True if norm_sq is None else norm_sq.sum().isfinite()
+                total.copy_(torch.where(torch.as_tensor(finite, device=total.device), combined, math.nan))
 
 
-def _descent(s, acc, grads, norm_sq, c_acc, c, dtype):
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+def _combination(s, grads, more, coefs):
+    g = _wide(s.of(grads))
+    if coefs is None:
+        return g
+    coefs = coefs.to(g.dtype)
+    g = g * coefs[0]
+    for k, others in enumerate(more[i : i + len(grads)] for i in range(0, len(more), len(grads))):
+        g = g + _wide(s.of(others)) * coefs[1 + k]
+    return g
+
+
+def _descent(s, acc, grads, norm_sq, more, coefs, c_acc, c):
+    g = _combination(s, grads, more, coefs)
     c = _coefficient(c, norm_sq)
-    c = c.to(wide) if isinstance(c, Tensor) else c
-    g = _wide(s.of(grads)) * c
+    g = g * (c.to(g.dtype) if isinstance(c, Tensor) else c)
     return _wide(s.of(acc)) * c_acc + g if acc else g
 
 
-def _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, c_acc, c):
+def _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c):
     weight = s.of(weights, len(weights) == 1)
     start = weight if saved is None else s.within(saved)
-    return weight, _wide(start).clone(), _descent(s, acc, grads, norm_sq, c_acc, c, weight.dtype)
+    return weight, _wide(start).clone(), _descent(s, acc, grads, norm_sq, more, coefs, c_acc, c)
 
 
 def sgd(
@@ -176,13 +200,15 @@ def sgd(
     momentum_buffer=None,
     fresh=None,
     norm_sq=None,
+    more=(),
+    coefs=None,
     c_acc=1.0,
     c=1.0,
 ):
     """One step of ``torch.optim.SGD``, columns ``SGD_COLUMNS``; a fresh momentum buffer begins as the gradient."""
     rows = hyper.tolist()
     for s in _segments(chunks):
-        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, c_acc, c)
+        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c)
         _, lr, momentum, dampening, weight_decay, nesterov, maximize = rows[s.group][: len(SGD_COLUMNS)]
         g = -g if maximize else g
         if weight_decay:
@@ -219,13 +245,15 @@ def adam(
     max_exp_avg_sq=None,
     saved=None,
     norm_sq=None,
+    more=(),
+    coefs=None,
     c_acc=1.0,
     c=1.0,
 ):
     """One step of ``torch.optim.Adam`` or, where decoupled, ``AdamW``, columns ``ADAM_COLUMNS``; counts ``step``."""
     rows = hyper.tolist()
     for s in _segments(chunks):
-        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, c_acc, c)
+        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c)
         _, lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled = rows[s.group][: len(ADAM_COLUMNS)]
         step[s.index] += 1
         t = int(step[s.index])

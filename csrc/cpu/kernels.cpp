@@ -73,7 +73,7 @@ namespace avx512 {
 #endif
 
 #define MSAM_BUILD(isa) \
-  Kernels { #isa, isa::inner_products_entry, isa::perturb_entry, isa::restore_entry, isa::sgd_entry, isa::adam_entry }
+  Kernels { #isa, isa::inner_products_entry, isa::perturb_entry, isa::dots_entry, isa::restore_entry, isa::sgd_entry, isa::adam_entry }
 
 Kernels choose() {
   const char* asked = std::getenv("MSAM_KERNELS_ISA");

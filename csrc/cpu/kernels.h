@@ -8,6 +8,8 @@ namespace msam::cpu {
 
 enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
 
+constexpr int kMore = 2;  // vectors that a descent may combine with the gradient
+
 struct Common {
   Storage storage;
   const Chunk* chunks;
@@ -25,6 +27,13 @@ struct InnerProducts : Common {
   double* partials = nullptr;  // [chunks]
 };
 
+struct Dots {
+  Storage storage;
+  const Chunk* chunks;
+  Pointers x, y;
+  double* partials[3] = {};  // [chunks] of x.x, x.y, y.y
+};
+
 struct Perturb : InnerProducts {
   void* saved = nullptr;
   void* ema_out = nullptr;
@@ -34,6 +43,9 @@ struct Perturb : InnerProducts {
 struct Restore : Common {  // grads: c_acc acc + c grads lands in acc
   const void* saved = nullptr;
   Pointers acc;
+  Pointers more[kMore];           // with coefs: coefs[0] grads + coefs[1] more[0] + ... stands in place of grads
+  const double* coefs = nullptr;  // [1 + terms]
+  int terms = 0;
   double c_acc = 1, c = 1;
   bool poison = false;
 };
@@ -49,6 +61,7 @@ struct Kernels {
   const char* instruction_set;
   void (*inner_products)(const InnerProducts&, int64_t first, int64_t last);
   void (*perturb)(const Perturb&, int64_t first, int64_t last);
+  void (*dots)(const Dots&, int64_t first, int64_t last);
   void (*restore)(const Restore&, int64_t first, int64_t last);
   void (*sgd)(const Update&, int64_t first, int64_t last);
   void (*adam)(const Update&, int64_t first, int64_t last);

@@ -201,6 +201,30 @@ void inner_products(const InnerProducts& a, int64_t first, int64_t last) {
   for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], a.partials + k);
 }
 
+// ---- dots -------------------------------------------------------------------------------------------------------
+
+template <class S>
+void dots(const Dots& a, int64_t first, int64_t last) {
+  using T = typename Arithmetic<S>::type;
+  for (int64_t k = first; k < last; ++k) {
+    const Chunk& c = a.chunks[k];
+    const S *xs = a.x.at<S>(c), *ys = a.y.at<S>(c);
+    Lanes xx, xy, yy;
+    for_blocks(c.numel, [&](int64_t i, auto count) {
+      const int n = count;
+      alignas(64) T xt[kBlock], yt[kBlock];
+      const T* x = padded(load(xs + i, xt, n), xt, n);
+      const T* y = padded(load(ys + i, yt, n), yt, n);
+      xx.add(whole_lanes(n), [&](int j) { return doubles(load8(x + j)) * doubles(load8(x + j)); });
+      xy.add(whole_lanes(n), [&](int j) { return doubles(load8(x + j)) * doubles(load8(y + j)); });
+      yy.add(whole_lanes(n), [&](int j) { return doubles(load8(y + j)) * doubles(load8(y + j)); });
+    });
+    a.partials[0][k] = xx.total();
+    a.partials[1][k] = xy.total();
+    a.partials[2][k] = yy.total();
+  }
+}
+
 // ---- perturb ----------------------------------------------------------------------------------------------------
 
 template <class S, bool friendly, bool adaptive, bool stream>
@@ -283,20 +307,45 @@ void perturb(const Perturb& a, int64_t first, int64_t last) {
 
 // ---- restore ----------------------------------------------------------------------------------------------------
 
+// A block of the gradients at g, or of what stands in their place: coefs[0] g + coefs[1] more[0] + ...
+template <class S, class T>
+inline const T* combination(const Restore& a, const Chunk& c, const S* g, int64_t i, T* gt, T* sum, int n) {
+  const T* x = load(g, gt, n);
+  if (!a.coefs) return x;
+  const T first = T(a.coefs[0]);
+  if (a.terms == 0) {
+    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(x[j], first);
+  }
+  for (int k = 0; k < a.terms; ++k) {
+    alignas(64) T mt[kBlock];
+    const T* y = load(a.more[k].at<S>(c) + i, mt, n);
+    const T left = k == 0 ? first : T(1), right = T(a.coefs[1 + k]);
+    const T* old = k == 0 ? x : sum;
+    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(old[j], y[j], left, right);
+  }
+  return sum;
+}
+
+// acc <- c_acc acc + c grads; without grads, the combination of acc in its place.
 template <class S>
 void accumulate_chunk(const Restore& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   S* accs = a.acc.at<S>(c);
-  const S* grads = a.grads.at<S>(c);
+  const S* grads = a.grads ? a.grads.at<S>(c) : nullptr;
   const T c_acc = T(a.c_acc), coef = T(a.c);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
-    alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
+    alignas(64) T at[kBlock], gt[kBlock], xt[kBlock], result[kBlock];
     const T* acc = load(accs + i, at, n);
-    const T* g = load(grads + i, gt, n);
     Out<false, S, T> out{accs + i, result};
     T* sum = out.values();
-    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
+    if (grads) {
+      const T* g = combination(a, c, grads + i, i, gt, xt, n);
+      MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
+    } else {
+      const T* g = combination(a, c, accs + i, i, gt, xt, n);
+      std::memcpy(sum, g, n * sizeof(T));
+    }
     out.commit(n);
   });
 }
@@ -328,7 +377,7 @@ void restore(const Restore& a, int64_t first, int64_t last) {
     }
     if (a.poison && a.acc)
       poison_chunk<S>(a, c);
-    else if (a.acc && a.grads)
+    else if (a.acc && (a.grads || a.coefs))
       accumulate_chunk<S>(a, c);
   }
   finish_streaming(a.stream);
@@ -338,8 +387,10 @@ void restore(const Restore& a, int64_t first, int64_t last) {
 
 // The step's gradient: c g, or c_acc acc + c g.
 template <class S, class T>
-inline const T* descent(const Update& a, const S* accs, const S* grads, int64_t i, T* at, T* gt, T* sum, int n) {
-  const T* g = load(grads + i, gt, n);
+inline const T* descent(const Update& a, const Chunk& c, const S* accs, const S* grads, int64_t i, T* at, T* gt, T* sum,
+                        int n) {
+  alignas(64) T xt[kBlock];
+  const T* g = combination(a, c, grads + i, i, gt, a.coefs ? xt : sum, n);
   const T c_acc = T(a.c_acc), coef = T(a.c);
   if (accs) {
     const T* acc = load(accs + i, at, n);
@@ -365,7 +416,7 @@ void sgd_chunk(const Update& a, const Chunk& c) {
     alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], result[kBlock], m_result[kBlock];
     const auto sgd = rule;  // a local copy stays in registers: stores cannot alias it
     const T* w = load(before + i, wt, n);
-    const T* g = descent(a, accs, grads, i, at, gt, sum, n);
+    const T* g = descent(a, c, accs, grads, i, at, gt, sum, n);
     Out<stream, S, T> out{weights + i, result};
     T* w_new = out.values();
     if constexpr (momentum) {
@@ -418,7 +469,7 @@ void adam_chunk(const Update& a, const Chunk& c) {
     alignas(64) T result[kBlock], m_result[kBlock], v_result[kBlock], x_result[kBlock];
     const auto adam = rule;
     const T* w = load(before + i, wt, n);
-    const T* g = descent(a, accs, grads, i, at, gt, sum, n);
+    const T* g = descent(a, c, accs, grads, i, at, gt, sum, n);
     const T* m = load(exp_avgs + i, mt, n);
     const T* v = load(exp_avg_sqs + i, vt, n);
     Out<stream, S, T> out{weights + i, result};
@@ -476,6 +527,7 @@ void adam(const Update& a, int64_t first, int64_t last) {
   }
 MSAM_ENTRY(inner_products, InnerProducts)
 MSAM_ENTRY(perturb, Perturb)
+MSAM_ENTRY(dots, Dots)
 MSAM_ENTRY(restore, Restore)
 MSAM_ENTRY(sgd, Update)
 MSAM_ENTRY(adam, Update)

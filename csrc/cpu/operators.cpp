@@ -203,15 +203,34 @@ Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const 
   return norm_sq;
 }
 
+Tensor dots(TensorList x, TensorList y, const Tensor& chunks) {
+  Call call(chunks, dtype_of(x, {}, "x"));
+  Dots a;
+  a.storage = storage_of(x[0].scalar_type());
+  a.chunks = &call.chunk(0);
+  a.x = call.list(x, "x");
+  a.y = call.list(y, "y");
+  TORCH_CHECK(a.y, "y is empty");
+  const Tensor partials = at::empty({3, call.size()}, at::kDouble);
+  for (int r = 0; r < 3; ++r) a.partials[r] = partials.mutable_data_ptr<double>() + r * call.size();
+  call.run([&](int64_t first, int64_t last) { kernels().dots(a, first, last); });
+  Tensor sums = at::empty({3, 1}, at::kDouble);
+  for (int r = 0; r < 3; ++r) sums.mutable_data_ptr<double>()[r] = total(partials[r]);
+  return sums;
+}
+
 // saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite.
 void gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorList grads, const MaybeTensor& saved,
-            const MaybeTensor& norm_sq, double c_acc, double c) {
+            const MaybeTensor& norm_sq, TensorList more, const MaybeTensor& coefs, double c_acc, double c) {
   call.begin(a);
   a.weights = call.list(weights, "weights", weights.size() == 1);
   a.acc = call.list(acc, "acc");
   a.grads = call.list(grads, "grads");
   call.flat(saved, "saved");
   if (norm_sq) check_sum(*norm_sq, "norm_sq");
+  a.terms = check_combination(more, coefs, grads.empty() ? acc.size() : grads.size(), kMore);
+  for (int k = 0; k < a.terms; ++k) a.more[k] = call.list(more.slice(k * more.size() / a.terms, more.size() / a.terms), "more");
+  a.coefs = coefs ? coefs->const_data_ptr<double>() : nullptr;
   a.saved = pointer(saved);
   a.c_acc = c_acc;
   a.poison = norm_sq && !is_finite(total(*norm_sq));
@@ -219,22 +238,24 @@ void gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorLi
 }
 
 void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const MaybeTensor& saved,
-             const MaybeTensor& norm_sq, double c_acc, double c) {
+             const MaybeTensor& norm_sq, TensorList more, const MaybeTensor& coefs, double c_acc,
+         double c) {
   Call call(chunks, dtype_of(weights, acc, "weights and acc"));
   TORCH_CHECK(weights.empty() || saved, "weights are restored from saved, which is missing");
   TORCH_CHECK(grads.empty() || !acc.empty(), "grads are added to acc, which is missing");
   Restore a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  gather(call, a, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c);
   call.run([&](int64_t first, int64_t last) { kernels().restore(a, first, last); });
 }
 
 void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
          const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
-         const MaybeTensor& norm_sq, double c_acc, double c) {
+         const MaybeTensor& norm_sq, TensorList more, const MaybeTensor& coefs, double c_acc,
+         double c) {
   TORCH_CHECK(!weights.empty() && !grads.empty(), "sgd needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  gather(call, a, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c);
   a.stream = a.stream && saved;  // weights that were read are in cache already
   call.hyper(hyper, kSgdColumns, a);
   call.flat(momentum_buffer, "momentum_buffer");
@@ -248,11 +269,12 @@ void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chu
 
 void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
           const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
-          const MaybeTensor& saved, const MaybeTensor& norm_sq, double c_acc, double c) {
+          const MaybeTensor& saved, const MaybeTensor& norm_sq, TensorList more, const MaybeTensor& coefs, double c_acc,
+         double c) {
   TORCH_CHECK(!weights.empty() && !grads.empty(), "adam needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  gather(call, a, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c);
   a.stream = a.stream && saved;
   call.hyper(hyper, kAdamColumns, a);
   call.flat(exp_avg, "exp_avg");
@@ -278,6 +300,7 @@ TORCH_LIBRARY_IMPL(msam_kernels, CPU, m) {
   m.impl("inner_products", &inner_products);
   m.impl("perturb", &perturb);
   m.impl("ascend", &ascend);
+  m.impl("dots", &dots);
   m.impl("restore", &restore);
   m.impl("sgd", &sgd);
   m.impl("adam", &adam);
