@@ -70,18 +70,16 @@ inline void check_per_segment(const std::optional<at::Tensor>& t, const char* na
                 t->numel());
 }
 
-// Vectors to combine with a list of `segments` gradients, at most `most`; how many there are.
-inline int check_combination(at::TensorList more, const std::optional<at::Tensor>& coefs, size_t segments, int most) {
-  TORCH_CHECK(coefs || more.empty(), "more needs coefs");
-  if (!coefs) return 0;
+// The lists that grads holds, one for each of coefs.
+inline int64_t check_coefs(const std::optional<at::Tensor>& coefs, at::TensorList grads, int64_t most) {
+  if (!coefs) return 1;
   TORCH_CHECK(coefs->dim() == 1 && coefs->scalar_type() == at::kDouble && coefs->is_contiguous() &&
-                  coefs->numel() >= 1 && coefs->numel() <= 1 + most,
-              "coefs must be a contiguous float64 tensor of 1 to ", 1 + most, " values, got ", coefs->scalar_type(),
+                  coefs->numel() >= 1 && coefs->numel() <= most,
+              "coefs must be a contiguous float64 tensor of 1 to ", most, " values, got ", coefs->scalar_type(),
               " of shape ", coefs->sizes());
-  const int terms = int(coefs->numel()) - 1;
-  TORCH_CHECK(more.size() == terms * segments, "more must hold ", terms, " x ", segments, " tensors for ", 1 + terms,
-              " coefs, got ", more.size());
-  return terms;
+  TORCH_CHECK(!grads.empty() && grads.size() % coefs->numel() == 0, "grads must hold a list of tensors for each of ",
+              coefs->numel(), " coefs, got ", grads.size(), " tensors");
+  return coefs->numel();
 }
 
 inline void check_per_chunk(const at::Tensor& t, const char* name, int64_t n) {

@@ -193,35 +193,33 @@ Tensor dots(const py::list& x, const py::list& y, const Tensor& chunks) {
 }
 
 void restore(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks,
-             const MaybeTensor& saved, const MaybeTensor& norm_sq, const py::list& more, const MaybeTensor& coefs,
+             const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs,
              double c_acc, double c) {
   static const auto op =
       find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&, const MaybeTensor&,
-                at::TensorList, const MaybeTensor&, double, double)>("msam_kernels::restore");
-  dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, saved, norm_sq, unpack(more), coefs, c_acc, c);
+                const MaybeTensor&, double, double)>("msam_kernels::restore");
+  dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, saved, norm_sq, coefs, c_acc, c);
 }
 
 void sgd(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
          const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
-         const MaybeTensor& norm_sq, const py::list& more, const MaybeTensor& coefs, double c_acc, double c) {
+         const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   static const auto op =
       find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const MaybeTensor&,
-                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, at::TensorList, const MaybeTensor&, double,
-                double)>("msam_kernels::sgd");
+                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double)>("msam_kernels::sgd");
   dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, hyper, saved, momentum_buffer, fresh, norm_sq,
-           unpack(more), coefs, c_acc, c);
+           coefs, c_acc, c);
 }
 
 void adam(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
           const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
-          const MaybeTensor& saved, const MaybeTensor& norm_sq, const py::list& more, const MaybeTensor& coefs,
+          const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs,
           double c_acc, double c) {
   static const auto op =
       find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, at::TensorList,
-                const MaybeTensor&, double, double)>("msam_kernels::adam");
+                const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double)>("msam_kernels::adam");
   dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq, saved,
-           norm_sq, unpack(more), coefs, c_acc, c);
+           norm_sq, coefs, c_acc, c);
 }
 
 }  // namespace
@@ -246,11 +244,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("saved") = none, arg("ema") = none, arg("sigma") = 0.0, arg("lmbda") = 0.0, arg("eta") = none);
   m.def("dots", &dots, arg("x"), arg("y"), arg("chunks"));
   m.def("restore", &restore, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("saved") = none,
-        arg("norm_sq") = none, arg("more") = py::list(), arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
+        arg("norm_sq") = none, arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
   m.def("sgd", &sgd, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"),
         arg("saved") = none, arg("momentum_buffer") = none, arg("fresh") = none, arg("norm_sq") = none,
-        arg("c_acc") = 1.0, arg("c") = 1.0);
+        arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
   m.def("adam", &adam, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"),
         arg("exp_avg"), arg("exp_avg_sq"), arg("step"), arg("max_exp_avg_sq") = none, arg("saved") = none,
-        arg("norm_sq") = none, arg("more") = py::list(), arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
+        arg("norm_sq") = none, arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
 }

@@ -7,10 +7,10 @@ Every backend is a namespace with the functions below, called alike:
     perturb(weights!, grads, chunks, *, norm_sq, hyper, achieved_sq!, saved!, ema!, sigma, lmbda, eta)
     ascend(weights!, grads, chunks, *, hyper, achieved_sq!, saved!, ema!, sigma, lmbda, eta) -> norm_sq
     dots(x, y, chunks) -> dots
-    restore(weights!, acc!, grads, chunks, *, saved, norm_sq, more, coefs, c_acc, c)
-    sgd(weights!, acc, grads, chunks, *, hyper, saved, momentum_buffer!, fresh, norm_sq, more, coefs, c_acc, c)
-    adam(weights!, acc, grads, chunks, *, hyper, exp_avg!, exp_avg_sq!, step!, max_exp_avg_sq!, saved, norm_sq, more,
-         coefs, c_acc, c)
+    restore(weights!, acc!, grads, chunks, *, saved, norm_sq, coefs, c_acc, c)
+    sgd(weights!, acc, grads, chunks, *, hyper, saved, momentum_buffer!, fresh, norm_sq, coefs, c_acc, c)
+    adam(weights!, acc, grads, chunks, *, hyper, exp_avg!, exp_avg_sq!, step!, max_exp_avg_sq!, saved, norm_sq, coefs, c_acc,
+         c)
 
 ``!`` marks what is mutated. Shapes, with P parameters (segments) and K chunks:
 
@@ -23,8 +23,8 @@ Every backend is a namespace with the functions below, called alike:
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
   ``[K]``, the terms of ‖e‖² as it was stored; its version counter tells whether ``perturb`` has saved the weights.
 * ``dots``: float64 ``[3, n]``, rows of terms whose sums are x·x, x·y and y·y; ``x`` and ``y``: as ``grads``.
-* ``coefs``: float64 ``[1 + k]`` and ``more``, k lists of P tensors one after the other: in place of ``grads`` stands
-  coefs[0]·grads + coefs[1]·more[:P] + …; without ``grads``, in place of ``acc``. k is 0, 1 or 2.
+* ``coefs``: float64 ``[k]``, 1 to 3 of them: ``grads`` then holds k lists of P tensors, one after the other, and
+  coefs[0]·grads[:P] + coefs[1]·grads[P:2P] + … stands in their place. ``acc`` may be one of the lists.
 * ``step``: float32 ``[P + 1]``; the last element, zero between calls, is where GPU kernels count the blocks that are done.
 * ``fresh``: uint8 ``[P]``, set where a momentum buffer begins with this gradient.
 
@@ -59,13 +59,13 @@ _SCHEMAS = (
     "Tensor(c!)? saved=None, Tensor(d!)? ema=None, float sigma=0., float lmbda=0., float? eta=None) -> Tensor",
     "dots(Tensor[] x, Tensor[] y, Tensor chunks) -> Tensor",
     "restore(Tensor(a!)[] weights, Tensor(b!)[] acc, Tensor[] grads, Tensor chunks, *, Tensor? saved=None, "
-    "Tensor? norm_sq=None, Tensor[] more=[], Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
+    "Tensor? norm_sq=None, Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
     "sgd(Tensor(a!)[] weights, Tensor[] acc, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor? saved=None, "
-    "Tensor(b!)? momentum_buffer=None, Tensor? fresh=None, Tensor? norm_sq=None, Tensor[] more=[], "
+    "Tensor(b!)? momentum_buffer=None, Tensor? fresh=None, Tensor? norm_sq=None, "
     "Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
     "adam(Tensor(a!)[] weights, Tensor[] acc, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor(b!) exp_avg, "
     "Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor(e!)? max_exp_avg_sq=None, Tensor? saved=None, "
-    "Tensor? norm_sq=None, Tensor[] more=[], Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
+    "Tensor? norm_sq=None, Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
 )
 OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 

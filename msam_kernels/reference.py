@@ -8,7 +8,7 @@ every group):
     perturb          w ← w + e,   e = rho·d / (‖d‖ + 1e-12), or rho·T_w²·d / (‖T_w·d‖ + 1e-12)
                      ema ← lmbda·ema + (1 − lmbda)·g, after its old value was used
     dots             x·x, x·y, y·y
-    restore          w ← saved;   acc ← c_acc·acc + c·x̂,   x̂ = ĝ, or coefs[0]·ĝ + coefs[1]·g + … where there are ``coefs``
+    restore          w ← saved;   acc ← c_acc·acc + c·x̂,   x̂ = ĝ, or coefs[0]·ĝ + coefs[1]·g + … with ``coefs``
     sgd, adam        torch.optim.SGD / Adam / AdamW on c_acc·acc + c·x̂, starting from ``saved`` where that is given
 
     ascend           inner_products and perturb
@@ -148,9 +148,7 @@ def dots(x, y, chunks):
     return total
 
 
-def restore(
-    weights, acc, grads, chunks, *, saved=None, norm_sq=None, more=(), coefs=None, c_acc=1.0, c=1.0
-):
+def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, coefs=None, c_acc=1.0, c=1.0):
     """``w ← saved`` and ``acc ← c_acc·acc + c·grads``; either part is left out where its lists are empty."""
     for s in _segments(chunks):
         if weights:
@@ -158,35 +156,33 @@ def restore(
         if acc:
             total = s.of(acc)
             if grads:
-                total.copy_(_descent(s, acc, grads, norm_sq, more, coefs, c_acc, c))
-            elif norm_sq is not None or coefs is not None:
-                combined = _combination(s, acc, more, coefs)
-                finite = True if norm_sq is None else norm_sq.sum().isfinite()
-                total.copy_(torch.where(torch.as_tensor(finite, device=total.device), combined, math.nan))
+                total.copy_(_descent(s, acc, grads, norm_sq, coefs, c_acc, c))
+            elif norm_sq is not None:
+                total.copy_(torch.where(norm_sq.sum().isfinite(), total, math.nan))
 
 
-def _combination(s, grads, more, coefs):
-    g = _wide(s.of(grads))
+def _combination(s, grads, coefs):
     if coefs is None:
-        return g
-    coefs = coefs.to(g.dtype)
-    g = g * coefs[0]
-    for k, others in enumerate(more[i : i + len(grads)] for i in range(0, len(more), len(grads))):
-        g = g + _wide(s.of(others)) * coefs[1 + k]
-    return g
+        return _wide(s.of(grads))
+    count = len(grads) // len(coefs)
+    terms = [_wide(s.of(grads[k * count : (k + 1) * count])) for k in range(len(coefs))]
+    total, *others = [t * c for t, c in zip(terms, coefs.to(terms[0].dtype), strict=True)]
+    for t in others:
+        total = total + t
+    return total
 
 
-def _descent(s, acc, grads, norm_sq, more, coefs, c_acc, c):
-    g = _combination(s, grads, more, coefs)
+def _descent(s, acc, grads, norm_sq, coefs, c_acc, c):
+    g = _combination(s, grads, coefs)
     c = _coefficient(c, norm_sq)
     g = g * (c.to(g.dtype) if isinstance(c, Tensor) else c)
     return _wide(s.of(acc)) * c_acc + g if acc else g
 
 
-def _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c):
+def _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, coefs, c_acc, c):
     weight = s.of(weights, len(weights) == 1)
     start = weight if saved is None else s.within(saved)
-    return weight, _wide(start).clone(), _descent(s, acc, grads, norm_sq, more, coefs, c_acc, c)
+    return weight, _wide(start).clone(), _descent(s, acc, grads, norm_sq, coefs, c_acc, c)
 
 
 def sgd(
@@ -200,7 +196,6 @@ def sgd(
     momentum_buffer=None,
     fresh=None,
     norm_sq=None,
-    more=(),
     coefs=None,
     c_acc=1.0,
     c=1.0,
@@ -208,7 +203,7 @@ def sgd(
     """One step of ``torch.optim.SGD``, columns ``SGD_COLUMNS``; a fresh momentum buffer begins as the gradient."""
     rows = hyper.tolist()
     for s in _segments(chunks):
-        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c)
+        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, coefs, c_acc, c)
         _, lr, momentum, dampening, weight_decay, nesterov, maximize = rows[s.group][: len(SGD_COLUMNS)]
         g = -g if maximize else g
         if weight_decay:
@@ -245,7 +240,6 @@ def adam(
     max_exp_avg_sq=None,
     saved=None,
     norm_sq=None,
-    more=(),
     coefs=None,
     c_acc=1.0,
     c=1.0,
@@ -253,7 +247,7 @@ def adam(
     """One step of ``torch.optim.Adam`` or, where decoupled, ``AdamW``, columns ``ADAM_COLUMNS``; counts ``step``."""
     rows = hyper.tolist()
     for s in _segments(chunks):
-        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c)
+        weight, w, g = _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, coefs, c_acc, c)
         _, lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled = rows[s.group][: len(ADAM_COLUMNS)]
         step[s.index] += 1
         t = int(step[s.index])

@@ -43,9 +43,8 @@ struct Perturb : InnerProducts {
 struct Restore : Common {  // grads: c_acc acc + c grads lands in acc
   const void* saved = nullptr;
   Pointers acc;
-  Pointers more[kMore];           // with coefs: coefs[0] grads + coefs[1] more[0] + ... stands in place of grads
-  const double* coefs = nullptr;  // [1 + terms]
-  int terms = 0;
+  const double* coefs = nullptr;  // with them coefs[0] grads + coefs[1] more[0] + ... stands in place of grads
+  Pointers more[kMore];
   double c_acc = 1, c = 1;
   bool poison = false;
 };

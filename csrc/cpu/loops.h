@@ -307,45 +307,35 @@ void perturb(const Perturb& a, int64_t first, int64_t last) {
 
 // ---- restore ----------------------------------------------------------------------------------------------------
 
-// A block of the gradients at g, or of what stands in their place: coefs[0] g + coefs[1] more[0] + ...
+// A block of the gradients, or of what stands in their place: coefs[0] grads + coefs[1] more[0] + ...
 template <class S, class T>
-inline const T* combination(const Restore& a, const Chunk& c, const S* g, int64_t i, T* gt, T* sum, int n) {
-  const T* x = load(g, gt, n);
+inline const T* combination(const Restore& a, const Chunk& c, int64_t i, T* sum, int n) {
+  const T* x = load(a.grads.at<S>(c) + i, sum, n);
   if (!a.coefs) return x;
   const T first = T(a.coefs[0]);
-  if (a.terms == 0) {
-    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(x[j], first);
-  }
-  for (int k = 0; k < a.terms; ++k) {
+  MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(x[j], first);
+  for (int k = 0; k < kMore && a.more[k]; ++k) {
     alignas(64) T mt[kBlock];
     const T* y = load(a.more[k].at<S>(c) + i, mt, n);
-    const T left = k == 0 ? first : T(1), right = T(a.coefs[1 + k]);
-    const T* old = k == 0 ? x : sum;
-    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(old[j], y[j], left, right);
+    const T right = T(a.coefs[1 + k]);
+    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(sum[j], y[j], T(1), right);
   }
   return sum;
 }
 
-// acc <- c_acc acc + c grads; without grads, the combination of acc in its place.
 template <class S>
 void accumulate_chunk(const Restore& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   S* accs = a.acc.at<S>(c);
-  const S* grads = a.grads ? a.grads.at<S>(c) : nullptr;
   const T c_acc = T(a.c_acc), coef = T(a.c);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
-    alignas(64) T at[kBlock], gt[kBlock], xt[kBlock], result[kBlock];
+    alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
     const T* acc = load(accs + i, at, n);
+    const T* g = combination<S>(a, c, i, gt, n);
     Out<false, S, T> out{accs + i, result};
     T* sum = out.values();
-    if (grads) {
-      const T* g = combination(a, c, grads + i, i, gt, xt, n);
-      MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
-    } else {
-      const T* g = combination(a, c, accs + i, i, gt, xt, n);
-      std::memcpy(sum, g, n * sizeof(T));
-    }
+    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
     out.commit(n);
   });
 }
@@ -377,7 +367,7 @@ void restore(const Restore& a, int64_t first, int64_t last) {
     }
     if (a.poison && a.acc)
       poison_chunk<S>(a, c);
-    else if (a.acc && (a.grads || a.coefs))
+    else if (a.acc && a.grads)
       accumulate_chunk<S>(a, c);
   }
   finish_streaming(a.stream);
@@ -387,10 +377,8 @@ void restore(const Restore& a, int64_t first, int64_t last) {
 
 // The step's gradient: c g, or c_acc acc + c g.
 template <class S, class T>
-inline const T* descent(const Update& a, const Chunk& c, const S* accs, const S* grads, int64_t i, T* at, T* gt, T* sum,
-                        int n) {
-  alignas(64) T xt[kBlock];
-  const T* g = combination(a, c, grads + i, i, gt, a.coefs ? xt : sum, n);
+inline const T* descent(const Update& a, const Chunk& c, const S* accs, int64_t i, T* at, T* gt, T* sum, int n) {
+  const T* g = combination<S>(a, c, i, gt, n);
   const T c_acc = T(a.c_acc), coef = T(a.c);
   if (accs) {
     const T* acc = load(accs + i, at, n);
@@ -407,7 +395,6 @@ void sgd_chunk(const Update& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   S* weights = a.weights.at<S>(c);
   const S* before = a.saved ? static_cast<const S*>(a.saved) + c.offset : weights;
-  const S* grads = a.grads.at<S>(c);
   const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
   S* buffers = static_cast<S*>(a.momentum_buffer) + (momentum ? c.offset : 0);
   const Sgd<T, momentum> rule(a.hyper + c.group * a.hyper_stride, a.fresh && a.fresh[c.segment]);
@@ -416,7 +403,7 @@ void sgd_chunk(const Update& a, const Chunk& c) {
     alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], result[kBlock], m_result[kBlock];
     const auto sgd = rule;  // a local copy stays in registers: stores cannot alias it
     const T* w = load(before + i, wt, n);
-    const T* g = descent(a, c, accs, grads, i, at, gt, sum, n);
+    const T* g = descent(a, c, accs, i, at, gt, sum, n);
     Out<stream, S, T> out{weights + i, result};
     T* w_new = out.values();
     if constexpr (momentum) {
@@ -457,7 +444,6 @@ void adam_chunk(const Update& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   S* weights = a.weights.at<S>(c);
   const S* before = a.saved ? static_cast<const S*>(a.saved) + c.offset : weights;
-  const S* grads = a.grads.at<S>(c);
   const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
   S* exp_avgs = static_cast<S*>(a.exp_avg) + c.offset;
   S* exp_avg_sqs = static_cast<S*>(a.exp_avg_sq) + c.offset;
@@ -469,7 +455,7 @@ void adam_chunk(const Update& a, const Chunk& c) {
     alignas(64) T result[kBlock], m_result[kBlock], v_result[kBlock], x_result[kBlock];
     const auto adam = rule;
     const T* w = load(before + i, wt, n);
-    const T* g = descent(a, c, accs, grads, i, at, gt, sum, n);
+    const T* g = descent(a, c, accs, i, at, gt, sum, n);
     const T* m = load(exp_avgs + i, mt, n);
     const T* v = load(exp_avg_sqs + i, vt, n);
     Out<stream, S, T> out{weights + i, result};

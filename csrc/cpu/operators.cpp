@@ -91,6 +91,7 @@ class Call {
     args.stream = elements_ * int64_t(c10::elementSize(dtype_)) >= kStreamBytes;
   }
 
+  const Chunk* chunks() const { return chunks_; }
   const Chunk& chunk(int64_t k) const { return chunks_[k]; }
   int64_t size() const { return size_; }
 
@@ -207,7 +208,7 @@ Tensor dots(TensorList x, TensorList y, const Tensor& chunks) {
   Call call(chunks, dtype_of(x, {}, "x"));
   Dots a;
   a.storage = storage_of(x[0].scalar_type());
-  a.chunks = &call.chunk(0);
+  a.chunks = call.chunks();
   a.x = call.list(x, "x");
   a.y = call.list(y, "y");
   TORCH_CHECK(a.y, "y is empty");
@@ -221,16 +222,16 @@ Tensor dots(TensorList x, TensorList y, const Tensor& chunks) {
 
 // saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite.
 void gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorList grads, const MaybeTensor& saved,
-            const MaybeTensor& norm_sq, TensorList more, const MaybeTensor& coefs, double c_acc, double c) {
+            const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   call.begin(a);
   a.weights = call.list(weights, "weights", weights.size() == 1);
   a.acc = call.list(acc, "acc");
-  a.grads = call.list(grads, "grads");
+  const int64_t terms = check_coefs(coefs, grads, 1 + kMore), segments = int64_t(grads.size()) / terms;
+  a.grads = call.list(grads.slice(0, segments), "grads");
+  for (int64_t k = 1; k < terms; ++k) a.more[k - 1] = call.list(grads.slice(k * segments, segments), "grads");
+  a.coefs = pointer<double>(coefs);
   call.flat(saved, "saved");
   if (norm_sq) check_sum(*norm_sq, "norm_sq");
-  a.terms = check_combination(more, coefs, grads.empty() ? acc.size() : grads.size(), kMore);
-  for (int k = 0; k < a.terms; ++k) a.more[k] = call.list(more.slice(k * more.size() / a.terms, more.size() / a.terms), "more");
-  a.coefs = coefs ? coefs->const_data_ptr<double>() : nullptr;
   a.saved = pointer(saved);
   a.c_acc = c_acc;
   a.poison = norm_sq && !is_finite(total(*norm_sq));
@@ -238,24 +239,22 @@ void gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorLi
 }
 
 void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const MaybeTensor& saved,
-             const MaybeTensor& norm_sq, TensorList more, const MaybeTensor& coefs, double c_acc,
-         double c) {
+             const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   Call call(chunks, dtype_of(weights, acc, "weights and acc"));
   TORCH_CHECK(weights.empty() || saved, "weights are restored from saved, which is missing");
   TORCH_CHECK(grads.empty() || !acc.empty(), "grads are added to acc, which is missing");
   Restore a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c);
+  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
   call.run([&](int64_t first, int64_t last) { kernels().restore(a, first, last); });
 }
 
 void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
          const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
-         const MaybeTensor& norm_sq, TensorList more, const MaybeTensor& coefs, double c_acc,
-         double c) {
+         const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   TORCH_CHECK(!weights.empty() && !grads.empty(), "sgd needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c);
+  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
   a.stream = a.stream && saved;  // weights that were read are in cache already
   call.hyper(hyper, kSgdColumns, a);
   call.flat(momentum_buffer, "momentum_buffer");
@@ -269,12 +268,11 @@ void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chu
 
 void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
           const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
-          const MaybeTensor& saved, const MaybeTensor& norm_sq, TensorList more, const MaybeTensor& coefs, double c_acc,
-         double c) {
+          const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   TORCH_CHECK(!weights.empty() && !grads.empty(), "adam needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, more, coefs, c_acc, c);
+  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
   a.stream = a.stream && saved;
   call.hyper(hyper, kAdamColumns, a);
   call.flat(exp_avg, "exp_avg");
