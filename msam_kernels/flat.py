@@ -82,6 +82,19 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         end, owner, device = last, name, on
 
 
+def _matched(
+    one: list[Tensor], one_absent: tuple[int, ...], other: list[Tensor], other_absent: tuple[int, ...]
+) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
+    if one_absent == other_absent:
+        return one, other, one_absent
+    one, other = list(one), list(other)
+    for i in set(other_absent) - set(one_absent):
+        other[i] = torch.zeros_like(one[i])
+    for i in set(one_absent) - set(other_absent):
+        one[i] = torch.zeros_like(other[i])
+    return one, other, tuple(sorted(set(one_absent) & set(other_absent)))
+
+
 class Flat:
     """The parameters of one device and dtype, in the order of their groups, with everything kept for them.
 
@@ -128,6 +141,7 @@ class Flat:
         self.perturbed_absent: tuple[int, ...] = ()
         self.norm_sq: Tensor | None = None
         self.achieved_sq: Tensor | None = None
+        self.at_w: tuple[list[Tensor], tuple[int, ...]] | None = None  # kept gradients at w, and the absent ones
         self.acc: list[Tensor] | None = None  # running mean of the descent gradients
         self.acc_absent: tuple[int, ...] = ()
 
@@ -321,12 +335,13 @@ class Flat:
         self, grads: list[Tensor], absent: tuple[int, ...]
     ) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
         """(acc, grads, absent) with zeros where only the other has a gradient."""
-        acc, grads = list(self.acc), list(grads)
-        for i in set(absent) - set(self.acc_absent):
-            grads[i] = torch.zeros_like(acc[i])
-        for i in set(self.acc_absent) - set(absent):
-            acc[i] = torch.zeros_like(grads[i])
-        return acc, grads, tuple(sorted(set(absent) & set(self.acc_absent)))
+        return _matched(self.acc, self.acc_absent, grads, absent)
+
+    def matched_with_w(
+        self, grads: list[Tensor], absent: tuple[int, ...]
+    ) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
+        """(gradients at w + e, those at w, absent) with zeros where only the other has a gradient."""
+        return _matched(grads, absent, *self.at_w)
 
     def means(self) -> list[Tensor | None]:
         """The mean descent gradients, None where a parameter got none."""

@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 
 def _check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
     if not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
@@ -42,6 +45,15 @@ class SAM:
     def ema_decay(self) -> float | None:
         """Decay of the mean gradient that the direction leaves out; None for methods that keep none."""
         return None
+
+    @property
+    def combines(self) -> bool:
+        """Whether the descent combines ĝ, the gradient at w + e, with g, the one at w, which is then kept until there."""
+        return False
+
+    def descent_coefs(self, dots: Tensor) -> Tensor:
+        """What is used for the descent: coefs[0]·ĝ, or coefs[0]·ĝ + coefs[1]·g; ``dots``: ĝ·ĝ, ĝ·g and g·g, float64."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -102,3 +114,46 @@ class FriendlySAM(SAM):
     @property
     def ema_decay(self) -> float:
         return float(self.lmbda)
+
+
+@dataclass(frozen=True)
+class StableSAM(SAM):
+    """Stable SAM: the gradient at w + e, as long as the one at w: ĝ·‖g‖ / (‖ĝ‖ + 1e-12).
+
+    Source: Zhou et al., 2401.07250.
+    """
+
+    @property
+    def combines(self) -> bool:
+        return True
+
+    def descent_coefs(self, dots: Tensor) -> Tensor:
+        lengths = dots.sqrt()
+        return (lengths[2] / (lengths[0] + 1e-12)).reshape(1)
+
+
+@dataclass(frozen=True)
+class GapSAM(SAM):
+    """Surrogate-gap guided SAM (GSAM): ĝ − alpha·(g − (g·ĝ / ‖ĝ‖²)·ĝ), which also descends the gap L(w + e) − L(w).
+
+    The part of g that is orthogonal to ĝ is taken off. A zero ĝ has no direction: then it is all of g.
+
+    Args:
+        alpha: weight of the gap; 0 is SAM.
+
+    Source: Zhuang et al., 2203.08065.
+    """
+
+    alpha: float = 0.4
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_number("alpha", self.alpha, 0)
+
+    @property
+    def combines(self) -> bool:
+        return self.alpha != 0
+
+    def descent_coefs(self, dots: Tensor) -> Tensor:
+        along = torch.where(dots[0] == 0, 0.0, dots[1] / dots[0])
+        return torch.stack([1 + self.alpha * along, torch.full_like(along, -self.alpha)])

@@ -81,9 +81,9 @@ def _running_statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]
 
 
 def _gathered(parts: list[Tensor], device: torch.device) -> Tensor:
-    """The terms of a sum, from all devices."""
+    """The terms of sums, from all devices."""
     # A copy to the CPU that does not block returns before the values are there.
-    return torch.cat([t.to(device, non_blocking=device.type != "cpu") for t in parts])
+    return torch.cat([t.to(device, non_blocking=device.type != "cpu") for t in parts], -1)
 
 
 def _hyper_sgd(group: dict) -> tuple:
@@ -678,7 +678,7 @@ class MicroBatchSAM(Optimizer):
     def _end_step(self) -> None:
         self._before = None
         for flat in self._flats:
-            flat.acc, flat.acc_absent = None, ()
+            flat.acc, flat.acc_absent, flat.at_w = None, (), None
 
     def _count_step(self) -> None:
         if not any(flat.is_capturing() for flat in self._flats):  # what is captured has not run
@@ -855,6 +855,8 @@ class MicroBatchSAM(Optimizer):
             self._check_model()
         calls = []
         for flat, (grads, absent) in collected:
+            if self.method.combines:
+                flat.at_w = ops.own_memory(grads), absent
             save = flat.save(absent, again=first)
             chunks = flat.chunks(absent)
             flat.achieved_sq = torch.empty(len(chunks), dtype=torch.float64, device=flat.device)
@@ -882,25 +884,38 @@ class MicroBatchSAM(Optimizer):
     def _descend(self, shares: list[float], i: int) -> None:
         """p.grad is micro-batch i's gradient at w + e: weights back, the gradient into the mean, p.grad cleared."""
         self._follow_parameters()
-        for flat, (grads, absent) in self._collected(clear=True):
-            self._restore_and_accumulate(flat, grads, absent, shares, i)
+        for flat, grads, absent, coefs in self._descents(clear=True):
+            self._restore_and_accumulate(flat, grads, absent, coefs, shares, i)
         self._perturbed = False
+
+    def _descents(self, *, clear: bool) -> list[tuple[Flat, list[Tensor], tuple[int, ...], dict[str, Tensor]]]:
+        """Of every flat: the descent gradients as the kernels take them, those that are absent, and {} or their coefs."""
+        collected = self._collected(clear=clear)
+        if not (self._perturbed and self.method.combines):
+            return [(flat, grads, absent, {}) for flat, (grads, absent) in collected]
+        pairs = [(flat, *flat.matched_with_w(grads, absent)) for flat, (grads, absent) in collected]
+        dots = [flat.backend.dots(grads, at_w, flat.chunks(absent)) for flat, grads, at_w, absent in pairs]
+        coefs = self.method.descent_coefs(_gathered(dots, self._flats[0].device).sum(1))
+        return [
+            (flat, [*grads, *at_w][: len(coefs) * len(grads)], absent, {"coefs": coefs.to(flat.device)})
+            for flat, grads, at_w, absent in pairs
+        ]
 
     def _descend_and_update(self, shares: list[float], *, clear: bool = True) -> None:
         """The last micro-batch's ``_descend`` and the base optimizer's step, in one kernel where that is possible."""
         self._follow_parameters()
         fused = self._fused()
         i = len(shares) - 1
-        for flat, (grads, absent) in self._collected(clear=clear):
+        for flat, grads, absent, coefs in self._descents(clear=clear):
             if fused is not None and flat.is_uniform(absent):
                 c_acc, c = _coefficients(shares, i)
-                options = {"c_acc": c_acc, "c": c}
+                options = {"c_acc": c_acc, "c": c, **coefs}
                 if flat.perturbed is not None:
                     options.update(saved=flat.saved, norm_sq=flat.norm_sq)
                 self._update(flat, fused, grads, absent, flat.acc, **options)
                 flat.perturbed = None
             else:
-                self._restore_and_accumulate(flat, grads, absent, shares, i)
+                self._restore_and_accumulate(flat, grads, absent, coefs, shares, i)
                 if fused is not None:
                     self._update(flat, fused, flat.acc, flat.acc_absent)
         self._perturbed = False
@@ -918,22 +933,34 @@ class MicroBatchSAM(Optimizer):
         increment_version(flat.params)
 
     def _restore_and_accumulate(
-        self, flat: Flat, grads: list[Tensor], absent: tuple, shares: list[float], i: int
+        self,
+        flat: Flat,
+        grads: list[Tensor],
+        absent: tuple,
+        coefs: dict[str, Tensor],
+        shares: list[float],
+        i: int,
     ) -> None:
         c_acc, c = _coefficients(shares, i)
-        coefficients = {"c_acc": c_acc, "c": c}
+        options = {"c_acc": c_acc, "c": c, **coefs}
         if flat.perturbed is not None:
-            coefficients["norm_sq"] = flat.norm_sq
+            options["norm_sq"] = flat.norm_sq
         own = ops.own_memory if i + 1 < len(shares) else list  # what is kept while later passes write theirs
+        at_e = grads[: len(flat.params)]
         if flat.perturbed is not None and flat.is_uniform(absent):
-            acc, new = (own(grads), []) if flat.acc is None else (flat.acc, grads)
-            flat.backend.restore(flat.weights, acc, new, flat.perturbed, saved=flat.saved, **coefficients)
+            acc, new = (own(at_e), grads if coefs else []) if flat.acc is None else (flat.acc, grads)
+            if coefs and flat.acc is None:
+                options.update(c_acc=0.0, c=1.0)  # the combination in place of the gradient at w + e
+            flat.backend.restore(flat.weights, acc, new, flat.perturbed, saved=flat.saved, **options)
         else:  # nothing was perturbed, or a parameter got a gradient in one pass only
             if flat.perturbed is not None:
                 self._restore_weights(flat)
-            acc, new, absent = (own(grads), [], absent) if flat.acc is None else flat.matched(grads, absent)
+            if coefs:
+                flat.backend.restore([], at_e, grads, flat.chunks(absent), c_acc=0.0, **coefs)
+                del options["coefs"]
+            acc, new, absent = (own(at_e), [], absent) if flat.acc is None else flat.matched(at_e, absent)
             if new or flat.perturbed is not None:
-                flat.backend.restore([], acc, new, flat.chunks(absent), **coefficients)
+                flat.backend.restore([], acc, new, flat.chunks(absent), **options)
         flat.acc, flat.acc_absent = acc, absent
         flat.perturbed = None
 

@@ -19,6 +19,8 @@ METHODS = {
     "ASAM eta=0": methods.AdaptiveSAM(eta=0.0),
     "F-SAM": methods.FriendlySAM(),
     "F-SAM sigma=0.5 lmbda=0.6": methods.FriendlySAM(sigma=0.5, lmbda=0.6),
+    "Stable SAM": methods.StableSAM(),
+    "GSAM": methods.GapSAM(),
 }
 
 
@@ -30,6 +32,8 @@ class PlainSAM:
         self.eta = method.eta if isinstance(method, methods.AdaptiveSAM) else None
         friendly = isinstance(method, methods.FriendlySAM)
         self.sigma, self.lmbda = (method.sigma, method.lmbda) if friendly else (None, None)
+        self.stable = isinstance(method, methods.StableSAM)
+        self.alpha = method.alpha if isinstance(method, methods.GapSAM) else 0.0
         self.ema: dict[Tensor, Tensor] = {}
         self.grad_norms: list[Tensor] = []
         self.perturbation_norms: list[Tensor] = []
@@ -70,7 +74,22 @@ class PlainSAM:
         descent = self._backward(rho, closure)
         for p in rho:
             p.copy_(saved[p])
-        return descent
+        return self._combined(g, descent)
+
+    def _combined(self, g: dict[Tensor, Tensor], at_e: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if not (self.stable or self.alpha):
+            return at_e
+        g, at_e = ({p: d.get(p, torch.zeros_like(p)) for p in {**g, **at_e}} for d in (g, at_e))
+
+        def dot(a, b):
+            return sum((a[p].double() * b[p].double()).sum() for p in a)
+
+        if self.stable:
+            factor = dot(g, g).sqrt() / (dot(at_e, at_e).sqrt() + 1e-12)
+            return {p: (factor * d).to(p.dtype) for p, d in at_e.items()}
+        length_sq = torch.as_tensor(dot(at_e, at_e))
+        along = torch.where(length_sq == 0, 0.0, dot(g, at_e) / length_sq)
+        return {p: d - self.alpha * (g[p] - (along * d).to(p.dtype)) for p, d in at_e.items()}
 
     @staticmethod
     def _backward(params: Iterable[Tensor], closure: Callable[[], Any]) -> dict[Tensor, Tensor]:

@@ -33,6 +33,8 @@ METHODS = {
     "F-SAM sigma=1 lmbda=0.6": (RHO, methods.FriendlySAM(sigma=1.0, lmbda=0.6)),
     "F-SAM sigma=0.5 lmbda=0.9": (RHO, methods.FriendlySAM(sigma=0.5, lmbda=0.9)),
     "late start=2": (RHO, methods.SAM(start=2)),
+    "Stable SAM": (RHO, methods.StableSAM()),
+    "GSAM alpha=0.4": (RHO, methods.GapSAM(alpha=0.4)),
 }
 
 # (method, micro-batches): the weights after steps 1, 2 and 3
@@ -80,6 +82,26 @@ GOLDEN = {
         (0.950000000000, 0.561194299994),
         (0.860057186938, 0.381409726132),
         (0.720156708174, -0.169846102816),
+    ],
+    ("Stable SAM", 1): [
+        (0.953338161360, 0.599596862132),
+        (0.872203010665, 0.401020571467),
+        (0.741442473089, -0.138851348872),
+    ],
+    ("Stable SAM", 2): [
+        (0.953139204927, 0.599241274449),
+        (0.870208194137, 0.401593231880),
+        (0.738253273643, -0.137801049759),
+    ],
+    ("GSAM alpha=0.4", 1): [
+        (0.950095566492, 0.560153201346),
+        (0.860017188167, 0.379495769372),
+        (0.718033897870, -0.174594238832),
+    ],
+    ("GSAM alpha=0.4", 2): [
+        (0.950045303944, 0.560303513744),
+        (0.859650742088, 0.378965410812),
+        (0.717309408025, -0.175384004609),
     ],
     ("late start=2", 1): [
         (0.950000000000, 0.600000000000),
@@ -192,6 +214,12 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
             e = [radius * t * t * d / (norm + 1e-12) for t, d in zip(stretch, direction, strict=True)]
             at = [a + b for a, b in zip(w, e, strict=True)]
             descent = gradient(at, part)
+            if isinstance(method, methods.StableSAM):
+                factor = math.hypot(*g) / (math.hypot(*descent) + 1e-12)
+                descent = [factor * d for d in descent]
+            if isinstance(method, methods.GapSAM):
+                along = sum(a * b for a, b in zip(g, descent, strict=True)) / sum(d * d for d in descent)
+                descent = [d - method.alpha * (a - along * d) for a, d in zip(g, descent, strict=True)]
             share = len(part) / len(batch)
             if mistake == "micro-batches weigh the same":
                 share = 1 / len(parts)
