@@ -52,11 +52,14 @@ class EventClock(Clock):
         super().__init__(device)
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
+    def before(self) -> None:
+        self.flush.zero_()
+
     def __call__(self, call: Callable[[], object], count: int) -> float:
         events = []
         for _ in range(count):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flush.zero_()
+            self.before()
             start.record()
             call()
             end.record()
