@@ -97,7 +97,10 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
         options = ("--no-steps", "--seconds", "2", "--backend", backend, "--shapes", *shapes.split(), *dtypes)
         return bench("bench_step.py", f"kernels-{backend}", *options)
 
-    # A bench that is built here must meet this torch; the compiler must not be silently absent.
+    def train(csv: str, models: str, base: str) -> list[str]:
+        return bench("bench_train.py", csv, "--seconds", "2", "--models", *models.split(), "--base", base)
+
+    # What was asked for must not be left out silently.
     wanted = {"MSAM_KERNELS_CPP": "1"} | ({} if rehearse else {"FORCE_CUDA": "1"})
     build = [[python, "setup.py", "-q", "build_ext", "--inplace"], [python, "-m", "msam_kernels", "info"]]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -131,7 +134,12 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
             alone=True,
         ),
         Part("steps_small", [steps("steps-small", "resnet18 resnet50 vit_b")], alone=True),
-        Part("steps_large", [steps("steps-large", "transformer350m transformer1_3b")], large, alone=True),
+        Part(
+            "steps_large",
+            [steps("steps-large", "transformer350m transformer1_3b", "--micro-batches", "1", "4")],
+            large,
+            alone=True,
+        ),
         Part(
             "steps_compile",
             [steps("steps-compile", "resnet50 transformer350m", "--micro-batches", "1", "4", peers=modes)],
@@ -142,7 +150,8 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
             [steps("steps-fsam", "resnet50 transformer350m", "--micro-batches", "1", methods="fsam")],
             alone=True,
         ),
-        Part("train", [bench("bench_train.py", "train", "--seconds", "2")], alone=True),
+        Part("train_sgd", [train("train-sgd", "cnn transformer resnet18", "sgd")], alone=True),
+        Part("train_adamw", [train("train-adamw", "cnn transformer", "adamw")], alone=True),
     ]
     return {part.name: part for part in everything}
 
@@ -335,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.parts == ["list"]:
         print(" ".join(known))
         return 0
-    chosen = selected(args.parts, known)
+    names = [part.name for part in selected(args.parts, known)]
     if not args.rehearse and not torch.cuda.is_available():
         raise SystemExit(
             f"a CUDA GPU is needed, and torch {torch.__version__} of {sys.executable} sees none (`nvidia-smi` tells whether "
@@ -346,12 +355,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = [str(ROOT), *([extra] if extra else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     if extra:
         sys.path.append(extra)
+        known = parts(results, args.limit, args.workers, args.rehearse)  # pytest-xdist may be among them
     facts = {**measure.where(torch.device("cpu" if args.rehearse else "cuda")), "commit": measure.commit()}
     facts["date"] = measure.now()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
     # The parts must not disagree because one of them changed a file.
     environment["MSAM_KERNELS_COMMIT"] = str(facts["commit"])
-    outcomes = run_all(chosen, results, args.limit, environment, args.side_by_side)
+    outcomes = run_all([known[name] for name in names], results, args.limit, environment, args.side_by_side)
     report(outcomes, facts, left_out(), results)
     return int(any(outcome.failed for outcome in outcomes))
 

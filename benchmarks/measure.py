@@ -199,7 +199,8 @@ def device_work(run: Callable[[], object], device: torch.device, calls: int = 2)
 def host_seconds(run: Callable[[], object], clock: Clock, seconds: float = 0.3) -> float:
     """Until ``run`` returns, with nothing queued before it: the median."""
     times: list[float] = []
-    while len(times) < 5 or (len(times) < 200 and sum(times) < seconds):
+    end = time.monotonic() + seconds
+    while len(times) < 5 or (len(times) < 200 and time.monotonic() < end):
         clock.synchronize()
         start = time.perf_counter()
         run()
