@@ -13,7 +13,7 @@ own weights and state.
 
 1. Equality first. Each contestant takes the same steps on L_i(w) = <M_i, w> + c_i/2 ||w - w_0||^2, whose gradient
    depends on where it is taken, with rho so large that M_i and c_i * e_i weigh the same. What it moved must be what
-   plain torch in float64 moved: ||w - w64|| / ||w64 - w_0|| below ``TOLERANCE``. Otherwise nothing is timed.
+   plain torch in float64 moved: ||w - w64|| / ||w64 - w_0|| below ``TOLERANCE``. Otherwise the case is not timed.
 2. Time. In every round each contestant takes a block of steps, in shuffled order; a contestant's time is the median
    over the rounds, its spread the interquartile range. Gradients are refilled between blocks: contestants may write
    into them.
@@ -283,7 +283,7 @@ def check_steps(case: Case, gradients: Gradients) -> int:
     return 3 if gradients.numel * case.micro_batches <= 2e8 or gradients.weights[0].is_cuda else 1
 
 
-class Unequal(SystemExit):
+class Unequal(Exception):
     pass
 
 
@@ -426,8 +426,8 @@ class Results(measure.Results):
     def finish_shape(self, shape: str, dtype: str) -> float:
         """Bandwidths and ratios, once the copy bandwidth of this shape is known; returns that."""
         rows = self.select(shape=shape, dtype=dtype)
-        copies = [row["gb_per_s"] for row in rows if row["kind"] == "copy"]
-        copy = max(copies) if copies else self.select(kind="copy", shape="copy")[0]["gb_per_s"]
+        copies = [row for row in rows if row["kind"] == "copy"] or self.select(kind="copy", shape="copy")
+        copy = max((row["gb_per_s"] for row in copies), default=math.nan)
         for row in rows:
             row["copy_gb_per_s"] = copy
             row["share_of_copy"] = row["gb_per_s"] / copy if row.get("gb_per_s") else None
@@ -832,7 +832,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     results = Results({**facts(args), "contestants": " ".join(n for n in args.contestants if n != PASSES)})
-    others, limit = Others(), TimeLimit(args.limit)
+    others, limit, unequal = Others(), TimeLimit(args.limit), []
     print_heading(results.facts)
     on_gpu = args.device.type == "cuda"
     if on_gpu:
@@ -872,7 +872,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if before != case.base:
                 torch.compiler.reset()
             before = case.base
-            run_case(results, case, where, gradients, args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}"))
+            try:
+                run_case(
+                    results, case, where, gradients, args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}")
+                )
+            except Unequal as error:
+                bar.clear()
+                print(f"\n{error}", flush=True)
+                unequal.append(what)
             gc.collect()
             bar.update()
             if args.csv:  # whatever may come
@@ -897,7 +904,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         plot(results, args.plot)
         print(f"picture: {args.plot}")
-    return 0
+    if unequal:
+        print("\nnot timed, since contestants do not compute the same: " + "; ".join(unequal))
+    return int(bool(unequal))
 
 
 if __name__ == "__main__":

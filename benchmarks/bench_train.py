@@ -10,7 +10,7 @@ that is on the device already, in fp32 without TF32. Ours: ``train_step``, the s
 compiled.
 
 All begin with the same weights and take the same ``CHECKED`` steps first; unless the weights after the first and all
-losses agree, nothing is timed. (Later weights do not: a ReLU that rounding turns on or off moves a small network by
+losses agree, the case is not timed. (Later weights do not: a ReLU that rounding turns on or off moves a small network by
 percents.) Then they take turns in shuffled order; a time is the median over the rounds. Ours gets ``model=``, so that
 BatchNorm records in the first pass only; the peers record in both.
 """
@@ -199,7 +199,7 @@ def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) 
     return lambda x, y: opt.train_step(loss_fn, x, y)
 
 
-class Unequal(SystemExit):
+class Unequal(Exception):
     pass
 
 
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Case(model, base, m, args.backend) for model in args.models for base in args.base for m in args.micro_batches
     ]
     bar = measure.progress(len(cases), "cases")
-    before = None
+    before, unequal = None, []
     for case in cases:
         what = f"{case.model}, {case.base}, {case.micro_batches} micro-batches"
         if limit.over:
@@ -350,7 +350,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.compiler.reset()
         before = case.model
         bar.clear()
-        run_case(results, case, tasks[case.model], args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}"))
+        try:
+            run_case(results, case, tasks[case.model], args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}"))
+        except Unequal as error:
+            print(f"\n{error}", flush=True)
+            unequal.append(what)
         gc.collect()
         bar.update()
         if args.csv:  # whatever may come
@@ -367,7 +371,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.csv:
         results.write(args.csv)
         print(f"\nmeasurements: {args.csv}")
-    return 0
+    if unequal:
+        print("\nnot timed, since contestants do not take the same steps: " + "; ".join(unequal))
+    return int(bool(unequal))
 
 
 if __name__ == "__main__":

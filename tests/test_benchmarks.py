@@ -154,6 +154,19 @@ def test_goals_on_a_gpu_name_the_worst_case(load, capsys):
     assert lines["launches per micro-batch"].endswith("≤ 3      reached")
 
 
+@pytest.mark.usefixtures("extension")
+def test_a_contestant_that_computes_something_else_is_not_timed(load, monkeypatch, capsys):
+    bench, peers = load("bench_step"), load("peers")
+    monkeypatch.setattr(peers, "EPS", 1e3)  # of the peers; what they are compared with is one of them
+    options = (
+        "--shapes cnn --no-kernels --no-memory --rounds 1 --seconds 0.01 --methods sam --peers loop --micro-batches 1"
+    )
+    assert bench.main(options.split()) == 1
+    output = capsys.readouterr().out
+    assert "<- too far" in output
+    assert "not timed, since contestants do not compute the same: cnn, SAM, sgd, 1 micro-batches" in output
+
+
 def test_the_crossover_is_where_one_launch_stops_to_win(load):
     assert load("bench_ascend").crossover([1, 2, 3, 4], {1: True, 2: True, 3: False, 4: True}.__getitem__) == 2
     assert load("bench_ascend").crossover([1, 2], lambda n: False) == 0
