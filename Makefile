@@ -5,6 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
+GPU_PYTHON ?= python3
+RESULTS ?= build/gpu
+PARTS ?=
+WHEELS ?=
 
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
@@ -13,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo test lint bench clean FORCE
+.PHONY: help build demo test lint bench gpu clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +25,7 @@ help:
 	@echo "make test     build, then run every test"
 	@echo "make lint     style of the Python code, licence lines"
 	@echo "make bench    time the optimizer step against plain PyTorch: a table, and build/bench_step.csv and .png"
+	@echo "make gpu      on a machine with a CUDA GPU: build, test, sanitize and time everything there, without a network"
 	@echo "make build    build the C++ kernels in place"
 	@echo "make clean    remove what was built; the environment stays (rm -rf .venv)"
 	@echo
@@ -28,8 +33,12 @@ help:
 	@echo "VENV=/path              the environment; default: .venv. One that exists already keeps what it has: its own"
 	@echo "                        torch is used, and only packages that are absent are added"
 	@echo "MSAM_KERNELS_CPP=0      leave the C++ kernels out; =1: stop if there is no compiler"
-	@echo "ARGS='...'              options for the command behind demo, test and bench"
+	@echo "ARGS='...'              options for the command behind demo, test, bench and gpu"
 	@echo "JOBS=2                  test processes"
+	@echo "GPU_PYTHON=python3      whose torch, nvcc, ninja, pybind11 and pytest make gpu uses; it installs nothing"
+	@echo "RESULTS=build/gpu       where make gpu leaves logs, measurements and summary.md"
+	@echo "PARTS='build test'      parts of make gpu (PARTS=list names them); default: all, each in at most 8 minutes"
+	@echo "WHEELS=/path            wheels for make gpu of pure Python packages that GPU_PYTHON lacks"
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu    a smaller torch, for Linux without a GPU"
 
 demo: build
@@ -50,6 +59,14 @@ LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildc
 
 bench: build
 	"$(PY)" benchmarks/bench_step.py --csv build/bench_step.csv --plot build/bench_step.png $(ARGS)
+
+# No environment of ours: the machine's own torch is what has to work.
+gpu:
+	@command -v "$(GPU_PYTHON)" >/dev/null || { echo "GPU_PYTHON=$(GPU_PYTHON) is not there: name the Python that has" \
+	  "torch with CUDA" >&2; exit 1; }
+	@"$(GPU_PYTHON)" -c 'import torch' 2>/dev/null || { echo "$(GPU_PYTHON) has no torch: name the Python that has it" \
+	  "with GPU_PYTHON=/path/to/python3" >&2; exit 1; }
+	"$(GPU_PYTHON)" benchmarks/gpu.py --results "$(RESULTS)" $(if $(WHEELS),--wheels "$(WHEELS)") --parts $(PARTS) $(ARGS)
 
 build: build/extension
 

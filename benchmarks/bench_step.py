@@ -4,6 +4,7 @@
     python benchmarks/bench_step.py                  # small CNN, ResNet-18, 100M transformer; about ten minutes
     python benchmarks/bench_step.py --quick          # about a minute
     python benchmarks/bench_step.py --csv step.csv --plot step.png
+    python benchmarks/bench_step.py --device cuda    # ResNet-18 and -50, ViT-B, transformers of 350M and 1.3G
 
 No model runs. Where a training loop runs forward and backward, prepared random tensors are assigned to ``p.grad``,
 other ones for each pass and micro-batch. All contestants need the same assignments, which are timed alone and
@@ -12,7 +13,7 @@ own weights and state.
 
 1. Equality first. Each contestant takes the same steps on L_i(w) = <M_i, w> + c_i/2 ||w - w_0||^2, whose gradient
    depends on where it is taken, with rho so large that M_i and c_i * e_i weigh the same. What it moved must be what
-   plain torch in float64 moved: ||w - w64|| / ||w64 - w_0|| below ``TOLERANCE``. Otherwise nothing is timed.
+   plain torch in float64 moved: ||w - w64|| / ||w64 - w_0|| below ``TOLERANCE``. Otherwise the case is not timed.
 2. Time. In every round each contestant takes a block of steps, in shuffled order; a contestant's time is the median
    over the rounds, its spread the interquartile range. Gradients are refilled between blocks: contestants may write
    into them.
@@ -21,26 +22,27 @@ own weights and state.
    ``step_passes``. It is compared with ``torch.Tensor.copy_`` of N values (one read and one write), the best of the
    medians taken along the way.
 4. "extra" is the most memory that a step holds at a time beyond what it held before, in units of the parameters.
+
+On a GPU, ``copy_`` is measured first, at 2 GiB, and once. Kernels alone are timed by events, with L2 flushed before each.
+A step is timed by the wall clock until the device has finished; assignments that the host makes while the device works
+cost nothing, so no step is taken for shorter than its kernels on the device. "host" is the time until the calls of one
+micro-batch return, with nothing queued; "launches" are the host's, per micro-batch, a graph being one. What does not fit
+the memory side by side is measured in turns: fewer sets of gradients, fewer contestants at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import datetime
 import gc
 import itertools
 import math
 import os
-import platform
-import random
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # Before torch loads: the memory check runs the profiler, which reports its own start and stop.
@@ -49,10 +51,24 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+import measure
 import peers
+from measure import (
+    Clock,
+    Effort,
+    EventClock,
+    Others,
+    TimeLimit,
+    Timing,
+    interleave,
+    no_collector,
+    number,
+    print_table,
+    size,
+)
+from shapes import CPU_SHAPES, GPU_SHAPES, SHAPES
 
 OURS, PASSES = "ours", "ours (passes loop)"
 # What the goals are stated against; compile has a goal of its own, the rest is shown for completeness.
@@ -61,6 +77,18 @@ GOAL_PEERS = ("loop", "foreach", "pytorch_optimizer")
 GOALS = {"cnn": (5.0, 4.0, 4.0), "resnet18": (1.9, 1.15, 1.6), "transformer100m": (2.2, 1.4, 1.8)}
 # Each kernel alone, in shares of the bandwidth of copy_, by what its name contains.
 KERNEL_GOALS = {"transformer100m": {"perturb": 1.4, "sgd": 1.4, "adamw": 1.4, "": 1.0}}
+# On a GPU. Of the worst case over dtypes, methods, base optimizers and micro-batches:
+GPU_GOALS = {
+    "resnet18": 5.0,
+    "resnet50": 5.0,
+    "transformer350m": 1.8,
+    "transformer1_3b": 1.8,
+}  # best of GOAL_PEERS / ours
+GPU_COMPILE_GOAL = 1.0  # any compiled peer / ours, everywhere
+GPU_KERNEL_GOAL = 0.9  # of copy_, from 100M parameters on
+GPU_ASCEND_GOAL = 1.0  # of copy_, for norm + perturb up to 15M parameters in fp32: part of it is read from L2
+GPU_HOST_GOAL = 100.0  # µs per micro-batch, ResNet-50
+GPU_LAUNCH_GOAL = 3  # per micro-batch
 
 # Relative L2 error of the way walked, ours and the peers'. In fp32 a rounding of w costs 6e-8 * |w| / |way| per step,
 # about 1e-7 here. What plain torch adds is its norm, summed in fp32: 1e-5 at 12M parameters, 5e-5 at 100M, and
@@ -77,43 +105,7 @@ LR = {"sgd": 0.1, "adamw": 1e-2}
 SIGMA, LMBDA = 1.0, 0.9
 METHOD_NAMES = {"sam": "SAM", "fsam": "F-SAM"}
 
-# -- shapes ------------------------------------------------------------------------------------------------------------
-
-
-def cnn() -> list[tuple[int, ...]]:
-    """Seven 3x3 convolutions with BatchNorm and two linear layers: 25 tensors, 59k parameters."""
-    shapes, width = [], 1
-    for out in (12, 12, 24, 24, 32, 32, 48):
-        shapes += [(out, width, 3, 3), (out,), (out,)]
-        width = out
-    return [*shapes, (96, 4 * width), (96,), (10, 96), (10,)]
-
-
-def resnet18() -> list[tuple[int, ...]]:
-    """ResNet-18 for ImageNet: 62 tensors, 11.7M parameters."""
-    shapes, width = [(64, 3, 7, 7), (64,), (64,)], 64
-    for out in (64, 128, 256, 512):
-        for block in range(2):
-            shapes += [(out, width, 3, 3), (out,), (out,), (out, out, 3, 3), (out,), (out,)]
-            if block == 0 and width != out:
-                shapes += [(out, width, 1, 1), (out,), (out,)]
-            width = out
-    return [*shapes, (1000, 512), (1000,)]
-
-
-def transformer100m(
-    vocabulary: int = 20480, d: int = 768, layers: int = 12, context: int = 1024
-) -> list[tuple[int, ...]]:
-    """GPT-2 small with a vocabulary of 20480 and tied embeddings: 148 tensors, 101.6M parameters."""
-    block = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
-    return [(vocabulary, d), (context, d), *(block * layers), (d,), (d,)]
-
-
-SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
-    "cnn": cnn,
-    "resnet18": resnet18,
-    "transformer100m": transformer100m,
-}
+# -- cases -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,6 +115,7 @@ class Case:
     base: str
     dtype: torch.dtype
     micro_batches: int
+    backend: str = "auto"
 
 
 def step_passes(case: Case, *, passes_loop: bool = False) -> int:
@@ -217,6 +210,8 @@ class Contestant:
     deviation: float = math.nan
     extra: float = math.nan
     first_step_s: float = math.nan
+    host_us: float | None = None  # per micro-batch
+    work: measure.Work | None = None
 
 
 def torch_base(params: list[nn.Parameter], base: str, **options) -> torch.optim.Optimizer:
@@ -242,7 +237,8 @@ def make_ours(name: str, case: Case, gradients: Gradients) -> Contestant:
     params = gradients.parameters()
     method = methods.FriendlySAM(sigma=SIGMA, lmbda=LMBDA) if case.method == "fsam" else methods.SAM()
     count = case.micro_batches
-    opt = MicroBatchSAM(torch_base(params, case.base), rho=gradients.rho, num_micro_batches=count, method=method)
+    options = {"num_micro_batches": count, "method": method, "backend": case.backend}
+    opt = MicroBatchSAM(torch_base(params, case.base), rho=gradients.rho, **options)
     batch = torch.zeros(count)
 
     def passes_loop(feed):
@@ -284,27 +280,25 @@ def deviation(contestant: Contestant, expected: list[Tensor], gradients: Gradien
 
 def check_steps(case: Case, gradients: Gradients) -> int:
     """Three steps show a wrong momentum or EMA; where that takes minutes, one step of several micro-batches must do."""
-    return 3 if gradients.numel * case.micro_batches <= 2e8 else 1
+    return 3 if gradients.numel * case.micro_batches <= 2e8 or gradients.weights[0].is_cuda else 1
 
 
-class Unequal(SystemExit):
+class Unequal(Exception):
     pass
 
 
-def enter(case: Case, names: Sequence[str], gradients: Gradients, notes: list[str], say: Callable) -> list[Contestant]:
-    """Build the contestants and let each prove that it computes the same.
+def enter(
+    case: Case, names: Sequence[str], gradients: Gradients, expected: list[Tensor], note: Callable, say: Callable
+) -> list[Contestant]:
+    """Build the contestants and let each prove that it computes the same: that its weights go where ``expected`` are.
 
     Raises:
         Unequal: one does not; the message says which and by how much.
     """
     steps, contestants = check_steps(case, gradients), []
-    say("float64 reference")
-    expected = reference_weights(case, gradients, steps)
     for name in names:
         say(f"checking {name}")
         kind = peers.PEERS.get(name)
-        if kind is not None and not kind.micro_batches and case.micro_batches > 1:
-            continue
         try:
             contestant = (make_ours if kind is None else make_peer)(name, case, gradients)
             feed = gradients.checked_feed(contestant.params, case.micro_batches)
@@ -317,9 +311,7 @@ def enter(case: Case, names: Sequence[str], gradients: Gradients, notes: list[st
             # A peer that a machine cannot run is no reason not to measure the others; we have no such excuse.
             if kind is None:
                 raise
-            note = f"{name}: not run, {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            if note not in notes:
-                notes.append(note)
+            note(f"{name}: not run, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
             continue
         contestant.deviation = deviation(contestant, expected, gradients)
         contestants.append(contestant)
@@ -333,157 +325,21 @@ def enter(case: Case, names: Sequence[str], gradients: Gradients, notes: list[st
         raise Unequal(
             f"Not all contestants compute the same step ({case}). Relative distance to plain torch in float64 after "
             f"{steps} step(s), and the most that is allowed:\n{lines}\n"
-            "Nothing was timed: fix the contestant, or leave it out with --peers."
+            "They were not timed: fix the contestant, or leave it out with --peers."
         )
     return contestants
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def extra_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that ``run`` holds at its peak beyond what was held before; -1 where torch does not tell."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    try:
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    except AttributeError:
-        return -1
-    return max(itertools.accumulate(changes), default=0)
-
-
-# -- time --------------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds per call of a block of calls. On a GPU the block ends when the device has finished it."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def __call__(self, call: Callable[[], object], count: int) -> float:
-        self.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        self.synchronize()
-        return (time.perf_counter() - start) / count
-
-
-class EventClock(Clock):
-    """For single kernels on a GPU: device time of each call, with what the previous one left in L2 flushed out."""
-
-    def __init__(self, device: torch.device):
-        super().__init__(device)
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-
-    def __call__(self, call: Callable[[], object], count: int) -> float:
-        events = []
-        for _ in range(count):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flush.zero_()
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
-        self.synchronize()
-        return statistics.mean(start.elapsed_time(end) for start, end in events) / 1e3
-
-
-@dataclass
-class Timing:
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def iqr(self) -> float:
-        if len(self.seconds) < 3:
-            return max(self.seconds) - min(self.seconds)
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return high - low
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure: ``seconds`` for a case, within ``rounds``."""
-
-    seconds: float
-    rounds: tuple[int, int]
-    block: float = 0.02
-
-
-def interleave(
-    calls: dict[str, Callable[[], object]],
-    effort: Effort,
-    clock: Clock,
-    *,
-    between: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Timing]:
-    """Time all ``calls`` in rounds of shuffled order, in blocks of at least ``effort.block`` seconds."""
-    counts, once = {}, {}
-    for name, call in calls.items():
-        between()
-        once[name] = clock(call, 1)
-        if once[name] < 10 * effort.block:
-            # The first call may have had to set something up.
-            once[name] = clock(call, 1)
-        counts[name] = max(1, min(500, math.ceil(effort.block / once[name])))
-    low, high = effort.rounds
-    rounds = max(low, min(high, int(effort.seconds / sum(once[name] * counts[name] for name in calls))))
-    # What takes long has been timed once already.
-    timings = {name: Timing([once[name]] if once[name] >= 10 * effort.block else []) for name in calls}
-    shuffle, order = random.Random(0), list(calls)
-    for i in range(rounds):
-        say(f"round {i + 1}/{rounds}")
-        shuffle.shuffle(order)
-        for name in order:
-            if len(timings[name].seconds) >= rounds:
-                continue
-            between()
-            if counts[name] > 1:
-                # The blocks of others left the caches and the interpreter to them.
-                calls[name]()
-            timings[name].seconds.append(clock(calls[name], counts[name]))
-    return timings
-
-
-@contextlib.contextmanager
-def no_collector() -> Iterator[None]:
-    """The cycle collector runs between blocks, not within one contestant's."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def kernel_cases(gradients: Gradients) -> list[tuple[str, int, Callable[[], object]]]:
+def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, int, Callable[[], object]]]:
     """(name, P, call) of every kernel: the operators of ``msam_kernels.ops`` as ``MicroBatchSAM`` calls them."""
     from msam_kernels import ops
     from msam_kernels.flat import Flat
 
     params = gradients.parameters()
-    k = ops.get_backend("auto", params[0].device)
+    k = ops.get_backend(backend, params[0].device)
     flat = Flat(params, [0] * len(params), flatten=True, backend=k)
     table, w = flat.chunks(), flat.weights
     acc, g = gradients.sets[0], gradients.sets[1]
@@ -523,69 +379,17 @@ def kernel_cases(gradients: Gradients) -> list[tuple[str, int, Callable[[], obje
     ]
 
 
-def kernel_goal(shape: str, name: str) -> float:
+def kernel_goal(row: dict, gpu: bool) -> float:
+    """The share of ``copy_``'s bandwidth that a kernel should reach; 0 where none was set."""
+    shape, name = row["shape"], row["contestant"]
+    if gpu:
+        small = name == "ascend" and row["numel"] <= 15e6 and row["dtype"] == "float32"
+        return GPU_ASCEND_GOAL if small else GPU_KERNEL_GOAL if row["numel"] >= 1e8 else 0.0
     goals = KERNEL_GOALS.get(shape, {})
     return next((goal for part, goal in goals.items() if part in name), 0.0) if goals else 0.0
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    def git(*args):
-        return subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def installed(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-class Others:
-    """How much of the processors' time went to other processes since this was made; a busy machine measures nothing."""
-
-    def __init__(self):
-        self.start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        try:
-            jiffies = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except (OSError, ValueError):
-            return None
-        user, nice, system, _, _, irq, softirq, steal = (n / os.sysconf("SC_CLK_TCK") for n in jiffies)
-        own = os.times()
-        mine = own.user + own.system + own.children_user + own.children_system
-        return time.monotonic(), user + nice + system + irq + softirq + steal, mine
-
-    def share(self) -> float:
-        now = self._now()
-        if self.start is None or now is None:
-            return math.nan
-        elapsed, busy, mine = (b - a for a, b in zip(self.start, now, strict=True))
-        return max(0.0, busy - mine) / (elapsed * os.cpu_count())
 
 
 def our_facts(args: argparse.Namespace) -> dict[str, str]:
@@ -594,68 +398,36 @@ def our_facts(args: argparse.Namespace) -> dict[str, str]:
     import msam_kernels
     from msam_kernels import ops
 
-    chosen = ops.get_backend("auto", args.device)
-    for name in ops.BACKENDS:
-        # One that is not there, or is not for this device, says so by raising.
-        with contextlib.suppress(RuntimeError):
-            if ops.get_backend(name, args.device) is chosen:
-                break
+    chosen, name = ops.get_backend(args.backend, args.device), args.backend
+    if name == "auto":
+        for name in ops.BACKENDS:
+            # One that is not there, or is not for this device, says so by raising.
+            with contextlib.suppress(RuntimeError):
+                if ops.get_backend(name, args.device) is chosen:
+                    break
     return {"msam_kernels": msam_kernels.__version__, "backend": name}
 
 
 def facts(args: argparse.Namespace) -> dict[str, object]:
     return {
-        "machine": machine(args.device),
-        "device": str(args.device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **measure.where(args.device),
         **our_facts(args),
-        "pytorch_optimizer": installed("pytorch_optimizer"),
-        "commit": commit(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "pytorch_optimizer": measure.installed("pytorch_optimizer"),
+        "commit": measure.commit(),
+        "date": measure.now(),
     }
 
 
-def number(x: float | None, digits: int = 3) -> str:
-    """Three significant digits, never scientific: 0.0312, 1.23, 45.6, 789."""
-    if x is None or not math.isfinite(x):
-        return "–"
-    if x == 0:
-        return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(x))))
-    return f"{x:.{min(decimals, 4)}f}"
-
-
-def size(numel: int) -> str:
-    return f"{numel / 1e6:.1f}M" if numel >= 1e6 else f"{numel / 1e3:.0f}k"
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for first, *rest in (header, ["-" * n for n in widths], *rows):
-        print("  " + "  ".join([first.ljust(widths[0]), *(c.rjust(n) for c, n in zip(rest, widths[1:], strict=True))]))
-
-
-class Results:
-    """Rows as they go to the CSV, one per measurement, and how they are read."""
-
-    def __init__(self, facts: dict[str, object]):
-        self.facts = facts
-        self.rows: list[dict] = []
-        self.notes: list[str] = []
-
-    def add(self, **row) -> dict:
-        self.rows.append(row)
-        return row
-
-    def select(self, **wanted) -> list[dict]:
-        return [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
+class Results(measure.Results):
+    @property
+    def on_gpu(self) -> bool:
+        return self.facts["device"] != "cpu"
 
     def finish_shape(self, shape: str, dtype: str) -> float:
         """Bandwidths and ratios, once the copy bandwidth of this shape is known; returns that."""
         rows = self.select(shape=shape, dtype=dtype)
-        copy = max(row["gb_per_s"] for row in rows if row["kind"] == "copy")
+        copies = [row for row in rows if row["kind"] == "copy"] or self.select(kind="copy", shape="copy")
+        copy = max((row["gb_per_s"] for row in copies), default=math.nan)
         for row in rows:
             row["copy_gb_per_s"] = copy
             row["share_of_copy"] = row["gb_per_s"] / copy if row.get("gb_per_s") else None
@@ -664,24 +436,16 @@ class Results:
             others = {r["contestant"]: r["ms"] for r in self.select(kind="step", **case)}
             best = min((others[name] for name in GOAL_PEERS if name in others), default=None)
             row["best_peer_over_this"] = best / row["ms"] if best else None
-            row["compile_over_this"] = others["compile"] / row["ms"] if "compile" in others else None
+            compiled = min((ms for name, ms in others.items() if name.startswith("compile")), default=None)
+            row["compile_over_this"] = compiled / row["ms"] if compiled else None
         return copy
-
-    def write(self, path: Path) -> None:
-        keys = list(dict.fromkeys(key for row in self.rows for key in row))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*keys, *self.facts])
-            writer.writeheader()
-            for row in self.rows:
-                rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-                writer.writerow({**rounded, **self.facts})
 
 
 def print_heading(facts: dict[str, object]) -> None:
     print(f"Optimizer time of a sharpness-aware step, {facts['date'][:10]}, commit {facts['commit']}")
     print(f"{facts['machine']}; {facts['device']}, {facts['threads']} threads")
-    print(", ".join(f"{key} {facts[key]}" for key in ("msam_kernels", "torch", "pytorch_optimizer", "python")))
+    keys = ("msam_kernels", "torch", "pytorch_optimizer", "python", "cuda", "driver", "triton")
+    print(", ".join(f"{key} {facts[key]}" for key in keys if key in facts))
     if facts["backend"]:
         print(f"ours runs on backend {facts['backend']!r}")
     if facts["backend"] == "reference":
@@ -698,7 +462,7 @@ def print_shape(results: Results, shape: str, dtype: str) -> None:
         print("\n  every kernel alone")
         rows = []
         for row in kernels:
-            goal = kernel_goal(shape, row["contestant"])
+            goal = kernel_goal(row, results.on_gpu)
             rows.append(
                 (
                     row["contestant"],
@@ -717,31 +481,75 @@ def print_shape(results: Results, shape: str, dtype: str) -> None:
         ours = next((row["ms"] for row in rows if row["contestant"] == OURS), None)
         count = "1 micro-batch" if m == 1 else f"{m} micro-batches"
         what = f"{METHOD_NAMES[method]}, {base}, {count}"
-        print(f"\n  {what}: ms per step, without {number(assign['ms'])} ms of assigning gradients")
+        print(
+            f"\n  {what}: ms per step; {number(assign['ms'])} ms of assigning gradients are the host's"
+            if results.on_gpu
+            else f"\n  {what}: ms per step, without {number(assign['ms'])} ms of assigning gradients"
+        )
         lines = []
         for row in sorted(rows, key=lambda row: row["ms"]):
-            lines.append(
-                (
-                    row["contestant"],
-                    number(row["ms"]),
-                    f"± {number(row['iqr_ms'], 2)}",
-                    number(row["gb_per_s"]),
-                    f"{row['share_of_copy']:.0%}",
-                    f"{row['ms'] / ours:.2f}x" if ours else "",
-                    number(row["extra_over_parameters"], 2),
-                    f"{row['deviation']:.0e}",
-                )
+            line = (
+                row["contestant"],
+                number(row["ms"]),
+                f"± {number(row['iqr_ms'], 2)}",
+                number(row["gb_per_s"]),
+                f"{row['share_of_copy']:.0%}",
+                f"{row['ms'] / ours:.2f}x" if ours else "",
+                number(row["extra_over_parameters"], 2),
+                f"{row['deviation']:.0e}",
             )
+            if results.on_gpu:
+                line += (number(row["device_ms"]), number(row["host_us"]), number(row["launches"]))
+            lines.append(line)
+        header = ("", "ms", "iqr", "GB/s", "of copy_", "ms / ours", "extra / P", "error")
+        if results.on_gpu:
+            header += ("device ms", "host µs", "launches")
         if m > 1 and "pytorch_optimizer" in results.facts["contestants"]:
-            lines.append(("pytorch_optimizer", *["n/a"] * 7))
-        print_table(("", "ms", "iqr", "GB/s", "of copy_", "ms / ours", "extra / P", "error"), lines)
+            lines.append(("pytorch_optimizer", *["n/a"] * (len(header) - 1)))
+        print_table(header, lines)
+
+
+def gpu_goals(results: Results) -> list[tuple[str, str, str, str]]:
+    """(what, measured in the worst case, goal, verdict) of everything that was set and measured."""
+    lines = []
+
+    def judge(what: str, rows: list[dict], key: str, goal: float, text: Callable[[float], str], *, least: bool) -> None:
+        rows = [row for row in rows if row.get(key) is not None]
+        if not rows:
+            return
+        worst = (min if least else max)(rows, key=lambda row: row[key])
+        reached = worst[key] >= goal if least else worst[key] <= goal
+        where = worst["contestant"] if worst["kind"] == "kernel" else f"{worst['method']}, m = {worst['micro_batches']}"
+        measured = f"{text(worst[key])} ({worst['dtype']}, {where})"
+        lines.append((what, measured, f"{'≥' if least else '≤'} {text(goal)}", "reached" if reached else "not reached"))
+
+    ours = results.select(kind="step", contestant=OURS)
+    for shape in dict.fromkeys(row["shape"] for row in results.rows if row["kind"] in ("kernel", "step")):
+        here = [row for row in ours if row["shape"] == shape]
+        if shape in GPU_GOALS:
+            what = f"{shape}: times faster than the best of {', '.join(GOAL_PEERS)}"
+            judge(what, here, "best_peer_over_this", GPU_GOALS[shape], lambda x: f"{x:.2f}x", least=True)
+        what = f"{shape}: times faster than the best compiled"
+        judge(what, here, "compile_over_this", GPU_COMPILE_GOAL, lambda x: f"{x:.2f}x", least=True)
+        kernels = [row for row in results.select(kind="kernel", shape=shape) if kernel_goal(row, results.on_gpu)]
+        for goal in sorted({kernel_goal(row, results.on_gpu) for row in kernels}):
+            rows = [row for row in kernels if kernel_goal(row, results.on_gpu) == goal]
+            what = f"{shape}: share of copy_, {'slowest kernel' if goal == GPU_KERNEL_GOAL else 'norm + perturb'}"
+            judge(what, rows, "share_of_copy", goal, lambda x: f"{x:.0%}", least=True)
+    at_resnet50 = [row for row in ours if row["shape"] == "resnet50"]
+    judge("resnet50: host time per micro-batch", at_resnet50, "host_us", GPU_HOST_GOAL, "{:.0f} µs".format, least=False)
+    judge("launches per micro-batch", ours, "launches", GPU_LAUNCH_GOAL, "{:.3g}".format, least=False)
+    return lines
 
 
 def print_goals(results: Results) -> None:
     """The project's goals, each with what was measured, and every place where somebody else is faster."""
+    if results.on_gpu and (lines := gpu_goals(results)):
+        print("\n== goals: whole steps and kernels, each with its worst case ==\n")
+        print_table(("", "measured", "goal", ""), lines)
     rows = []
     for row in results.select(kind="step", dtype="float32", base="sgd", micro_batches=1):
-        if row["shape"] not in GOALS or row["contestant"] not in (OURS, PASSES) or results.facts["device"] != "cpu":
+        if row["shape"] not in GOALS or row["contestant"] not in (OURS, PASSES) or results.on_gpu:
             continue
         best_goal, compile_goal, passes_goal = GOALS[row["shape"]]
         goals = [("best of " + ", ".join(GOAL_PEERS), "best_peer_over_this", best_goal)]
@@ -770,7 +578,7 @@ def print_goals(results: Results) -> None:
             what = f"{row['shape']}, {METHOD_NAMES[row['method']]}, {row['base']}, m = {row['micro_batches']}"
             losses.append(f"{what}: {row['contestant']} allocates {row['extra_over_parameters']:.2f} P in a step")
     for row in results.select(kind="kernel"):
-        goal = kernel_goal(row["shape"], row["contestant"])
+        goal = kernel_goal(row, results.on_gpu)
         if goal and row["share_of_copy"] < goal:
             losses.append(
                 f"{row['shape']}, kernel {row['contestant']}: {row['share_of_copy']:.0%} of copy_, goal {goal:.0%}"
@@ -855,9 +663,16 @@ def copy_call(gradients: Gradients) -> Callable[[], object]:
 
 
 def add_timing(
-    results: Results, gradients: Gradients, timing: Timing, *, passes: int, minus: float = 0.0, **row
+    results: Results,
+    gradients: Gradients,
+    timing: Timing,
+    *,
+    passes: int,
+    minus: float = 0.0,
+    least: float = 0.0,
+    **row,
 ) -> None:
-    seconds = timing.median - minus
+    seconds = max(timing.median - minus, least)
     results.add(
         **row,
         ms=seconds * 1e3,
@@ -869,71 +684,122 @@ def add_timing(
 
 
 def run_kernels(results: Results, where: dict, gradients: Gradients, args: argparse.Namespace, say: Callable) -> None:
-    cases = kernel_cases(gradients)
-    calls = {name: call for name, _, call in cases} | {"copy_": copy_call(gradients)}
+    cases = kernel_cases(gradients, args.backend)
+    calls = {name: call for name, _, call in cases}
+    if args.device.type != "cuda":
+        calls["copy_"] = copy_call(gradients)
     clock = EventClock(args.device) if args.device.type == "cuda" else Clock(args.device)
     with no_collector(), torch.no_grad():
         timings = interleave(calls, args.effort, clock, between=gradients.refill, say=say)
     for name, passes, _ in cases:
         add_timing(results, gradients, timings[name], passes=passes, kind="kernel", contestant=name, **where)
-    add_timing(results, gradients, timings["copy_"], passes=2, kind="copy", contestant="copy_", **where)
+    if "copy_" in timings:
+        add_timing(results, gradients, timings["copy_"], passes=2, kind="copy", contestant="copy_", **where)
+
+
+def turns(case: Case, names: Sequence[str], gradients: Gradients, device: torch.device) -> Iterator[list[str]]:
+    """``names`` in groups that fit the memory of a GPU side by side."""
+    names = [n for n in names if n not in peers.PEERS or peers.PEERS[n].micro_batches or case.micro_batches == 1]
+    together = len(names)
+    if device.type == "cuda":
+        # Weights, saved weights, momentum, and what the hungriest allocates in a step; an EMA; a second state.
+        copies = 8 + (case.method == "fsam") + (case.base == "adamw")
+        torch.cuda.empty_cache()
+        together = max(1, torch.cuda.mem_get_info(device)[0] // (copies * bytes_per_pass(gradients)))
+    for begin in range(0, len(names), together):
+        yield names[begin : begin + together]
 
 
 def run_case(
     results: Results, case: Case, where: dict, gradients: Gradients, args: argparse.Namespace, say: Callable
 ) -> None:
-    contestants = enter(case, args.contestants, gradients, results.notes, say)
-    feeds = {c.name: gradients.feed(c.params, case.micro_batches) for c in contestants}
-    calls = {c.name: (lambda c=c: c.run(feeds[c.name])) for c in contestants}
-    if not args.no_memory and case.micro_batches <= 4:
-        for c in contestants:
-            say(f"memory of {c.name}")
-            c.extra = extra_memory(calls[c.name], args.device) / bytes_per_pass(gradients)
+    say("float64 reference")
+    expected = reference_weights(case, gradients, check_steps(case, gradients))
+    here = {**where, "method": case.method, "base": case.base, "micro_batches": case.micro_batches}
     bare = gradients.feed(gradients.parameters(), case.micro_batches)
 
     def assign():
         for _ in range(2 * case.micro_batches):
             bare()
 
-    with no_collector():
-        everybody = {**calls, "assign": assign, "copy_": copy_call(gradients)}
-        timings = interleave(everybody, args.effort, Clock(args.device), between=gradients.refill, say=say)
-    here = {**where, "method": case.method, "base": case.base, "micro_batches": case.micro_batches}
-    add_timing(results, gradients, timings["copy_"], passes=2, kind="copy", contestant="copy_", **here)
-    add_timing(results, gradients, timings["assign"], passes=0, kind="assign", contestant="assign", **here)
-    for c in contestants:
-        add_timing(
-            results,
-            gradients,
-            timings[c.name],
-            passes=step_passes(case, passes_loop=c.name == PASSES),
-            minus=timings["assign"].median,
-            kind="step",
-            contestant=c.name,
-            **here,
-            deviation=c.deviation,
-            extra_over_parameters=c.extra if c.extra >= 0 else None,
-            first_step_s=c.first_step_s,
-        )
+    groups = 0
+    for names in turns(case, args.contestants, gradients, args.device):
+        groups += 1
+        contestants = enter(case, names, gradients, expected, results.note, say)
+        if not contestants:
+            continue
+        calls = {c.name: partial(c.run, gradients.feed(c.params, case.micro_batches)) for c in contestants}
+        if not args.no_memory and case.micro_batches <= 4:
+            for c in contestants:
+                say(f"memory of {c.name}")
+                c.extra = measure.extra_memory(calls[c.name], args.device) / bytes_per_pass(gradients)
+        everybody = {**calls, "assign": assign}
+        if args.device.type != "cuda":
+            everybody["copy_"] = copy_call(gradients)
+        clock = Clock(args.device)
+        with no_collector():
+            timings = interleave(everybody, args.effort, clock, between=gradients.refill, say=say)
+            if args.device.type == "cuda":
+                own = measure.host_seconds(assign, clock)
+                for c in contestants:
+                    say(f"launches and host time of {c.name}")
+                    gradients.refill()
+                    c.host_us = (measure.host_seconds(calls[c.name], clock) - own) * 1e6 / case.micro_batches
+                    c.work = measure.device_work(calls[c.name], args.device)
+        if groups == 1:
+            if "copy_" in timings:
+                add_timing(results, gradients, timings["copy_"], passes=2, kind="copy", contestant="copy_", **here)
+            add_timing(results, gradients, timings["assign"], passes=0, kind="assign", contestant="assign", **here)
+        for c in contestants:
+            more = {}
+            if args.device.type == "cuda":
+                more["device_ms"] = c.work.seconds * 1e3 if c.work else None
+                more["launches"] = c.work.launches / case.micro_batches if c.work else None
+                more["host_us"] = c.host_us
+            known = args.device.type != "cuda" or c.work is not None
+            add_timing(
+                results,
+                gradients,
+                timings[c.name],
+                passes=step_passes(case, passes_loop=c.name == PASSES),
+                minus=timings["assign"].median if known else 0.0,
+                least=c.work.seconds if c.work else 0.0,
+                kind="step",
+                contestant=c.name,
+                **here,
+                deviation=c.deviation,
+                extra_over_parameters=c.extra if c.extra >= 0 else None,
+                first_step_s=c.first_step_s,
+                **more,
+            )
+        del contestants, calls, everybody, c
+        gc.collect()
+    if groups > 1:
+        results.note(f"{case.shape}, {str(case.dtype)[6:]}: contestants were measured in {groups} turns, for memory.")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: what suits the device")
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, default=list(METHOD_NAMES))
     parser.add_argument("--base", nargs="+", choices=list(LR), default=["sgd"])
-    parser.add_argument("--dtype", nargs="+", choices=[str(d)[6:] for d in TOLERANCE], default=["float32"])
-    parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=[str(d)[6:] for d in TOLERANCE], help="default: float32; on a GPU bfloat16 too"
+    )
+    parser.add_argument("--peers", nargs="*", choices=peers.PEERS, help="default: all that suit the device")
     parser.add_argument("--peers-only", action="store_true", help="leave out msam_kernels")
     parser.add_argument("--no-kernels", action="store_true", help="leave out the kernels on their own")
+    parser.add_argument("--no-steps", action="store_true", help="leave out the whole steps")
     parser.add_argument("--no-memory", action="store_true", help="leave out the extra memory of a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30, help="at most so many")
     parser.add_argument("--seconds", type=float, default=6.0, help="time per case; at least five rounds are taken")
+    parser.add_argument("--limit", type=float, help="begin no case after so many seconds")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--backend", default="auto", help="of msam_kernels: auto, cuda, triton, cpu or reference")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument(
@@ -946,9 +812,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name, value in quick.items():
             if "--" + name.replace("_", "-") not in given:
                 setattr(args, name, value)
+    args.shapes = args.shapes or list(CPU_SHAPES if args.device.type == "cpu" else GPU_SHAPES)
+    args.dtype = args.dtype or (["float32"] if args.device.type == "cpu" else ["float32", "bfloat16"])
+    args.peers = peers.peers_for(args.device) if args.peers is None else args.peers
     args.effort = Effort(args.seconds, (min(5, args.rounds), args.rounds))
     args.contestants = [*([] if args.peers_only else [OURS, PASSES]), *args.peers]
     return args
+
+
+def sets_that_fit(numel: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Each set of gradients is held twice. Where all would take a quarter of a GPU's memory, two do."""
+    if device.type != "cuda":
+        return 4
+    return 4 if 9 * numel * dtype.itemsize < torch.cuda.get_device_properties(device).total_memory / 4 else 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -956,34 +832,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     results = Results({**facts(args), "contestants": " ".join(n for n in args.contestants if n != PASSES)})
-    others = Others()
+    others, limit, unequal = Others(), TimeLimit(args.limit), []
     print_heading(results.facts)
+    on_gpu = args.device.type == "cuda"
+    if on_gpu:
+        copy = measure.copy_bandwidth(args.device) / 1e9
+        print(f"copy_ of 2 GiB moves {number(copy)} GB/s, read and written")
+        results.add(kind="copy", shape="copy", dtype="float32", contestant="copy_", passes=2, gb_per_s=copy)
     cases = [
-        Case(shape, method, base, getattr(torch, dtype), m)
+        Case(shape, method, base, getattr(torch, dtype), m, args.backend)
         for shape in args.shapes
         for dtype in args.dtype
         for base in args.base
         for method in args.methods
         for m in args.micro_batches
     ]
-    bar = tqdm(total=len(cases), desc="cases", disable=None, dynamic_ncols=True, leave=False)
+    bar = measure.progress(len(cases), "cases")
     for (shape, dtype), group in itertools.groupby(cases, key=lambda case: (case.shape, case.dtype)):
-        gradients = Gradients(SHAPES[shape](), dtype, args.device)
+        if limit.over:
+            results.note(f"{shape}, {str(dtype)[6:]}: left out, the time limit was reached.")
+            continue
+        shapes = SHAPES[shape]()
+        sets = sets_that_fit(sum(map(math.prod, shapes)), dtype, args.device)
+        if sets < 4:
+            results.note(f"{shape}, {str(dtype)[6:]}: {sets} sets of gradients instead of 4, for memory.")
+        gradients = Gradients(shapes, dtype, args.device, sets)
         where = {"shape": shape, "dtype": str(dtype)[6:], "numel": gradients.numel, "tensors": len(gradients.weights)}
         if not (args.no_kernels or args.peers_only):
             run_kernels(
                 results, where, gradients, args, lambda text, s=shape: bar.set_postfix_str(f"{s}, kernels, {text}")
             )
         before = None
-        for case in group:
+        for case in () if args.no_steps else group:
+            what = f"{shape}, {METHOD_NAMES[case.method]}, {case.base}, {case.micro_batches} micro-batches"
+            if limit.over:
+                results.note(f"{what}: left out, the time limit was reached.")
+                continue
             # Compiled functions serve all methods and micro-batch counts of one shape; those of others only cost guards.
             if before != case.base:
                 torch.compiler.reset()
             before = case.base
-            what = f"{shape}, {METHOD_NAMES[case.method]}, {case.base}, {case.micro_batches} micro-batches"
-            run_case(results, case, where, gradients, args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}"))
+            try:
+                run_case(
+                    results, case, where, gradients, args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}")
+                )
+            except Unequal as error:
+                bar.clear()
+                print(f"\n{error}", flush=True)
+                unequal.append(what)
             gc.collect()
             bar.update()
+            if args.csv:  # whatever may come
+                results.write(args.csv)
         del gradients
         bar.clear()
         print_shape(results, shape, where["dtype"])
@@ -992,7 +892,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_goals(results)
     results.facts["others_cpu_share"] = round(others.share(), 3)
     if results.facts["others_cpu_share"] > 0.05:
-        results.notes.append(
+        results.note(
             f"Other processes took {results.facts['others_cpu_share']:.0%} of the processors meanwhile: threads that "
             "wait for each other then wait for those too. Do not quote these numbers; run again on an idle machine."
         )
@@ -1004,7 +904,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         plot(results, args.plot)
         print(f"picture: {args.plot}")
-    return 0
+    if unequal:
+        print("\nnot timed, since contestants do not compute the same: " + "; ".join(unequal))
+    return int(bool(unequal))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ Peers, by name in ``PEERS``:
 * ``foreach``: ``torch._foreach_*`` lists, no synchronisation with the host, base optimizer with ``foreach=True``.
 * ``foreach+fused``: the same around torch's own fused base optimizer, ``fused=True``.
 * ``compile``: ``torch.compile`` over perturb, and over restore and update together.
+* ``compile max-autotune``: the same in mode "max-autotune-no-cudagraphs"; for GPUs.
+* ``compile cudagraphs``: the same in mode "reduce-overhead", which replays CUDA graphs; for GPUs.
 * ``pytorch_optimizer``: ``SAM`` and ``FriendlySAM`` of that package; it knows no micro-batches.
 """
 
@@ -50,6 +52,7 @@ class Peer:
 
     base_options: dict = {}
     micro_batches = True
+    for_cpu = True
 
     def __init__(
         self, base: Optimizer, *, rho: float = 0.05, friendly: bool = False, sigma: float = 1.0, lmbda: float = 0.9
@@ -226,6 +229,7 @@ class Compile(Peer):
     def __init__(self, base: Optimizer, **options):
         super().__init__(base, **options)
         (group,) = base.param_groups
+        self.weights = [p.data for p in self.params]
         if group["maximize"] or group.get("dampening") or group.get("nesterov") or group.get("amsgrad"):
             raise ValueError("the compiled peer knows the plain update: no maximize, dampening, nesterov or amsgrad")
         self.adam = "betas" in group
@@ -246,7 +250,7 @@ class Compile(Peer):
 
     @torch.no_grad()
     def step(self, closures: Closures) -> Tensor:
-        params = [p.data for p in self.params]
+        params = self.weights
         losses, acc, count = [], None, len(closures)
         for i, closure in enumerate(closures):
             with torch.enable_grad():
@@ -257,7 +261,7 @@ class Compile(Peer):
             grads = self._take_grads()
             if i + 1 < count:
                 if i == 0:
-                    acc = grads
+                    acc = self._accumulator(grads)
                     torch._foreach_copy_(params, self.saved)
                 else:
                     self._run(_restore_add, params, self.saved, acc, grads)
@@ -266,6 +270,9 @@ class Compile(Peer):
         return _mean(losses)
 
     _take_grads = Foreach._take_grads
+
+    def _accumulator(self, grads: list[Tensor]) -> list[Tensor]:
+        return grads
 
     def _perturb(self, params: list[Tensor], grads: list[Tensor], saved: list[Tensor] | None) -> None:
         if not self.friendly:
@@ -294,52 +301,97 @@ class Compile(Peer):
         self._run(_update_adam, params, self.saved, acc, grads, self.c, *args, beta1, beta2, group["eps"])
 
 
+class CompileMaxAutotune(Compile):
+    """``compile`` with the compiler's longest search, launched one by one."""
+
+    mode = "max-autotune-no-cudagraphs"
+    for_cpu = False
+
+
+class CompileCudagraphs(Compile):
+    """``compile`` in graphs, which cost the host next to nothing.
+
+    A graph writes to fixed addresses only: weights and state are declared to stay, and the accumulator is a buffer. It
+    reads from fixed addresses too: gradients, which autograd allocates anew, are copied there in every call. The
+    compiler sees to that, and the time counts.
+    """
+
+    mode = "reduce-overhead"
+    for_cpu = False
+
+    def __init__(self, base: Optimizer, **options):
+        super().__init__(base, **options)
+        self.acc: list[Tensor] | None = None
+        scalars = (self.c, self.step_size, self.shrink, self.correction)
+        self._stay([*self.weights, *self.saved, *(t for buffers in self.state for t in buffers), *scalars])
+        self._stay(self.ema or [])
+
+    @staticmethod
+    def _stay(tensors: list[Tensor]) -> None:
+        for t in tensors:
+            torch._dynamo.mark_static_address(t, guard=False)
+
+    def _accumulator(self, grads: list[Tensor]) -> list[Tensor]:
+        if self.acc is None:
+            self.acc = [torch.empty_like(g) for g in grads]
+            self._stay(self.acc)
+        torch._foreach_copy_(self.acc, grads)
+        return self.acc
+
+
 def _norm(tensors: list[Tensor]) -> Tensor:
     wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    if tensors[0].is_cuda:
+        # A reduction per tensor would be a launch per tensor; torch's list operator takes few.
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)))
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t, dtype=wide) for t in tensors]))
+
+
+# List operators: on a GPU the compiler fuses them across tensors as well, into few launches.
 
 
 def _perturb(params, grads, saved, rho):
     scale = rho / (_norm(grads) + EPS)
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if saved is not None:
-            saved[i].copy_(p)
-        p.add_(g * scale)
+    if saved is not None:
+        torch._foreach_copy_(saved, params)
+    torch._foreach_add_(params, torch._foreach_mul(grads, scale))
 
 
 def _perturb_friendly(params, grads, saved, ema, rho, sigma, lmbda):
-    scale = rho / (_norm([g - sigma * e for g, e in zip(grads, ema, strict=True)]) + EPS)
-    for i, (p, g, e) in enumerate(zip(params, grads, ema, strict=True)):
-        if saved is not None:
-            saved[i].copy_(p)
-        p.add_((g - sigma * e) * scale)
-        e.copy_(lmbda * e + (1 - lmbda) * g)
+    residual = torch._foreach_sub(grads, torch._foreach_mul(ema, sigma))
+    scale = rho / (_norm(residual) + EPS)
+    if saved is not None:
+        torch._foreach_copy_(saved, params)
+    torch._foreach_add_(params, torch._foreach_mul(residual, scale))
+    torch._foreach_copy_(ema, torch._foreach_add(torch._foreach_mul(ema, lmbda), torch._foreach_mul(grads, 1 - lmbda)))
 
 
 def _restore_add(params, saved, acc, grads):
-    for p, s, a, g in zip(params, saved, acc, grads, strict=True):
-        p.copy_(s)
-        a.add_(g)
+    torch._foreach_copy_(params, saved)
+    torch._foreach_add_(acc, grads)
+
+
+def _mean_gradient(acc, grads, c):
+    return grads if acc is None else torch._foreach_mul(torch._foreach_add(acc, grads), c)
 
 
 def _update_sgd(params, saved, acc, grads, c, momentum_buffer, lr, weight_decay, momentum):
-    for i, (p, w, g, b) in enumerate(zip(params, saved, grads, momentum_buffer, strict=True)):
-        if acc is not None:
-            g = (acc[i] + g) * c
-        b.copy_(momentum * b + (g + weight_decay * w))
-        p.copy_(w - lr * b)
+    grads = torch._foreach_add(_mean_gradient(acc, grads, c), torch._foreach_mul(saved, weight_decay))
+    new = torch._foreach_add(torch._foreach_mul(momentum_buffer, momentum), grads)
+    torch._foreach_copy_(momentum_buffer, new)
+    torch._foreach_copy_(params, torch._foreach_sub(saved, torch._foreach_mul(new, lr)))
 
 
 def _update_adam(
     params, saved, acc, grads, c, exp_avg, exp_avg_sq, step_size, shrink, correction, weight_decay, beta1, beta2, eps
 ):
-    for i, (p, w, g, m, v) in enumerate(zip(params, saved, grads, exp_avg, exp_avg_sq, strict=True)):
-        if acc is not None:
-            g = (acc[i] + g) * c
-        g = g + weight_decay * w
-        m.lerp_(g, 1 - beta1)
-        v.copy_(beta2 * v + (1 - beta2) * g * g)
-        p.copy_(shrink * w - step_size * m / (v.sqrt() / correction + eps))
+    grads = torch._foreach_add(_mean_gradient(acc, grads, c), torch._foreach_mul(saved, weight_decay))
+    torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    square = torch._foreach_mul(torch._foreach_mul(grads, 1 - beta2), grads)
+    torch._foreach_copy_(exp_avg_sq, torch._foreach_add(torch._foreach_mul(exp_avg_sq, beta2), square))
+    root = torch._foreach_add(torch._foreach_div(torch._foreach_sqrt(exp_avg_sq), correction), eps)
+    way = torch._foreach_div(torch._foreach_mul(exp_avg, step_size), root)
+    torch._foreach_copy_(params, torch._foreach_sub(torch._foreach_mul(saved, shrink), way))
 
 
 class PytorchOptimizer(Peer):
@@ -372,5 +424,12 @@ PEERS: dict[str, type[Peer]] = {
     "foreach": Foreach,
     "foreach+fused": ForeachFused,
     "compile": Compile,
+    "compile max-autotune": CompileMaxAutotune,
+    "compile cudagraphs": CompileCudagraphs,
     "pytorch_optimizer": PytorchOptimizer,
 }
+
+
+def peers_for(device: torch.device) -> list[str]:
+    """Those that make sense on ``device``."""
+    return [name for name, kind in PEERS.items() if kind.for_cpu or device.type != "cpu"]

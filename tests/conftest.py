@@ -23,6 +23,12 @@ hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profil
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Without pytest-timeout, its setting in pyproject.toml is no mistake: there is no limit then."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds for a test; needs pytest-timeout")
+
+
 def require_extension() -> None:
     """Fail without the compiled kernels. Only who set MSAM_KERNELS_CPP=0, and so asked for no build, gets a skip."""
     missing = ops.available_backends()["cpu"]

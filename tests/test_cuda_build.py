@@ -33,7 +33,7 @@ KERNELS = {
     **{"restore_kernel": 1, "sgd_kernel": 1, "adam_kernel": 1},
 }
 REGISTERS = 65536  # of a multiprocessor
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 
 def tool(name: str) -> str:

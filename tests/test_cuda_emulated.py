@@ -51,7 +51,7 @@ FLAGS = (
 # Around a thread's 16 bytes (2, 4 or 8 elements), a round of 256 threads (512 to 8192), and a chunk.
 SIZES = (0, 1, 3, 4, 5, 8, 255, 257, 1023, 4097, CHUNK + 5, 2 * CHUNK)
 each_case = pytest.mark.parametrize(("operator", "variant"), CASES, ids=lambda v: v)
-pytestmark = pytest.mark.usefixtures("extension")
+pytestmark = [pytest.mark.host, pytest.mark.usefixtures("extension")]
 
 
 def build(folder: Path) -> Path:

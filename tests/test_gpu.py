@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU: the kernels against the CPU's, bit for bit; no synchronisation; few launches. Skipped where there is none.
 
-Run as a script, it calls every kernel once at awkward sizes: a small program for compute-sanitizer.
+Run as a script, it calls every kernel once at awkward sizes, a small program for compute-sanitizer:
+``python tests/test_gpu.py cuda fp32 bf16``.
 """
 
 from __future__ import annotations
@@ -304,12 +305,20 @@ def test_another_stream_is_followed(gpu):
         assert_same_bits(t.cpu(), expected.tensors()[name].cpu(), name)
 
 
-if __name__ == "__main__":
-    backend = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+def call_everything(backend: str, dtypes: list[str]) -> None:
+    place = (lambda call: call) if backend == "cpu" else on_gpu
+    operators = ops.get_backend(backend, torch.device("cpu" if backend == "cpu" else "cuda"))
     for operator, variants in VARIANTS.items():
         for variant in variants:
-            for dtype in DTYPES.values():
+            for dtype in dtypes:
                 for layout in ({}, {"flat": False, "shift": 1}):
-                    run(on_gpu(make(operator, variant, dtype, (0, 5, 257, CHUNK + 5), **layout)), backend)
-        torch.cuda.synchronize()
+                    call = place(make(operator, variant, DTYPES[dtype], (0, 5, 257, CHUNK + 5), **layout))
+                    args, kwargs = call.args()
+                    getattr(operators, operator)(*args, **kwargs)
+        if backend != "cpu":
+            torch.cuda.synchronize()
         print(f"{operator}: {len(variants)} variants ran", flush=True)
+
+
+if __name__ == "__main__":
+    call_everything(sys.argv[1] if len(sys.argv) > 1 else "cuda", sys.argv[2:] or list(DTYPES))
