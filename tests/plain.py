@@ -82,12 +82,13 @@ class PlainSAM:
         g, at_e = ({p: d.get(p, torch.zeros_like(p)) for p in {**g, **at_e}} for d in (g, at_e))
 
         def dot(a, b):
-            return sum((a[p].double() * b[p].double()).sum() for p in a)
+            products = [(a[p].double() * b[p].double()).sum() for p in a]
+            return torch.stack([*products, torch.zeros((), dtype=torch.float64)]).sum()
 
         if self.stable:
             factor = dot(g, g).sqrt() / (dot(at_e, at_e).sqrt() + 1e-12)
             return {p: (factor * d).to(p.dtype) for p, d in at_e.items()}
-        length_sq = torch.as_tensor(dot(at_e, at_e))
+        length_sq = dot(at_e, at_e)
         along = torch.where(length_sq == 0, 0.0, dot(g, at_e) / length_sq)
         return {p: d - self.alpha * (g[p] - (along * d).to(p.dtype)) for p, d in at_e.items()}
 
