@@ -120,7 +120,7 @@ class FriendlySAM(SAM):
 class StableSAM(SAM):
     """Stable SAM: the gradient at w + e, as long as the one at w: ĝ·‖g‖ / (‖ĝ‖ + 1e-12).
 
-    Source: Zhou et al., 2401.07250.
+    Source: Tan et al., 2401.07250.
     """
 
     @property
