@@ -117,7 +117,7 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
     modes = ("compile", "compile max-autotune", "compile cudagraphs")
     everything = [
         Part("build", build, wanted, alone=True),
-        checks("test", "tests/test_gpu.py", "tests/test_graphs.py"),
+        checks("test", "tests/test_gpu.py", "tests/test_graphs.py", **on_gpu),
         checks("test_triton", "tests/test_triton.py", **on_gpu),
         checks("suite_optimizer", "-m", "not host", *OPTIMIZER_TESTS, **on_gpu),
         checks("suite_rest", "-m", "not host", *rest, **on_gpu),
