@@ -26,7 +26,8 @@ PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a l
 WARPS = 4 if torch.version.hip else 8  # 256 threads
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
 # Per thread at most, on NVIDIA GPUs: left alone, ptxas spills a few bytes to fit one program more.
-REGISTERS = {"inner_products": 64, "perturb": 96, "restore": 64, "sgd": 80, "adam": 80}
+REGISTERS = {"inner_products": 64, "perturb": 96, "dots": 96, "restore": 64, "sgd": 80, "adam": 80}
+LISTS = 3  # of gradients that a descent combines, at most
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -112,8 +113,13 @@ def perturbed(w, d, scale, eta, ADAPTIVE: tl.constexpr):
 
 
 @triton.jit
+def weighted(g, c):
+    return c * g
+
+
+@triton.jit
 def accumulated(acc, g, c_acc, c):
-    return c_acc * acc + c * g
+    return c_acc * acc + weighted(g, c)
 
 
 @triton.jit
@@ -187,6 +193,17 @@ def in_list(table, segment, begin, S: tl.constexpr):
     there = table != 0
     base = tl.load(table.to(tl.int64).to(tl.pointer_type(tl.int64)) + segment, mask=there, other=0)
     return tl.where(there, base + begin * (S.primitive_bitwidth // 8), 0)
+
+
+@triton.jit
+def in_further_list(
+    table, i: tl.constexpr, lists, segments, segment, begin, S: tl.constexpr, COMBINED: tl.constexpr
+):  # fmt: skip
+    """The same in the i-th of several lists, one after the other; 0 where there are not so many."""
+    if COMBINED:
+        return in_list(tl.where(i < lists, table + i * segments * 8, 0), segment, begin, S)
+    else:
+        return tl.full([], 0, tl.int64)
 
 
 @triton.jit
@@ -265,6 +282,45 @@ def inner_products_kernel(
 
 
 @triton.jit
+def dots_chunk(x, y, numel, S: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """The chunk's parts of x·x, x·y and y·y."""
+    numel = length(numel, ALIGNED)
+    xp, yp = pointer(x, S, ALIGNED), pointer(y, S, ALIGNED)
+    lanes = tl.arange(0, BLOCK)
+    xx, xy, yy = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for i in range(0, numel, BLOCK):
+        here = lanes < numel - i
+        a = tl.load(xp + i + lanes, mask=here, other=0.0).to(tl.float64)
+        b = tl.load(yp + i + lanes, mask=here, other=0.0).to(tl.float64)
+        xx += a * a
+        xy += a * b
+        yy += b * b
+    return tl.sum(xx, 0), tl.sum(xy, 0), tl.sum(yy, 0)
+
+
+@_kernel
+def dots_kernel(
+    terms: tl.int64, chunks: tl.int64, rows: tl.int64, xs: tl.int64, ys: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    xx, xy, yy = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
+        segment, begin, _, numel, _ = load_chunk(chunks, k)
+        x, y = in_list(xs, segment, begin, S), in_list(ys, segment, begin, S)
+        if (x | y | numel) % 16 == 0:
+            xx_part, xy_part, yy_part = dots_chunk(x, y, numel, S, BLOCK, True)
+        else:
+            xx_part, xy_part, yy_part = dots_chunk(x, y, numel, S, BLOCK // 4, False)
+        xx += xx_part
+        xy += xy_part
+        yy += yy_part
+    p = terms.to(tl.int64).to(tl.pointer_type(tl.float64)) + tl.program_id(0)
+    tl.store(p, xx)
+    tl.store(p + tl.num_programs(0), xy)
+    tl.store(p + 2 * tl.num_programs(0), yy)
+
+
+@triton.jit
 def perturb_chunk(
     w, g, saved, ema, numel, finite, scale, sigma, lmbda, one_minus_lmbda, eta, S: tl.constexpr, T: tl.constexpr,
     FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
@@ -323,20 +379,38 @@ def perturb_kernel(
 
 
 @triton.jit
+def combination(gp, yp, zp, lanes, here, coefs, second, third, T: tl.constexpr, COMBINED: tl.constexpr):
+    """The gradients, or what stands in their place: the first coefficient times g, and so on where y and z are there."""
+    g = tl.load(gp + lanes, mask=here, other=0.0).to(T)
+    if COMBINED:
+        y = tl.load(yp + lanes, mask=here & second, other=0.0).to(T)
+        z = tl.load(zp + lanes, mask=here & third, other=0.0).to(T)
+        # Loaded for every block: registers are short, the cache is not.
+        c = coefs.to(tl.int64).to(tl.pointer_type(tl.float64))
+        g = weighted(g, tl.load(c).to(T))
+        g = tl.where(second, g + weighted(y, tl.load(c + 1, mask=second, other=0.0).to(T)), g)
+        g = tl.where(third, g + weighted(z, tl.load(c + 2, mask=third, other=0.0).to(T)), g)
+    return g
+
+
+@triton.jit
 def restore_chunk(
-    w, saved, acc, g, numel, finite, c_acc, c, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    w, saved, acc, g, y, z, numel, finite, c_acc, c, coefs, S: tl.constexpr, T: tl.constexpr,
+    COMBINED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
     wp, sp = pointer(w, S, ALIGNED), pointer(saved, S, ALIGNED)
     ap, gp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED)
+    yp, zp = pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     summed = (acc != 0) & (g != 0)
     for i in range(0, numel, BLOCK):
         here = lanes < numel - i
         before = tl.load(sp + i + lanes, mask=here & (w != 0), other=0.0)
         mean = tl.load(ap + i + lanes, mask=here & summed, other=0.0).to(T)
-        gradient = tl.load(gp + i + lanes, mask=here & summed, other=0.0).to(T)
+        gradient = combination(
+            gp + i, yp + i, zp + i, lanes, here & summed, coefs, y != 0, z != 0, T, COMBINED
+        )  # fmt: skip
         tl.store(wp + i + lanes, before, mask=here & (w != 0))
         # Without gradients it is stored only where c, and with it every element, is NaN.
         mean = accumulated(mean, gradient, c_acc, c)
@@ -347,7 +421,8 @@ def restore_chunk(
 def restore_kernel(
     norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, flat_weights: tl.int64,
     weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64, c_acc: tl.int64, c: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    coefs: tl.int64, lists: tl.int64, segments: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, COMBINED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = total(norm_sq, norm_terms)
     finite = is_finite(norm)
@@ -355,35 +430,43 @@ def restore_kernel(
         segment, begin, offset, numel, _ = load_chunk(chunks, k)
         w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
         s, a, g = in_flat(saved, offset, S), in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
-        coefficient = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
-        if (w | s | a | g | numel) % 16 == 0:
-            restore_chunk(w, s, a, g, numel, finite, number(c_acc, T), coefficient, S, T, BLOCK, True)
+        y = in_further_list(grads, 1, lists, segments, segment, begin, S, COMBINED)
+        z = in_further_list(grads, 2, lists, segments, segment, begin, S, COMBINED)
+        scale = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
+        if (w | s | a | g | y | z | numel) % 16 == 0:
+            restore_chunk(
+                w, s, a, g, y, z, numel, finite, number(c_acc, T), scale, coefs, S, T, COMBINED, BLOCK, True
+            )  # fmt: skip
         else:
-            restore_chunk(w, s, a, g, numel, finite, number(c_acc, T), coefficient, S, T, BLOCK // 4, False)
+            restore_chunk(
+                w, s, a, g, y, z, numel, finite, number(c_acc, T), scale, coefs, S, T, COMBINED, BLOCK // 4, False
+            )  # fmt: skip
 
 
 @triton.jit
-def descent(ap, gp, lanes, here, has_acc, c_acc, c, T: tl.constexpr):
+def descent(ap, g, lanes, here, has_acc, c_acc, c, T: tl.constexpr):
     """The step's gradient: c g, or c_acc acc + c g."""
-    g = tl.load(gp + lanes, mask=here, other=0.0).to(T)
     acc = tl.load(ap + lanes, mask=here & has_acc, other=0.0).to(T)
-    return tl.where(has_acc, accumulated(acc, g, c_acc, c), c * g)
+    return tl.where(has_acc, accumulated(acc, g, c_acc, c), weighted(g, c))
 
 
 @triton.jit
 def sgd_chunk(
-    w, before, acc, g, buffer, numel, c_acc, c, lr, momentum, one_minus_dampening, weight_decay, nesterov, maximize,
-    fresh, S: tl.constexpr, T: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    w, before, acc, g, y, z, buffer, numel, c_acc, c, coefs, lr, momentum, one_minus_dampening, weight_decay, nesterov,
+    maximize, fresh, S: tl.constexpr, T: tl.constexpr, MOMENTUM: tl.constexpr, COMBINED: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
     wp, bp = pointer(w, S, ALIGNED), pointer(before, S, ALIGNED)
     ap, gp, mp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED), pointer(buffer, S, ALIGNED)
+    yp, zp = pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
     has_momentum = truth(momentum != 0)
     lanes = tl.arange(0, BLOCK)
     for i in range(0, numel, BLOCK):
         here = lanes < numel - i
         x = tl.load(bp + i + lanes, mask=here, other=0.0).to(T)
-        d = descent(ap + i, gp + i, lanes, here, acc != 0, c_acc, c, T)
+        d = combination(gp + i, yp + i, zp + i, lanes, here, coefs, y != 0, z != 0, T, COMBINED)
+        d = descent(ap + i, d, lanes, here, acc != 0, c_acc, c, T)
         average = tl.zeros([BLOCK], T)
         if MOMENTUM:
             average = tl.load(mp + i + lanes, mask=here & has_momentum, other=0.0).to(T)
@@ -397,8 +480,8 @@ def sgd_chunk(
 def sgd_kernel(
     norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, hyper: tl.int64, columns: tl.int64,
     flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64, buffers: tl.int64,
-    fresh: tl.int64, c_acc: tl.int64, c: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
+    fresh: tl.int64, c_acc: tl.int64, c: tl.int64, coefs: tl.int64, lists: tl.int64, segments: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, MOMENTUM: tl.constexpr, COMBINED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = total(norm_sq, norm_terms)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -406,41 +489,46 @@ def sgd_kernel(
         w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
         before = tl.where(saved != 0, in_flat(saved, offset, S), w)
         a, g = in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
+        y = in_further_list(grads, 1, lists, segments, segment, begin, S, COMBINED)
+        z = in_further_list(grads, 2, lists, segments, segment, begin, S, COMBINED)
         b = in_flat(buffers, offset, S)
-        coefficient = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
+        scale = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
         row = hyper + group * columns * 8
         lr, momentum, one_minus_dampening = column(row, 1).to(T), column(row, 2).to(T), (1 - column(row, 3)).to(T)
         weight_decay, nesterov, maximize = column(row, 4).to(T), flag(row, 5), flag(row, 6)
         flags = fresh.to(tl.int64).to(tl.pointer_type(tl.uint8))
         begins = tl.load(flags + segment, mask=fresh != 0, other=0) != 0
-        if (w | before | a | g | b | numel) % 16 == 0:
+        if (w | before | a | g | y | z | b | numel) % 16 == 0:
             sgd_chunk(
-                w, before, a, g, b, numel, number(c_acc, T), coefficient, lr, momentum, one_minus_dampening,
-                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, BLOCK, True,
+                w, before, a, g, y, z, b, numel, number(c_acc, T), scale, coefs, lr, momentum, one_minus_dampening,
+                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, COMBINED, BLOCK, True,
             )  # fmt: skip
         else:
             sgd_chunk(
-                w, before, a, g, b, numel, number(c_acc, T), coefficient, lr, momentum, one_minus_dampening,
-                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, BLOCK // 4, False,
+                w, before, a, g, y, z, b, numel, number(c_acc, T), scale, coefs, lr, momentum, one_minus_dampening,
+                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, COMBINED, BLOCK // 4, False,
             )  # fmt: skip
 
 
 @triton.jit
 def adam_chunk(
-    w, before, acc, g, exp_avg, exp_avg_sq, max_exp_avg_sq, numel, c_acc, c,
+    w, before, acc, g, y, z, exp_avg, exp_avg_sq, max_exp_avg_sq, numel, c_acc, c, coefs,
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt,
     maximize, coupled, small, amsgrad,
-    S: tl.constexpr, T: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, AMSGRAD: tl.constexpr, COMBINED: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
     wp, bp = pointer(w, S, ALIGNED), pointer(before, S, ALIGNED)
     ap, gp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED)
+    yp, zp = pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
     mp, vp, xp = pointer(exp_avg, S, ALIGNED), pointer(exp_avg_sq, S, ALIGNED), pointer(max_exp_avg_sq, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     for i in range(0, numel, BLOCK):
         here = lanes < numel - i
         x = tl.load(bp + i + lanes, mask=here, other=0.0).to(T)
-        d = descent(ap + i, gp + i, lanes, here, acc != 0, c_acc, c, T)
+        d = combination(gp + i, yp + i, zp + i, lanes, here, coefs, y != 0, z != 0, T, COMBINED)
+        d = descent(ap + i, d, lanes, here, acc != 0, c_acc, c, T)
         m = tl.load(mp + i + lanes, mask=here, other=0.0).to(T)
         v = tl.load(vp + i + lanes, mask=here, other=0.0).to(T)
         d = adam_gradient(x, d, weight_decay, coupled, maximize)
@@ -462,8 +550,8 @@ def adam_kernel(
     norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, hyper: tl.int64, columns: tl.int64,
     flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64,
     exp_avgs: tl.int64, exp_avg_sqs: tl.int64, max_exp_avg_sqs: tl.int64, step: tl.int64, segments: tl.int64,
-    c_acc: tl.int64, c: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
+    c_acc: tl.int64, c: tl.int64, coefs: tl.int64, lists: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, AMSGRAD: tl.constexpr, COMBINED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = total(norm_sq, norm_terms)
     steps = step.to(tl.int64).to(tl.pointer_type(tl.float32))
@@ -472,9 +560,11 @@ def adam_kernel(
         w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
         before = tl.where(saved != 0, in_flat(saved, offset, S), w)
         a, g = in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
+        y = in_further_list(grads, 1, lists, segments, segment, begin, S, COMBINED)
+        z = in_further_list(grads, 2, lists, segments, segment, begin, S, COMBINED)
         m, v = in_flat(exp_avgs, offset, S), in_flat(exp_avg_sqs, offset, S)
         x = in_flat(max_exp_avg_sqs, offset, S)
-        coefficient = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
+        scale = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
         row = hyper + group * columns * 8
         lr, beta1, beta2, eps = column(row, 1), column(row, 2), column(row, 3), column(row, 4)
         weight_decay, amsgrad, maximize, decoupled = column(row, 5), flag(row, 6), flag(row, 7), flag(row, 8)
@@ -483,17 +573,17 @@ def adam_kernel(
         step_size = (lr / (1 - integer_power(beta1, count))).to(T)
         bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, count)).to(T)
         coupled, small = (decoupled == 0) & truth(weight_decay != 0), truth(1 - beta1 < 0.5)
-        if (w | before | a | g | m | v | x | numel) % 16 == 0:
+        if (w | before | a | g | y | z | m | v | x | numel) % 16 == 0:
             adam_chunk(
-                w, before, a, g, m, v, x, numel, number(c_acc, T), coefficient,
+                w, before, a, g, y, z, m, v, x, numel, number(c_acc, T), scale, coefs,
                 beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T), eps.to(T), weight_decay.to(T), decay,
-                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, BLOCK, True,
+                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, COMBINED, BLOCK, True,
             )  # fmt: skip
         else:
             adam_chunk(
-                w, before, a, g, m, v, x, numel, number(c_acc, T), coefficient,
+                w, before, a, g, y, z, m, v, x, numel, number(c_acc, T), scale, coefs,
                 beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T), eps.to(T), weight_decay.to(T), decay,
-                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, BLOCK // 4, False,
+                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, COMBINED, BLOCK // 4, False,
             )  # fmt: skip
     # The last program to come here counts the steps: by then every other one has read them.
     tl.debug_barrier()
@@ -676,6 +766,17 @@ class _Call:
             raise RuntimeError(f"hyper must have at least {columns} columns, got {hyper.shape[1]}")
         return address, hyper.shape[1]
 
+    def coefs(self, coefs, grads):
+        """(address or 0, the number of lists that grads holds, the number of tensors in each)."""
+        if coefs is None:
+            return 0, 1, len(grads)
+        address, lists = self.tensor("coefs", coefs, torch.float64)
+        if not 1 <= lists <= LISTS:
+            raise RuntimeError(f"coefs must be a contiguous float64 tensor of 1 to {LISTS} values, got {lists}")
+        if not grads or len(grads) % lists:
+            raise RuntimeError(f"grads must hold a list of tensors for each of {lists} coefs, got {len(grads)} tensors")
+        return address, lists, len(grads) // lists
+
     def launch(self, kernel, *args, **constants):
         if self.rows:
             with self.on_device():
@@ -750,6 +851,17 @@ def ascend(weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, 
     return norm_sq
 
 
+def dots(x, y, chunks):
+    for name, tensors in (("x", x), ("y", y)):
+        if not tensors:
+            raise RuntimeError(f"{name} is empty")
+    call = _Call(chunks, x[0].dtype)
+    tables = call.lists(x=x, y=y)
+    terms = torch.empty(3, call.programs, dtype=torch.float64, device=call.device)
+    call.launch(dots_kernel, terms.data_ptr(), chunks.data_ptr(), call.rows, tables["x"], tables["y"])
+    return terms if call.rows else terms.new_zeros(3, 1)
+
+
 def _gathered(call, weights, acc, grads, saved):
     flat_weights, listed = call.weights(weights)
     tables = call.lists(weights=listed, acc=acc, grads=grads)
@@ -757,7 +869,7 @@ def _gathered(call, weights, acc, grads, saved):
     return flat_weights, tables.get("weights", 0), saved, tables.get("acc", 0), tables.get("grads", 0)
 
 
-def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0, c=1.0):
+def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, coefs=None, c_acc=1.0, c=1.0):
     if weights and saved is None:
         raise RuntimeError("weights are restored from saved, which is missing")
     if grads and not acc:
@@ -766,12 +878,14 @@ def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, c_acc=1.0,
     call.launch(
         restore_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
         *_gathered(call, weights, acc, grads, saved if weights else None), _bits(c_acc), _bits(c),
+        *call.coefs(coefs, grads), COMBINED=coefs is not None,
     )  # fmt: skip
 
 
 def sgd(
-    weights, acc, grads, chunks, *, hyper, saved=None, momentum_buffer=None, fresh=None, norm_sq=None, c_acc=1.0, c=1.0
-):
+    weights, acc, grads, chunks, *, hyper, saved=None, momentum_buffer=None, fresh=None, norm_sq=None, coefs=None,
+    c_acc=1.0, c=1.0,
+):  # fmt: skip
     if not (weights and grads):
         raise RuntimeError("sgd needs weights and grads")
     call = _Call(chunks, _dtype_of(weights))
@@ -779,23 +893,26 @@ def sgd(
         sgd_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
         *call.hyper(hyper, 7), *_gathered(call, weights, acc, grads, saved),
         call.flat("momentum_buffer", momentum_buffer), call.tensor("fresh", fresh, torch.uint8)[0],
-        _bits(c_acc), _bits(c), MOMENTUM=momentum_buffer is not None,
+        _bits(c_acc), _bits(c), *call.coefs(coefs, grads),
+        MOMENTUM=momentum_buffer is not None, COMBINED=coefs is not None,
     )  # fmt: skip
 
 
 def adam(
     weights, acc, grads, chunks, *, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq=None, saved=None, norm_sq=None,
-    c_acc=1.0, c=1.0,
+    coefs=None, c_acc=1.0, c=1.0,
 ):  # fmt: skip
     if not (weights and grads):
         raise RuntimeError("adam needs weights and grads")
     call = _Call(chunks, _dtype_of(weights))
     steps, count = call.tensor("step", step, torch.float32)
-    if count != len(grads) + 1:
-        raise RuntimeError(f"step must have an element per parameter and one more, {len(grads) + 1}, got {count}")
+    coefs, lists, segments = call.coefs(coefs, grads)
+    if count != segments + 1:
+        raise RuntimeError(f"step must have an element per parameter and one more, {segments + 1}, got {count}")
     call.launch(
         adam_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
         *call.hyper(hyper, 9), *_gathered(call, weights, acc, grads, saved),
         call.flat("exp_avg", exp_avg), call.flat("exp_avg_sq", exp_avg_sq), call.flat("max_exp_avg_sq", max_exp_avg_sq),
-        steps, count - 1, _bits(c_acc), _bits(c), AMSGRAD=max_exp_avg_sq is not None,
+        steps, segments, _bits(c_acc), _bits(c), coefs, lists,
+        AMSGRAD=max_exp_avg_sq is not None, COMBINED=coefs != 0,
     )  # fmt: skip

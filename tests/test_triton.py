@@ -36,6 +36,11 @@ pytestmark = [pytest.mark.host, _NUMPY]  # data are made on the CPU, for both
 SIZES = (0, 1, 3, 4, 5, 255, 257, 4097, 4096)
 LARGE = (CHUNK + 5, 7, 2 * CHUNK)
 each_case = pytest.mark.parametrize(("operator", "variant"), CASES, ids=lambda v: v)
+# Kernels that no case asks for.
+MORE_CASES = {
+    "sgd, combined without momentum": ("sgd", {"coefs": (1.3, -0.4)}),
+    "adam, combined with amsgrad": ("adam", {"amsgrad": 1.0, "acc": True, "coefs": (0.7, 0.2, -0.4)}),
+}
 
 
 def bf16_as_torch_rounds(x, from_type, to_type, rounding):
@@ -91,15 +96,17 @@ def run(call: Call) -> Tensor | None:
 
 def assert_matches_the_cpu(call: Call) -> None:
     ours = moved(call)
-    norms = run(ours), call.run("cpu")
+    sums = run(ours), call.run("cpu")
     expected = call.tensors()
     for name, t in ours.tensors().items():
         if name == "achieved_sq":
             torch.testing.assert_close(t.cpu(), expected[name], rtol=1e-14, atol=0, equal_nan=True)
         else:
             assert_same_bits(t.cpu(), expected[name], name)
-    if norms[1] is not None:
-        torch.testing.assert_close(norms[0].sum().cpu(), norms[1].sum(), rtol=1e-14, atol=0, equal_nan=True)
+    if sums[1] is not None:
+        actual, target = sums[0].sum(-1).cpu(), sums[1].sum(-1)
+        cancelled = 1e-14 * float(target.max()) if call.operator == "dots" else 0  # in x·y, next to x·x and y·y
+        torch.testing.assert_close(actual, target, rtol=1e-14, atol=cancelled, equal_nan=True)
 
 
 LAYOUTS = {"flat weights": (True, 0), "listed weights, misaligned": (False, 1)}
@@ -132,6 +139,28 @@ def test_chunks_of_any_length(operator, variant):
 def test_more_chunks_than_programs(operator, variant):
     with mock.patch.object(ops.get_backend("triton", DEVICE), "PROGRAMS", 3):
         assert_matches_the_cpu(make(operator, variant, sizes=(400, 0, 333), chunk=64))
+
+
+@pytest.mark.parametrize("case", MORE_CASES)
+def test_combinations_that_have_kernels_of_their_own(case):
+    assert_matches_the_cpu(make(*MORE_CASES[case], sizes=(4096, 5, 300)))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_acc_may_be_one_of_the_lists_that_are_combined(which):
+    call = make("restore", "mean, three combined", sizes=(4096, 5, 300))
+    call.arguments["acc"] = call.arguments["grads"][3 * which : 3 * which + 3]
+    assert_matches_the_cpu(call)
+
+
+def test_one_misaligned_list_of_several():
+    call = make("sgd", "combined, mean", sizes=(4096, 512, 48))
+    for i, g in enumerate(call.arguments["grads"]):
+        if i // 3 == 2:
+            memory = torch.empty(len(g) + 1)
+            memory[1:] = g
+            call.arguments["grads"][i] = memory[1:]
+    assert_matches_the_cpu(call)
 
 
 def test_only_misaligned_gradients():
@@ -218,11 +247,20 @@ def test_pointers_written_by_a_kernel_are_those_that_were_copied():
         ("sgd", {"hyper": lambda a: a["hyper"][:, :4].contiguous()}, "at least 7 columns"),
         ("adam", {"step": lambda a: a["step"][:-1].clone()}, "step must have"),
         ("adam", {"exp_avg": lambda a: a["exp_avg"].bfloat16()}, "exp_avg must be torch.float32"),
+        ("adam", {"coefs": lambda a: a["hyper"][0, :2].float()}, "coefs must be .* torch.float64 .* torch.float32"),
+        ("adam", {"coefs": lambda a: a["hyper"][0, :4].clone()}, "coefs must be .* 1 to 3 values, got .*4"),
+        ("adam", {"coefs": lambda a: a["hyper"][0, :2].clone()}, "step must have .* one more, 2, got 3"),
+        ("sgd", {"coefs": lambda a: a["hyper"][0, :3].clone()}, "grads must .* each of 3 coefs, got 2 tensors"),
+        ("restore", {"coefs": lambda a: a["saved"][:1].double(), "grads": lambda a: []}, "each of 1 coefs, got 0"),
+        ("dots", {"x": lambda a: []}, "x is empty"),
+        ("dots", {"y": lambda a: []}, "y is empty"),
+        ("dots", {"y": lambda a: [t.double() for t in a["y"]]}, "y must be torch.float32"),
     ],
     ids=lambda v: v if isinstance(v, str) else next(iter(v)),
 )
 def test_wrong_arguments_are_refused_before_anything_is_touched(operator, change, message):
-    variant = {"ascend": "plain, saving", "restore": "weights and mean"}.get(operator, "everything")
+    variants = {"ascend": "plain, saving", "restore": "weights and mean", "dots": "plain"}
+    variant = variants.get(operator, "everything")
     call = moved(make(operator, variant, sizes=(5, 40)))
     kernels = ops.get_backend("triton", DEVICE)
     kernels._tables.clear()
@@ -313,7 +351,7 @@ def launched() -> dict[tuple, tuple]:
 
     with mock.patch.object(kernels, "_launch", record):
         kernels._Call(torch.zeros(0, 5, dtype=torch.int64), torch.float32)._captured((0,))
-        for operator, variant in CASES:
+        for operator, variant in (*CASES, *MORE_CASES.values()):
             for dtype in DTYPES.values():
                 for flat in (True, False):
                     args, kwargs = make(operator, variant, dtype, (5, 40), flat=flat).args()
@@ -360,14 +398,14 @@ def test_every_kernel_compiles_ahead_of_time(target):
     child = subprocess.run([sys.executable, __file__, target], capture_output=True, text=True, env=environment)
     assert child.returncode == 0, child.stderr
     reports = [json.loads(line) for line in child.stdout.splitlines()]
-    # Four dtypes of four, four, one, two and two choices; and the one that writes pointers.
-    assert len(reports) == 4 * (4 + 4 + 1 + 2 + 2) + 1
+    # Four dtypes of four, four, one, two, four and four choices; and the one that writes pointers.
+    assert len(reports) == 4 * (4 + 4 + 1 + 2 + 4 + 4) + 1
     for report in reports:
         wide = {a for a in report["accesses"] if re.search(r"v4\.b32$|v2\.b64$|dwordx4$", a)}
         if report["kernel"] == "write_pointers_kernel":
             continue
         assert any("ld" in a or "load" in a for a in wide), report
-        assert report["kernel"] == "inner_products_kernel" or any("st" in a for a in wide), report
+        assert report["kernel"] in ("inner_products_kernel", "dots_kernel") or any("st" in a for a in wide), report
         if target.startswith("sm_"):
             assert report["inexact"] == [], report
             assert (report["usage"]["STACK"], report["usage"]["LOCAL"]) == ("0", "0"), report
