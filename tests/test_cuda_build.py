@@ -30,7 +30,7 @@ STORAGE = ("float", "double", "msam::cuda::bf16", "msam::cuda::half")
 # Kernel -> variants, each for every storage type and for few and for many pointers.
 KERNELS = {
     **{"inner_products_kernel": 4, "perturb_kernel": 4, "ascend_kernel": 4},
-    **{"restore_kernel": 1, "sgd_kernel": 1, "adam_kernel": 1},
+    **{"dots_kernel": 1, "restore_kernel": 2, "sgd_kernel": 2, "adam_kernel": 2},
 }
 REGISTERS = 65536  # of a multiprocessor
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -120,7 +120,9 @@ def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(kernels
             assert (k.stack, k.spilled) == (0, 0), where
             assert not re.search(r"\b(LDL|STL)\b", k.code), where
             assert re.search(r"\bLDG\.E[.\w]*\.128\b", k.code), where
-            assert k.kind == "inner_products_kernel" or re.search(r"\bSTG\.E[.\w]*\.128\b", k.code), where
+            assert k.kind in ("inner_products_kernel", "dots_kernel") or re.search(r"\bSTG\.E[.\w]*\.128\b", k.code), (
+                where
+            )
             # What is saved leaves the cache first.
             assert k.kind not in ("perturb_kernel", "ascend_kernel") or re.search(r"\bSTG\.E\.EF\.128\b", k.code), where
             # Enough blocks of 256 threads for the loads in flight that kernels.cuh counts on.

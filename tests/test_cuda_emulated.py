@@ -162,6 +162,14 @@ def added_up(terms: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def assert_same_dots(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Sums of as many ulp. Those of x·y are counted in numbers of the size of ‖x‖·‖y‖, as the products may cancel."""
+    sums = [t.sum(1) for t in (one, other)]
+    scale = (sums[1][0] * sums[1][2]).sqrt()
+    scales = torch.stack([sums[1][0], scale, sums[1][2]])
+    torch.testing.assert_close(*(s / scales for s in sums), rtol=0, atol=1e-14)
+
+
 def assert_matches_cpu(emulated: Emulated, call: Call) -> None:
     """Every bit of the CPU's results, but of the sums, which are added in another order."""
     expected = copy.deepcopy(call)
@@ -175,7 +183,9 @@ def assert_matches_cpu(emulated: Emulated, call: Call) -> None:
         expected.run("cpu")
     else:
         wanted = expected.run("cpu")
-    if result is not None:
+    if call.operator == "dots":
+        assert_same_dots(result, wanted)
+    elif result is not None:
         torch.testing.assert_close(added_up(result), wanted, rtol=1e-14, atol=0, equal_nan=True)
     assert_same_memory(call, expected, apart_from=("achieved_sq",))
     if "achieved_sq" in call.arguments:
@@ -215,12 +225,15 @@ def test_pointers_beyond_one_launch_take_several(operator, variant, pointers, em
     calls = [make(operator, variant, torch.float32, sizes, flat=False, absent=(3,)) for _ in range(2)]
     results = [emulated.run(calls[0])]
     before = emulated.launches()
-    monkeypatch.setenv("MSAM_EMULATOR_POINTERS", str(pointers))
+    lists = sum(len(v) // len(sizes) for v in calls[1].arguments.values() if isinstance(v, list))
+    monkeypatch.setenv("MSAM_EMULATOR_POINTERS", str(max(pointers, lists)))
     results.append(emulated.run(calls[1]))
     assert emulated.launches() - before > 1
     assert_same_memory(*calls)
-    if results[0] is not None:
-        # A term adds its launches up one by one.
+    # A term adds its launches up one by one.
+    if operator == "dots":
+        assert_same_dots(*results)
+    elif results[0] is not None:
         torch.testing.assert_close(*results, rtol=1e-14, atol=0, equal_nan=True)
 
 
@@ -249,7 +262,7 @@ def test_an_empty_table_launches_nothing(emulated):
         result = emulated.run(call)
         assert emulated.launches() == before
         assert_same_memory(call, untouched)
-        assert result is None or result.tolist() == [0.0]
+        assert result is None or result.flatten().tolist() == [0.0] * (3 if operator == "dots" else 1)
 
 
 # ---- sums --------------------------------------------------------------------------------------------------------------
@@ -366,7 +379,22 @@ def test_what_the_kernels_cannot_use_is_refused(emulated):
     refused("restore", "weights alone", "saved, which is missing", saved=lambda _: None)
     refused("sgd", "plain", "one per parameter", acc=lambda _: [torch.zeros(5)])
     refused("adam", "plain", "step must have 3", step=lambda s: s[:2])
+    refused("adam", "scaled", "coefs must be .* float64 .* Float", coefs=lambda t: t.float())
+    refused("sgd", "combined from saved", "each of 2 coefs, got 3", grads=lambda g: g[:3])
+    refused("sgd", "combined from saved", "grads must be Float", grads=lambda g: [*g[:2], *(t.double() for t in g[2:])])
+    refused("adam", "combined, mean", "step must have 3", step=lambda s: torch.cat([s, s[:2]]))
+    refused("dots", "plain", "y is empty", y=lambda _: [])
+    refused("dots", "plain", "one per parameter", y=lambda y: y[:1])
     refused("adam", "plain", "exp_avg must be", exp_avg=lambda t: t.double())
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@each_dtype
+def test_the_accumulator_may_be_one_of_the_lists(which, dtype, emulated):
+    call = make("restore", "mean, three combined", dtype, (5, 300, CHUNK + 5))
+    a = call.arguments
+    a["grads"][3 * which : 3 * which + 3] = a["acc"]
+    assert_matches_cpu(emulated, call)
 
 
 def test_state_that_a_group_needs_and_the_call_lacks_shows(emulated):

@@ -29,6 +29,20 @@ LAYOUTS = {
     "flat weights": {"absent": (3, 12)},
     "listed weights, misaligned": {"flat": False, "shift": 1, "absent": (3, 12)},
 }
+FAR = ("inner_products", "dots", "restore", "sgd")  # operators tried beyond 2^31 elements
+# Variants that use most arguments.
+LARGEST = [
+    ("inner_products", "friendly and adaptive"),
+    ("perturb", "friendly, saving, some fresh"),
+    ("ascend", "friendly, saving, some fresh"),
+    ("dots", "plain"),
+    ("restore", "weights and mean"),
+    ("restore", "mean, three combined"),
+    ("sgd", "everything"),
+    ("sgd", "combined, mean"),
+    ("adam", "everything"),
+    ("adam", "combined, mean"),
+]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
@@ -103,7 +117,11 @@ def assert_like_the_cpu(call: Call, backend: str) -> None:
     for name, tensor in device.tensors().items():
         if name != "achieved_sq":
             assert_same(name, tensor, others[name], backend)
-    if expected is not None:
+    if call.operator == "dots":
+        xx, _, yy = wanted = expected.sum(1)
+        scales = torch.stack([xx, (xx * yy).sqrt(), yy])  # the products of x·y may cancel
+        torch.testing.assert_close(result.sum(1).cpu() / scales, wanted / scales, rtol=0, atol=1e-12)
+    elif expected is not None:
         torch.testing.assert_close(result.sum().cpu(), expected.sum(), rtol=1e-12, atol=0, equal_nan=True)
     if "achieved_sq" in call.arguments:
         sums = device.arguments["achieved_sq"].cpu(), call.arguments["achieved_sq"]
@@ -119,9 +137,8 @@ def test_a_kernel_gives_the_bits_of_the_cpu(operator, variant, dtype, layout, gp
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["flat weights", "listed weights"])
-@pytest.mark.parametrize("operator", VARIANTS)
-def test_more_parameters_than_one_launch_carries(operator, flat, gpu):
-    variant = list(VARIANTS[operator])[-2]  # of those that use most arguments
+@pytest.mark.parametrize(("operator", "variant"), LARGEST)
+def test_more_parameters_than_one_launch_carries(operator, variant, flat, gpu):
     sizes = tuple(1 + i % 40 for i in range(4500))
     assert_like_the_cpu(make(operator, variant, torch.float32, sizes, flat=flat, absent=tuple(range(0, 4500, 17))), gpu)
 
@@ -143,7 +160,7 @@ def test_repeated_runs_give_the_same_bits(operator, variant, gpu):
             assert_same_bits(t, expected)
 
 
-@pytest.mark.parametrize(("operator", "variant"), [c for c in CASES if c[0] in ("inner_products", "restore", "sgd")])
+@pytest.mark.parametrize(("operator", "variant"), [c for c in CASES if c[0] in FAR])
 def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, variant, gpu):
     if torch.cuda.get_device_properties(0).total_memory < 60e9:
         pytest.skip("needs 60 GB of GPU memory")

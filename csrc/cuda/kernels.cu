@@ -81,6 +81,12 @@ cudaError_t with_direction(const InnerProducts& a, Body&& body) {
                : (a.adaptive ? body(false_type{}, true_type{}) : body(false_type{}, false_type{}));
 }
 
+// body(combined) with a constant.
+template <class Body>
+cudaError_t with_coefs(const Restore& a, Body&& body) {
+  return a.coefs ? body(std::true_type{}) : body(std::false_type{});
+}
+
 constexpr int kDevices = 64;
 using ByDevice = std::atomic<int64_t>[kDevices];
 
@@ -146,11 +152,22 @@ cudaError_t launch_ascend(const Perturb& args, const Lists& lists, bool one_laun
   });
 }
 
+cudaError_t launch_dots(const Dots& args, const Lists& lists, cudaStream_t stream) {
+  return for_windows(args, lists, [&](const auto& p) {
+    using P = std::decay_t<decltype(p)>;
+    return with_storage(args.storage, [&](auto s) {
+      return launch(dots_kernel<decltype(s), P>, partials_of(args.rows), false, stream, p);
+    });
+  });
+}
+
 cudaError_t launch_restore(const Restore& args, const Lists& lists, cudaStream_t stream) {
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     return with_storage(args.storage, [&](auto s) {
-      return launch(restore_kernel<decltype(s), P>, args.rows, false, stream, p);
+      return with_coefs(args, [&](auto combined) {
+        return launch(restore_kernel<decltype(s), combined.value, P>, args.rows, false, stream, p);
+      });
     });
   });
 }
@@ -158,8 +175,11 @@ cudaError_t launch_restore(const Restore& args, const Lists& lists, cudaStream_t
 cudaError_t launch_sgd(const Update& args, const Lists& lists, cudaStream_t stream) {
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
-    return with_storage(args.storage,
-                        [&](auto s) { return launch(sgd_kernel<decltype(s), P>, args.rows, false, stream, p); });
+    return with_storage(args.storage, [&](auto s) {
+      return with_coefs(args, [&](auto combined) {
+        return launch(sgd_kernel<decltype(s), combined.value, P>, args.rows, false, stream, p);
+      });
+    });
   });
 }
 
@@ -167,8 +187,11 @@ cudaError_t launch_adam(const Update& args, const Lists& lists, cudaStream_t str
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     const bool last = lists.count == 0 || p.args.last == lists.segments;
-    return with_storage(args.storage,
-                        [&](auto s) { return launch(adam_kernel<decltype(s), P>, args.rows, false, stream, p, last); });
+    return with_storage(args.storage, [&](auto s) {
+      return with_coefs(args, [&](auto combined) {
+        return launch(adam_kernel<decltype(s), combined.value, P>, args.rows, false, stream, p, last);
+      });
+    });
   });
 }
 

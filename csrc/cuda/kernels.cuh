@@ -68,8 +68,10 @@ constexpr int kWidth = 16 / sizeof(S);
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
-template <class S>
-constexpr int kAdamBlocks = sizeof(S) == 8 ? 2 : sizeof(S) == 4 ? 4 : 3;
+template <class S, bool combined>
+constexpr int kAdamBlocks = sizeof(S) == 8 ? 2 : sizeof(S) == 4 && !combined ? 4 : 3;
+template <class S, bool combined>
+constexpr int kDescentBlocks = kBlocks<S>;
 
 template <class S, int N>
 struct PackOf {
@@ -259,17 +261,18 @@ MSAM_DEVICE const S* at(const void* flat, const Chunk& c) {
 }
 
 // Another launch carries the pointers of other segments.
-MSAM_DEVICE bool is_here(const Common& a, const Chunk& c) { return c.segment >= a.first && c.segment < a.last; }
+template <class Args>
+MSAM_DEVICE bool is_here(const Args& a, const Chunk& c) { return c.segment >= a.first && c.segment < a.last; }
 
-// Squares of doubles in lanes that take turns. For values that were fp32 a square is exact: the fused operation gives what
-// a product and a sum would.
+// Products of doubles in lanes that take turns. For values that were fp32 a product is exact: the fused operation gives
+// what a product and a sum would.
 template <class T>
-struct Squares {
+struct Products {
   double lane[2] = {};
 
-  MSAM_DEVICE void add(int j, double x) {
+  MSAM_DEVICE void add(int j, double x, double y) {
     double& sum = lane[j % 2];
-    sum = sizeof(T) == 8 ? sum + x * x : fma(x, x, sum);
+    sum = sizeof(T) == 8 ? sum + x * y : fma(x, y, sum);
   }
   MSAM_DEVICE double total() const { return lane[0] + lane[1]; }
 };
@@ -283,7 +286,7 @@ struct InnerProductsOp {
   static constexpr int kUnroll = friendly || adaptive ? 2 : 4;
   const S *weights, *grads, *ema;
   T sigma, eta;
-  Squares<T> sum;
+  Products<T> sum;
 
   template <int N>
   struct In {
@@ -310,7 +313,7 @@ struct InnerProductsOp {
       T d = g[j];
       if (friendly) d = residual(d, e[j], sigma);
       if (adaptive) d = stretch(w[j], eta) * d;
-      sum.add(j, d);
+      sum.add(j, d, d);
     }
   }
 };
@@ -340,6 +343,64 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) inner_products_kernel(co
   inner_products_term<S, friendly, adaptive>(p, blockIdx.x, shared);
 }
 
+// ---- dots -------------------------------------------------------------------------------------------------------
+
+template <class S_>
+struct DotsOp {
+  using S = S_;
+  using T = typename Traits<S>::T;
+  static constexpr int kUnroll = 2;
+  const S *x, *y;
+  Products<T> xx, xy, yy;
+
+  template <int N>
+  struct In {
+    Pack<S, N> x, y;
+  };
+  MSAM_DEVICE uintptr_t addresses() const { return address(x) | address(y); }
+  // Both are read again by what combines them.
+  template <int N>
+  MSAM_DEVICE void load(In<N>& in, int i) const {
+    in.x = cuda::load<N>(x + i);
+    in.y = cuda::load<N>(y + i);
+  }
+  template <int N>
+  MSAM_DEVICE void apply(const In<N>& in, int) {
+    T a[N], b[N];
+    Convert<S, N>::widen(in.x, a);
+    Convert<S, N>::widen(in.y, b);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      xx.add(j, a[j], a[j]);
+      xy.add(j, a[j], b[j]);
+      yy.add(j, b[j], b[j]);
+    }
+  }
+};
+
+// Terms as in inner_products.
+template <class S, class P>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) dots_kernel(const __grid_constant__ P p) {
+  __shared__ Shared shared;
+  const Dots& a = p.args;
+  DotsOp<S> op{nullptr, nullptr, {}, {}, {}};
+#pragma unroll 1
+  for (int64_t k = blockIdx.x; k < a.rows; k += kPartials) {
+    const Chunk c = a.chunks[k];
+    if (!is_here(a, c)) continue;
+    op.x = at<S>(p, a.x, c);
+    op.y = at<S>(p, a.y, c);
+    walk(op, int(c.numel));
+  }
+  const double sums[] = {op.xx.total(), op.xy.total(), op.yy.total()};
+#pragma unroll
+  for (int r = 0; r < 3; ++r) {
+    const double sum = block_sum(sums[r], shared);
+    double* term = a.partials + r * int64_t(gridDim.x) + blockIdx.x;
+    if (threadIdx.x == 0) *term = a.first > 0 ? *term + sum : sum;
+  }
+}
+
 // ---- perturb ----------------------------------------------------------------------------------------------------
 
 template <class S_, bool friendly, bool adaptive>
@@ -351,7 +412,7 @@ struct PerturbOp {
   const S* grads;
   S *saved, *ema;
   T scale, sigma, lmbda, one_minus_lmbda, eta;
-  Squares<T> sum;
+  Products<T> sum;
 
   template <int N>
   struct In {
@@ -388,7 +449,10 @@ struct PerturbOp {
     // What counts is what was stored. The difference of doubles that were fp32 may round, so its square does not come exact.
     Convert<S, N>::widen(stored, next);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sum.add(j, double(next[j]) - double(w[j]));
+    for (int j = 0; j < N; ++j) {
+      const double e = double(next[j]) - double(w[j]);
+      sum.add(j, e, e);
+    }
   }
 };
 
@@ -472,27 +536,97 @@ __global__ void __launch_bounds__(kThreads, kAscendBlocks) ascend_kernel(const _
 
 // ---- restore ----------------------------------------------------------------------------------------------------
 
+template <class T>
+struct Coefs {
+  T value[1 + kMore];
+};
+
+// The gradients, or combined what stands in their place: coefs[0] grads + coefs[1] more[0] + ...
+template <class S_, bool combined>
+struct Gradient {
+  using S = S_;
+  using T = typename Traits<S>::T;
+  const S* grads;
+  const S* more[kMore];
+  Coefs<T> coefs;
+
+  template <int N>
+  struct In {
+    Pack<S, N> g, more[kMore];
+  };
+  MSAM_DEVICE uintptr_t addresses() const {
+    uintptr_t all = address(grads);
+#pragma unroll
+    for (int k = 0; combined && k < kMore; ++k) all |= address(more[k]);
+    return all;
+  }
+  // Never past the coherent caches: the accumulator, which is stored to, may be one of the lists.
+  template <int N>
+  MSAM_DEVICE void load(In<N>& in, int i) const {
+    in.g = load_last<N>(grads + i);
+#pragma unroll
+    for (int k = 0; combined && k < kMore; ++k)
+      if (more[k]) in.more[k] = load_last<N>(more[k] + i);
+  }
+  template <int N>
+  MSAM_DEVICE void widen(const In<N>& in, T* g) const {
+    Convert<S, N>::widen(in.g, g);
+    if (combined) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) g[j] = weighted(g[j], coefs.value[0]);
+    }
+#pragma unroll
+    for (int k = 0; combined && k < kMore; ++k) {
+      if (!more[k]) continue;
+      T x[N];
+      Convert<S, N>::widen(in.more[k], x);
+#pragma unroll
+      for (int j = 0; j < N; ++j) g[j] = accumulated(g[j], x[j], T(1), coefs.value[1 + k]);
+    }
+  }
+};
+
+template <class S, bool combined, class P>
+MSAM_DEVICE Gradient<S, combined> gradient(const P& p, const Chunk& c, Shared& shared) {
+  using T = typename Traits<S>::T;
+  const Restore& a = p.args;
+  Gradient<S, combined> out{at<S>(p, a.grads, c), {}, {}};
+  if (combined) {
+#pragma unroll
+    for (int k = 0; k < kMore; ++k) out.more[k] = at<S>(p, a.more[k], c);
+    out.coefs = shared_constants<Coefs<T>>(shared, [&] {
+      Coefs<T> coefs{{T(a.coefs[0])}};
+#pragma unroll
+      for (int k = 0; k < kMore; ++k)
+        if (a.more[k]) coefs.value[1 + k] = T(a.coefs[1 + k]);
+      return coefs;
+    });
+  }
+  return out;
+}
+
 // acc <- c_acc acc + c g, and with `weights` the copy from `saved` on the way.
-template <class S_, bool weights>
+template <class S_, bool weights, bool combined>
 struct AccumulateOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = 2;
+  static constexpr int kUnroll = combined ? 1 : 2;
   CopyOp<S> copy;
   S* acc;
-  const S* grads;
+  Gradient<S, combined> gradient;
   T c_acc, c;
 
   template <int N>
   struct In {
-    Pack<S, N> w, acc, g;
+    Pack<S, N> w, acc;
+    typename Gradient<S, combined>::template In<N> g;
   };
   MSAM_DEVICE uintptr_t addresses() const {
-    return address(acc) | address(grads) | (weights ? copy.addresses() : 0);
+    return address(acc) | gradient.addresses() | (weights ? copy.addresses() : 0);
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.g = load_last<N>(grads + i);
+    gradient.template load<N>(in.g, i);
     in.acc = load_last<N>(acc + i);
     if (weights) in.w = load_last<N>(copy.from + i);
   }
@@ -501,7 +635,7 @@ struct AccumulateOp {
     T sum[N], g[N];
     if (weights) store<N>(copy.to + i, in.w);
     Convert<S, N>::widen(in.acc, sum);
-    Convert<S, N>::widen(in.g, g);
+    gradient.template widen<N>(in.g, g);
 #pragma unroll
     for (int j = 0; j < N; ++j) sum[j] = accumulated(sum[j], g[j], c_acc, c);
     store<N>(acc + i, Convert<S, N>::narrow(sum));
@@ -529,8 +663,8 @@ struct PoisonOp {
   }
 };
 
-template <class S, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) restore_kernel(const __grid_constant__ P p) {
+template <class S, bool combined, class P>
+__global__ void __launch_bounds__(kThreads, kDescentBlocks<S, combined>) restore_kernel(const __grid_constant__ P p) {
   using T = typename Traits<S>::T;
   __shared__ Shared shared;
   const Restore& a = p.args;
@@ -538,15 +672,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) restore_kernel(const __g
   if (!is_here(a, c)) return;
   S* weights = at<S>(p, a.weights, c);
   S* acc = at<S>(p, a.acc, c);
-  const S* grads = at<S>(p, a.grads, c);
   const bool poison = acc && a.norm_sq && !is_finite(norm_sq_of(a, shared));
   CopyOp<S> copy{at<S>(a.saved, c), weights};
-  if (acc && grads && !poison) {
+  if (acc && a.grads && !poison) {
+    const auto gradient = cuda::gradient<S, combined>(p, c, shared);
     if (weights) {
-      AccumulateOp<S, true> op{copy, acc, grads, as<T>(a.c_acc), as<T>(a.c)};
+      AccumulateOp<S, true, combined> op{copy, acc, gradient, as<T>(a.c_acc), as<T>(a.c)};
       walk(op, int(c.numel));
     } else {
-      AccumulateOp<S, false> op{copy, acc, grads, as<T>(a.c_acc), as<T>(a.c)};
+      AccumulateOp<S, false, combined> op{copy, acc, gradient, as<T>(a.c_acc), as<T>(a.c)};
       walk(op, int(c.numel));
     }
     return;
@@ -561,31 +695,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) restore_kernel(const __g
 // ---- update -----------------------------------------------------------------------------------------------------
 
 // The start of the weights and the step's gradient: c g, or c_acc acc + c g.
-template <class S_>
+template <class S_, bool combined>
 struct Descent {
   using S = S_;
   using T = typename Traits<S>::T;
   S* weights;
-  const S *saved, *acc, *grads;
+  const S *saved, *acc;
+  Gradient<S, combined> gradient;
   T c_acc, c;
 
   template <int N>
   struct In {
-    Pack<S, N> w, acc, g;
+    Pack<S, N> w, acc;
+    typename Gradient<S, combined>::template In<N> g;
   };
   MSAM_DEVICE uintptr_t addresses() const {
-    return address(weights) | address(saved) | address(acc) | address(grads);
+    return address(weights) | address(saved) | address(acc) | gradient.addresses();
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.g = load_last<N>(grads + i);
+    gradient.template load<N>(in.g, i);
     if (acc) in.acc = load_last<N>(acc + i);
     in.w = load_last<N>((saved ? saved : weights) + i);
   }
   template <int N>
   MSAM_DEVICE void widen(const In<N>& in, T* w, T* g) const {
     Convert<S, N>::widen(in.w, w);
-    Convert<S, N>::widen(in.g, g);
+    gradient.template widen<N>(in.g, g);
     if (acc) {
       T sum[N];
       Convert<S, N>::widen(in.acc, sum);
@@ -598,31 +734,31 @@ struct Descent {
   }
 };
 
-template <class S, class P>
-MSAM_DEVICE Descent<S> descent(const P& p, const Chunk& c, bool known, Shared& shared) {
+template <class S, bool combined, class P>
+MSAM_DEVICE Descent<S, combined> descent(const P& p, const Chunk& c, bool known, Shared& shared) {
   using T = typename Traits<S>::T;
   const Update& a = p.args;
   known = known && (!a.norm_sq || is_finite(norm_sq_of(a, shared)));
   return {at<S>(p, a.weights, c),
           at<S>(a.saved, c),
           at<S>(p, a.acc, c),
-          at<S>(p, a.grads, c),
+          gradient<S, combined>(p, c, shared),
           as<T>(a.c_acc),
           known ? as<T>(a.c) : T(NAN)};
 }
 
-template <class S_, bool momentum>
+template <class S_, bool momentum, bool combined>
 struct SgdOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = 2;
-  Descent<S> descent;
+  static constexpr int kUnroll = combined ? 1 : 2;
+  Descent<S, combined> descent;
   S* buffers;
   Sgd<T, momentum> rule;
 
   template <int N>
   struct In {
-    typename Descent<S>::template In<N> descent;
+    typename Descent<S, combined>::template In<N> descent;
     Pack<S, N> buffer;
   };
   MSAM_DEVICE uintptr_t addresses() const { return descent.addresses() | (momentum ? address(buffers) : 0); }
@@ -646,43 +782,43 @@ struct SgdOp {
   }
 };
 
-template <class S, bool momentum, class P>
+template <class S, bool momentum, bool combined, class P>
 MSAM_DEVICE void sgd_chunk(const P& p, const Chunk& c, const double* row, Shared& shared) {
   using Rule = Sgd<typename Traits<S>::T, momentum>;
   const Update& a = p.args;
   // The host cannot see that a group wants momentum: without a buffer for it, the weights say so.
-  const auto descent = cuda::descent<S>(p, c, !momentum || a.momentum_buffer, shared);
+  const auto descent = cuda::descent<S, combined>(p, c, !momentum || a.momentum_buffer, shared);
   const auto rule =
       shared_constants<Rule>(shared, [&] { return Rule(row, a.fresh && a.fresh[c.segment]); });
-  SgdOp<S, momentum> op{descent, a.momentum_buffer ? at<S>(a.momentum_buffer, c) : descent.weights, rule};
+  SgdOp<S, momentum, combined> op{descent, a.momentum_buffer ? at<S>(a.momentum_buffer, c) : descent.weights, rule};
   walk(op, int(c.numel));
 }
 
-template <class S, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) sgd_kernel(const __grid_constant__ P p) {
+template <class S, bool combined, class P>
+__global__ void __launch_bounds__(kThreads, kDescentBlocks<S, combined>) sgd_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const Update& a = p.args;
   const Chunk c = a.chunks[blockIdx.x];
   if (!is_here(a, c)) return;
   const double* row = a.hyper + c.group * a.hyper_stride;
   if (row[kSgdMomentum] != 0)
-    sgd_chunk<S, true>(p, c, row, shared);
+    sgd_chunk<S, true, combined>(p, c, row, shared);
   else
-    sgd_chunk<S, false>(p, c, row, shared);
+    sgd_chunk<S, false, combined>(p, c, row, shared);
 }
 
-template <class S_, bool amsgrad>
+template <class S_, bool amsgrad, bool combined>
 struct AdamOp {
   using S = S_;
   using T = typename Traits<S>::T;
   static constexpr int kUnroll = 1;
-  Descent<S> descent;
+  Descent<S, combined> descent;
   S *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs;
   Adam<T, amsgrad> rule;
 
   template <int N>
   struct In {
-    typename Descent<S>::template In<N> descent;
+    typename Descent<S, combined>::template In<N> descent;
     Pack<S, N> m, v, most;
   };
   MSAM_DEVICE uintptr_t addresses() const {
@@ -714,19 +850,19 @@ struct AdamOp {
   }
 };
 
-template <class S, bool amsgrad, class P>
+template <class S, bool amsgrad, bool combined, class P>
 MSAM_DEVICE void adam_chunk(const P& p, const Chunk& c, const double* row, Shared& shared) {
   using Rule = Adam<typename Traits<S>::T, amsgrad>;
   const Update& a = p.args;
-  const auto descent = cuda::descent<S>(p, c, !amsgrad || a.max_exp_avg_sq, shared);
+  const auto descent = cuda::descent<S, combined>(p, c, !amsgrad || a.max_exp_avg_sq, shared);
   const auto rule = shared_constants<Rule>(shared, [&] { return Rule(row, int64_t(a.step[c.segment]) + 1); });
   S* largest = a.max_exp_avg_sq ? at<S>(a.max_exp_avg_sq, c) : descent.weights;
-  AdamOp<S, amsgrad> op{descent, at<S>(a.exp_avg, c), at<S>(a.exp_avg_sq, c), largest, rule};
+  AdamOp<S, amsgrad, combined> op{descent, at<S>(a.exp_avg, c), at<S>(a.exp_avg_sq, c), largest, rule};
   walk(op, int(c.numel));
 }
 
-template <class S, class P>
-__global__ void __launch_bounds__(kThreads, kAdamBlocks<S>) adam_kernel(const __grid_constant__ P p, bool count) {
+template <class S, bool combined, class P>
+__global__ void __launch_bounds__(kThreads, kAdamBlocks<S, combined>) adam_kernel(const __grid_constant__ P p, bool count) {
   __shared__ Shared shared;
   __shared__ bool is_last;
   const Update& a = p.args;
@@ -734,9 +870,9 @@ __global__ void __launch_bounds__(kThreads, kAdamBlocks<S>) adam_kernel(const __
   if (is_here(a, c)) {
     const double* row = a.hyper + c.group * a.hyper_stride;
     if (row[kAdamAmsgrad] != 0)
-      adam_chunk<S, true>(p, c, row, shared);
+      adam_chunk<S, true, combined>(p, c, row, shared);
     else
-      adam_chunk<S, false>(p, c, row, shared);
+      adam_chunk<S, false, combined>(p, c, row, shared);
   }
   if (!count) return;
   // Once nobody needs the old step numbers any more, the last block of the call's last launch counts them up.

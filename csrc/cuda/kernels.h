@@ -18,6 +18,9 @@ namespace msam::cuda {
 
 enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
 
+// Vectors that may be combined with the gradients, at most.
+constexpr int kMore = 2;
+
 // A tensor argument: one flat buffer, or a list by segment, whose pointers travel with the launch.
 struct Place {
   void* flat = nullptr;
@@ -28,7 +31,7 @@ struct Place {
 
 // The lists of tensors of a call: data[list][segment], in host memory.
 struct Lists {
-  static constexpr int kMost = 3;  // weights, acc, grads
+  static constexpr int kMost = 3 + kMore;  // weights, acc, grads, more
   void* const* data[kMost] = {};
   int count = 0;
   int64_t segments = 0;
@@ -64,6 +67,15 @@ struct InnerProducts : Common {
   double* partials = nullptr;  // [partials_of(rows)]
 };
 
+struct Dots {
+  Storage storage;
+  const Chunk* chunks;
+  int64_t rows;                         // of chunks
+  int64_t first = 0, last = INT64_MAX;  // as in Common
+  Place x, y;
+  double* partials = nullptr;  // [3, partials_of(rows)] of x.x, x.y, y.y
+};
+
 struct Perturb : InnerProducts {
   void* saved = nullptr;
   void* ema_out = nullptr;
@@ -74,6 +86,8 @@ struct Perturb : InnerProducts {
 struct Restore : Common {  // grads: c_acc acc + c grads lands in acc
   const void* saved = nullptr;
   Place acc;
+  const double* coefs = nullptr;  // with them coefs[0] grads + coefs[1] more[0] + ... stands in place of grads
+  Place more[kMore];
   Number c_acc = 1, c = 1;
 };
 
@@ -85,7 +99,7 @@ struct Update : Restore {  // acc is only read here
   unsigned* ticket = nullptr;  // blocks that have finished; zero between calls
 };
 
-// Terms of a squared norm: a number of its own for every table, whatever the GPU, so that all GPUs add in the same order.
+// Terms of a sum over all chunks: a number of its own for every table, whatever the GPU, so that all GPUs add in the same order.
 // As many blocks fill any of them, and few enough that every block of the next kernel can add the terms up by itself.
 constexpr int64_t kPartials = 1024;
 inline int64_t partials_of(int64_t rows) { return rows < kPartials ? rows : kPartials; }
@@ -96,6 +110,7 @@ cudaError_t launch_perturb(const Perturb&, const Lists&, cudaStream_t stream);
 // The two one after the other, the terms in args.partials: the same bits in one launch, where all blocks fit the GPU
 // at once and the pointers one launch.
 cudaError_t launch_ascend(const Perturb&, const Lists&, bool one_launch, cudaStream_t stream);
+cudaError_t launch_dots(const Dots&, const Lists&, cudaStream_t stream);
 cudaError_t launch_restore(const Restore&, const Lists&, cudaStream_t stream);
 cudaError_t launch_sgd(const Update&, const Lists&, cudaStream_t stream);
 cudaError_t launch_adam(const Update&, const Lists&, cudaStream_t stream);

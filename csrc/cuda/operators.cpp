@@ -97,11 +97,22 @@ class Call {
     args.norm_sq = t->const_data_ptr<double>();
     args.terms = t->numel();
   }
+  // Of the lists of gradients that are to be combined; the first is that of a call without coefs. Says how long each is.
+  int64_t gradients(TensorList grads, const MaybeTensor& coefs, Restore& args) {
+    const int64_t terms = check_coefs(coefs, grads, 1 + kMore), segments = int64_t(grads.size()) / terms;
+    if (coefs) check_device(*coefs, "coefs", device());
+    args.coefs = pointer<double>(coefs);
+    args.grads = list(grads.slice(0, segments), "grads");
+    for (int64_t k = 1; k < terms; ++k) args.more[k - 1] = list(grads.slice(k * segments, segments), "grads");
+    return segments;
+  }
   void per_chunk(const Tensor& t, const char* name) const {
     check_per_chunk(t, name, rows());
     check_device(t, name, device());
   }
-  void begin(Common& args) const {
+  // Dots as well as Common.
+  template <class Args>
+  void begin(Args& args) const {
     args.storage = storage_of(dtype_);
     args.chunks = reinterpret_cast<const Chunk*>(chunks_.const_data_ptr<int64_t>());
     args.rows = rows();
@@ -109,10 +120,14 @@ class Call {
 
   // The terms of a squared norm, still to be filled.
   Tensor new_norm_sq(InnerProducts& args) const {
-    const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
-    const Tensor norm_sq = rows() ? at::empty({partials_of(rows())}, options) : at::zeros({1}, options);
+    const Tensor norm_sq = rows() ? at::empty({partials_of(rows())}, doubles()) : at::zeros({1}, doubles());
     args.partials = norm_sq.mutable_data_ptr<double>();
     return norm_sq;
+  }
+  Tensor new_dots(Dots& args) const {
+    const Tensor dots = rows() ? at::empty({3, partials_of(rows())}, doubles()) : at::zeros({3, 1}, doubles());
+    args.partials = dots.mutable_data_ptr<double>();
+    return dots;
   }
 
   template <class Args, class... More>
@@ -125,6 +140,8 @@ class Call {
   int64_t rows() const { return chunks_.size(0); }
 
  private:
+  at::TensorOptions doubles() const { return at::TensorOptions().dtype(at::kDouble).device(device()); }
+
   c10::cuda::CUDAGuard guard_;
   const Tensor& chunks_;
   at::ScalarType dtype_;
@@ -201,37 +218,51 @@ Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const 
   return norm_sq;
 }
 
-// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite.
-void gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorList grads, const MaybeTensor& saved,
-            const MaybeTensor& norm_sq, double c_acc, double c) {
+Tensor dots(TensorList x, TensorList y, const Tensor& chunks) {
+  Call call(chunks, dtype_of(x, {}, "x"));
+  Dots a;
+  call.begin(a);
+  a.x = call.list(x, "x");
+  a.y = call.list(y, "y");
+  TORCH_CHECK(a.y, "y is empty");
+  const Tensor terms = call.new_dots(a);
+  call.run(&launch_dots, a, call.stream());
+  return terms;
+}
+
+// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite. Says how many
+// parameters there are gradients of.
+int64_t gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorList grads, const MaybeTensor& saved,
+               const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   call.begin(a);
   a.weights = call.list(weights, "weights", weights.size() == 1);
   a.acc = call.list(acc, "acc");
-  a.grads = call.list(grads, "grads");
+  const int64_t segments = call.gradients(grads, coefs, a);
   call.flat(saved, "saved");
   call.norm_sq(norm_sq, a);
   a.saved = pointer(saved);
   a.c_acc = c_acc;
   a.c = c;
+  return segments;
 }
 
 void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const MaybeTensor& saved,
-             const MaybeTensor& norm_sq, double c_acc, double c) {
+             const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   Call call(chunks, dtype_of(weights, acc, "weights and acc"));
   TORCH_CHECK(weights.empty() || saved, "weights are restored from saved, which is missing");
   TORCH_CHECK(grads.empty() || !acc.empty(), "grads are added to acc, which is missing");
   Restore a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
   call.run(&launch_restore, a, call.stream());
 }
 
 void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
          const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
-         const MaybeTensor& norm_sq, double c_acc, double c) {
+         const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   TORCH_CHECK(!weights.empty() && !grads.empty(), "sgd needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
   call.hyper(hyper, kSgdColumns, a);
   call.flat(momentum_buffer, "momentum_buffer");
   call.per_segment(fresh, "fresh", at::kByte);
@@ -242,23 +273,23 @@ void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chu
 
 void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
           const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
-          const MaybeTensor& saved, const MaybeTensor& norm_sq, double c_acc, double c) {
+          const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   TORCH_CHECK(!weights.empty() && !grads.empty(), "adam needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, c_acc, c);
+  const int64_t segments = gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
   call.hyper(hyper, kAdamColumns, a);
   call.flat(exp_avg, "exp_avg");
   call.flat(exp_avg_sq, "exp_avg_sq");
   call.flat(max_exp_avg_sq, "max_exp_avg_sq");
   call.per_segment(step, "step", at::kFloat);
-  TORCH_CHECK(step.numel() == int64_t(grads.size()) + 1, "step must have ", grads.size() + 1,
+  TORCH_CHECK(step.numel() == segments + 1, "step must have ", segments + 1,
               " elements, one per parameter and the kernels' ticket, got ", step.numel());
   a.exp_avg = exp_avg.data_ptr();
   a.exp_avg_sq = exp_avg_sq.data_ptr();
   a.max_exp_avg_sq = pointer(max_exp_avg_sq);
   a.step = step.data_ptr<float>();
-  a.ticket = reinterpret_cast<unsigned*>(a.step + grads.size());
+  a.ticket = reinterpret_cast<unsigned*>(a.step + segments);
   call.run(&launch_adam, a, call.stream());
 }
 
@@ -272,6 +303,7 @@ TORCH_LIBRARY_IMPL(msam_kernels, MSAM_DISPATCH_KEY, m) {
   m.impl("inner_products", &inner_products);
   m.impl("perturb", &perturb);
   m.impl("ascend", &ascend);
+  m.impl("dots", &dots);
   m.impl("restore", &restore);
   m.impl("sgd", &sgd);
   m.impl("adam", &adam);
