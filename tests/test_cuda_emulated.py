@@ -163,11 +163,11 @@ def added_up(terms: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_dots(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Sums of as many ulp. Those of x·y are counted in numbers of the size of ‖x‖·‖y‖, as the products may cancel."""
-    sums = [t.sum(1) for t in (one, other)]
-    scale = (sums[1][0] * sums[1][2]).sqrt()
-    scales = torch.stack([sums[1][0], scale, sums[1][2]])
-    torch.testing.assert_close(*(s / scales for s in sums), rtol=0, atol=1e-14)
+    """Sums that are close: x·y, whose products may cancel, for what ‖x‖·‖y‖ is."""
+    actual, wanted = one.sum(1), other.sum(1)
+    xx, _, yy = wanted
+    scales = torch.stack([xx, (xx * yy).sqrt(), yy])
+    torch.testing.assert_close(actual / scales, wanted / scales, rtol=0, atol=1e-14)
 
 
 def assert_matches_cpu(emulated: Emulated, call: Call) -> None:
@@ -279,6 +279,14 @@ def test_the_norm_is_within_a_few_ulp_of_the_exact_one(dtype, n, decades, emulat
     assert abs(norm_sq - exact) <= (4 if dtype == torch.float64 else 16) * math.ulp(exact)
     norms = torch.tensor([math.sqrt(norm_sq), math.sqrt(exact)], dtype=torch.float64)
     assert abs(norms[0] - norms[1]) <= (2 if dtype == torch.float64 else 8) * math.ulp(norms[1])
+
+
+@each_dtype
+def test_the_dots_of_a_vector_with_itself_have_the_bits_of_its_squared_norm(dtype, emulated):
+    call = make("dots", "plain", dtype, SIZES)
+    x, chunks = call.arguments["x"], call.arguments["chunks"]
+    for row in emulated.dots(x, x, chunks):
+        assert_same_bits(row, emulated.inner_products([], x, chunks))
 
 
 @each_dtype

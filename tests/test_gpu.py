@@ -195,6 +195,7 @@ def test_bad_tensors_are_refused_by_name(gpu):
         ("grads", [t.double() for t in call.arguments["grads"]], "grads must be (Float|torch.float32)"),
         ("momentum_buffer", call.arguments["momentum_buffer"].cpu(), "momentum_buffer must be on cuda"),
         ("hyper", call.arguments["hyper"].float(), "hyper must be"),
+        ("coefs", torch.ones(1, dtype=torch.float64), "coefs must be.* on cuda"),
     ):
         bad = Call(call.operator, {**call.arguments, name: value})
         with pytest.raises((RuntimeError, ValueError, TypeError), match=message):

@@ -70,8 +70,6 @@ constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
 template <class S, bool combined>
 constexpr int kAdamBlocks = sizeof(S) == 8 ? 2 : sizeof(S) == 4 && !combined ? 4 : 3;
-template <class S, bool combined>
-constexpr int kDescentBlocks = kBlocks<S>;
 
 template <class S, int N>
 struct PackOf {
@@ -209,6 +207,7 @@ MSAM_DEVICE uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t
 struct Shared {
   double warps[kWarps];
   alignas(16) unsigned char constants[128];
+  double coefs[1 + kMore];  // in the arithmetic type
 };
 
 // The sum over the block, in an order of its own, to every thread.
@@ -536,11 +535,6 @@ __global__ void __launch_bounds__(kThreads, kAscendBlocks) ascend_kernel(const _
 
 // ---- restore ----------------------------------------------------------------------------------------------------
 
-template <class T>
-struct Coefs {
-  T value[1 + kMore];
-};
-
 // The gradients, or combined what stands in their place: coefs[0] grads + coefs[1] more[0] + ...
 template <class S_, bool combined>
 struct Gradient {
@@ -548,7 +542,7 @@ struct Gradient {
   using T = typename Traits<S>::T;
   const S* grads;
   const S* more[kMore];
-  Coefs<T> coefs;
+  const T* coefs;  // shared: registers are short
 
   template <int N>
   struct In {
@@ -573,7 +567,7 @@ struct Gradient {
     Convert<S, N>::widen(in.g, g);
     if (combined) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = weighted(g[j], coefs.value[0]);
+      for (int j = 0; j < N; ++j) g[j] = weighted(g[j], coefs[0]);
     }
 #pragma unroll
     for (int k = 0; combined && k < kMore; ++k) {
@@ -581,7 +575,7 @@ struct Gradient {
       T x[N];
       Convert<S, N>::widen(in.more[k], x);
 #pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = accumulated(g[j], x[j], T(1), coefs.value[1 + k]);
+      for (int j = 0; j < N; ++j) g[j] = accumulated(g[j], x[j], T(1), coefs[1 + k]);
     }
   }
 };
@@ -590,17 +584,19 @@ template <class S, bool combined, class P>
 MSAM_DEVICE Gradient<S, combined> gradient(const P& p, const Chunk& c, Shared& shared) {
   using T = typename Traits<S>::T;
   const Restore& a = p.args;
-  Gradient<S, combined> out{at<S>(p, a.grads, c), {}, {}};
+  Gradient<S, combined> out{at<S>(p, a.grads, c), {}, nullptr};
   if (combined) {
 #pragma unroll
     for (int k = 0; k < kMore; ++k) out.more[k] = at<S>(p, a.more[k], c);
-    out.coefs = shared_constants<Coefs<T>>(shared, [&] {
-      Coefs<T> coefs{{T(a.coefs[0])}};
+    T* coefs = reinterpret_cast<T*>(shared.coefs);
+    if (threadIdx.x == 0) {
+      coefs[0] = T(a.coefs[0]);
 #pragma unroll
       for (int k = 0; k < kMore; ++k)
-        if (a.more[k]) coefs.value[1 + k] = T(a.coefs[1 + k]);
-      return coefs;
-    });
+        if (a.more[k]) coefs[1 + k] = T(a.coefs[1 + k]);
+    }
+    __syncthreads();
+    out.coefs = coefs;
   }
   return out;
 }
@@ -664,7 +660,7 @@ struct PoisonOp {
 };
 
 template <class S, bool combined, class P>
-__global__ void __launch_bounds__(kThreads, kDescentBlocks<S, combined>) restore_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) restore_kernel(const __grid_constant__ P p) {
   using T = typename Traits<S>::T;
   __shared__ Shared shared;
   const Restore& a = p.args;
@@ -795,7 +791,7 @@ MSAM_DEVICE void sgd_chunk(const P& p, const Chunk& c, const double* row, Shared
 }
 
 template <class S, bool combined, class P>
-__global__ void __launch_bounds__(kThreads, kDescentBlocks<S, combined>) sgd_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) sgd_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const Update& a = p.args;
   const Chunk c = a.chunks[blockIdx.x];

@@ -97,7 +97,7 @@ class Call {
     args.norm_sq = t->const_data_ptr<double>();
     args.terms = t->numel();
   }
-  // Of the lists of gradients that are to be combined; the first is that of a call without coefs. Says how long each is.
+  // The list of gradients or, with coefs, the lists; how many tensors each has.
   int64_t gradients(TensorList grads, const MaybeTensor& coefs, Restore& args) {
     const int64_t terms = check_coefs(coefs, grads, 1 + kMore), segments = int64_t(grads.size()) / terms;
     if (coefs) check_device(*coefs, "coefs", device());
@@ -230,8 +230,8 @@ Tensor dots(TensorList x, TensorList y, const Tensor& chunks) {
   return terms;
 }
 
-// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite. Says how many
-// parameters there are gradients of.
+// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite. Returns how many
+// parameters have gradients.
 int64_t gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorList grads, const MaybeTensor& saved,
                const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   call.begin(a);
