@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One portable binary: loops.h is compiled for the baseline and, on x86, for AVX2 and AVX-512; the processor decides at
 // run time. All give the same bits.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors are passed between inlined functions only
-#endif
-
 #include "kernels.h"
 
 #include <cstdlib>
