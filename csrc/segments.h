@@ -6,6 +6,8 @@
 
 namespace msam {
 
+enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
+
 // One row of `chunks` (int64, built by flat.py): a run of at most CHUNK elements of one parameter.
 struct Chunk {
   int64_t segment;  // index into the gradient list

@@ -6,8 +6,6 @@
 
 namespace msam::cpu {
 
-enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
-
 constexpr int kMore = 2;  // vectors that a descent may combine with the gradient
 
 struct Common {

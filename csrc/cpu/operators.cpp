@@ -11,41 +11,17 @@
 #include <optional>
 #include <vector>
 
-#include "../checks.h"
+#include "../gather.h"
 #include "../update_math.h"
 #include "kernels.h"
 
 namespace msam::cpu {
 namespace {
 
-using at::Tensor;
-using at::TensorList;
-using MaybeTensor = std::optional<Tensor>;
-
 // Elements per thread: for fewer, waking another thread costs more than it saves, and much more when it is slow to come.
 constexpr int64_t kGrain = 32768;
 // Streaming stores pay once a buffer no longer fits the cache that the cores share.
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
-
-Storage storage_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Storage::kFloat;
-    case at::kDouble:
-      return Storage::kDouble;
-    case at::kBFloat16:
-      return Storage::kBFloat16;
-    case at::kHalf:
-      return Storage::kHalf;
-    default:
-      TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16, got ", dtype);
-  }
-}
-
-template <class T = void>
-T* pointer(const MaybeTensor& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-}
 
 // What every operator shares: the table, its checks, and pointers that live as long as the call.
 class Call {
@@ -126,25 +102,6 @@ double total(const Tensor& partials) {
   }
   // With an infinite term the correction is NaN; the sum already says what there is to say.
   return is_finite(lost) ? sum + lost : sum;
-}
-
-at::ScalarType dtype_of(TensorList first, TensorList second, const char* names) {
-  TORCH_CHECK(!first.empty() || !second.empty(), names, " are empty");
-  return (first.empty() ? second : first)[0].scalar_type();
-}
-
-// What the direction d is made of.
-void gather_direction(Call& call, InnerProducts& a, TensorList weights, TensorList grads, const MaybeTensor& ema,
-                      double sigma, std::optional<double> eta) {
-  call.begin(a);
-  a.grads = call.list(grads, "grads");
-  a.weights = call.list(weights, "weights", weights.size() == 1);
-  TORCH_CHECK(!eta || a.weights, "eta needs the weights");
-  call.flat(ema, "ema");
-  a.ema = pointer(ema);
-  a.sigma = sigma;
-  a.adaptive = eta.has_value();
-  a.eta = eta.value_or(0);
 }
 
 void gather_perturbation(Call& call, Perturb& a, TensorList weights, TensorList grads, const Tensor& hyper,

@@ -16,8 +16,6 @@
 
 namespace msam::cuda {
 
-enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
-
 // Vectors that may be combined with the gradients, at most.
 constexpr int kMore = 2;
 

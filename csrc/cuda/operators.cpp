@@ -13,16 +13,12 @@
 #include <cstdlib>
 #include <optional>
 
-#include "../checks.h"
+#include "../gather.h"
 #include "../update_math.h"
 #include "kernels.h"
 
 namespace msam::cuda {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-using MaybeTensor = std::optional<Tensor>;
 
 // Gradients of up to so many bytes ascend in one cooperative launch. It saves the gap between two launches, about 2 us or
 // 8 MB at the speed of HBM3e; beyond, blocks that the scheduler hands out as others finish do better than fixed shares.
@@ -30,26 +26,6 @@ int64_t cooperative_bytes() {
   static const char* asked = std::getenv("MSAM_KERNELS_COOPERATIVE_BYTES");
   static const int64_t bytes = asked ? std::atoll(asked) : int64_t(32) << 20;
   return bytes;
-}
-
-Storage storage_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Storage::kFloat;
-    case at::kDouble:
-      return Storage::kDouble;
-    case at::kBFloat16:
-      return Storage::kBFloat16;
-    case at::kHalf:
-      return Storage::kHalf;
-    default:
-      TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16, got ", dtype);
-  }
-}
-
-template <class T = void>
-T* pointer(const MaybeTensor& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
 // What every operator shares: the device, the table, checks, and pointers that live as long as the call. The table's rows
@@ -148,25 +124,6 @@ class Call {
   Lists lists_;
   c10::SmallVector<void*, 64> pointers_[Lists::kMost];
 };
-
-at::ScalarType dtype_of(TensorList first, TensorList second, const char* names) {
-  TORCH_CHECK(!first.empty() || !second.empty(), names, " are empty");
-  return (first.empty() ? second : first)[0].scalar_type();
-}
-
-// What the direction d is made of.
-void gather_direction(Call& call, InnerProducts& a, TensorList weights, TensorList grads, const MaybeTensor& ema,
-                      double sigma, std::optional<double> eta) {
-  call.begin(a);
-  a.grads = call.list(grads, "grads");
-  a.weights = call.list(weights, "weights", weights.size() == 1);
-  TORCH_CHECK(!eta || a.weights, "eta needs the weights");
-  call.flat(ema, "ema");
-  a.ema = pointer(ema);
-  a.sigma = sigma;
-  a.adaptive = eta.has_value();
-  a.eta = eta.value_or(0);
-}
 
 void gather_perturbation(Call& call, Perturb& a, TensorList weights, TensorList grads, const Tensor& hyper,
                          const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma,
