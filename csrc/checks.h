@@ -50,6 +50,16 @@ inline void check_flat(const std::optional<at::Tensor>& t, const char* name, con
   check_list(*t, name, chunks, n, true);
 }
 
+// A bit for every element of a flat buffer.
+inline void check_mask(const std::optional<at::Tensor>& t, const Chunk* chunks, int64_t n) {
+  if (!t) return;
+  TORCH_CHECK(t->dim() == 1 && t->scalar_type() == at::kByte && t->is_contiguous(), "mask must be a contiguous 1-d uint8 ",
+              "tensor, got ", t->scalar_type(), " of shape ", t->sizes());
+  for (int64_t k = 0; k < n; ++k)
+    TORCH_CHECK((chunks[k].offset + chunks[k].numel + 7) / 8 <= t->numel(), "chunk ", k, " reaches past mask, which has ",
+                t->numel(), " bytes");
+}
+
 inline void check_hyper(const at::Tensor& hyper, int64_t columns, const Chunk* chunks, int64_t n) {
   TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) >= columns && hyper.scalar_type() == at::kDouble && hyper.is_contiguous(),
               "hyper must be a contiguous float64 tensor of shape [groups, >= ", columns, "], got ", hyper.scalar_type(),

@@ -54,4 +54,26 @@ void gather_direction(Call& call, Arguments& a, TensorList weights, TensorList g
   a.eta = eta.value_or(0);
 }
 
+// And what w + e is made of: the same for the perturbation alone and together with its norm.
+template <class Call, class Arguments>
+void gather_perturbation(Call& call, Arguments& a, TensorList weights, TensorList grads, const Tensor& hyper,
+                         const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& origin,
+                         const MaybeTensor& ema, const MaybeTensor& mask, double sigma, std::optional<double> lmbda,
+                         std::optional<double> eta) {
+  TORCH_CHECK(!weights.empty() && !grads.empty(), "perturb needs weights and grads");
+  TORCH_CHECK(!saved || !origin, "weights that are perturbed from origin are not saved: give saved or origin");
+  gather_direction(call, a, weights, grads, ema, sigma, eta);
+  call.hyper(hyper, 1, a);
+  call.flat(saved, "saved");
+  call.flat(origin, "origin");
+  call.mask(mask);
+  call.per_chunk(achieved_sq, "achieved_sq");
+  a.saved = pointer(saved);
+  a.origin = pointer(origin);
+  a.mask = pointer<uint8_t>(mask);
+  a.ema_out = lmbda ? pointer(ema) : nullptr;
+  a.lmbda = lmbda.value_or(0);
+  a.one_minus_lmbda = 1 - lmbda.value_or(0);
+}
+
 }  // namespace msam

@@ -170,26 +170,30 @@ Tensor inner_products(const py::list& weights, const py::list& grads, const Tens
 }
 
 void perturb(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& norm_sq,
-             const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema,
-             double sigma, double lmbda, const MaybeDouble& eta) {
+             const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& origin,
+             const MaybeTensor& ema, const MaybeTensor& mask, double sigma, const MaybeDouble& lmbda,
+             const MaybeDouble& eta) {
   static const auto op =
       find<void(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const MaybeTensor&, const MaybeTensor&, double, double, MaybeDouble)>("msam_kernels::perturb");
-  dispatch(op, unpack(weights), unpack(grads), chunks, norm_sq, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
+                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, MaybeDouble,
+                MaybeDouble)>("msam_kernels::perturb");
+  dispatch(op, unpack(weights), unpack(grads), chunks, norm_sq, hyper, achieved_sq, saved, origin, ema, mask, sigma,
+           lmbda, eta);
 }
 
 Tensor ascend(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
-              const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma, double lmbda,
-              const MaybeDouble& eta) {
+              const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, const MaybeTensor& mask,
+              double sigma, const MaybeDouble& lmbda, const MaybeDouble& eta) {
   static const auto op =
       find<Tensor(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
-                  const MaybeTensor&, double, double, MaybeDouble)>("msam_kernels::ascend");
-  return dispatch(op, unpack(weights), unpack(grads), chunks, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
+                  const MaybeTensor&, const MaybeTensor&, double, MaybeDouble, MaybeDouble)>("msam_kernels::ascend");
+  return dispatch(op, unpack(weights), unpack(grads), chunks, hyper, achieved_sq, saved, ema, mask, sigma, lmbda, eta);
 }
 
-Tensor dots(const py::list& x, const py::list& y, const Tensor& chunks) {
-  static const auto op = find<Tensor(at::TensorList, at::TensorList, const Tensor&)>("msam_kernels::dots");
-  return dispatch(op, unpack(x), unpack(y), chunks);
+Tensor dots(const py::list& x, const py::list& y, const py::list& z, const Tensor& chunks) {
+  static const auto op =
+      find<Tensor(at::TensorList, at::TensorList, at::TensorList, const Tensor&)>("msam_kernels::dots");
+  return dispatch(op, unpack(x), unpack(y), unpack(z), chunks);
 }
 
 void restore(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks,
@@ -238,11 +242,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("inner_products", &inner_products, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("ema") = none,
         arg("sigma") = 0.0, arg("eta") = none);
   m.def("perturb", &perturb, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("norm_sq"), arg("hyper"),
-        arg("achieved_sq"), arg("saved") = none, arg("ema") = none, arg("sigma") = 0.0, arg("lmbda") = 0.0,
-        arg("eta") = none);
+        arg("achieved_sq"), arg("saved") = none, arg("origin") = none, arg("ema") = none, arg("mask") = none,
+        arg("sigma") = 0.0, arg("lmbda") = none, arg("eta") = none);
   m.def("ascend", &ascend, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"), arg("achieved_sq"),
-        arg("saved") = none, arg("ema") = none, arg("sigma") = 0.0, arg("lmbda") = 0.0, arg("eta") = none);
-  m.def("dots", &dots, arg("x"), arg("y"), arg("chunks"));
+        arg("saved") = none, arg("ema") = none, arg("mask") = none, arg("sigma") = 0.0, arg("lmbda") = none,
+        arg("eta") = none);
+  m.def("dots", &dots, arg("x"), arg("y"), arg("z"), arg("chunks"));
   m.def("restore", &restore, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("saved") = none,
         arg("norm_sq") = none, arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
   m.def("sgd", &sgd, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"),

@@ -65,7 +65,7 @@ MSAM_FN T perturbed(T w, T d, T scale, T eta, bool adaptive) {
   return w + d * scale;
 }
 
-// Weighted sum of descent gradients: c g, and c_acc acc + c g.
+// Weighted sum of descent gradients: c g, and c_acc acc + c g. Where c_acc is 0 the caller leaves acc out, as in BLAS.
 template <class T>
 MSAM_FN T weighted(T g, T c) {
   return c * g;

@@ -68,7 +68,7 @@ class SAM(MicroBatchSAM):
         """w + e from the gradients in ``p.grad``."""
         self._check_idle("first_step()")
         self._prepare()
-        self._norms_sq, self._achieved_sq = [], []
+        self._begin_turns()
         if self._perturbs():
             try:
                 self._ascend(first=True, clear=False)

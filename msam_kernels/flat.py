@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import ops
+from . import masks, ops
 
 CHUNK = 16384  # elements of one row of the table; the unit of work and of the deterministic reductions
 ALIGNMENT = 128  # bytes
@@ -82,17 +82,22 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         end, owner, device = last, name, on
 
 
-def _matched(
-    one: list[Tensor], one_absent: tuple[int, ...], other: list[Tensor], other_absent: tuple[int, ...]
-) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
-    if one_absent == other_absent:
-        return one, other, one_absent
-    one, other = list(one), list(other)
-    for i in set(other_absent) - set(one_absent):
-        other[i] = torch.zeros_like(one[i])
-    for i in set(one_absent) - set(other_absent):
-        one[i] = torch.zeros_like(other[i])
-    return one, other, tuple(sorted(set(one_absent) & set(other_absent)))
+Gradients = tuple[list[Tensor], tuple[int, ...]]  # by parameter, and the indices of those that have none
+
+
+def _matched(*several: Gradients) -> tuple[list[list[Tensor]], tuple[int, ...]]:
+    """(the lists, the indices of the parameters without any gradient), with zeros where only others have one."""
+    absents = [absent for _, absent in several]
+    if all(absent == absents[0] for absent in absents):
+        return [grads for grads, _ in several], absents[0]
+    nowhere = set(absents[0]).intersection(*absents)
+    lists = []
+    for grads, absent in several:
+        there = list(grads)
+        for i in set(absent) - nowhere:
+            there[i] = torch.zeros_like(next(other[i] for other, gone in several if i not in gone))
+        lists.append(there)
+    return lists, tuple(sorted(nowhere))
 
 
 class Flat:
@@ -133,6 +138,9 @@ class Flat:
         # Kept from step to step, made when first needed.
         self.saved: Tensor | None = None
         self.ema: Tensor | None = None
+        self.v: Tensor | None = None  # LookSAM's
+        self.v_parts: list[Tensor] = []
+        self.mask: Tensor | None = None  # Sparse SAM's, uint8: bit k of byte j is that of element 8·j + k
         self.state: dict[str, Tensor] = {}  # the base optimizer's, by its names
         self._bound: tuple | None = None
         # Of the step under way.
@@ -141,7 +149,7 @@ class Flat:
         self.perturbed_absent: tuple[int, ...] = ()
         self.norm_sq: Tensor | None = None
         self.achieved_sq: Tensor | None = None
-        self.at_w: tuple[list[Tensor], tuple[int, ...]] | None = None  # kept gradients at w, and the absent ones
+        self.kept: list[Gradients] = []  # of the micro-batch's earlier passes, the latest first
         self.acc: list[Tensor] | None = None  # running mean of the descent gradients
         self.acc_absent: tuple[int, ...] = ()
 
@@ -245,11 +253,16 @@ class Flat:
             if p.stride() != self._strides[i]:
                 self._reorder(i)
         self._remember()
+        if moved and self.v is not None:
+            self.v_parts = self.aliases(self.v)
 
     def _reorder(self, i: int) -> None:
         """Bring what is kept for a parameter into its new memory order, e.g. after ``.to(memory_format=...)``."""
         p, offset = self.params[i], self.offsets[i]
-        for name, buffer in (("saved", self.saved), ("ema", self.ema), *self.state.items()):
+        if self.mask is not None:
+            bits = self._bits(i).as_strided(p.size(), self._strides[i])
+            self.set_mask(i, bits)
+        for name, buffer in (("saved", self.saved), ("ema", self.ema), ("v", self.v), *self.state.items()):
             if buffer is None or name == "step":
                 continue
             values = buffer.as_strided(p.size(), self._strides[i], offset).clone()
@@ -258,7 +271,7 @@ class Flat:
                 if view.data_ptr() == buffer[offset:].data_ptr() and view.shape == p.shape:
                     view.as_strided_(p.size(), p.stride())
 
-    def collect_grads(self, *, clear: bool) -> tuple[list[Tensor], tuple[int, ...]]:
+    def collect_grads(self, *, clear: bool) -> Gradients:
         """Every ``p.grad``, dense and in the memory order of its parameter, and the indices that have none.
 
         With ``clear``, every ``p.grad`` is then None. The parameters count as modified in place, which every caller goes
@@ -313,6 +326,33 @@ class Flat:
         self.check_not_capturing("the method's average")
         self.ema = (self.new_buffer() if self.ema is None else self.ema).fill_(math.nan)
 
+    def start_v(self) -> None:
+        """All of it is zero."""
+        if self.v is None:
+            self.check_not_capturing("the method's direction")
+            self.v = self.new_buffer()
+            self.v_parts = self.aliases(self.v)
+        else:
+            self.v.zero_()
+
+    def _bits(self, i: int) -> Tensor:
+        """A parameter's part of the mask, as bools in the order of its memory."""
+        n, first = self.params[i].numel(), self.offsets[i] // 8
+        return masks.unpack(self.mask[first : first + -(-n // 8)])[:n]
+
+    def mask_of(self, i: int) -> Tensor:
+        """A parameter's part of the mask, as bools in its shape and memory order."""
+        return self._bits(i).as_strided(self.params[i].size(), self.params[i].stride())
+
+    def set_mask(self, i: int, bits: Tensor) -> None:
+        """``bits``: bools in the shape of the parameter."""
+        p = self.params[i]
+        if self.mask is None:
+            self.mask = torch.zeros(self.size // 8, dtype=torch.uint8, device=self.device)
+        padded = torch.zeros(_round_up(p.numel(), 8), dtype=torch.bool, device=self.device)
+        padded[: p.numel()].as_strided(p.size(), p.stride()).copy_(bits)
+        self.mask[self.offsets[i] // 8 :][: len(padded) // 8] = masks.pack(padded)
+
     def begun(self) -> list[bool]:
         """By parameter: whether its EMA has begun."""
         first = [min(offset, self.size - 1) for offset in self.offsets]
@@ -331,17 +371,13 @@ class Flat:
         same_as_perturbed = self.perturbed is None or absent == self.perturbed_absent
         return same_as_perturbed and (self.acc is None or absent == self.acc_absent)
 
-    def matched(
-        self, grads: list[Tensor], absent: tuple[int, ...]
-    ) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
-        """(acc, grads, absent) with zeros where only the other has a gradient."""
-        return _matched(self.acc, self.acc_absent, grads, absent)
+    def matched(self, grads: list[Tensor], absent: tuple[int, ...]) -> tuple[list[list[Tensor]], tuple[int, ...]]:
+        """([acc, grads], absent) with zeros where only the other has a gradient."""
+        return _matched((self.acc, self.acc_absent), (grads, absent))
 
-    def matched_with_w(
-        self, grads: list[Tensor], absent: tuple[int, ...]
-    ) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
-        """(gradients at w + e, those at w, absent) with zeros where only the other has a gradient."""
-        return _matched(grads, absent, *self.at_w)
+    def with_kept(self, grads: list[Tensor], absent: tuple[int, ...]) -> tuple[list[list[Tensor]], tuple[int, ...]]:
+        """([grads, those kept of earlier passes …], absent) with zeros where only others have a gradient."""
+        return _matched((grads, absent), *self.kept)
 
     def means(self) -> list[Tensor | None]:
         """The mean descent gradients, None where a parameter got none."""

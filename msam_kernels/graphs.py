@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,17 @@ class CudaRecorder:
         return graph.replay, loss
 
 
+@dataclass
+class _Graph:
+    """The graph of one kind of step, and what it was made for."""
+
+    eager_steps: int = 0
+    addresses: Any = None
+    replay: Callable[[], None] | None = None
+    loss: Tensor | None = None  # which every replay writes
+    recorded: Any = None  # the same of the norms
+
+
 class CapturedStep:
     """``opt.train_step(loss_fn, *batch)``, replayed as one CUDA graph. Made by ``MicroBatchSAM.capture``.
 
@@ -47,7 +59,8 @@ class CapturedStep:
     then on a call copies its batch into the graph's inputs and replays it. Learning rates, rho and other hyper-parameters
     are read from the device and brought up to date before each replay, so schedulers work; step numbers are counted there.
     After a change that the graph cannot follow (parameters added, state loaded into new memory, a method that starts or is
-    switched off) it warms up and captures again.
+    switched off) it warms up and captures again. LookSAM's two kinds of steps have a graph each; steps that choose a mask
+    run eagerly.
 
     The graph is what ``loss_fn`` did on the device when it was captured: Python in it does not run again.
     """
@@ -64,11 +77,7 @@ class CapturedStep:
         self._opt, self._loss_fn, self._recorder, self._warm_up = opt, loss_fn, recorder, warm_up
         # The graph's inputs: their addresses stay.
         self._inputs = [t if t is None else torch.empty_like(t, device=recorder.device) for t in leaves]
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self._eager_steps = 0
-        self._replay: Callable[[], None] | None = None
+        self._graphs: dict[str, _Graph] = {}  # by kind of step
 
     def __call__(self, *batch: Any) -> Tensor:
         """One step on ``batch``, of the example's structure, shapes and dtypes; the detached mean loss at w.
@@ -83,18 +92,26 @@ class CapturedStep:
             if static is not None:
                 static.copy_(leaf, non_blocking=True)
         opt._prepare()
-        perturbs = opt._perturbs()
-        if self._eager_steps and not self._is_current(perturbs):
-            self._start_over()
-        if self._eager_steps < self._warm_up:
-            loss = self._recorder.warm_up(lambda: opt.step(self._micro_batches()))
-            self._eager_steps += 1
-            self._addresses = self._current_addresses(perturbs)
+        kind = opt._kind_of_step()
+        if opt._chooses_mask(kind):  # looks at values, as no graph can
+            return self._run()
+        if kind not in self._graphs and opt.method.look is None:
+            self._graphs.clear()  # kinds that do not come back keep no memory
+        graph = self._graphs.get(kind)
+        if graph is None or not self._is_current(graph):
+            graph = self._graphs[kind] = _Graph()
+        if graph.eager_steps < self._warm_up:
+            loss = self._run()
+            graph.eager_steps += 1
+            graph.addresses = self._current_addresses()
             return loss
-        if self._replay is None:
-            self._capture()
+        if graph.replay is None:
+            self._capture(graph)
         step = _listened_replay if opt._has_listeners() else _replay
-        return step(opt, self)
+        return step(opt, graph)
+
+    def _run(self) -> Tensor:
+        return self._recorder.warm_up(lambda: self._opt.step(self._micro_batches()))
 
     def _micro_batches(self) -> Any:
         return self._opt._micro_batches(self._loss_fn, tree_unflatten(self._inputs, self._structure))
@@ -119,38 +136,37 @@ class CapturedStep:
                 )
         return leaves
 
-    def _capture(self) -> None:
+    def _capture(self, graph: _Graph) -> None:
         opt = self._opt
         steps = opt.steps
-        self._replay, self._loss = self._recorder.capture(lambda: opt._step(self._micro_batches()))
+        graph.replay, graph.loss = self._recorder.capture(lambda: opt._step(self._micro_batches()))
         opt.steps = steps  # nothing ran yet
-        self._recorded = opt._norms_sq, opt._achieved_sq
+        graph.recorded = opt._norms_sq, opt._achieved_sq
 
-    def _is_current(self, perturbs: bool) -> bool:
-        """Whether the step is like the last one that was warmed up or captured, at the same addresses."""
+    def _is_current(self, graph: _Graph) -> bool:
+        """Whether what the graph was warmed up or captured with is still there, at the same addresses."""
         opt = self._opt
         # Also brings tensors that were loaded into the state to where the graph reads them.
         kept = opt._fused() is None or all(flat.rebind(opt.state, opt._state_keys) for flat in opt._flats)
-        return kept and self._current_addresses(perturbs) == self._addresses
+        return kept and self._current_addresses() == graph.addresses
 
-    def _current_addresses(self, perturbs: bool) -> Any:
+    def _current_addresses(self) -> Any:
         opt = self._opt
-        kept = [
-            [None if t is None else t.data_ptr() for t in (flat.saved, flat.ema, *flat.state.values())]
-            for flat in opt._flats
-        ]
-        hyper = [t.data_ptr() for t in opt._hyper.values()]
-        return opt._layout, opt._state_keys, opt._fused() is None, perturbs, kept, hyper
+        tensors = [*opt._hyper.values(), *opt._opposite.values(), opt._v_norm_sq]
+        for flat in opt._flats:
+            tensors += [flat.saved, flat.ema, flat.v, flat.mask, *flat.state.values()]
+        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        return opt._layout, opt._state_keys, opt._fused() is None, addresses
 
 
-def _replay(opt: Any, captured: CapturedStep) -> Tensor:
-    captured._replay()
+def _replay(opt: Any, graph: _Graph) -> Tensor:
+    graph.replay()
     for flat in opt._flats:
         increment_version(flat.params)
-    opt._norms_sq, opt._achieved_sq = captured._recorded
+    opt._norms_sq, opt._achieved_sq = graph.recorded
     opt.steps += 1
     opt._opt_called = opt.base_optimizer._opt_called = True  # what schedulers look at
-    return captured._loss.clone()  # the next replay overwrites the graph's own
+    return graph.loss.clone()  # the next replay overwrites the graph's own
 
 
 _listened_replay = Optimizer.profile_hook_step(_replay)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The family of methods: small frozen dataclasses, one per method, that say how the ascent direction is made.
+"""The family of methods: small frozen dataclasses, one per method, that say what a step consists of.
+
+They add up, where that means something::
+
+    methods.FriendlySAM() + methods.SparseSAM(sparsity=0.8) + methods.StableSAM()
 
 Every method takes ``start``: the optimizer steps that the base optimizer takes alone, with one pass per micro-batch, before
 the method sets in (late-phase SAM, 2410.10373: the last 5-10 % of training are enough). The base optimizer's state carries
@@ -9,7 +13,8 @@ over.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +24,16 @@ def _check_number(name: str, value: float, low: float, high: float = math.inf) -
     if not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
         bound = f">= {low}" if math.isinf(high) else f"between {low} and {high}"
         raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
+
+
+def _check_steps(name: str, value: int, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be a number of steps >= {low}, got {value!r}")
+
+
+def _if_finite(coefs: Tensor, known: Tensor) -> Tensor:
+    """NaN where a gradient is not finite: with a coefficient of 0 the kernels would not show it."""
+    return coefs + (known - known)
 
 
 @dataclass(frozen=True)
@@ -33,8 +48,27 @@ class SAM:
     start: int = field(default=0, kw_only=True)
 
     def __post_init__(self):
-        if not isinstance(self.start, int) or isinstance(self.start, bool) or self.start < 0:
-            raise ValueError(f"start must be a number of steps >= 0, got {self.start!r}")
+        _check_steps("start", self.start, 0)
+
+    def __add__(self, other: SAM) -> SAM:
+        """Both methods at once, e.g. one's direction and the other's mask.
+
+        Raises:
+            ValueError: they contradict each other; the message says in what.
+        """
+        if not isinstance(other, SAM):
+            return NotImplemented
+        parts = [
+            part for method in (self, other) for part in (method.parts if isinstance(method, Composition) else [method])
+        ]
+        starts = sorted({method.start for method in (self, other) if method.start})
+        if len(starts) > 1:
+            raise ValueError(f"{self} and {other} start at different steps: give one start, to either")
+        told = [replace(part, start=0) for part in parts if type(part) is not SAM] or [SAM()]
+        whole = told[0] if len(told) == 1 else Composition(tuple(told))
+        return replace(whole, start=starts[0] if starts else 0)
+
+    # What the optimizer asks. A method answers what it does otherwise than SAM.
 
     @property
     def direction(self) -> dict[str, float]:
@@ -47,13 +81,46 @@ class SAM:
         return None
 
     @property
-    def combines(self) -> bool:
-        """Whether the descent combines ĝ, the gradient at w + e, with g, the one at w, which is then kept until there."""
+    def sparse(self) -> SparseSAM | None:
+        """The part that perturbs only what a mask names."""
+        return None
+
+    @property
+    def look(self) -> LookSAM | None:
+        """The part that reuses what it found for some steps."""
+        return None
+
+    @property
+    def rho_min(self) -> float | Callable[[int], float] | None:
+        """Radius of a second perturbation, to the other side, with a pass of its own; None without."""
+        return None
+
+    @property
+    def kept(self) -> int:
+        """How many gradients from before the last pass the descent takes in: they are kept until there."""
+        return 0
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the descent gets the length of g, the gradient at w."""
         return False
 
-    def descent_coefs(self, dots: Tensor) -> Tensor:
-        """What is used for the descent: coefs[0]·ĝ, or coefs[0]·ĝ + coefs[1]·g; ``dots``: ĝ·ĝ, ĝ·g and g·g, float64."""
-        raise NotImplementedError
+    def combination(self, dots: Tensor) -> Tensor:
+        """Coefficients, float64, of the last pass's gradient and of those kept, the latest first.
+
+        ``dots``: the sums of the operator of that name, float64 ``[3]`` or ``[6]``, of these vectors.
+        """
+        return torch.ones_like(dots[:1])
+
+    def descent_coefs(self, dots: Tensor, grad_norm_sq: Tensor) -> Tensor:
+        """The same, as long as g where the method rescales. ``grad_norm_sq``: g·g."""
+        coefs = _if_finite(self.combination(dots), dots.sum() + grad_norm_sq)
+        if not self.rescales:
+            return coefs
+        # The length of the combination: each dot counts once on the diagonal and twice beside it.
+        pairs = [(u, v) for v in range(len(coefs)) for u in range(v + 1)]
+        terms = [coefs[u] * coefs[v] * dot * (1 + (u != v)) for (u, v), dot in zip(pairs, dots, strict=False)]
+        return coefs * (grad_norm_sq.sqrt() / (sum(terms).clamp(min=0).sqrt() + 1e-12))
 
 
 @dataclass(frozen=True)
@@ -120,16 +187,145 @@ class FriendlySAM(SAM):
 class StableSAM(SAM):
     """Stable SAM: the gradient at w + e, as long as the one at w: ĝ·‖g‖ / (‖ĝ‖ + 1e-12).
 
+    Added to a method whose descent is another vector, it does the same to that. State: one number.
+
     Source: Tan et al., 2401.07250.
     """
 
     @property
-    def combines(self) -> bool:
+    def rescales(self) -> bool:
         return True
 
-    def descent_coefs(self, dots: Tensor) -> Tensor:
-        lengths = dots.sqrt()
-        return (lengths[2] / (lengths[0] + 1e-12)).reshape(1)
+
+@dataclass(frozen=True)
+class SparseSAM(SAM):
+    """Sparse SAM: e is that of SAM where a mask is set, and 0 elsewhere; the norm is that of the whole gradient.
+
+    The mask holds the same number of elements at all times: the share 1 − ``sparsity`` of all parameters together. State:
+    one bit per element. The first perturbing step chooses it, by its own gradient or at random; ``opt.mask`` shows it and
+    takes another.
+
+    Args:
+        sparsity: share of the elements that is not perturbed; 0 is SAM.
+        mask: "fisher": the elements with the largest sum of squared gradients. ``opt.update_mask(loss_fn, *samples)`` takes
+            the gradients of single samples, as the authors do; every ``update_every`` steps the gradients of the step's
+            micro-batches, which are there anyway, are taken instead.
+            "dynamic": every ``update_every`` steps, of the elements in the mask those with the smallest gradients make way
+            for others, chosen at random; their share falls from ``drop_rate`` to 0 as a cosine over ``total_steps``.
+        update_every: steps that perturb from one mask to the next; None: only ``opt.update_mask`` chooses one.
+        drop_rate: share of the mask that changes at first.
+        total_steps: of the training; needed where ``mask`` is "dynamic".
+        seed: of the random choices, which depend on it and the step alone.
+
+    Source: Mi et al., 2210.05177 and 2306.17504.
+    """
+
+    sparsity: float = 0.5
+    mask: str = "fisher"
+    update_every: int | None = 100
+    drop_rate: float = 0.5
+    total_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_number("sparsity", self.sparsity, 0, 1)
+        _check_number("drop_rate", self.drop_rate, 0, 1)
+        if self.mask not in ("fisher", "dynamic"):
+            raise ValueError(f"mask must be 'fisher' or 'dynamic', got {self.mask!r}")
+        if self.update_every is not None:
+            _check_steps("update_every", self.update_every, 1)
+        if self.total_steps is not None:
+            _check_steps("total_steps", self.total_steps, 1)
+        elif self.mask == "dynamic":
+            raise ValueError(
+                "mask='dynamic' changes less and less of the mask: give total_steps, those of the training"
+            )
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+
+    @property
+    def sparse(self) -> SparseSAM:
+        return self
+
+    def share_dropped(self, step: int) -> float:
+        """Of a dynamic mask, at a step: drop_rate / 2 · (1 + cos(π·step / total_steps))."""
+        return self.drop_rate / 2 * (1 + math.cos(math.pi * min(step / self.total_steps, 1)))
+
+
+@dataclass(frozen=True)
+class LookSAM(SAM):
+    """LookSAM: SAM every k-th step; the others take one pass and g + alpha·‖g‖·v, with g the step's mean gradient.
+
+    v is the direction of what SAM adds to the gradient: of ĝ − (g·ĝ / (‖g‖² + 1e-12))·g, averaged over the micro-batches of
+    the last SAM step by size. It is kept as it was summed up, and normalised where it is used; one that is not finite is
+    left out. State: one buffer of the size of the parameters.
+
+    Args:
+        k: steps from one SAM step to the next; 1 is SAM.
+        alpha: weight of v; with 0 the steps between are the base optimizer's.
+
+    Source: Liu et al., 2203.02714, with global norms.
+    """
+
+    k: int = 5
+    alpha: float = 0.7
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_steps("k", self.k, 1)
+        _check_number("alpha", self.alpha, 0)
+
+    @property
+    def look(self) -> LookSAM:
+        return self
+
+    @property
+    def keeps_v(self) -> bool:
+        return self.k > 1 and self.alpha != 0
+
+    @staticmethod
+    def v_coefs(dots: Tensor) -> Tensor:
+        """What a micro-batch adds to v: coefs[0]·ĝ + coefs[1]·g; ``dots``: ĝ·ĝ, ĝ·g and g·g."""
+        along = dots[1] / (dots[2] + 1e-12)
+        return _if_finite(torch.stack([torch.ones_like(along), -along]), dots.sum())
+
+    def reuse_coefs(self, grad_norm_sq: Tensor, v_norm_sq: Tensor) -> Tensor:
+        """What a step between uses: coefs[0]·g + coefs[1]·v."""
+        weight = self.alpha * grad_norm_sq.sqrt() / (v_norm_sq.sqrt() + 1e-12)
+        weight = torch.where(v_norm_sq.isfinite(), weight, 0.0)
+        return torch.stack([torch.ones_like(weight), weight])
+
+
+@dataclass(frozen=True)
+class BilateralSAM(SAM):
+    """Bilateral SAM: g⁺ + g − (‖g⁺‖ / (‖g⁻‖ + 1e-12))·g⁻, with g⁺ at w + rho·u and g⁻ at w − rho_min·u, u = d / (‖d‖ + 1e-12).
+
+    Three passes: where the loss falls behind w, the descent is led there too. The authors' code updates from the point
+    w − rho_min·u, whose tensor it took for the saved one; this class implements the rule, and updates from w.
+
+    Args:
+        rho_min: radius to the other side, >= 0; a number or a function of the step. The authors let it follow the learning
+            rate from 0.05 to 0, e.g. ``lambda step: 0.05 * base.param_groups[0]["lr"] / initial_lr``. A group whose rho is
+            0 is perturbed to neither side.
+
+    Source: Deng et al., 2409.13173.
+    """
+
+    rho_min: float | Callable[[int], float] = 0.05
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.rho_min):
+            _check_number("rho_min", self.rho_min, 0)
+
+    @property
+    def kept(self) -> int:
+        return 2
+
+    def combination(self, dots: Tensor) -> Tensor:
+        one = torch.ones_like(dots[0])
+        return torch.stack([-(dots[2].sqrt() / (dots[0].sqrt() + 1e-12)), one, one])
 
 
 @dataclass(frozen=True)
@@ -151,9 +347,72 @@ class GapSAM(SAM):
         _check_number("alpha", self.alpha, 0)
 
     @property
-    def combines(self) -> bool:
-        return self.alpha != 0
+    def kept(self) -> int:
+        return int(self.alpha != 0)
 
-    def descent_coefs(self, dots: Tensor) -> Tensor:
+    def combination(self, dots: Tensor) -> Tensor:
+        if self.alpha == 0:
+            return super().combination(dots)
         along = torch.where(dots[0] == 0, 0.0, dots[1] / dots[0])
         return torch.stack([1 + self.alpha * along, torch.full_like(along, -self.alpha)])
+
+
+@dataclass(frozen=True)
+class Composition(SAM):
+    """Several methods at once: made by ``+``. Each question is answered by the part that has something to say to it."""
+
+    parts: tuple[SAM, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        kinds = [type(part) for part in self.parts]
+        for kind in set(kinds):
+            if kinds.count(kind) > 1:
+                raise ValueError(f"{self} has {kind.__name__} {kinds.count(kind)} times: take one of them")
+        descents = [part for part in self.parts if isinstance(part, (LookSAM, BilateralSAM, GapSAM))]
+        if len(descents) > 1:
+            raise ValueError(
+                f"{' and '.join(map(repr, descents))} each say which gradients the descent is made of: take one of them"
+            )
+        if self.look and self.rescales:
+            raise ValueError(
+                f"{self.look} sets the length of its steps by alpha, and {StableSAM.__name__} would set it again: take one "
+                "of them"
+            )
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts)) + (f" from step {self.start}" if self.start else "")
+
+    def _said(self, name: str):
+        return next((said for part in self.parts if (said := getattr(part, name)) is not None), None)
+
+    @property
+    def direction(self) -> dict[str, float]:
+        return {name: value for part in self.parts for name, value in part.direction.items()}
+
+    @property
+    def ema_decay(self) -> float | None:
+        return self._said("ema_decay")
+
+    @property
+    def sparse(self) -> SparseSAM | None:
+        return self._said("sparse")
+
+    @property
+    def look(self) -> LookSAM | None:
+        return self._said("look")
+
+    @property
+    def rho_min(self) -> float | Callable[[int], float] | None:
+        return self._said("rho_min")
+
+    @property
+    def kept(self) -> int:
+        return max(part.kept for part in self.parts)
+
+    @property
+    def rescales(self) -> bool:
+        return any(part.rescales for part in self.parts)
+
+    def combination(self, dots: Tensor) -> Tensor:
+        return next((part for part in self.parts if part.kept), SAM()).combination(dots)

@@ -4,9 +4,9 @@
 Every backend is a namespace with the functions below, called alike:
 
     inner_products(weights, grads, chunks, *, ema, sigma, eta) -> norm_sq
-    perturb(weights!, grads, chunks, *, norm_sq, hyper, achieved_sq!, saved!, ema!, sigma, lmbda, eta)
-    ascend(weights!, grads, chunks, *, hyper, achieved_sq!, saved!, ema!, sigma, lmbda, eta) -> norm_sq
-    dots(x, y, chunks) -> dots
+    perturb(weights!, grads, chunks, *, norm_sq, hyper, achieved_sq!, saved!, origin, ema!, mask, sigma, lmbda, eta)
+    ascend(weights!, grads, chunks, *, hyper, achieved_sq!, saved!, ema!, mask, sigma, lmbda, eta) -> norm_sq
+    dots(x, y, z, chunks) -> dots
     restore(weights!, acc!, grads, chunks, *, saved, norm_sq, coefs, c_acc, c)
     sgd(weights!, acc, grads, chunks, *, hyper, saved, momentum_buffer!, fresh, norm_sq, coefs, c_acc, c)
     adam(weights!, acc, grads, chunks, *, hyper, exp_avg!, exp_avg_sq!, step!, max_exp_avg_sq!, saved, norm_sq, coefs, c_acc,
@@ -18,13 +18,17 @@ Every backend is a namespace with the functions below, called alike:
   memory, in the order of the weights' memory; an empty tensor for a parameter that the table does not name.
 * ``chunks``: int64 ``[K, 5]``, rows (segment, begin, offset, numel, group): what the call works on. See ``flat.py``.
 * ``saved``, ``ema``, ``momentum_buffer``, ``exp_avg`` …: flat buffers of the weights' dtype. An element of ``ema`` that
-  is NaN has not begun.
+  is NaN has not begun; without ``lmbda`` it is only read. ``origin``: ``saved``, from which weights are perturbed anew.
+* ``mask``: uint8 ``[⌈size / 8⌉]`` for flat buffers of ``size`` elements; element 8·j + k is perturbed where bit k of byte j
+  is set.
 * ``hyper``: float64 ``[groups, columns]``, columns as in ``reference.py``.
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
   ``[K]``, the terms of ‖e‖² as it was stored; its version counter tells whether ``perturb`` has saved the weights.
-* ``dots``: float64 ``[3, n]``, rows of terms whose sums are x·x, x·y and y·y; ``x`` and ``y``: as ``grads``.
+* ``dots``: float64 ``[3, n]``, rows of terms whose sums are x·x, x·y and y·y, and unless ``z`` is empty ``[6, n]``: x·z,
+  y·z and z·z too; ``x``, ``y`` and ``z``: as ``grads``.
 * ``coefs``: float64 ``[k]``, 1 to 3 of them: ``grads`` then holds k lists of P tensors, one after the other, and
-  coefs[0]·grads[:P] + coefs[1]·grads[P:2P] + … stands in their place. ``acc`` may be one of the lists.
+  coefs[0]·grads[:P] + coefs[1]·grads[P:2P] + … stands in their place. ``acc`` may be one of the lists. What a coefficient
+  of 0 belongs to is not looked at.
 * ``step``: float32 ``[P + 1]``; the last element, zero between calls, is where GPU kernels count the blocks that are done.
 * ``fresh``: uint8 ``[P]``, set where a momentum buffer begins with this gradient.
 
@@ -53,11 +57,12 @@ _SCHEMAS = (
     "inner_products(Tensor[] weights, Tensor[] grads, Tensor chunks, *, Tensor? ema=None, float sigma=0., "
     "float? eta=None) -> Tensor",
     "perturb(Tensor(a!)[] weights, Tensor[] grads, Tensor chunks, *, Tensor norm_sq, Tensor hyper, "
-    "Tensor(b!) achieved_sq, Tensor(c!)? saved=None, Tensor(d!)? ema=None, float sigma=0., float lmbda=0., "
-    "float? eta=None) -> ()",
+    "Tensor(b!) achieved_sq, Tensor(c!)? saved=None, Tensor? origin=None, Tensor(d!)? ema=None, Tensor? mask=None, "
+    "float sigma=0., float? lmbda=None, float? eta=None) -> ()",
     "ascend(Tensor(a!)[] weights, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor(b!) achieved_sq, "
-    "Tensor(c!)? saved=None, Tensor(d!)? ema=None, float sigma=0., float lmbda=0., float? eta=None) -> Tensor",
-    "dots(Tensor[] x, Tensor[] y, Tensor chunks) -> Tensor",
+    "Tensor(c!)? saved=None, Tensor(d!)? ema=None, Tensor? mask=None, float sigma=0., float? lmbda=None, "
+    "float? eta=None) -> Tensor",
+    "dots(Tensor[] x, Tensor[] y, Tensor[] z, Tensor chunks) -> Tensor",
     "restore(Tensor(a!)[] weights, Tensor(b!)[] acc, Tensor[] grads, Tensor chunks, *, Tensor? saved=None, "
     "Tensor? norm_sq=None, Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
     "sgd(Tensor(a!)[] weights, Tensor[] acc, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor? saved=None, "
@@ -79,8 +84,8 @@ def _fake_sum(weights, grads, chunks, **_):
     return chunks.new_empty((terms,), dtype=torch.float64)
 
 
-def _fake_sums(x, y, chunks):
-    return chunks.new_empty((3, *_fake_sum(x, y, chunks).shape), dtype=torch.float64)
+def _fake_sums(x, y, z, chunks):
+    return chunks.new_empty((6 if z else 3, *_fake_sum(x, y, chunks).shape), dtype=torch.float64)
 
 
 def _fake_nothing(*_, **__):

@@ -19,12 +19,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from . import masks, ops
 from . import methods as _methods
-from . import ops
-from .flat import Flat, check_parameters
+from .flat import Flat, Gradients, check_parameters
 from .graphs import CapturedStep, CudaRecorder
 
 _STATE_KEY = "msam"
+_KEPT = ("ema", "v", "mask")  # what methods keep there, by parameter
+_BASE, _PERTURB, _REUSE = "base", "perturb", "reuse"  # kinds of steps
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class _MicroBatches(list):
         self.shares = shares
 
 
-def _check_rho(rho: Any) -> None:
+def _check_rho(rho: Any, name: str = "rho") -> None:
     is_number = rho.numel() == 1 if isinstance(rho, Tensor) else isinstance(rho, numbers.Real)
     if not is_number or not 0 <= rho < math.inf:
-        raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
+        raise ValueError(f"{name} must be a finite number >= 0, got {rho!r}")
 
 
 def _step_hooks(optimizer: Optimizer) -> tuple[dict, ...]:
@@ -229,6 +231,7 @@ class MicroBatchSAM(Optimizer):
         self.model = model
         self.enabled = True
         self.steps = 0
+        self._mask_step = 0  # at which the mask was first used
         self._rho_schedules: dict[int, Callable[[int], float]] = {}  # by group
         self.flatten = flatten
         self.backend = backend
@@ -239,10 +242,16 @@ class MicroBatchSAM(Optimizer):
         """What is not saved: buffers are made again, nothing is in flight."""
         self._flats: list[Flat] = []
         self._layout: Any = None  # of all parameters, as the flats know it
-        self._rows: list[tuple] | None = None
+        self._rows: tuple | None = None  # as the device knows them
         self._state_keys: tuple[tuple[str, ...], ...] = ()
         self._hyper: dict[torch.device, Tensor] = {}
+        self._opposite: dict[torch.device, Tensor] = {}  # of every group -rho_min, as a table like hyper
+        self._kind = _BASE
         self._perturbed = False
+        self._scores: list[Sequence[Tensor]] | None = None  # of the step under way, from which a mask is chosen
+        self._grad_norm_sq: Tensor | None = None  # of the micro-batch under way: g·g
+        self._v_norm_sq: Tensor | None = None  # at the same address for good: captured graphs read it
+        self._v_step = -1  # whose v it is
         self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, p.grad, or []
         self._norms_sq: list[Tensor] = []
         self._achieved_sq: list[list[Tensor]] = []
@@ -329,7 +338,8 @@ class MicroBatchSAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
 
-        A group without "rho" keeps the one it has. Without an EMA in ``state_dict``, F-SAM starts a new one.
+        A group without "rho" keeps the one it has. What the method keeps (an EMA, LookSAM's direction, a mask) starts anew
+        where ``state_dict`` has none.
 
         Raises:
             ValueError: ``state_dict`` is of other parameters; nothing was changed.
@@ -357,22 +367,27 @@ class MicroBatchSAM(Optimizer):
                 f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__}"
             )
         own = state_dict.get(_STATE_KEY, {})
-        ema = own.get("ema", {}) if isinstance(own, dict) else None
-        if not isinstance(ema, dict) or not all(isinstance(t, Tensor) for t in ema.values()):
+        kept = [own.get(name, {}) if isinstance(own, dict) else None for name in _KEPT]
+        if not all(isinstance(t, dict) and all(isinstance(v, Tensor) for v in t.values()) for t in kept):
             raise ValueError(
-                f"state_dict[{_STATE_KEY!r}] must be a dict whose 'ema' holds tensors by parameter, got {own!r}"
+                f"state_dict[{_STATE_KEY!r}] must be a dict whose {', '.join(map(repr, _KEPT))} hold tensors by parameter, "
+                f"got {own!r}"
             )
-        if not isinstance(own.get("steps", 0), int) or own.get("steps", 0) < 0:
-            raise ValueError(f"state_dict[{_STATE_KEY!r}]['steps'] must be an integer >= 0, got {own['steps']!r}")
+        for name in ("steps", "mask_step"):
+            if not isinstance(own.get(name, 0), int) or own.get(name, 0) < 0:
+                raise ValueError(f"state_dict[{_STATE_KEY!r}][{name!r}] must be an integer >= 0, got {own[name]!r}")
         for i, group in enumerate(state_dict["param_groups"]):
             if "params" not in group:
                 raise ValueError(f"state_dict has no 'params' in group {i}: it was not made by an optimizer")
             _check_rho(group.get("rho", 0.0))
         params = self._parameters()
-        # torch names parameters by whatever stands in the groups, in order; the EMA goes by that order.
+        # torch names parameters by whatever stands in the groups, in order; what the method keeps goes by that order.
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        by_order = {i: {"ema": t} for i, t in ema.items()}
-        for where, names, entries in (("state", keys, state_dict["state"]), ("ema", range(len(params)), by_order)):
+        ours = [
+            (name, range(len(params)), {i: {name: t} for i, t in tensors.items()})
+            for name, tensors in zip(_KEPT, kept, strict=True)
+        ]
+        for where, names, entries in (("state", keys, state_dict["state"]), *ours):
             index = {key: i for i, key in enumerate(names)}
             for key, entry in entries.items():
                 if not isinstance(entry, dict):
@@ -401,28 +416,48 @@ class MicroBatchSAM(Optimizer):
 
     def _own_state(self) -> dict[str, Any]:
         index = {id(p): i for i, p in enumerate(self._parameters())}
-        ema = {}
+        kept: dict[str, dict[int, Tensor]] = {name: {} for name in _KEPT}
         for flat in self._flats:
+            where = [(i, index[id(p)]) for i, p in enumerate(flat.params)]
             if flat.ema is not None:
                 begun = flat.begun()
-                ema.update({index[id(p)]: flat.alias(flat.ema, i) for i, p in enumerate(flat.params) if begun[i]})
-        return {"steps": self.steps, **({"ema": ema} if ema else {})}
+                kept["ema"].update({at: flat.alias(flat.ema, i) for i, at in where if begun[i]})
+            if flat.v is not None:
+                kept["v"].update({at: flat.v_parts[i] for i, at in where})
+            if flat.mask is not None:
+                kept["mask"].update({at: flat.mask_of(i) for i, at in where})
+        own = {"steps": self.steps, **({"mask_step": self._mask_step} if kept["mask"] else {})}
+        return {**own, **{name: tensors for name, tensors in kept.items() if tensors}}
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        self.steps = own.get("steps", 0)
+        self.steps, self._mask_step, self._v_step = own.get("steps", 0), own.get("mask_step", 0), -1
         index = {id(p): i for i, p in enumerate(self._parameters())}
         for flat in self._flats:
-            loaded = {
-                i: own["ema"][index[id(p)]].clone()  # it may be a view of what begins anew
-                for i, p in enumerate(flat.params)
-                if index[id(p)] in own.get("ema", {})
-            }
-            if loaded:
+            ema, v, mask = (
+                {
+                    i: own[name][index[id(p)]].clone()  # it may be a view of what begins anew
+                    for i, p in enumerate(flat.params)
+                    if index[id(p)] in own.get(name, {})
+                }
+                for name in _KEPT
+            )
+            if ema:
                 flat.start_ema()
-                for i, t in loaded.items():
+                for i, t in ema.items():
                     flat.alias(flat.ema, i).copy_(t)
             else:
                 flat.ema = None
+            if v:
+                flat.start_v()
+                for i, t in v.items():
+                    flat.v_parts[i].copy_(t)
+            else:
+                flat.v, flat.v_parts = None, []
+            if not mask:
+                flat.mask = None
+            for i, bits in mask.items():
+                flat.set_mask(i, bits)
+        self._measure_v()
 
     def _adopt_parameters(self) -> None:
         """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
@@ -547,6 +582,76 @@ class MicroBatchSAM(Optimizer):
 
     step.hooked = True  # torch's wrapper costs more than a kernel, so it runs only where somebody listens
 
+    @property
+    def mask(self) -> list[Tensor] | None:
+        """Sparse SAM's mask: for every parameter, in the order of the groups, bools in its shape. None before there is one.
+
+        Assign such a list to take another one, which may have any number of elements set; ``update_every`` counts from
+        there.
+        """
+        flat_of = {id(p): (flat, i) for flat in self._flats for i, p in enumerate(flat.params)}
+        places = [flat_of[id(p)] for p in self._parameters()]
+        if any(flat.mask is None for flat, _ in places):
+            return None
+        return [flat.mask_of(i) for flat, i in places]
+
+    @mask.setter
+    def mask(self, masks_: Sequence[Tensor]) -> None:
+        self._check_sparse("a mask")
+        self._check_idle("a new mask")
+        self._follow_parameters()
+        params, new = self._parameters(), list(masks_)
+        wanted, got = (
+            [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in ts] for ts in (params, new)
+        )
+        if wanted != got or any(t.dtype != torch.bool for t in new):
+            dtypes = sorted({str(t.dtype) for t in new if isinstance(t, Tensor)})
+            raise ValueError(
+                f"mask must be a list of torch.bool tensors, one for each parameter, of shapes {wanted}, got "
+                f"{', '.join(dtypes)} of shapes {got}"
+            )
+        by_parameter = dict(zip(map(id, params), new, strict=True))
+        for flat in self._flats:
+            for i, p in enumerate(flat.params):
+                flat.set_mask(i, by_parameter[id(p)])
+        self._mask_step = self.steps
+
+    def update_mask(self, loss_fn: Callable[..., Tensor], *samples: Any) -> None:
+        """Choose Sparse SAM's mask from the gradients of single samples: by their sum of squares, the Fisher information.
+
+        One forward and backward per sample, without perturbation. Weights, gradients, and with ``model=`` its running
+        statistics, stay what they are. Layers that need more than one sample (BatchNorm in training) are the caller's to
+        switch: ``model.eval()``.
+
+        Args:
+            loss_fn: as in ``train_step``; it is given batches of one sample.
+            samples: as a batch in ``train_step``.
+
+        Raises:
+            RuntimeError: the method has no mask, or a step is under way.
+            ValueError: there are no samples, or a gradient is not finite: the old mask is kept.
+        """
+        sparse = self._check_sparse("update_mask()")
+        self._check_idle("update_mask()")
+        if not samples:
+            raise ValueError("update_mask needs samples: update_mask(loss_fn, x, y)")
+        closures = self._micro_batches(loss_fn, samples, lambda count: [1] * count)
+        with self._step_under_way():
+            for closure in closures:
+                self._freeze_statistics()
+                _call(closure)
+                self._thaw_statistics()
+                self._add_scores(self._collected(clear=True))
+            if not all(_is_finite(tensors) for tensors in self._scores):
+                raise ValueError("a gradient of the samples is not finite, and says nothing of the weights: use others")
+            self._choose_mask(sparse, self.steps)
+            self.restore()
+
+    def _check_sparse(self, what: str) -> _methods.SparseSAM:
+        if self.method.sparse is None:
+            raise RuntimeError(f"{what} is for methods with a mask, e.g. methods.SparseSAM(), got {self.method}")
+        return self.method.sparse
+
     def _step(self, closure) -> Any:
         self._check_idle("step()")
         if closure is None:
@@ -594,8 +699,10 @@ class MicroBatchSAM(Optimizer):
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
         return self.step(self._micro_batches(loss_fn, batch))
 
-    def _micro_batches(self, loss_fn: Callable[..., Tensor], batch: tuple) -> _MicroBatches:
-        parts, shares = self._split(batch)
+    def _micro_batches(
+        self, loss_fn: Callable[..., Tensor], batch: tuple, sizes: Callable[[int], list[int]] | None = None
+    ) -> _MicroBatches:
+        parts, shares = self._split(batch, sizes)
 
         def closure(part):
             loss = loss_fn(*part) if len(batch) > 1 else loss_fn(part)
@@ -676,21 +783,32 @@ class MicroBatchSAM(Optimizer):
         self._end_step()
 
     def _end_step(self) -> None:
-        self._before = None
+        self._before = self._scores = self._grad_norm_sq = None
         for flat in self._flats:
-            flat.acc, flat.acc_absent, flat.at_w = None, (), None
+            flat.acc, flat.acc_absent, flat.kept = None, (), []
 
     def _count_step(self) -> None:
         if not any(flat.is_capturing() for flat in self._flats):  # what is captured has not run
             self.steps += 1
 
     def _perturbs(self) -> bool:
-        """Whether the step under way is the method's, not the base optimizer's alone."""
-        return self.enabled and self.steps >= self.method.start
+        return self._kind_of_step() == _PERTURB
+
+    def _kind_of_step(self) -> str:
+        """What the next step is: the base optimizer's alone, one that perturbs, or one between that reuses."""
+        since = self.steps - self.method.start
+        if not self.enabled or since < 0:
+            return _BASE
+        look = self.method.look
+        if look is None or since % look.k == 0:
+            return _PERTURB
+        if look.alpha == 0:
+            return _BASE
+        return _PERTURB if any(flat.v is None for flat in self._flats) else _REUSE
 
     # -- one step -------------------------------------------------------------------------------------------------------
 
-    def _split(self, batch: tuple) -> tuple[list[Any], list[float]]:
+    def _split(self, batch: tuple, sizes_of: Callable[[int], list[int]] | None = None) -> tuple[list[Any], list[float]]:
         """The micro-batches, and the share of the batch's samples that each holds."""
         if not batch:
             return [None], [1.0]
@@ -707,7 +825,7 @@ class MicroBatchSAM(Optimizer):
         if len(lengths) != 1:
             raise ValueError(f"the tensors of a batch must share dim 0, got lengths {sorted(lengths)}")
         (samples,) = lengths
-        sizes = self._sizes(samples)
+        sizes = (sizes_of or self._sizes)(samples)
         if len(sizes) == 1:
             return [whole], [1.0]
         columns = [[None] * len(sizes) if leaf is None else leaf.split(sizes) for leaf in leaves]
@@ -735,51 +853,85 @@ class MicroBatchSAM(Optimizer):
     def _passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
         self._check_idle("passes()")
         with self._step_under_way() as before:
-            perturbs = self._perturbs()
-            for i, part in enumerate(parts):
-                yield part
-                self._check_current(before)
-                if perturbs:
-                    self._ascend(first=i == 0)
-                    self._freeze_statistics()
-                    yield part
-                    self._check_current(before)
-                    self._thaw_statistics()
-                if len(parts) == 1:  # the last kernel of the loop can add to the gradients that were there
+
+            def finish(shares: list[float], i: int) -> None:
+                add_to = len(parts) == 1 and self._kind != _REUSE
+                if add_to:  # the last kernel of the loop can add to the gradients that were there
                     for flat, grads in zip(self._flats, before, strict=True):
                         flat.start_from(grads)
                 self._descend(shares, i)
-            for flat, grads in zip(self._flats, before, strict=True):
-                means = flat.means()
-                flat.set_grads(list(map(_added, grads, means)) if grads and len(parts) > 1 else means)
+                if self._kind == _REUSE:
+                    self._add_v()
+                for flat, grads in zip(self._flats, before, strict=True):
+                    means = flat.means()
+                    flat.set_grads(list(map(_added, grads, means)) if grads and not add_to else means)
+
+            for _, part in self._turns(parts, shares, before, finish, adds=any(before)):
+                yield part
+
+    def _run_closures(self, closures: list[Callable[[], Any]], shares: list[float]) -> list[Any]:
+        values = []
+        with self._step_under_way() as before:
+            for turn, closure in self._turns(
+                closures, shares, before, lambda shares, i: self._descend_and_update(shares)
+            ):
+                value = _call(closure)
+                if turn == 0:
+                    values.append(value)
+        return values
+
+    def _turns(
+        self,
+        parts: list[Any],
+        shares: list[float],
+        before: list,
+        finish: Callable[[list[float], int], None],
+        *,
+        adds: bool = False,
+    ) -> Iterator[tuple[int, Any]]:
+        """(turn, part): every micro-batch as often as the method needs, with the kernels' work in between.
+
+        ``finish`` ends the last one; ``adds``: to gradients of the same step that were there before.
+        """
+        self._begin_turns()
+        fresh = not (adds and self._v_step == self.steps)
+        perturbations = [self._ascend] if self.method.rho_min is None else [self._ascend, self._cross]
+        for i, part in enumerate(parts):
+            yield 0, part
+            for turn, perturb in enumerate(perturbations if self._kind == _PERTURB else (), 1):
+                self._check_current(before)
+                perturb(first=i == 0)
+                self._freeze_statistics()
+                yield turn, part
+                self._check_current(before)
+                self._thaw_statistics()
+            self._check_current(before)
+            if self._perturbed and self._keeps_v:
+                self._collect_v(shares[i], fresh=fresh and i == 0)
+            if i + 1 < len(parts):
+                self._descend(shares, i)
+            else:
+                finish(shares, i)
+            for flat in self._flats:
+                flat.kept = []
+        if self._kind == _PERTURB:
+            self._measure_v()
+            self._end_masks()
+
+    def _begin_turns(self) -> None:
+        self._kind = self._kind_of_step()
+        self._norms_sq, self._achieved_sq = [], []
+        self._scores_wanted = self._chooses_mask(self._kind)
 
     def _check_current(self, before: list) -> None:
         if self._before is not before:
             raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
-
-    def _run_closures(self, closures: list[Callable[[], Any]], shares: list[float]) -> list[Any]:
-        values = []
-        with self._step_under_way():
-            perturbs = self._perturbs()
-            for i, closure in enumerate(closures):
-                values.append(_call(closure))
-                if perturbs:
-                    self._ascend(first=i == 0)
-                    self._freeze_statistics()
-                    _call(closure)
-                    self._thaw_statistics()
-                if i + 1 < len(closures):
-                    self._descend(shares, i)
-                else:
-                    self._descend_and_update(shares)
-        return values
 
     @contextmanager
     def _step_under_way(self) -> Iterator[list[list[Tensor | None]]]:
         """Put the gradients that are there aside; bring them and the weights back if the step does not finish."""
         self._prepare()
         before = [ops.own_memory(ops.current_grads(flat.params)) for flat in self._flats]
-        self._norms_sq, self._achieved_sq = [], []
         try:
             self._before = before
             for flat, grads in zip(self._flats, before, strict=True):
@@ -820,20 +972,25 @@ class MicroBatchSAM(Optimizer):
             )
             for group in self.param_groups
         ]
-        if rows != self._rows:
+        rho_min = _rho_at(self.method.rho_min, self.steps)
+        if rho_min is not None:
+            _check_rho(rho_min, "rho_min")
+        opposite = [] if rho_min is None else [(-float(rho_min) if row[0] else 0.0,) for row in rows]
+        if (rows, opposite) != self._rows:
             for row in rows:
                 _check_rho(row[0])
             for flat in self._flats:
                 flat.check_not_capturing("hyper-parameters")
-            hyper = torch.tensor(rows, dtype=torch.float64, device="cpu")
-            for device in {flat.device for flat in self._flats}:
-                old = self._hyper.get(device)
-                if old is not None and old.shape == hyper.shape:
-                    old.copy_(hyper, non_blocking=True)  # a captured graph reads it at this address
-                else:
-                    self._hyper[device] = hyper.to(device, non_blocking=True)
+            for kept, table in ((self._hyper, rows), (self._opposite, opposite)):
+                hyper = torch.tensor(table, dtype=torch.float64, device="cpu")
+                for device in {flat.device for flat in self._flats} if table else ():
+                    old = kept.get(device)
+                    if old is not None and old.shape == hyper.shape:
+                        old.copy_(hyper, non_blocking=True)  # a captured graph reads it at this address
+                    else:
+                        kept[device] = hyper.to(device, non_blocking=True)
             self._state_keys = tuple(_FUSED[base][2](group) for group in self.param_groups) if base in _FUSED else ()
-            self._rows = rows
+            self._rows = rows, opposite
 
     def _check_model(self) -> None:
         """No gradient at all: has the model other parameters by now?"""
@@ -844,31 +1001,31 @@ class MicroBatchSAM(Optimizer):
                 "make the optimizer after that"
             )
 
-    def _collected(self, *, clear: bool) -> list[tuple[Flat, tuple[list[Tensor], tuple[int, ...]]]]:
+    def _collected(self, *, clear: bool) -> list[tuple[Flat, Gradients]]:
         """Every flat with its gradients; all are looked at before any kernel runs."""
         return [(flat, flat.collect_grads(clear=clear)) for flat in self._flats]
 
     def _ascend(self, *, first: bool, clear: bool = True) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
+        method = self.method
         collected = self._collected(clear=clear)
         if self.model is not None and all(len(absent) == len(flat.params) for flat, (_, absent) in collected):
             self._check_model()
+        self._keep(collected)
+        if self._scores_wanted:
+            self._add_scores(collected)
+        if method.sparse is not None and any(flat.mask is None for flat in self._flats):
+            self._choose_mask(method.sparse, self.steps)
         calls = []
         for flat, (grads, absent) in collected:
-            if self.method.combines:
-                flat.at_w = ops.own_memory(grads), absent
             save = flat.save(absent, again=first)
             chunks = flat.chunks(absent)
             flat.achieved_sq = torch.empty(len(chunks), dtype=torch.float64, device=flat.device)
             flat.perturbed, flat.perturbed_absent = chunks, absent
             arguments = (flat.weights, grads, chunks)
-            direction, outputs = self.method.direction, {"saved": flat.saved if save else None}
-            if self.method.ema_decay is not None:
-                if flat.ema is None:
-                    flat.start_ema()
-                direction["ema"], outputs["lmbda"] = flat.ema, self.method.ema_decay
-            outputs.update(hyper=self._hyper[flat.device], achieved_sq=flat.achieved_sq)
-            calls.append((flat, arguments, direction, outputs))
+            outputs = {"saved": flat.saved if save else None, "hyper": self._hyper[flat.device]}
+            outputs.update(achieved_sq=flat.achieved_sq, **self._way_up(flat, last=method.rho_min is None))
+            calls.append((flat, arguments, self._direction(flat), outputs))
         self._achieved_sq.append([flat.achieved_sq for flat in self._flats])
         self._perturbed = True
         if len(calls) == 1:
@@ -880,9 +1037,51 @@ class MicroBatchSAM(Optimizer):
                 flat.norm_sq = _gathered(sums, flat.device)
                 flat.backend.perturb(*arguments, norm_sq=flat.norm_sq, **direction, **outputs)
         self._norms_sq.append(self._flats[0].norm_sq)
+        if method.rescales and not method.kept:
+            self._grad_norm_sq = self._norms_sq[-1].sum() if not calls[0][2] else self._sum_of_squares(collected)
+
+    def _direction(self, flat: Flat) -> dict[str, Any]:
+        """What the direction d is made of."""
+        direction = self.method.direction
+        if self.method.ema_decay is not None:
+            if flat.ema is None:
+                flat.start_ema()
+            direction["ema"] = flat.ema
+        return direction
+
+    def _way_up(self, flat: Flat, *, last: bool) -> dict[str, Any]:
+        """What a perturbation needs beside the direction; the last one of a micro-batch brings the EMA up to date."""
+        options = {} if flat.mask is None else {"mask": flat.mask}
+        if last and self.method.ema_decay is not None:
+            options["lmbda"] = self.method.ema_decay
+        return options
+
+    def _keep(self, collected: list[tuple[Flat, Gradients]]) -> None:
+        """For the descent, until there."""
+        if self.method.kept or self._keeps_v:
+            for flat, (grads, absent) in collected:
+                flat.kept.insert(0, (ops.own_memory(grads), absent))
+
+    def _cross(self, *, first: bool) -> None:
+        """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
+        self._follow_parameters()
+        at_w = [flat.kept[0][0] for flat in self._flats]
+        self._keep(self._collected(clear=True))
+        for flat, grads in zip(self._flats, at_w, strict=True):
+            flat.backend.perturb(
+                flat.weights,
+                grads,
+                flat.perturbed,
+                norm_sq=flat.norm_sq,
+                hyper=self._opposite[flat.device],
+                achieved_sq=torch.empty_like(flat.achieved_sq),
+                origin=flat.saved,
+                **self._direction(flat),
+                **self._way_up(flat, last=True),
+            )
 
     def _descend(self, shares: list[float], i: int) -> None:
-        """p.grad is micro-batch i's gradient at w + e: weights back, the gradient into the mean, p.grad cleared."""
+        """p.grad is micro-batch i's last gradient: weights back, the descent into the mean, p.grad cleared."""
         self._follow_parameters()
         for flat, grads, absent, coefs in self._descents(clear=True):
             self._restore_and_accumulate(flat, grads, absent, coefs, shares, i)
@@ -890,24 +1089,129 @@ class MicroBatchSAM(Optimizer):
 
     def _descents(self, *, clear: bool) -> list[tuple[Flat, list[Tensor], tuple[int, ...], dict[str, Tensor]]]:
         """Of every flat: the descent gradients as the kernels take them, those that are absent, and {} or their coefs."""
-        collected = self._collected(clear=clear)
-        if not (self._perturbed and self.method.combines):
+        method, collected = self.method, self._collected(clear=clear)
+        if not self._perturbed or not (method.kept or method.rescales):
             return [(flat, grads, absent, {}) for flat, (grads, absent) in collected]
-        pairs = [(flat, *flat.matched_with_w(grads, absent)) for flat, (grads, absent) in collected]
-        dots = [flat.backend.dots(grads, at_w, flat.chunks(absent)) for flat, grads, at_w, absent in pairs]
-        coefs = self.method.descent_coefs(_gathered(dots, self._flats[0].device).sum(1))
+        vectors = [(flat, *flat.with_kept(grads, absent)) for flat, (grads, absent) in collected]
+        dots = self._dots(vectors, 1 + method.kept if method.rescales else 2)
+        coefs = method.descent_coefs(dots, dots[-1] if method.kept else self._grad_norm_sq)
         return [
-            (flat, [*grads, *at_w][: len(coefs) * len(grads)], absent, {"coefs": coefs.to(flat.device)})
-            for flat, grads, at_w, absent in pairs
+            (flat, [t for tensors in lists[: len(coefs)] for t in tensors], absent, {"coefs": coefs.to(flat.device)})
+            for flat, lists, absent in vectors
         ]
+
+    def _dots(self, vectors: list[tuple[Flat, list[list[Tensor]], tuple[int, ...]]], count: int) -> Tensor:
+        """The sums of the operator ``dots`` over all flats, of the first ``count`` vectors."""
+        parts = []
+        for flat, lists, absent in vectors:
+            chunks = flat.chunks(absent)
+            if count == 1:
+                parts.append(flat.backend.inner_products([], lists[0], chunks)[None])
+            else:
+                parts.append(flat.backend.dots(lists[0], lists[1], lists[2] if count == 3 else [], chunks))
+        return _gathered(parts, self._flats[0].device).sum(1)
+
+    def _sum_of_squares(self, collected: list[tuple[Flat, Gradients]]) -> Tensor:
+        return self._dots([(flat, [grads], absent) for flat, (grads, absent) in collected], 1).squeeze(0)
+
+    # -- LookSAM --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _keeps_v(self) -> bool:
+        return self.method.look is not None and self.method.look.keeps_v
+
+    def _collect_v(self, share: float, *, fresh: bool) -> None:
+        """p.grad is a micro-batch's gradient at w + e, the one at w is kept: v gets what the first has beside the second."""
+        self._follow_parameters()
+        vectors = [(flat, *flat.with_kept(grads, absent)) for flat, (grads, absent) in self._collected(clear=False)]
+        coefs = self.method.look.v_coefs(self._dots(vectors, 2))
+        for flat, lists, absent in vectors:
+            if flat.v is None or (fresh and absent):  # what has no gradient must not keep an old direction
+                flat.start_v()
+            flat.backend.restore(
+                [],
+                flat.v_parts,
+                [*lists[0], *lists[1]],
+                flat.chunks(absent),
+                coefs=coefs.to(flat.device),
+                c_acc=0.0 if fresh else 1.0,
+                c=share,
+            )
+        self._v_step = self.steps
+
+    def _measure_v(self) -> None:
+        if any(flat.v is None for flat in self._flats):
+            return
+        total = self._dots([(flat, [flat.v_parts], ()) for flat in self._flats], 1).squeeze(0)
+        self._v_norm_sq = total if self._v_norm_sq is None else self._v_norm_sq.copy_(total)
+
+    def _reused(self) -> list[tuple[Flat, list[Tensor], dict[str, Tensor]]]:
+        """Of every flat: the mean gradient and v, as the kernels take them, and their coefs."""
+        means = [(flat, (flat.acc, flat.acc_absent)) for flat in self._flats]
+        coefs = self.method.look.reuse_coefs(self._sum_of_squares(means), self._v_norm_sq)
+        return [(flat, [*flat.acc, *flat.v_parts], {"coefs": coefs.to(flat.device)}) for flat in self._flats]
+
+    def _add_v(self) -> None:
+        """The mean gradient becomes what a step between uses."""
+        for flat, vectors, coefs in self._reused():
+            flat.backend.restore([], flat.acc, vectors, flat.chunks(flat.acc_absent), c_acc=0.0, **coefs)
+
+    # -- Sparse SAM -----------------------------------------------------------------------------------------------------
+
+    def _chooses_mask(self, kind: str) -> bool:
+        """Whether the next step, of that kind, chooses a mask: the first one for itself, later ones for the step after."""
+        sparse = self.method.sparse
+        if sparse is None or kind != _PERTURB:
+            return False
+        missing = any(flat.mask is None for flat in self._flats)
+        if missing and sparse.update_every is None:
+            raise RuntimeError(
+                f"{sparse} has no mask yet: call opt.update_mask(loss_fn, *samples), assign opt.mask, or give update_every"
+            )
+        return missing or self._mask_is_due()
+
+    def _mask_is_due(self) -> bool:
+        sparse = self.method.sparse
+        return (
+            sparse is not None
+            and sparse.update_every is not None
+            and self.steps + 1 - self._mask_step >= sparse.update_every
+        )
+
+    def _add_scores(self, collected: list[tuple[Flat, Gradients]]) -> None:
+        gradients = [grads for _, (grads, _) in collected]
+        if self._scores is None:
+            self._scores = [ops.own_memory(grads) for grads in gradients]
+        else:
+            self._scores = [masks.add_up(*pair) for pair in zip(self._scores, gradients, strict=True)]
+
+    def _choose_mask(self, sparse: _methods.SparseSAM, step: int) -> None:
+        for flat in self._flats:
+            flat.check_not_capturing("the mask")
+        masks.choose(self._flats, self._scores, sparse, step)
+        self._mask_step = step
+
+    def _end_masks(self) -> None:
+        """After the step's last micro-batch: the next step's mask, unless the gradients were not finite."""
+        if not self._scores_wanted:
+            return
+        if not all(bool(terms.sum().isfinite()) for terms in self._norms_sq):
+            if self._mask_step == self.steps:  # it was made of them
+                for flat in self._flats:
+                    flat.mask = None
+        elif self._mask_is_due():
+            self._choose_mask(self.method.sparse, self.steps + 1)
+
+    # -- descent --------------------------------------------------------------------------------------------------------
 
     def _descend_and_update(self, shares: list[float], *, clear: bool = True) -> None:
         """The last micro-batch's ``_descend`` and the base optimizer's step, in one kernel where that is possible."""
         self._follow_parameters()
         fused = self._fused()
         i = len(shares) - 1
+        reuses = self._kind == _REUSE
         for flat, grads, absent, coefs in self._descents(clear=clear):
-            if fused is not None and flat.is_uniform(absent):
+            if fused is not None and not reuses and flat.is_uniform(absent):
                 c_acc, c = _coefficients(shares, i)
                 options = {"c_acc": c_acc, "c": c, **coefs}
                 if flat.perturbed is not None:
@@ -916,9 +1220,14 @@ class MicroBatchSAM(Optimizer):
                 flat.perturbed = None
             else:
                 self._restore_and_accumulate(flat, grads, absent, coefs, shares, i)
-                if fused is not None:
+                if fused is not None and not reuses:
                     self._update(flat, fused, flat.acc, flat.acc_absent)
         self._perturbed = False
+        if reuses and fused is not None:
+            for flat, vectors, coefs in self._reused():
+                self._update(flat, fused, vectors, flat.acc_absent, **coefs)
+        elif reuses:
+            self._add_v()
         if fused is None:
             for flat in self._flats:
                 flat.set_grads(flat.means())
@@ -958,7 +1267,7 @@ class MicroBatchSAM(Optimizer):
             if coefs:
                 flat.backend.restore([], at_e, grads, flat.chunks(absent), c_acc=0.0, **coefs)
                 del options["coefs"]
-            acc, new, absent = (own(at_e), [], absent) if flat.acc is None else flat.matched(at_e, absent)
+            (acc, new), absent = ((own(at_e), []), absent) if flat.acc is None else flat.matched(at_e, absent)
             if new or flat.perturbed is not None:
                 flat.backend.restore([], acc, new, flat.chunks(absent), **options)
         flat.acc, flat.acc_absent = acc, absent
@@ -1005,6 +1314,10 @@ def _rho_at(rho: Any, steps: int) -> Any:
 
 def _call(closure: Callable[[], Any]) -> Any:
     return closure() if torch.is_grad_enabled() else torch.enable_grad()(closure)()
+
+
+def _is_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors)
 
 
 @torch.no_grad()

@@ -6,15 +6,17 @@ every group):
 
     inner_products   ‖d‖²,   d = g − sigma·ema (F-SAM), d = T_w·d with T_w = |w| + eta (ASAM)
     perturb          w ← w + e,   e = rho·d / (‖d‖ + 1e-12), or rho·T_w²·d / (‖T_w·d‖ + 1e-12)
+                     with ``mask`` e is 0 where the bit is 0; with ``origin`` w ← origin + e
                      ema ← lmbda·ema + (1 − lmbda)·g, after its old value was used
-    dots             x·x, x·y, y·y
+    dots             x·x, x·y, y·y, and with z: x·z, y·z, z·z
     restore          w ← saved;   acc ← c_acc·acc + c·x̂,   x̂ = ĝ, or coefs[0]·ĝ + coefs[1]·g + … with ``coefs``
     sgd, adam        torch.optim.SGD / Adam / AdamW on c_acc·acc + c·x̂, starting from ``saved`` where that is given
 
     ascend           inner_products and perturb
 
 An element of the ema that is NaN has not begun: its first gradient is its d and its next value. A non-finite ‖d‖ means
-e = 0, an unchanged ema and a NaN descent gradient. Arithmetic is fp32 (fp64 for fp64 storage): values are rounded to the
+e = 0, an unchanged ema and a NaN descent gradient. Where c_acc or one of ``coefs`` is 0 its term is left out, whatever it
+holds, as in BLAS. Arithmetic is fp32 (fp64 for fp64 storage): values are rounded to the
 storage type only when stored.
 """
 
@@ -50,6 +52,11 @@ class _Segment(NamedTuple):
 
     def within(self, buffer: Tensor | None) -> Tensor | None:
         return None if buffer is None else buffer[self.offset : self.offset + self.numel]
+
+    def bits(self, mask: Tensor) -> Tensor:
+        """Bit k of byte j is that of element 8·j + k of a flat buffer."""
+        k = torch.arange(self.offset, self.offset + self.numel, device=mask.device)
+        return (mask[k // 8] >> (k % 8)) & 1 != 0
 
 
 def _segments(chunks: Tensor) -> Iterator[_Segment]:
@@ -92,7 +99,20 @@ def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
 
 
 def perturb(
-    weights, grads, chunks, *, norm_sq, hyper, achieved_sq, saved=None, ema=None, sigma=0.0, lmbda=0.0, eta=None
+    weights,
+    grads,
+    chunks,
+    *,
+    norm_sq,
+    hyper,
+    achieved_sq,
+    saved=None,
+    origin=None,
+    ema=None,
+    mask=None,
+    sigma=0.0,
+    lmbda=None,
+    eta=None,
 ):
     """Weights to w + e, the old ones to ``saved``, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by chunk."""
     norm_sq = norm_sq.sum(0, keepdim=True)
@@ -103,19 +123,22 @@ def perturb(
     achieved_sq.zero_()  # from here on the weights can be restored, also after an interruption
     for s in _segments(chunks):
         weight, g, average = s.of(weights, len(weights) == 1), _wide(s.of(grads)), s.within(ema)
-        w = _wide(weight).clone()
+        w = _wide(weight if origin is None else s.within(origin)).clone()
         d = _direction(g, average, sigma)
-        if average is not None:
+        if average is not None and lmbda is not None:
             average.copy_(torch.where(finite, _ema_next(average, g, lmbda), _wide(average)))
         if eta is not None:
             d = _stretch(w, eta).square() * d
         scale = (hyper[s.group, 0] / (norm_sq.sqrt() + 1e-12)).to(w.dtype)
-        weight.copy_(torch.where(finite, w + d * scale, w))
+        perturbed = finite if mask is None else finite & s.bits(mask)
+        weight.copy_(torch.where(perturbed, w + d * scale, w))
         change_sq = (weight.double() - w.double()).square()
         achieved_sq[s.rows] = torch.stack([part.sum() for part in change_sq.split(s.lengths)])
 
 
-def ascend(weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, sigma=0.0, lmbda=0.0, eta=None):
+def ascend(
+    weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, mask=None, sigma=0.0, lmbda=None, eta=None
+):
     """``inner_products``, then ``perturb`` by the norm that it returned; returns it too."""
     norm_sq = inner_products(weights, grads, chunks, ema=ema, sigma=sigma, eta=eta)
     perturb(
@@ -127,6 +150,7 @@ def ascend(weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, 
         achieved_sq=achieved_sq,
         saved=saved,
         ema=ema,
+        mask=mask,
         sigma=sigma,
         lmbda=lmbda,
         eta=eta,
@@ -139,12 +163,13 @@ def _coefficient(c: float, norm_sq: Tensor | None) -> float | Tensor:
     return c if norm_sq is None else torch.where(norm_sq.sum().isfinite(), norm_sq.new_tensor(c), math.nan)
 
 
-def dots(x, y, chunks):
-    """x·x, x·y and y·y as float64 ``[3, 1]``."""
-    total = torch.zeros(3, 1, dtype=torch.float64, device=chunks.device)
+def dots(x, y, z, chunks):
+    """x·x, x·y and y·y as float64 ``[3, 1]``, and with z, unless it is empty, x·z, y·z and z·z: ``[6, 1]``."""
+    lists = [x, y, z] if z else [x, y]
+    total = torch.zeros(len(lists) * (len(lists) + 1) // 2, 1, dtype=torch.float64, device=chunks.device)
     for s in _segments(chunks):
-        a, b = s.of(x).double(), s.of(y).double()
-        total += torch.stack([(a * a).sum(), (a * b).sum(), (b * b).sum()])[:, None]
+        vectors = [s.of(tensors).double() for tensors in lists]
+        total += torch.stack([(a * b).sum() for i, b in enumerate(vectors) for a in vectors[: i + 1]])[:, None]
     return total
 
 
@@ -166,9 +191,9 @@ def _combination(s, grads, coefs):
         return _wide(s.of(grads))
     count = len(grads) // len(coefs)
     terms = [_wide(s.of(grads[k * count : (k + 1) * count])) for k in range(len(coefs))]
-    total, *others = [t * c for t, c in zip(terms, coefs.to(terms[0].dtype), strict=True)]
-    for t in others:
-        total = total + t
+    total = torch.zeros_like(terms[0])
+    for t, c in zip(terms, coefs.to(total.dtype), strict=True):
+        total = torch.where(c == 0, total, total + t * c)
     return total
 
 
@@ -176,7 +201,7 @@ def _descent(s, acc, grads, norm_sq, coefs, c_acc, c):
     g = _combination(s, grads, coefs)
     c = _coefficient(c, norm_sq)
     g = g * (c.to(g.dtype) if isinstance(c, Tensor) else c)
-    return _wide(s.of(acc)) * c_acc + g if acc else g
+    return _wide(s.of(acc)) * c_acc + g if acc and g.new_tensor(c_acc) != 0 else g
 
 
 def _weights_and_gradient(s, weights, acc, grads, saved, norm_sq, coefs, c_acc, c):

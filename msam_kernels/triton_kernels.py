@@ -26,7 +26,7 @@ PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a l
 WARPS = 4 if torch.version.hip else 8  # 256 threads
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
 # Per thread at most, on NVIDIA GPUs: left alone, ptxas spills a few bytes to fit one program more.
-REGISTERS = {"inner_products": 64, "perturb": 96, "dots": 96, "restore": 64, "sgd": 80, "adam": 80}
+REGISTERS = {"inner_products": 64, "perturb": 112, "dots": 96, "restore": 64, "sgd": 80, "adam": 80}
 LISTS = 3  # of gradients that a descent combines, at most
 STORAGE = {
     torch.float32: tl.float32,
@@ -282,69 +282,105 @@ def inner_products_kernel(
 
 
 @triton.jit
-def dots_chunk(x, y, numel, S: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """The chunk's parts of x·x, x·y and y·y."""
+def no_sum(BLOCK: tl.constexpr):
+    return tl.zeros([BLOCK // 8], tl.float64)
+
+
+@triton.jit
+def folded(x, BLOCK: tl.constexpr):
+    """Sums of eight neighbours, which one thread has: so many sums at once would not fit its registers otherwise."""
+    return tl.sum(tl.reshape(x, [BLOCK // 8, 8]), 1)
+
+
+@triton.jit
+def dots_chunk(x, y, z, numel, S: tl.constexpr, THREE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """The chunk's parts of x·x, x·y, y·y, x·z, y·z and z·z."""
     numel = length(numel, ALIGNED)
-    xp, yp = pointer(x, S, ALIGNED), pointer(y, S, ALIGNED)
+    xp, yp, zp = pointer(x, S, ALIGNED), pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    xx, xy, yy = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    xx, xy, yy = no_sum(BLOCK), no_sum(BLOCK), no_sum(BLOCK)
+    xz, yz, zz = no_sum(BLOCK), no_sum(BLOCK), no_sum(BLOCK)
     for i in range(0, numel, BLOCK):
         here = lanes < numel - i
         a = tl.load(xp + i + lanes, mask=here, other=0.0).to(tl.float64)
         b = tl.load(yp + i + lanes, mask=here, other=0.0).to(tl.float64)
-        xx += a * a
-        xy += a * b
-        yy += b * b
-    return tl.sum(xx, 0), tl.sum(xy, 0), tl.sum(yy, 0)
+        xx += folded(a * a, BLOCK)
+        xy += folded(a * b, BLOCK)
+        yy += folded(b * b, BLOCK)
+        if THREE:
+            c = tl.load(zp + i + lanes, mask=here, other=0.0).to(tl.float64)
+            xz += folded(a * c, BLOCK)
+            yz += folded(b * c, BLOCK)
+            zz += folded(c * c, BLOCK)
+    return tl.sum(xx, 0), tl.sum(xy, 0), tl.sum(yy, 0), tl.sum(xz, 0), tl.sum(yz, 0), tl.sum(zz, 0)
 
 
 @_kernel
 def dots_kernel(
-    terms: tl.int64, chunks: tl.int64, rows: tl.int64, xs: tl.int64, ys: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    terms: tl.int64, chunks: tl.int64, rows: tl.int64, xs: tl.int64, ys: tl.int64, zs: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, THREE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     xx, xy, yy = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    xz, yz, zz = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, _, numel, _ = load_chunk(chunks, k)
         x, y = in_list(xs, segment, begin, S), in_list(ys, segment, begin, S)
-        if (x | y | numel) % 16 == 0:
-            xx_part, xy_part, yy_part = dots_chunk(x, y, numel, S, BLOCK, True)
+        z = in_list(zs, segment, begin, S)
+        if (x | y | z | numel) % 16 == 0:
+            xx_part, xy_part, yy_part, xz_part, yz_part, zz_part = dots_chunk(x, y, z, numel, S, THREE, BLOCK, True)
         else:
-            xx_part, xy_part, yy_part = dots_chunk(x, y, numel, S, BLOCK // 4, False)
+            xx_part, xy_part, yy_part, xz_part, yz_part, zz_part = dots_chunk(
+                x, y, z, numel, S, THREE, BLOCK // 4, False
+            )
         xx += xx_part
         xy += xy_part
         yy += yy_part
+        xz += xz_part
+        yz += yz_part
+        zz += zz_part
     p = terms.to(tl.int64).to(tl.pointer_type(tl.float64)) + tl.program_id(0)
     tl.store(p, xx)
     tl.store(p + tl.num_programs(0), xy)
     tl.store(p + 2 * tl.num_programs(0), yy)
+    if THREE:
+        tl.store(p + 3 * tl.num_programs(0), xz)
+        tl.store(p + 4 * tl.num_programs(0), yz)
+        tl.store(p + 5 * tl.num_programs(0), zz)
 
 
 @triton.jit
 def perturb_chunk(
-    w, g, saved, ema, numel, finite, scale, sigma, lmbda, one_minus_lmbda, eta, S: tl.constexpr, T: tl.constexpr,
-    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    w, origin, g, saved, ema, mask, first_bit, numel, finite, scale, sigma, lmbda, one_minus_lmbda, renew, eta,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The chunk's part of the achieved norm, squared."""
     numel = length(numel, ALIGNED)
-    wp, gp = pointer(w, S, ALIGNED), pointer(g, S, ALIGNED)
+    wp, op, gp = pointer(w, S, ALIGNED), pointer(origin, S, ALIGNED), pointer(g, S, ALIGNED)
     sp, ep = pointer(saved, S, ALIGNED), pointer(ema, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
     for i in range(0, numel, BLOCK):
         here = lanes < numel - i
-        stored = tl.load(wp + i + lanes, mask=here, other=0.0)
+        stored = tl.load(op + i + lanes, mask=here, other=0.0)
         d = tl.load(gp + i + lanes, mask=here, other=0.0).to(T)
         # Read again only after a whole backward pass: past the caches.
         tl.store(sp + i + lanes, stored, mask=here & (saved != 0), cache_modifier=".cs")
         if FRIENDLY:
             average = tl.load(ep + i + lanes, mask=here, other=0.0).to(T)
             following = ema_next(average, d, lmbda, one_minus_lmbda)
-            tl.store(ep + i + lanes, following.to(S), mask=here & finite)
+            tl.store(ep + i + lanes, following.to(S), mask=here & finite & renew)
             d = residual(d, average, sigma)
         result = perturbed(stored.to(T), d, scale, eta, ADAPTIVE).to(S)
-        tl.store(wp + i + lanes, result, mask=here & finite)
-        change = tl.where(here & finite, result.to(tl.float64) - stored.to(tl.float64), 0.0)
+        picked = here & finite
+        if MASKED:
+            bit = (first_bit % 8).to(tl.int32) + lanes
+            bytes = tl.load(mask.to(tl.pointer_type(tl.uint8)) + (first_bit + i) // 8 + bit // 8, mask=here, other=0)
+            picked = picked & (((bytes.to(tl.int32) >> bit % 8) & 1) != 0)  # i is a multiple of 8
+        # Weights that come from elsewhere are stored in any case.
+        result = tl.where(picked, result, stored)
+        tl.store(wp + i + lanes, result, mask=here & (picked | (origin != w)))
+        change = tl.where(picked, result.to(tl.float64) - stored.to(tl.float64), 0.0)
         sums += change * change
     return tl.sum(sums, 0)
 
@@ -353,8 +389,10 @@ def perturb_chunk(
 def perturb_kernel(
     norm_sq: tl.int64, norm_terms: tl.int64, achieved_sq: tl.int64, chunks: tl.int64, rows: tl.int64,
     hyper: tl.int64, columns: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64, saved: tl.int64,
-    ema: tl.int64, sigma: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64, eta: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+    origin: tl.int64, ema: tl.int64, mask: tl.int64, sigma: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
+    renew: tl.int64, eta: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = total(norm_sq, norm_terms)
     finite = is_finite(norm)
@@ -364,16 +402,17 @@ def perturb_kernel(
         g = in_list(grads, segment, begin, S)
         w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
         s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
+        o = tl.where(origin != 0, in_flat(origin, offset, S), w)
         scale = ascent_scale(norm, column(hyper + group * columns * 8, 0)).to(T)
-        if (g | w | s | e | numel) % 16 == 0:
+        if (g | w | o | s | e | numel) % 16 == 0:
             achieved = perturb_chunk(
-                w, g, s, e, numel, finite, scale, number(sigma, T), number(lmbda, T), number(one_minus_lmbda, T),
-                number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK, True,
+                w, o, g, s, e, mask, offset, numel, finite, scale, number(sigma, T), number(lmbda, T),
+                number(one_minus_lmbda, T), renew != 0, number(eta, T), S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK, True,
             )  # fmt: skip
         else:
             achieved = perturb_chunk(
-                w, g, s, e, numel, finite, scale, number(sigma, T), number(lmbda, T), number(one_minus_lmbda, T),
-                number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK // 4, False,
+                w, o, g, s, e, mask, offset, numel, finite, scale, number(sigma, T), number(lmbda, T),
+                number(one_minus_lmbda, T), renew != 0, number(eta, T), S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK // 4, False,
             )  # fmt: skip
         tl.store(achieved_sq.to(tl.int64).to(tl.pointer_type(tl.float64)) + k, achieved)
 
@@ -383,13 +422,15 @@ def combination(gp, yp, zp, lanes, here, coefs, second, third, T: tl.constexpr, 
     """The gradients, or what stands in their place: the first coefficient times g, and so on where y and z are there."""
     g = tl.load(gp + lanes, mask=here, other=0.0).to(T)
     if COMBINED:
-        y = tl.load(yp + lanes, mask=here & second, other=0.0).to(T)
-        z = tl.load(zp + lanes, mask=here & third, other=0.0).to(T)
         # Loaded for every block: registers are short, the cache is not.
         c = coefs.to(tl.int64).to(tl.pointer_type(tl.float64))
-        g = weighted(g, tl.load(c).to(T))
-        g = tl.where(second, g + weighted(y, tl.load(c + 1, mask=second, other=0.0).to(T)), g)
-        g = tl.where(third, g + weighted(z, tl.load(c + 2, mask=third, other=0.0).to(T)), g)
+        c0, c1 = tl.load(c).to(T), tl.load(c + 1, mask=second, other=0.0).to(T)
+        c2 = tl.load(c + 2, mask=third, other=0.0).to(T)
+        y = tl.load(yp + lanes, mask=here & truth(c1 != 0), other=0.0).to(T)
+        z = tl.load(zp + lanes, mask=here & truth(c2 != 0), other=0.0).to(T)
+        g = tl.where(c0 != 0, 0.0 + weighted(g, c0), 0.0)
+        g = tl.where(c1 != 0, g + weighted(y, c1), g)
+        g = tl.where(c2 != 0, g + weighted(z, c2), g)
     return g
 
 
@@ -404,16 +445,17 @@ def restore_chunk(
     yp, zp = pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     summed = (acc != 0) & (g != 0)
+    read = summed & truth(c_acc != 0)
     for i in range(0, numel, BLOCK):
         here = lanes < numel - i
         before = tl.load(sp + i + lanes, mask=here & (w != 0), other=0.0)
-        mean = tl.load(ap + i + lanes, mask=here & summed, other=0.0).to(T)
+        mean = tl.load(ap + i + lanes, mask=here & read, other=0.0).to(T)
         gradient = combination(
             gp + i, yp + i, zp + i, lanes, here & summed, coefs, y != 0, z != 0, T, COMBINED
         )  # fmt: skip
         tl.store(wp + i + lanes, before, mask=here & (w != 0))
         # Without gradients it is stored only where c, and with it every element, is NaN.
-        mean = accumulated(mean, gradient, c_acc, c)
+        mean = tl.where(read, accumulated(mean, gradient, c_acc, c), weighted(gradient, c))
         tl.store(ap + i + lanes, mean.to(S), mask=here & (summed | ((acc != 0) & (finite == 0))))
 
 
@@ -446,6 +488,7 @@ def restore_kernel(
 @triton.jit
 def descent(ap, g, lanes, here, has_acc, c_acc, c, T: tl.constexpr):
     """The step's gradient: c g, or c_acc acc + c g."""
+    has_acc = has_acc & truth(c_acc != 0)
     acc = tl.load(ap + lanes, mask=here & has_acc, other=0.0).to(T)
     return tl.where(has_acc, accumulated(acc, g, c_acc, c), weighted(g, c))
 
@@ -812,17 +855,20 @@ def _inner_products(call, direction, sigma, eta):
     return terms if call.rows else terms.new_zeros(1)
 
 
-def _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, eta):
+def _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, origin, mask, sigma, lmbda, eta):
     pointers, ema, constants = direction
+    if saved is not None and origin is not None:
+        raise RuntimeError("weights that are perturbed from origin are not saved: give saved or origin")
     achieved, terms = call.tensor("achieved_sq", achieved_sq, torch.float64)
     if terms != call.rows:
         raise RuntimeError(f"achieved_sq must have one element per chunk, {call.rows}, got {terms}")
     arguments = (
         *call.tensor("norm_sq", norm_sq, torch.float64), achieved, call.chunks.data_ptr(), call.rows,
-        *call.hyper(hyper, 1), *pointers, call.flat("saved", saved), ema,
-        _bits(sigma), _bits(lmbda), _bits(1 - lmbda), _bits(eta or 0.0),
+        *call.hyper(hyper, 1), *pointers, call.flat("saved", saved), call.flat("origin", origin), ema,
+        call.tensor("mask", mask, torch.uint8)[0],
+        _bits(sigma), _bits(lmbda or 0.0), _bits(1 - (lmbda or 0.0)), int(lmbda is not None), _bits(eta or 0.0),
     )  # fmt: skip
-    call.launch(perturb_kernel, *arguments, **constants)
+    call.launch(perturb_kernel, *arguments, MASKED=mask is not None, **constants)
     increment_version(achieved_sq)  # the weights are saved; before, the compiler may have been interrupted
 
 
@@ -832,34 +878,38 @@ def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
 
 
 def perturb(
-    weights, grads, chunks, *, norm_sq, hyper, achieved_sq, saved=None, ema=None, sigma=0.0, lmbda=0.0, eta=None
-):
+    weights, grads, chunks, *, norm_sq, hyper, achieved_sq, saved=None, origin=None, ema=None, mask=None, sigma=0.0,
+    lmbda=None, eta=None,
+):  # fmt: skip
     if not weights:
         raise RuntimeError("perturb needs weights")
     call = _Call(chunks, _dtype_of(weights))
     direction = _direction(call, weights, grads, ema, eta)
-    _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, eta)
+    _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, origin, mask, sigma, lmbda, eta)
 
 
-def ascend(weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, sigma=0.0, lmbda=0.0, eta=None):
+def ascend(
+    weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, mask=None, sigma=0.0, lmbda=None, eta=None
+):
     if not weights:
         raise RuntimeError("ascend needs weights")
     call = _Call(chunks, _dtype_of(weights))
     direction = _direction(call, weights, grads, ema, eta)
     norm_sq = _inner_products(call, direction, sigma, eta)
-    _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, sigma, lmbda, eta)
+    _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, None, mask, sigma, lmbda, eta)
     return norm_sq
 
 
-def dots(x, y, chunks):
+def dots(x, y, z, chunks):
     for name, tensors in (("x", x), ("y", y)):
         if not tensors:
             raise RuntimeError(f"{name} is empty")
     call = _Call(chunks, x[0].dtype)
-    tables = call.lists(x=x, y=y)
-    terms = torch.empty(3, call.programs, dtype=torch.float64, device=call.device)
-    call.launch(dots_kernel, terms.data_ptr(), chunks.data_ptr(), call.rows, tables["x"], tables["y"])
-    return terms if call.rows else terms.new_zeros(3, 1)
+    tables = call.lists(x=x, y=y, z=z)
+    terms = torch.empty(6 if z else 3, call.programs, dtype=torch.float64, device=call.device)
+    addresses = tables["x"], tables["y"], tables.get("z", 0)
+    call.launch(dots_kernel, terms.data_ptr(), chunks.data_ptr(), call.rows, *addresses, THREE=bool(z))
+    return terms if call.rows else terms.new_zeros(len(terms), 1)
 
 
 def _gathered(call, weights, acc, grads, saved):

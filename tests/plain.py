@@ -21,6 +21,14 @@ METHODS = {
     "F-SAM sigma=0.5 lmbda=0.6": methods.FriendlySAM(sigma=0.5, lmbda=0.6),
     "Stable SAM": methods.StableSAM(),
     "GSAM": methods.GapSAM(),
+    "LookSAM k=2": methods.LookSAM(k=2),
+    "Bilateral SAM": methods.BilateralSAM(rho_min=0.03),
+    "Sparse SAM": methods.SparseSAM(sparsity=0.7, update_every=2),
+    "F-SAM + Sparse + Stable": (
+        methods.FriendlySAM(sigma=0.5, lmbda=0.6)
+        + methods.SparseSAM(sparsity=0.6, update_every=3)
+        + methods.StableSAM()
+    ),
 }
 
 
@@ -29,12 +37,27 @@ class PlainSAM:
 
     def __init__(self, base: torch.optim.Optimizer, rho: float = 0.05, method: methods.SAM | None = None):
         self.base, self.rho = base, rho
-        self.eta = method.eta if isinstance(method, methods.AdaptiveSAM) else None
-        friendly = isinstance(method, methods.FriendlySAM)
-        self.sigma, self.lmbda = (method.sigma, method.lmbda) if friendly else (None, None)
-        self.stable = isinstance(method, methods.StableSAM)
-        self.alpha = method.alpha if isinstance(method, methods.GapSAM) else 0.0
+        parts = {type(part): part for part in getattr(method, "parts", [method])}
+        adaptive, friendly, gap, bilateral, self.look, self.sparse = map(
+            parts.get,
+            (
+                methods.AdaptiveSAM,
+                methods.FriendlySAM,
+                methods.GapSAM,
+                methods.BilateralSAM,
+                methods.LookSAM,
+                methods.SparseSAM,
+            ),
+        )
+        self.eta = adaptive.eta if adaptive else None
+        self.sigma, self.lmbda = (friendly.sigma, friendly.lmbda) if friendly else (None, None)
+        self.stable = methods.StableSAM in parts
+        self.alpha = gap.alpha if gap else 0.0
+        self.rho_min = bilateral.rho_min if bilateral else None
         self.ema: dict[Tensor, Tensor] = {}
+        self.v: dict[Tensor, Tensor] = {}
+        self.mask: dict[Tensor, Tensor] = {}
+        self.steps = self.mask_step = 0
         self.grad_norms: list[Tensor] = []
         self.perturbation_norms: list[Tensor] = []
 
@@ -44,17 +67,29 @@ class PlainSAM:
         rho = {p: group.get("rho", self.rho) for group in self.base.param_groups for p in group["params"]}
         mean: dict[Tensor, Tensor] = {}
         self.grad_norms, self.perturbation_norms = [], []
+        looks = self.look is None or self.steps % self.look.k == 0
+        self.v = {} if looks else self.v
+        self.scores: dict[Tensor, Tensor] = {}
         for closure, share in zip(closures, shares, strict=True):
-            for p, g in self._gradients(rho, closure).items():
+            descent = self._gradients(rho, closure, share) if looks else self._backward(rho, closure)
+            for p, g in descent.items():
                 mean[p] = share * g if p not in mean else mean[p] + share * g
+        if not looks:
+            factor = self.look.alpha * _length(mean) / (_length(self.v) + 1e-12)
+            mean = {p: g + (factor * self.v[p]).to(p.dtype) if p in self.v else g for p, g in mean.items()}
         for p in rho:
             p.grad = mean.get(p)
         self.base.step()
         for p in rho:
             p.grad = None
+        self.steps += 1
+        if self.sparse and self.steps - self.mask_step >= self.sparse.update_every:
+            self._choose_mask(rho, self.steps)
 
     @torch.no_grad()
-    def _gradients(self, rho: dict[Tensor, float], closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
+    def _gradients(
+        self, rho: dict[Tensor, float], closure: Callable[[], Any], share: float = 1.0
+    ) -> dict[Tensor, Tensor]:
         g = self._backward(rho, closure)
         direction, stretch = {}, {}
         for p in g:
@@ -63,34 +98,69 @@ class PlainSAM:
             if self.sigma is not None:
                 old = self.ema.get(p)
                 self.ema[p] = g[p] if old is None else self.lmbda * old + (1 - self.lmbda) * g[p]
-        squares = [(stretch[p] * direction[p]).square().sum().double() for p in g]
-        norm = torch.stack([*squares, torch.zeros((), dtype=torch.float64)]).sum().sqrt()
+        if self.sparse:
+            for p in g:
+                self.scores[p] = self.scores.get(p, torch.zeros_like(p)) + g[p].square()
+            if not self.mask:
+                self._choose_mask(rho, self.steps)
+        norm = _length({p: stretch[p] * direction[p] for p in g})
         self.grad_norms.append(norm)
+        e = {p: stretch[p].square() * direction[p] / (norm + 1e-12).to(p.dtype) for p in g}
+        e = {p: u * self.mask[p] if self.sparse else u for p, u in e.items()}
         saved = {p: p.clone() for p in rho}
         for p in g:
-            p += (rho[p] / (norm + 1e-12)).to(p.dtype) * stretch[p].square() * direction[p]
-        squares = [(p - saved[p]).square().sum().double() for p in rho]
-        self.perturbation_norms.append(torch.stack(squares).sum().sqrt())
+            p += rho[p] * e[p]
+        self.perturbation_norms.append(_length({p: p - saved[p] for p in rho}))
         descent = self._backward(rho, closure)
+        behind = None
+        if self.rho_min is not None:
+            for p in g:
+                p.copy_(saved[p] - (self.rho_min if rho[p] else 0.0) * e[p])
+            behind = self._backward(rho, closure)
         for p in rho:
             p.copy_(saved[p])
-        return self._combined(g, descent)
+        return self._combined(g, descent, behind, share)
 
-    def _combined(self, g: dict[Tensor, Tensor], at_e: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        if not (self.stable or self.alpha):
-            return at_e
-        g, at_e = ({p: d.get(p, torch.zeros_like(p)) for p in {**g, **at_e}} for d in (g, at_e))
-
-        def dot(a, b):
-            products = [(a[p].double() * b[p].double()).sum() for p in a]
-            return torch.stack([*products, torch.zeros((), dtype=torch.float64)]).sum()
-
+    def _combined(self, g, at_e, behind, share: float) -> dict[Tensor, Tensor]:
+        if self.alpha or self.look or behind is not None:
+            at_e = self._joined(g, at_e, behind, share)
         if self.stable:
-            factor = dot(g, g).sqrt() / (dot(at_e, at_e).sqrt() + 1e-12)
-            return {p: (factor * d).to(p.dtype) for p, d in at_e.items()}
-        length_sq = dot(at_e, at_e)
-        along = torch.where(length_sq == 0, 0.0, dot(g, at_e) / length_sq)
-        return {p: d - self.alpha * (g[p] - (along * d).to(p.dtype)) for p, d in at_e.items()}
+            factor = _length(g) / (_length(at_e) + 1e-12)
+            at_e = {p: (factor * d).to(p.dtype) for p, d in at_e.items()}
+        return at_e
+
+    def _joined(self, g, at_e, behind, share: float) -> dict[Tensor, Tensor]:
+        plain, everywhere = at_e, {**g, **at_e, **(behind or {})}
+        g, at_e, behind = ({p: (d or {}).get(p, torch.zeros_like(p)) for p in everywhere} for d in (g, at_e, behind))
+        if self.look:
+            along = _dot(g, at_e) / (_dot(g, g) + 1e-12)
+            for p in everywhere:
+                self.v[p] = self.v.get(p, 0) + share * (at_e[p] - along.to(p.dtype) * g[p])
+            return plain
+        if self.rho_min is not None:
+            factor = _length(at_e) / (_length(behind) + 1e-12)
+            at_e = {p: at_e[p] + g[p] - (factor * behind[p]).to(p.dtype) for p in everywhere}
+        if self.alpha:
+            length_sq = _dot(at_e, at_e)
+            along = torch.where(length_sq == 0, 0.0, _dot(g, at_e) / length_sq)
+            at_e = {p: d - self.alpha * (g[p] - (along * d).to(p.dtype)) for p, d in at_e.items()}
+        return at_e
+
+    def _choose_mask(self, params: Iterable[Tensor], step: int) -> None:
+        """The largest scores of all; of equal ones the first, in the order of memory."""
+        params = list(params)
+        scores = [self.scores.get(p, torch.zeros_like(p)).double() for p in params]
+        # The memory order of a dense tensor, of any other its own.
+        orders = [sorted(range(p.dim()), key=lambda d, p=p: -p.stride(d)) for p in params]
+        flat = torch.cat([s.permute(order).reshape(-1) for s, order in zip(scores, orders, strict=True)])
+        chosen = torch.zeros_like(flat, dtype=torch.bool)
+        count = round((1 - self.sparse.sparsity) * flat.numel())
+        chosen[flat.sort(descending=True, stable=True).indices[:count]] = True
+        parts = chosen.split([p.numel() for p in params])
+        for p, order, bits in zip(params, orders, parts, strict=True):
+            back = [order.index(d) for d in range(p.dim())]
+            self.mask[p] = bits.view([p.size(d) for d in order]).permute(back)
+        self.mask_step = step
 
     @staticmethod
     def _backward(params: Iterable[Tensor], closure: Callable[[], Any]) -> dict[Tensor, Tensor]:
@@ -99,6 +169,15 @@ class PlainSAM:
         with torch.enable_grad():
             closure()
         return {p: p.grad.clone() for p in params if p.grad is not None}
+
+
+def _dot(a: dict[Tensor, Tensor], b: dict[Tensor, Tensor]) -> Tensor:
+    products = [(a[p].double() * b[p].double()).sum() for p in a]
+    return torch.stack([*products, torch.zeros((), dtype=torch.float64, device=DEVICE)]).sum()
+
+
+def _length(a: dict[Tensor, Tensor]) -> Tensor:
+    return _dot(a, a).sqrt()
 
 
 # ---- where the tests run ---------------------------------------------------------------------------------------------

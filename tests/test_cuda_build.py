@@ -30,7 +30,7 @@ STORAGE = ("float", "double", "msam::cuda::bf16", "msam::cuda::half")
 # Kernel -> variants, each for every storage type and for few and for many pointers.
 KERNELS = {
     **{"inner_products_kernel": 4, "perturb_kernel": 4, "ascend_kernel": 4},
-    **{"dots_kernel": 1, "restore_kernel": 2, "sgd_kernel": 2, "adam_kernel": 2},
+    **{"dots_kernel": 2, "restore_kernel": 2, "sgd_kernel": 2, "adam_kernel": 2},
 }
 REGISTERS = 65536  # of a multiprocessor
 pytestmark = [pytest.mark.host, pytest.mark.slow]
@@ -126,7 +126,7 @@ def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(kernels
             # What is saved leaves the cache first.
             assert k.kind not in ("perturb_kernel", "ascend_kernel") or re.search(r"\bSTG\.E\.EF\.128\b", k.code), where
             # Enough blocks of 256 threads for the loads in flight that kernels.cuh counts on.
-            blocks = 2 if "double" in k.name else 3
+            blocks = 2 if "double" in k.name or re.search(r"adam_kernel<msam::cuda::\w+, true", k.name) else 3
             assert k.registers * 256 * blocks <= REGISTERS, where
 
 

@@ -216,7 +216,8 @@ def plain_sharpness(model: nn.Module, data, rho: float, count: int, method: meth
     shares = [size / 7 for size in sizes]
     closures = [lambda part=part: closure(part) for part in split(data, sizes)]
     PlainSAM(SGD(model.parameters(), lr=0.0), rho, method).step(closures, shares)
-    return sum(s * (b - a) for s, a, b in zip(shares, losses[::2], losses[1::2], strict=True))
+    turns = len(losses) // count
+    return sum(s * (b - a) for s, a, b in zip(shares, losses[::turns], losses[1::turns], strict=True))
 
 
 @pytest.mark.parametrize("count", SIZES)

@@ -35,7 +35,11 @@ METHODS = {
     "late start=2": (RHO, methods.SAM(start=2)),
     "Stable SAM": (RHO, methods.StableSAM()),
     "GSAM alpha=0.4": (RHO, methods.GapSAM(alpha=0.4)),
+    "LookSAM k=2 alpha=0.5": (RHO, methods.LookSAM(k=2, alpha=0.5)),
+    "Bilateral rho_min=0.05": (RHO, methods.BilateralSAM(rho_min=0.05)),
+    "Sparse mask=(1, 0)": (RHO, methods.SparseSAM(update_every=None)),
 }
+MASK = (True, False)  # of Sparse SAM
 
 # (method, micro-batches): the weights after steps 1, 2 and 3
 GOLDEN = {
@@ -103,6 +107,36 @@ GOLDEN = {
         (0.859650742088, 0.378965410812),
         (0.717309408025, -0.175384004609),
     ],
+    ("LookSAM k=2 alpha=0.5", 1): [
+        (0.948759652654, 0.560308884931),
+        (0.947822231938, 0.329206470251),
+        (0.875137516110, -0.249611369113),
+    ],
+    ("LookSAM k=2 alpha=0.5", 2): [
+        (0.948787321875, 0.560597149997),
+        (0.945809263157, 0.318897704050),
+        (0.871016132881, -0.264757164540),
+    ],
+    ("Bilateral rho_min=0.05", 1): [
+        (0.955780430956, 0.599287791837),
+        (0.883270714205, 0.402507636915),
+        (0.762656825648, -0.136974517019),
+    ],
+    ("Bilateral rho_min=0.05", 2): [
+        (0.955390436826, 0.598671532647),
+        (0.878350429221, 0.403462086582),
+        (0.755210376902, -0.135419384648),
+    ],
+    ("Sparse mask=(1, 0)", 1): [
+        (0.948759652654, 0.600000000000),
+        (0.855066836703, 0.400000000000),
+        (0.708579125609, -0.140000000000),
+    ],
+    ("Sparse mask=(1, 0)", 2): [
+        (0.948787321875, 0.600000000000),
+        (0.855426853696, 0.400000000000),
+        (0.709020452837, -0.140000000000),
+    ],
     ("late start=2", 1): [
         (0.950000000000, 0.600000000000),
         (0.860000000000, 0.400000000000),
@@ -133,6 +167,9 @@ class Problem:
         self.params = [p for group in groups for p in group]
         base = torch.optim.SGD([{"params": group} for group in groups], lr=LR, momentum=MOMENTUM)
         self.opt = MicroBatchSAM(base, **options)
+        if self.opt.method.sparse:
+            bits = iter(MASK)
+            self.opt.mask = [torch.tensor([next(bits) for _ in range(p.numel())]).view(p.shape) for p in self.params]
 
     @property
     def weights(self) -> torch.Tensor:
@@ -176,8 +213,12 @@ WAYS = {"passes": step_with_passes, "step with closures": step_with_closures, "t
 def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple[float, float]]:
     """The weights after each step, from the definitions alone. ``sizes``: samples per micro-batch."""
     rho, method = METHODS[name]
-    w, velocity, ema = [1.0, 1.0], None, None
+    w, velocity, ema, look = [1.0, 1.0], None, None, [0.0, 0.0]
     trajectory = []
+    period = method.k if isinstance(method, methods.LookSAM) else 1
+
+    def dot(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
 
     def gradient(at, x):
         return [h * (a - sum(s[j] for s in x) / len(x)) for j, (h, a) in enumerate(zip(CURVATURE, at, strict=True))]
@@ -191,6 +232,8 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
         parts = [batch[a:b] for a, b in pairwise(bounds)]
         if mistake == "the tail of an uneven batch is dropped":
             parts = [part for part in parts if len(part) == sizes[0]]
+        looks = len(trajectory) % period == 0
+        look = [0.0, 0.0] if looks else look
         for part in parts:
             g = gradient(w, part)
             direction, stretch = g, [1.0, 1.0]
@@ -208,12 +251,18 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
                     if mistake == "the residual feeds the ema":
                         following = averaged(ema, direction)
                 ema = following
-            radius = rho if len(trajectory) >= method.start else 0.0
+            radius = rho if len(trajectory) >= method.start and looks else 0.0
             radius = radius / len(parts) if mistake == "rho is divided by the micro-batches" else radius
             norm = math.hypot(*(t * d for t, d in zip(stretch, direction, strict=True)))
             e = [radius * t * t * d / (norm + 1e-12) for t, d in zip(stretch, direction, strict=True)]
+            if isinstance(method, methods.SparseSAM):
+                e = [b if bit else 0.0 for b, bit in zip(e, MASK, strict=True)]
             at = [a + b for a, b in zip(w, e, strict=True)]
             descent = gradient(at, part)
+            if isinstance(method, methods.BilateralSAM):
+                behind = gradient([a - method.rho_min / rho * b for a, b in zip(w, e, strict=True)], part)
+                factor = math.hypot(*descent) / (math.hypot(*behind) + 1e-12)
+                descent = [plus + a - factor * minus for plus, a, minus in zip(descent, g, behind, strict=True)]
             if isinstance(method, methods.StableSAM):
                 factor = math.hypot(*g) / (math.hypot(*descent) + 1e-12)
                 descent = [factor * d for d in descent]
@@ -226,6 +275,12 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
             if mistake == "gradients are summed":
                 share = 1.0
             mean = [m + share * d for m, d in zip(mean, descent, strict=True)]
+            if looks:
+                along = dot(g, descent) / (dot(g, g) + 1e-12)
+                look = [v + share * (d - along * a) for v, d, a in zip(look, descent, g, strict=True)]
+        if not looks:
+            factor = method.alpha * math.hypot(*mean) / (math.hypot(*look) + 1e-12)
+            mean = [m + factor * v for m, v in zip(mean, look, strict=True)]
         velocity = mean if velocity is None else [MOMENTUM * v + m for v, m in zip(velocity, mean, strict=True)]
         w = [a - LR * v for a, v in zip(w, velocity, strict=True)]
         trajectory.append(tuple(w))

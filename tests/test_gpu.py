@@ -17,7 +17,19 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from msam_kernels import MicroBatchSAM, methods, ops
-from test_kernels import BITS, CASES, CHUNK, DTYPES, VARIANTS, Call, assert_same_bits, each_case, each_dtype, make
+from test_kernels import (
+    BITS,
+    CASES,
+    CHUNK,
+    DTYPES,
+    VARIANTS,
+    Call,
+    assert_same_bits,
+    dot_scales,
+    each_case,
+    each_dtype,
+    make,
+)
 
 if not torch.cuda.is_available() and __name__ != "__main__":
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -34,8 +46,10 @@ FAR = ("inner_products", "dots", "restore", "sgd")  # operators tried beyond 2^3
 LARGEST = [
     ("inner_products", "friendly and adaptive"),
     ("perturb", "friendly, saving, some fresh"),
+    ("perturb", "from origin, masked and adaptive"),
     ("ascend", "friendly, saving, some fresh"),
-    ("dots", "plain"),
+    ("ascend", "masked, friendly and adaptive, saving"),
+    ("dots", "three"),
     ("restore", "weights and mean"),
     ("restore", "mean, three combined"),
     ("sgd", "everything"),
@@ -118,8 +132,8 @@ def assert_like_the_cpu(call: Call, backend: str) -> None:
         if name != "achieved_sq":
             assert_same(name, tensor, others[name], backend)
     if call.operator == "dots":
-        xx, _, yy = wanted = expected.sum(1)
-        scales = torch.stack([xx, (xx * yy).sqrt(), yy])  # the products of x·y may cancel
+        wanted = expected.sum(1)
+        scales = dot_scales(wanted)
         torch.testing.assert_close(result.sum(1).cpu() / scales, wanted / scales, rtol=0, atol=1e-12)
     elif expected is not None:
         torch.testing.assert_close(result.sum().cpu(), expected.sum(), rtol=1e-12, atol=0, equal_nan=True)

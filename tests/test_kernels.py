@@ -63,9 +63,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "friendly, saving, some fresh": {"sigma": 0.7, "lmbda": 0.9, "fresh": True, "saved": True},
         "adaptive, saving": {"eta": 0.01, "saved": True},
         "friendly and adaptive": {"sigma": 0.3, "lmbda": 0.95, "eta": 0.0},
+        "friendly, ema only read": {"sigma": 0.7, "fresh": True, "saved": True},
+        "masked": {"mask": True},
+        "masked, friendly": {"mask": True, "sigma": 0.7, "lmbda": 0.9},
+        "masked, friendly and adaptive, saving": {
+            **{"mask": True, "saved": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01}
+        },
+        "from origin": {"origin": True},
+        "from origin, masked and adaptive": {"origin": True, "mask": True, "eta": 0.01},
+        "from origin, friendly": {"origin": True, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
         "not finite": {"sigma": 1.0, "lmbda": 0.9, "fresh": True, "saved": True, "norm_sq": NAN},
+        "from origin, not finite": {"origin": True, "mask": True, "norm_sq": INF},
     },
-    "dots": {"plain": {}},
+    "dots": {"plain": {}, "three": {"z": True}},
     "restore": {
         "weights alone": {"weights": True},
         "first micro-batch": {"weights": True, "acc": True, "norm_sq": 2.0},
@@ -76,6 +86,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "weights and mean, scaled": {"weights": True, "acc": True, "grads": True, "coefs": (0.7,), "norm_sq": 2.0},
         "mean, two combined": {"acc": True, "grads": True, "coefs": (1.3, -0.4), "c_acc": 0.0},
         "mean, three combined": {"acc": True, "grads": True, "coefs": (0.7, 0.2, -0.4), "c_acc": 0.25, "c": 0.3},
+        "mean anew": {"weights": True, "acc": True, "grads": True, "c_acc": 0.0, "c": 0.3, "unread": ("acc",)},
+        "combined, zero coefs": {
+            **{"acc": True, "grads": True, "coefs": (0.0, 0.2, 0.0), "c_acc": 0.25, "c": 0.3},
+            **{"unread": ("grads", "grads 2")},
+        },
     },
     "sgd": {
         "plain": {},
@@ -92,6 +107,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "scaled gradient": {"momentum": 0.9, "c": 0.3},
         "combined from saved": {"momentum": 0.9, "saved": True, "coefs": (1.3, -0.4), "norm_sq": 2.0},
         "combined, mean": {"momentum": 0.9, "acc": True, "coefs": (0.7, 0.2, -0.4), "c_acc": 0.25, "c": 0.3},
+        "combined, zero coefs": {
+            **{"momentum": 0.9, "acc": True, "coefs": (0.7, 0.0, -0.4), "c_acc": 0.0, "c": 0.3},
+            **{"unread": ("acc", "grads 1")},
+        },
         "not finite": {"momentum": 0.9, "saved": True, "norm_sq": NAN},
     },
     "adam": {
@@ -113,12 +132,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 VARIANTS["ascend"] = {
     variant: {"overflow": True, **options} if options.pop("norm_sq", None) is not None else options
     for variant, options in copy.deepcopy(VARIANTS["perturb"]).items()
+    if "origin" not in options
 }
 CASES = [(operator, variant) for operator, variants in VARIANTS.items() for variant in variants]
 FINITE_CASES = [case for case in CASES if "not finite" not in case[1]]
 STREAMED_CASES = [
     ("perturb", "plain, saving"),
     ("perturb", "friendly, saving, some fresh"),
+    ("perturb", "masked, friendly and adaptive, saving"),
+    ("perturb", "from origin, masked and adaptive"),
     ("restore", "weights and mean"),
     ("sgd", "from saved"),
     ("sgd", "momentum from saved and mean"),
@@ -131,7 +153,7 @@ POSITIONAL = {
     "inner_products": ("weights", "grads", "chunks"),
     "perturb": ("weights", "grads", "chunks"),
     "ascend": ("weights", "grads", "chunks"),
-    "dots": ("x", "y", "chunks"),
+    "dots": ("x", "y", "z", "chunks"),
     **dict.fromkeys(("restore", "sgd", "adam"), ("weights", "acc", "grads", "chunks")),
 }
 
@@ -206,7 +228,10 @@ def make(
     chunk: int = CHUNK,
     seed: int = 0,
 ) -> Call:
-    """A call with non-zero data, the same for every layout. ``shift``: elements by which all memory is misaligned."""
+    """A call with non-zero data, the same for every layout. ``shift``: elements by which all memory is misaligned.
+
+    What a variant names under "unread" is NaN: a coefficient of 0 leaves it out.
+    """
     o = VARIANTS[operator][variant] if isinstance(variant, str) else variant
     start = itertools.count(seed, 1237)
     group_of = [i % groups for i in range(len(sizes))]
@@ -231,7 +256,7 @@ def make(
     def listed(name: str, scale: float = 1.0) -> list[Tensor]:
         out = [arena(f"{name}[{i}]", n) for i, n in enumerate(sizes)]
         for t, v in zip(out, values(scale, False), strict=True):
-            t.copy_(v)
+            t.copy_(v if name not in o.get("unread", ()) else v * NAN)
         return [t.new_empty(0) if i in absent and name != "weights" else t for i, t in enumerate(out)]
 
     def flattened(name: str, scale: float = 1.0, *, positive: bool = False, poisoned: bool = False) -> Tensor:
@@ -242,13 +267,13 @@ def make(
         return out
 
     if operator == "dots":
-        call.arguments.update(x=listed("x", 0.1), y=listed("y", 0.2))
+        call.arguments.update(x=listed("x", 0.1), y=listed("y", 0.2), z=listed("z", 0.3) if "z" in o else [])
         return call
     update = operator in ("sgd", "adam")
     saved = bool(o.get("saved")) or (operator == "restore" and "weights" in o)
     # What is only written begins as NaN: weights that are made from the saved ones, and what perturb saves.
     ascent = operator in ("perturb", "ascend")
-    poisoned = saved and not ascent
+    poisoned = "origin" in o if ascent else saved
     a = call.arguments
     w = [flattened("weights", poisoned=poisoned)] if flat else listed("weights")
     if poisoned and not flat:
@@ -267,6 +292,11 @@ def make(
             g[:1] = INF
     if saved:
         a["saved"] = flattened("saved", poisoned=ascent)
+    if "origin" in o:
+        a["origin"] = flattened("origin")
+    if "mask" in o:
+        bits = torch.Generator().manual_seed(seed)
+        a["mask"] = torch.randint(0, 256, (-(-size // 8),), dtype=torch.uint8, generator=bits)
     if "norm_sq" in o or operator == "perturb":
         a["norm_sq"] = torch.tensor([o.get("norm_sq", 0.37)], dtype=torch.float64)
     if "sigma" in o:
@@ -310,6 +340,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
         i = int((~same).nonzero()[0])
         values = f"{actual[i].item()!r}, not {expected[i].item()!r}"
         raise AssertionError(f"{what}: {int((~same).sum())} of {same.numel()} differ, first at {i}: {values}")
+
+
+def dot_scales(sums: Tensor) -> Tensor:
+    """Of each of the sums of ``dots`` what the lengths of its vectors multiply to: the products of x·y may cancel."""
+    lengths = sums[[0, 2, 5][: 2 if len(sums) == 3 else 3]].sqrt()
+    return torch.stack([a * b for i, b in enumerate(lengths) for a in lengths[: i + 1]])
 
 
 def _root(t: Tensor) -> Tensor:
@@ -998,6 +1034,11 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
             far.arguments[name] = [moved(t) for t in value]
         elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:
             far.arguments[name] = moved(value)
+        elif name == "mask":
+            bits = np.pad(np.unpackbits(value.numpy(), bitorder="little"), (FAR % 8, 0))
+            far.arguments[name] = torch.empty(FAR // 8 + room, dtype=torch.uint8)
+            packed = torch.from_numpy(np.packbits(bits, bitorder="little"))
+            far.arguments[name][FAR // 8 :][: len(packed)] = packed
     far.arguments["chunks"] = far.arguments["chunks"] + torch.tensor([0, FAR, FAR, 0, 0])
     if "step" in far.arguments:
         far.arguments["step"] += 1  # counted by the row that begins a segment, which is not among these

@@ -82,11 +82,11 @@ def test_the_gradients_at_w_are_kept_no_longer_than_the_step(method, backend):
     model = mlp()
     opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=COMBINING[method], backend=backend)
     opt.train_step(lambda x, y: loss_of(model, x, y), *batch())
-    assert all(flat.at_w is None for flat in opt._flats)
+    assert all(flat.kept == [] for flat in opt._flats)
     for part in opt.passes(*batch()):
         loss_of(model, *part).backward()
         break
-    assert all(flat.at_w is None for flat in opt._flats)
+    assert all(flat.kept == [] for flat in opt._flats)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, math.nan, math.inf, "much"])

@@ -249,6 +249,8 @@ def test_parameters_of_every_kind_follow_the_plain_loops(method, name, micro_bat
         WAYS[way](ours, actual, data)
         theirs.step([closure_of(expected, part) for part in split(data, [2] * micro_batches)])
         assert_close(actual, expected)
+        if not theirs.grad_norms:  # a step of LookSAM that perturbs nothing
+            continue
         stats = ours.stats
         torch.testing.assert_close(stats.grad_norm, torch.stack(theirs.grad_norms), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
@@ -297,7 +299,8 @@ def problems(draw):
     """Parameters of any shape in groups, and for each of them the calls in which it gets a gradient."""
     shapes = draw(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6))
     steps, micro_batches = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    calls = st.lists(st.booleans(), min_size=2 * steps * micro_batches, max_size=2 * steps * micro_batches)
+    most = 3 * steps * micro_batches  # passes
+    calls = st.lists(st.booleans(), min_size=most, max_size=most)
     return {
         "shapes": shapes,
         "steps": steps,
@@ -689,7 +692,8 @@ def test_zero_grad_in_the_body_of_the_loop_clears_what_was_there_before():
         assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# LookSAM's other steps scale v, and Sparse SAM chooses a mask, by the gradient of each loop.
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not (m.look or m.sparse)])
 @pytest.mark.parametrize("name", ["SGD momentum", "Adam", "RMSprop"])
 def test_passes_without_arguments_accumulates_as_backward_does(method, name, backend):
     expected = mlp(FLOAT64)

@@ -255,11 +255,13 @@ def test_pointers_written_by_a_kernel_are_those_that_were_copied():
         ("dots", {"x": lambda a: []}, "x is empty"),
         ("dots", {"y": lambda a: []}, "y is empty"),
         ("dots", {"y": lambda a: [t.double() for t in a["y"]]}, "y must be torch.float32"),
+        ("ascend", {"mask": lambda a: a["saved"]}, "mask must be .* torch.uint8"),
+        ("perturb", {"origin": lambda a: a["saved"]}, "give saved or origin"),
     ],
     ids=lambda v: v if isinstance(v, str) else next(iter(v)),
 )
 def test_wrong_arguments_are_refused_before_anything_is_touched(operator, change, message):
-    variants = {"ascend": "plain, saving", "restore": "weights and mean", "dots": "plain"}
+    variants = {"ascend": "plain, saving", "perturb": "plain, saving", "restore": "weights and mean", "dots": "plain"}
     variant = variants.get(operator, "everything")
     call = moved(make(operator, variant, sizes=(5, 40)))
     kernels = ops.get_backend("triton", DEVICE)
@@ -398,8 +400,8 @@ def test_every_kernel_compiles_ahead_of_time(target):
     child = subprocess.run([sys.executable, __file__, target], capture_output=True, text=True, env=environment)
     assert child.returncode == 0, child.stderr
     reports = [json.loads(line) for line in child.stdout.splitlines()]
-    # Four dtypes of four, four, one, two, four and four choices; and the one that writes pointers.
-    assert len(reports) == 4 * (4 + 4 + 1 + 2 + 4 + 4) + 1
+    # Four dtypes of four, eight, two, two, four and four choices; and the one that writes pointers.
+    assert len(reports) == 4 * (4 + 8 + 2 + 2 + 4 + 4) + 1
     for report in reports:
         wide = {a for a in report["accesses"] if re.search(r"v4\.b32$|v2\.b64$|dwordx4$", a)}
         if report["kernel"] == "write_pointers_kernel":

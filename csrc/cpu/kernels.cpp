@@ -35,6 +35,8 @@ constexpr int kLanes = 32;
 static_assert(kBlock % kLanes == 0, "a full block is whole lanes");
 typedef double Doubles8 __attribute__((vector_size(64)));
 typedef float Floats8 __attribute__((vector_size(32)));
+typedef int64_t Longs8 __attribute__((vector_size(64)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
 
 namespace baseline {
 #include "loops.h"

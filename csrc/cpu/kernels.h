@@ -28,17 +28,19 @@ struct InnerProducts : Common {
 struct Dots {
   Storage storage;
   const Chunk* chunks;
-  Pointers x, y;
-  double* partials[3] = {};  // [chunks] of x.x, x.y, y.y
+  Pointers x, y, z;  // z may be missing
+  double* partials[6] = {};  // [chunks] of x.x, x.y, y.y, x.z, y.z, z.z
 };
 
 struct Perturb : InnerProducts {
   void* saved = nullptr;
-  void* ema_out = nullptr;
-  double norm_sq = 0, lmbda = 0;
+  const void* origin = nullptr;  // in place of the weights that are there
+  const uint8_t* mask = nullptr;  // a bit for every element of a flat buffer
+  void* ema_out = nullptr;        // null where the EMA is only read
+  double norm_sq = 0, lmbda = 0, one_minus_lmbda = 1;
 };
 
-struct Restore : Common {  // grads: c_acc acc + c grads lands in acc
+struct Restore : Common {  // grads: c_acc acc + c grads lands in acc, which is not read where c_acc is 0
   const void* saved = nullptr;
   Pointers acc;
   const double* coefs = nullptr;  // with them coefs[0] grads + coefs[1] more[0] + ... stands in place of grads

@@ -203,45 +203,70 @@ void inner_products(const InnerProducts& a, int64_t first, int64_t last) {
 
 // ---- dots -------------------------------------------------------------------------------------------------------
 
+template <class S, int vectors>
+void dots_chunk(const Dots& a, const Chunk& c, int64_t k) {
+  using T = typename Arithmetic<S>::type;
+  const S* from[vectors] = {a.x.at<S>(c), a.y.at<S>(c)};
+  if constexpr (vectors == 3) from[2] = a.z.at<S>(c);
+  Lanes sums[vectors * (vectors + 1) / 2];
+  for_blocks(c.numel, [&](int64_t i, auto count) {
+    const int n = count;
+    alignas(64) T tmp[vectors][kBlock];
+    const T* x[vectors];
+    for (int v = 0; v < vectors; ++v) x[v] = padded(load(from[v] + i, tmp[v], n), tmp[v], n);
+    for (int r = 0, v = 0; v < vectors; ++v)
+      for (int u = 0; u <= v; ++u, ++r)
+        sums[r].add(whole_lanes(n), [&](int j) { return doubles(load8(x[u] + j)) * doubles(load8(x[v] + j)); });
+  });
+  for (int r = 0; r < vectors * (vectors + 1) / 2; ++r) a.partials[r][k] = sums[r].total();
+}
+
 template <class S>
 void dots(const Dots& a, int64_t first, int64_t last) {
-  using T = typename Arithmetic<S>::type;
-  for (int64_t k = first; k < last; ++k) {
-    const Chunk& c = a.chunks[k];
-    const S *xs = a.x.at<S>(c), *ys = a.y.at<S>(c);
-    Lanes xx, xy, yy;
-    for_blocks(c.numel, [&](int64_t i, auto count) {
-      const int n = count;
-      alignas(64) T xt[kBlock], yt[kBlock];
-      const T* x = padded(load(xs + i, xt, n), xt, n);
-      const T* y = padded(load(ys + i, yt, n), yt, n);
-      xx.add(whole_lanes(n), [&](int j) { return doubles(load8(x + j)) * doubles(load8(x + j)); });
-      xy.add(whole_lanes(n), [&](int j) { return doubles(load8(x + j)) * doubles(load8(y + j)); });
-      yy.add(whole_lanes(n), [&](int j) { return doubles(load8(y + j)) * doubles(load8(y + j)); });
-    });
-    a.partials[0][k] = xx.total();
-    a.partials[1][k] = xy.total();
-    a.partials[2][k] = yy.total();
-  }
+  const auto chunk = a.z ? dots_chunk<S, 3> : dots_chunk<S, 2>;
+  for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], k);
 }
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
 
-template <class S, bool friendly, bool adaptive, bool stream>
+// The n bits from `bit` on, and zeros for the rest of a block.
+inline void block_bits(const uint8_t* mask, int64_t bit, int n, uint8_t* bits) {
+  const uint8_t* from = mask + bit / 8;
+  const int shift = int(bit % 8), bytes = (n + 7) / 8;
+  for (int b = 0; b < bytes; ++b) {
+    const int next = 8 * (b + 1) - shift < n ? from[b + 1] : 0;  // the mask may end here
+    bits[b] = uint8_t(from[b] >> shift | (next << (8 - shift)));
+  }
+  std::memset(bits + bytes, 0, kBlock / 8 - bytes);
+}
+
+// `next` where the bit is set, `old` where not.
+template <class V>
+inline V where8(uint8_t bits, V next, V old) {
+  using Whole = std::conditional_t<sizeof(V) == 32, Ints8, Longs8>;
+  const Whole each = {1, 2, 4, 8, 16, 32, 64, 128};
+  return ((Whole{} + bits) & each) != 0 ? next : old;
+}
+
+template <class S, bool friendly, bool adaptive, bool masked, bool stream>
 void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   using T = typename Arithmetic<S>::type;
   S* weights = a.weights.at<S>(c);
+  const S* origins = a.origin ? static_cast<const S*>(a.origin) + c.offset : weights;
   const S* grads = a.grads.at<S>(c);
   S* saved = a.saved ? static_cast<S*>(a.saved) + c.offset : nullptr;
-  S* emas = friendly ? static_cast<S*>(a.ema_out) + c.offset : nullptr;
+  const S* emas = friendly ? static_cast<const S*>(a.ema) + c.offset : nullptr;
+  S* emas_out = friendly && a.ema_out ? static_cast<S*>(a.ema_out) + c.offset : nullptr;
   if (!is_finite(a.norm_sq)) {  // no perturbation, and an EMA that stays usable
     if (saved) std::memcpy(saved, weights, c.numel * sizeof(S));
+    if (a.origin) std::memcpy(weights, origins, c.numel * sizeof(S));
     *partial = 0;
     return;
   }
   const Eight<T> scale = all8(T(ascent_scale(a.norm_sq, a.hyper[c.group * a.hyper_stride + kRho])));
   const Eight<T> sigma = all8(T(a.sigma)), eta = all8(T(a.eta));
-  const Eight<T> lmbda = all8(T(a.lmbda)), one_minus_lmbda = all8(T(1 - a.lmbda));
+  const Eight<T> lmbda = all8(T(a.lmbda)), one_minus_lmbda = all8(T(a.one_minus_lmbda));
+  const bool past_cache = stream && a.origin;  // weights that were not read
   Lanes lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
@@ -252,13 +277,15 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
       else
         std::memcpy(saved + i, weights + i, n * sizeof(S));
     }
-    const T* w = padded(load(weights + i, wt, n), wt, n);
+    const T* w = padded(load(origins + i, wt, n), wt, n);
     const T* g = padded(load(grads + i, gt, n), gt, n);
     const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
+    uint8_t bits[kBlock / 8];
+    if constexpr (masked) block_bits(a.mask, c.offset + i, n, bits);
     // Whole blocks of the arithmetic type go straight to memory.
-    const bool direct = std::is_same_v<S, T> && n == kBlock;
-    T* w_new = direct ? reinterpret_cast<T*>(weights + i) : w_result;
-    T* ema_new = friendly && direct ? reinterpret_cast<T*>(emas + i) : ema_result;
+    const bool direct = std::is_same_v<S, T> && n == kBlock, w_direct = direct && !past_cache;
+    T* w_new = w_direct ? reinterpret_cast<T*>(weights + i) : w_result;
+    T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
     const auto change_sq = [&](int j) {
       const Eight<T> old = load8(w + j);
       Eight<T> d = load8(g + j);
@@ -267,20 +294,24 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
         store8(ema_new + j, ema_next(average, d, lmbda, one_minus_lmbda));
         d = residual(d, average, sigma);
       }
-      const Eight<T> next = perturbed(old, d, scale, eta, adaptive);
+      Eight<T> next = perturbed(old, d, scale, eta, adaptive);
+      if constexpr (masked) next = where8(bits[j / 8], next, old);
       store8(w_new + j, next);
       const Doubles8 change = doubles(next) - doubles(old);
       return change * change;
     };
     if constexpr (std::is_same_v<S, T>) {
       lanes.add(whole_lanes(n), change_sq);
-      if (!direct) std::memcpy(weights + i, w_result, n * sizeof(S));
-      if (friendly && !direct) std::memcpy(emas + i, ema_result, n * sizeof(S));
+      if (past_cache)
+        stream_copy(reinterpret_cast<const S*>(w_result), weights + i, n);
+      else if (!w_direct)
+        std::memcpy(weights + i, w_result, n * sizeof(S));
+      if (emas_out && !direct) std::memcpy(emas_out + i, ema_result, n * sizeof(S));
     } else {  // what counts is what was stored
       Lanes unrounded;
       unrounded.add(whole_lanes(n), change_sq);
       narrow(w_result, weights + i, n);
-      if (friendly) narrow(ema_result, emas + i, n);
+      if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
       lanes.add(whole_lanes(n), [&](int j) {
         const Doubles8 change = doubles(load8(stored + j)) - doubles(load8(w + j));
@@ -291,15 +322,16 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   *partial = lanes.total();
 }
 
-template <class S, bool stream>
+template <class S, bool masked, bool stream>
 auto perturb_of(const Perturb& a) {
-  return a.ema_out ? (a.adaptive ? perturb_chunk<S, true, true, stream> : perturb_chunk<S, true, false, stream>)
-                   : (a.adaptive ? perturb_chunk<S, false, true, stream> : perturb_chunk<S, false, false, stream>);
+  return a.ema ? (a.adaptive ? perturb_chunk<S, true, true, masked, stream> : perturb_chunk<S, true, false, masked, stream>)
+               : (a.adaptive ? perturb_chunk<S, false, true, masked, stream> : perturb_chunk<S, false, false, masked, stream>);
 }
 
 template <class S>
 void perturb(const Perturb& a, int64_t first, int64_t last) {
-  const auto chunk = a.stream ? perturb_of<S, true>(a) : perturb_of<S, false>(a);
+  const auto chunk = a.mask ? (a.stream ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
+                            : (a.stream ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
   // Backwards: the gradient's end, which inner_products read last, may still be in cache.
   for (int64_t k = last; k-- > first;) chunk(a, a.chunks[k], a.partials + k);
   finish_streaming(a.stream);
@@ -310,14 +342,13 @@ void perturb(const Perturb& a, int64_t first, int64_t last) {
 // A block of the gradients, or of what stands in their place: coefs[0] grads + coefs[1] more[0] + ...
 template <class S, class T>
 inline const T* combination(const Restore& a, const Chunk& c, int64_t i, T* sum, int n) {
-  const T* x = load(a.grads.at<S>(c) + i, sum, n);
-  if (!a.coefs) return x;
-  const T first = T(a.coefs[0]);
-  MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(x[j], first);
-  for (int k = 0; k < kMore && a.more[k]; ++k) {
-    alignas(64) T mt[kBlock];
-    const T* y = load(a.more[k].at<S>(c) + i, mt, n);
+  if (!a.coefs) return load(a.grads.at<S>(c) + i, sum, n);
+  std::memset(sum, 0, n * sizeof(T));
+  for (int k = -1; k < kMore && (k < 0 || a.more[k]); ++k) {
     const T right = T(a.coefs[1 + k]);
+    if (right == 0) continue;
+    alignas(64) T mt[kBlock];
+    const T* y = load((k < 0 ? a.grads : a.more[k]).at<S>(c) + i, mt, n);
     MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(sum[j], y[j], T(1), right);
   }
   return sum;
@@ -331,11 +362,15 @@ void accumulate_chunk(const Restore& a, const Chunk& c) {
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
-    const T* acc = load(accs + i, at, n);
     const T* g = combination<S>(a, c, i, gt, n);
     Out<false, S, T> out{accs + i, result};
     T* sum = out.values();
-    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
+    if (c_acc == 0) {
+      MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(g[j], coef);
+    } else {
+      const T* acc = load(accs + i, at, n);
+      MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
+    }
     out.commit(n);
   });
 }
@@ -380,7 +415,7 @@ template <class S, class T>
 inline const T* descent(const Update& a, const Chunk& c, const S* accs, int64_t i, T* at, T* gt, T* sum, int n) {
   const T* g = combination<S>(a, c, i, gt, n);
   const T c_acc = T(a.c_acc), coef = T(a.c);
-  if (accs) {
+  if (accs && c_acc != 0) {
     const T* acc = load(accs + i, at, n);
     MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
     return sum;

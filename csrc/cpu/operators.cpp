@@ -60,6 +60,7 @@ class Call {
   void per_segment(const MaybeTensor& t, const char* name, at::ScalarType dtype) const {
     check_per_segment(t, name, dtype, chunks_, size_);
   }
+  void mask(const MaybeTensor& t) const { check_mask(t, chunks_, size_); }
   void per_chunk(const Tensor& t, const char* name) const { check_per_chunk(t, name, size_); }
   void begin(Common& args) const {
     args.storage = storage_of(dtype_);
@@ -104,19 +105,6 @@ double total(const Tensor& partials) {
   return is_finite(lost) ? sum + lost : sum;
 }
 
-void gather_perturbation(Call& call, Perturb& a, TensorList weights, TensorList grads, const Tensor& hyper,
-                         const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma,
-                         double lmbda, std::optional<double> eta) {
-  TORCH_CHECK(!weights.empty() && !grads.empty(), "perturb needs weights and grads");
-  gather_direction(call, a, weights, grads, ema, sigma, eta);
-  call.hyper(hyper, 1, a);
-  call.flat(saved, "saved");
-  call.per_chunk(achieved_sq, "achieved_sq");
-  a.saved = pointer(saved);
-  a.ema_out = pointer(ema);
-  a.lmbda = lmbda;
-}
-
 Tensor norm_sq_of(const Call& call, InnerProducts& a) {
   const Tensor partials = at::empty({call.size()}, at::kDouble);
   a.partials = partials.mutable_data_ptr<double>();
@@ -142,38 +130,41 @@ Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks
 }
 
 void perturb(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& norm_sq, const Tensor& hyper,
-             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma, double lmbda,
-             std::optional<double> eta) {
+             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& origin, const MaybeTensor& ema,
+             const MaybeTensor& mask, double sigma, std::optional<double> lmbda, std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
+  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, origin, ema, mask, sigma, lmbda, eta);
   check_sum(norm_sq, "norm_sq");
   perturb_by(call, a, norm_sq, achieved_sq);
 }
 
 Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& hyper, const Tensor& achieved_sq,
-              const MaybeTensor& saved, const MaybeTensor& ema, double sigma, double lmbda, std::optional<double> eta) {
+              const MaybeTensor& saved, const MaybeTensor& ema, const MaybeTensor& mask, double sigma,
+              std::optional<double> lmbda, std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
+  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, {}, ema, mask, sigma, lmbda, eta);
   const Tensor norm_sq = norm_sq_of(call, a);
   perturb_by(call, a, norm_sq, achieved_sq);
   return norm_sq;
 }
 
-Tensor dots(TensorList x, TensorList y, const Tensor& chunks) {
+Tensor dots(TensorList x, TensorList y, TensorList z, const Tensor& chunks) {
   Call call(chunks, dtype_of(x, {}, "x"));
   Dots a;
   a.storage = storage_of(x[0].scalar_type());
   a.chunks = call.chunks();
   a.x = call.list(x, "x");
   a.y = call.list(y, "y");
+  a.z = call.list(z, "z");
   TORCH_CHECK(a.y, "y is empty");
-  const Tensor partials = at::empty({3, call.size()}, at::kDouble);
-  for (int r = 0; r < 3; ++r) a.partials[r] = partials.mutable_data_ptr<double>() + r * call.size();
+  const int products = a.z ? 6 : 3;
+  const Tensor partials = at::empty({products, call.size()}, at::kDouble);
+  for (int r = 0; r < products; ++r) a.partials[r] = partials.mutable_data_ptr<double>() + r * call.size();
   call.run([&](int64_t first, int64_t last) { kernels().dots(a, first, last); });
-  Tensor sums = at::empty({3, 1}, at::kDouble);
-  for (int r = 0; r < 3; ++r) sums.mutable_data_ptr<double>()[r] = total(partials[r]);
+  Tensor sums = at::empty({products, 1}, at::kDouble);
+  for (int r = 0; r < products; ++r) sums.mutable_data_ptr<double>()[r] = total(partials[r]);
   return sums;
 }
 

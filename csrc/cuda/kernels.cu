@@ -156,7 +156,8 @@ cudaError_t launch_dots(const Dots& args, const Lists& lists, cudaStream_t strea
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
     return with_storage(args.storage, [&](auto s) {
-      return launch(dots_kernel<decltype(s), P>, partials_of(args.rows), false, stream, p);
+      const auto kernel = args.z ? dots_kernel<decltype(s), 3, P> : dots_kernel<decltype(s), 2, P>;
+      return launch(kernel, partials_of(args.rows), false, stream, p);
     });
   });
 }

@@ -69,7 +69,7 @@ template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
 template <class S, bool combined>
-constexpr int kAdamBlocks = sizeof(S) == 8 ? 2 : sizeof(S) == 4 && !combined ? 4 : 3;
+constexpr int kAdamBlocks = sizeof(S) == 8 || (sizeof(S) == 2 && combined) ? 2 : sizeof(S) == 4 && !combined ? 4 : 3;
 
 template <class S, int N>
 struct PackOf {
@@ -344,57 +344,62 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) inner_products_kernel(co
 
 // ---- dots -------------------------------------------------------------------------------------------------------
 
-template <class S_>
+template <class S_, int vectors>
 struct DotsOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = 2;
-  const S *x, *y;
-  Products<T> xx, xy, yy;
+  static constexpr int kUnroll = vectors == 2 ? 2 : 1, kProducts = vectors * (vectors + 1) / 2;
+  const S* from[vectors];
+  Products<T> sums[kProducts];
 
   template <int N>
   struct In {
-    Pack<S, N> x, y;
+    Pack<S, N> x[vectors];
   };
-  MSAM_DEVICE uintptr_t addresses() const { return address(x) | address(y); }
-  // Both are read again by what combines them.
+  MSAM_DEVICE uintptr_t addresses() const {
+    uintptr_t all = 0;
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) all |= address(from[v]);
+    return all;
+  }
+  // All are read again by what combines them.
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.x = cuda::load<N>(x + i);
-    in.y = cuda::load<N>(y + i);
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) in.x[v] = cuda::load<N>(from[v] + i);
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int) {
-    T a[N], b[N];
-    Convert<S, N>::widen(in.x, a);
-    Convert<S, N>::widen(in.y, b);
+    T x[vectors][N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      xx.add(j, a[j], a[j]);
-      xy.add(j, a[j], b[j]);
-      yy.add(j, b[j], b[j]);
-    }
+    for (int v = 0; v < vectors; ++v) Convert<S, N>::widen(in.x[v], x[v]);
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int v = 0; v < vectors; ++v)
+#pragma unroll
+        for (int u = 0; u <= v; ++u) sums[v * (v + 1) / 2 + u].add(j, x[u][j], x[v][j]);
   }
 };
 
 // Terms as in inner_products.
-template <class S, class P>
+template <class S, int vectors, class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) dots_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const Dots& a = p.args;
-  DotsOp<S> op{nullptr, nullptr, {}, {}, {}};
+  DotsOp<S, vectors> op{};
 #pragma unroll 1
   for (int64_t k = blockIdx.x; k < a.rows; k += kPartials) {
     const Chunk c = a.chunks[k];
     if (!is_here(a, c)) continue;
-    op.x = at<S>(p, a.x, c);
-    op.y = at<S>(p, a.y, c);
+    op.from[0] = at<S>(p, a.x, c);
+    op.from[1] = at<S>(p, a.y, c);
+    if (vectors > 2) op.from[vectors - 1] = at<S>(p, a.z, c);
     walk(op, int(c.numel));
   }
-  const double sums[] = {op.xx.total(), op.xy.total(), op.yy.total()};
 #pragma unroll
-  for (int r = 0; r < 3; ++r) {
-    const double sum = block_sum(sums[r], shared);
+  for (int r = 0; r < op.kProducts; ++r) {
+    const double sum = block_sum(op.sums[r].total(), shared);
     double* term = a.partials + r * int64_t(gridDim.x) + blockIdx.x;
     if (threadIdx.x == 0) *term = a.first > 0 ? *term + sum : sum;
   }
@@ -406,10 +411,11 @@ template <class S_, bool friendly, bool adaptive>
 struct PerturbOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = 2;
+  static constexpr int kUnroll = sizeof(S) == 2 && friendly && adaptive ? 1 : 2;  // what the registers hold
   S* weights;
-  const S* grads;
-  S *saved, *ema;
+  const S *origin, *grads, *ema;
+  S *saved, *ema_out;
+  uint64_t first_bit;  // of the mask: eight times the address of its byte and its place there; 0 without
   T scale, sigma, lmbda, one_minus_lmbda, eta;
   Products<T> sum;
 
@@ -418,11 +424,13 @@ struct PerturbOp {
     Pack<S, N> w, g, ema;
   };
   MSAM_DEVICE uintptr_t addresses() const {
-    return address(weights) | address(grads) | address(saved) | (friendly ? address(ema) : 0);
+    // A vector's bits lie in one byte.
+    return address(weights) | address(origin) | address(grads) | address(saved) | (friendly ? address(ema) : 0) |
+           (first_bit & 7);
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.w = cuda::load<N>(weights + i);
+    in.w = cuda::load<N>(origin + i);
     in.g = load_last<N>(grads + i);
     if (friendly) in.ema = load_last<N>(ema + i);
   }
@@ -433,6 +441,8 @@ struct PerturbOp {
     Convert<S, N>::widen(in.w, w);
     Convert<S, N>::widen(in.g, g);
     if (friendly) Convert<S, N>::widen(in.ema, e);
+    const uint64_t bit = first_bit + i;
+    const unsigned bits = first_bit ? *reinterpret_cast<const uint8_t*>(bit / 8) >> bit % 8 : ~0u;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       T d = g[j];
@@ -440,9 +450,9 @@ struct PerturbOp {
         ema_new[j] = ema_next(e[j], d, lmbda, one_minus_lmbda);
         d = residual(d, e[j], sigma);
       }
-      next[j] = perturbed(w[j], d, scale, eta, adaptive);
+      next[j] = bits >> j & 1 ? perturbed(w[j], d, scale, eta, adaptive) : w[j];
     }
-    if (friendly) store_last<N>(ema + i, Convert<S, N>::narrow(ema_new));
+    if (friendly && ema_out) store_last<N>(ema_out + i, Convert<S, N>::narrow(ema_new));
     const Pack<S, N> stored = Convert<S, N>::narrow(next);
     store<N>(weights + i, stored);
     // What counts is what was stored. The difference of doubles that were fp32 may round, so its square does not come exact.
@@ -485,14 +495,18 @@ MSAM_DEVICE void perturb_chunk(const P& p, int64_t k, double norm_sq, Shared& sh
   if (!is_here(a, c)) return;
   S* weights = at<S>(p, a.weights, c);
   S* saved = at<S>(a.saved, c);
+  const S* origin = a.origin ? at<S>(a.origin, c) : weights;
   double sum = 0;
   if (is_finite(norm_sq)) {
     const T scale =
         shared_constants<T>(shared, [&] { return T(ascent_scale(norm_sq, a.hyper[c.group * a.hyper_stride + kRho])); });
     PerturbOp<S, friendly, adaptive> op{weights,
+                                        origin,
                                         at<S>(p, a.grads, c),
+                                        at<S>(a.ema, c),
                                         saved,
                                         at<S>(a.ema_out, c),
+                                        a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
                                         scale,
                                         as<T>(a.sigma),
                                         as<T>(a.lmbda),
@@ -501,8 +515,8 @@ MSAM_DEVICE void perturb_chunk(const P& p, int64_t k, double norm_sq, Shared& sh
                                         {}};
     walk(op, int(c.numel));
     sum = op.sum.total();
-  } else if (saved) {  // no perturbation, and an EMA that stays usable
-    CopyOp<S> op{weights, saved};
+  } else if (saved || a.origin) {  // no perturbation, and an EMA that stays usable
+    CopyOp<S> op{origin, a.origin ? weights : saved};
     walk(op, int(c.numel));
   }
   sum = block_sum(sum, shared);
@@ -540,42 +554,42 @@ template <class S_, bool combined>
 struct Gradient {
   using S = S_;
   using T = typename Traits<S>::T;
-  const S* grads;
-  const S* more[kMore];
-  const T* coefs;  // shared: registers are short
+  static constexpr int kLists = combined ? 1 + kMore : 1;
+  const S* from[kLists];  // null where the coefficient is 0
+  const T* coefs;         // shared: registers are short
 
   template <int N>
   struct In {
-    Pack<S, N> g, more[kMore];
+    Pack<S, N> g[kLists];
   };
   MSAM_DEVICE uintptr_t addresses() const {
-    uintptr_t all = address(grads);
+    uintptr_t all = 0;
 #pragma unroll
-    for (int k = 0; combined && k < kMore; ++k) all |= address(more[k]);
+    for (int k = 0; k < kLists; ++k) all |= address(from[k]);
     return all;
   }
   // Never past the coherent caches: the accumulator, which is stored to, may be one of the lists.
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.g = load_last<N>(grads + i);
 #pragma unroll
-    for (int k = 0; combined && k < kMore; ++k)
-      if (more[k]) in.more[k] = load_last<N>(more[k] + i);
+    for (int k = 0; k < kLists; ++k)
+      if (!combined || from[k]) in.g[k] = load_last<N>(from[k] + i);
   }
   template <int N>
   MSAM_DEVICE void widen(const In<N>& in, T* g) const {
-    Convert<S, N>::widen(in.g, g);
-    if (combined) {
+    if constexpr (combined) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = weighted(g[j], coefs[0]);
-    }
+      for (int j = 0; j < N; ++j) g[j] = 0;
 #pragma unroll
-    for (int k = 0; combined && k < kMore; ++k) {
-      if (!more[k]) continue;
-      T x[N];
-      Convert<S, N>::widen(in.more[k], x);
+      for (int k = 0; k < kLists; ++k) {
+        if (!from[k]) continue;
+        T x[N];
+        Convert<S, N>::widen(in.g[k], x);
 #pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = accumulated(g[j], x[j], T(1), coefs[1 + k]);
+        for (int j = 0; j < N; ++j) g[j] = accumulated(g[j], x[j], T(1), coefs[k]);
+      }
+    } else {
+      Convert<S, N>::widen(in.g[0], g);
     }
   }
 };
@@ -584,19 +598,19 @@ template <class S, bool combined, class P>
 MSAM_DEVICE Gradient<S, combined> gradient(const P& p, const Chunk& c, Shared& shared) {
   using T = typename Traits<S>::T;
   const Restore& a = p.args;
-  Gradient<S, combined> out{at<S>(p, a.grads, c), {}, nullptr};
+  Gradient<S, combined> out{{at<S>(p, a.grads, c)}, nullptr};
   if (combined) {
-#pragma unroll
-    for (int k = 0; k < kMore; ++k) out.more[k] = at<S>(p, a.more[k], c);
     T* coefs = reinterpret_cast<T*>(shared.coefs);
     if (threadIdx.x == 0) {
       coefs[0] = T(a.coefs[0]);
 #pragma unroll
-      for (int k = 0; k < kMore; ++k)
-        if (a.more[k]) coefs[1 + k] = T(a.coefs[1 + k]);
+      for (int k = 0; k < kMore; ++k) coefs[1 + k] = a.more[k] ? T(a.coefs[1 + k]) : T(0);
     }
     __syncthreads();
     out.coefs = coefs;
+    if (coefs[0] == 0) out.from[0] = nullptr;
+#pragma unroll
+    for (int k = 1; k < out.kLists; ++k) out.from[k] = coefs[k] != 0 ? at<S>(p, a.more[k - 1], c) : nullptr;
   }
   return out;
 }
@@ -609,6 +623,7 @@ struct AccumulateOp {
   static constexpr int kUnroll = combined ? 1 : 2;
   CopyOp<S> copy;
   S* acc;
+  bool anew;  // acc is not read
   Gradient<S, combined> gradient;
   T c_acc, c;
 
@@ -623,17 +638,17 @@ struct AccumulateOp {
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
-    in.acc = load_last<N>(acc + i);
+    if (!anew) in.acc = load_last<N>(acc + i);
     if (weights) in.w = load_last<N>(copy.from + i);
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) const {
     T sum[N], g[N];
     if (weights) store<N>(copy.to + i, in.w);
-    Convert<S, N>::widen(in.acc, sum);
+    if (!anew) Convert<S, N>::widen(in.acc, sum);
     gradient.template widen<N>(in.g, g);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sum[j] = accumulated(sum[j], g[j], c_acc, c);
+    for (int j = 0; j < N; ++j) sum[j] = anew ? weighted(g[j], c) : accumulated(sum[j], g[j], c_acc, c);
     store<N>(acc + i, Convert<S, N>::narrow(sum));
   }
 };
@@ -672,11 +687,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) restore_kernel(const __g
   CopyOp<S> copy{at<S>(a.saved, c), weights};
   if (acc && a.grads && !poison) {
     const auto gradient = cuda::gradient<S, combined>(p, c, shared);
+    const T c_acc = as<T>(a.c_acc);
     if (weights) {
-      AccumulateOp<S, true, combined> op{copy, acc, gradient, as<T>(a.c_acc), as<T>(a.c)};
+      AccumulateOp<S, true, combined> op{copy, acc, c_acc == 0, gradient, c_acc, as<T>(a.c)};
       walk(op, int(c.numel));
     } else {
-      AccumulateOp<S, false, combined> op{copy, acc, gradient, as<T>(a.c_acc), as<T>(a.c)};
+      AccumulateOp<S, false, combined> op{copy, acc, c_acc == 0, gradient, c_acc, as<T>(a.c)};
       walk(op, int(c.numel));
     }
     return;
@@ -737,7 +753,7 @@ MSAM_DEVICE Descent<S, combined> descent(const P& p, const Chunk& c, bool known,
   known = known && (!a.norm_sq || is_finite(norm_sq_of(a, shared)));
   return {at<S>(p, a.weights, c),
           at<S>(a.saved, c),
-          at<S>(p, a.acc, c),
+          as<T>(a.c_acc) != 0 ? at<S>(p, a.acc, c) : nullptr,
           gradient<S, combined>(p, c, shared),
           as<T>(a.c_acc),
           known ? as<T>(a.c) : T(NAN)};

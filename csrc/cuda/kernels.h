@@ -70,18 +70,20 @@ struct Dots {
   const Chunk* chunks;
   int64_t rows;                         // of chunks
   int64_t first = 0, last = INT64_MAX;  // as in Common
-  Place x, y;
-  double* partials = nullptr;  // [3, partials_of(rows)] of x.x, x.y, y.y
+  Place x, y, z;                        // z may be missing
+  double* partials = nullptr;  // [3 or 6, partials_of(rows)] of x.x, x.y, y.y, x.z, y.z, z.z
 };
 
 struct Perturb : InnerProducts {
   void* saved = nullptr;
-  void* ema_out = nullptr;
+  const void* origin = nullptr;   // in place of the weights that are there
+  const uint8_t* mask = nullptr;  // a bit for every element of a flat buffer
+  void* ema_out = nullptr;        // null where the EMA is only read
   Number lmbda, one_minus_lmbda;
   double* achieved_sq = nullptr;  // [rows]
 };
 
-struct Restore : Common {  // grads: c_acc acc + c grads lands in acc
+struct Restore : Common {  // grads: c_acc acc + c grads lands in acc, which is not read where c_acc is 0
   const void* saved = nullptr;
   Place acc;
   const double* coefs = nullptr;  // with them coefs[0] grads + coefs[1] more[0] + ... stands in place of grads

@@ -82,6 +82,10 @@ class Call {
     for (int64_t k = 1; k < terms; ++k) args.more[k - 1] = list(grads.slice(k * segments, segments), "grads");
     return segments;
   }
+  void mask(const MaybeTensor& t) const {
+    check_mask(t, nullptr, 0);
+    if (t) check_device(*t, "mask", device());
+  }
   void per_chunk(const Tensor& t, const char* name) const {
     check_per_chunk(t, name, rows());
     check_device(t, name, device());
@@ -101,7 +105,9 @@ class Call {
     return norm_sq;
   }
   Tensor new_dots(Dots& args) const {
-    const Tensor dots = rows() ? at::empty({3, partials_of(rows())}, doubles()) : at::zeros({3, 1}, doubles());
+    const int64_t products = args.z ? 6 : 3;
+    const Tensor dots =
+        rows() ? at::empty({products, partials_of(rows())}, doubles()) : at::zeros({products, 1}, doubles());
     args.partials = dots.mutable_data_ptr<double>();
     return dots;
   }
@@ -125,21 +131,6 @@ class Call {
   c10::SmallVector<void*, 64> pointers_[Lists::kMost];
 };
 
-void gather_perturbation(Call& call, Perturb& a, TensorList weights, TensorList grads, const Tensor& hyper,
-                         const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma,
-                         double lmbda, std::optional<double> eta) {
-  TORCH_CHECK(!weights.empty() && !grads.empty(), "perturb needs weights and grads");
-  gather_direction(call, a, weights, grads, ema, sigma, eta);
-  call.hyper(hyper, 1, a);
-  call.flat(saved, "saved");
-  call.per_chunk(achieved_sq, "achieved_sq");
-  a.saved = pointer(saved);
-  a.ema_out = pointer(ema);
-  a.lmbda = lmbda;
-  a.one_minus_lmbda = 1 - lmbda;
-  a.achieved_sq = achieved_sq.data_ptr<double>();
-}
-
 Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks, const MaybeTensor& ema, double sigma,
                       std::optional<double> eta) {
   Call call(chunks, dtype_of(grads, {}, "grads"));
@@ -151,21 +142,24 @@ Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks
 }
 
 void perturb(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& norm_sq, const Tensor& hyper,
-             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, double sigma, double lmbda,
-             std::optional<double> eta) {
+             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& origin, const MaybeTensor& ema,
+             const MaybeTensor& mask, double sigma, std::optional<double> lmbda, std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
+  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, origin, ema, mask, sigma, lmbda, eta);
+  a.achieved_sq = achieved_sq.data_ptr<double>();
   call.norm_sq(norm_sq, a);
   call.run(&launch_perturb, a, call.stream());
   achieved_sq.unsafeGetTensorImpl()->bump_version();  // tells that the weights were saved
 }
 
 Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& hyper, const Tensor& achieved_sq,
-              const MaybeTensor& saved, const MaybeTensor& ema, double sigma, double lmbda, std::optional<double> eta) {
+              const MaybeTensor& saved, const MaybeTensor& ema, const MaybeTensor& mask, double sigma,
+              std::optional<double> lmbda, std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, ema, sigma, lmbda, eta);
+  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, {}, ema, mask, sigma, lmbda, eta);
+  a.achieved_sq = achieved_sq.data_ptr<double>();
   const Tensor norm_sq = call.new_norm_sq(a);
   call.norm_sq(norm_sq, a);
   int64_t bytes = 0;
@@ -175,12 +169,13 @@ Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const 
   return norm_sq;
 }
 
-Tensor dots(TensorList x, TensorList y, const Tensor& chunks) {
+Tensor dots(TensorList x, TensorList y, TensorList z, const Tensor& chunks) {
   Call call(chunks, dtype_of(x, {}, "x"));
   Dots a;
   call.begin(a);
   a.x = call.list(x, "x");
   a.y = call.list(y, "y");
+  a.z = call.list(z, "z");
   TORCH_CHECK(a.y, "y is empty");
   const Tensor terms = call.new_dots(a);
   call.run(&launch_dots, a, call.stream());

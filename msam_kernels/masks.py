@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks of Sparse SAM: one bit per element of a flat buffer, chosen over all parameters at once.
+
+The choice looks at slices of the flat buffers, several times, and keeps counts only: nothing here grows with the model but
+the masks, and of the scores nothing leaves its device.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLICE = 1 << 20  # elements looked at together
+_DIGIT = 16  # bits of a key that are looked at together
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Bools, a multiple of eight of them, as uint8: the k-th is bit k % 8 of byte k // 8."""
+    places = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=bits.device)
+    return (bits.view(-1, 8) * places).sum(1, dtype=torch.uint8)
+
+
+def unpack(mask: Tensor) -> Tensor:
+    """The bools of ``pack``."""
+    places = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=mask.device)
+    return (mask[:, None] & places != 0).view(-1)
+
+
+def add_up(scores: Sequence[Tensor] | None, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The root of the sum of the squares so far: it orders as the sum does, and neither over- nor underflows in 16 bits.
+
+    ``scores`` are changed in place; an empty one has no gradient yet.
+    """
+    if scores is None:
+        return grads
+    return [
+        g if s.numel() == 0 else s if g.numel() == 0 else torch.hypot(s, g, out=s)
+        for s, g in zip(scores, grads, strict=True)
+    ]
+
+
+def choose(flats: Sequence[Any], scores: Sequence[Sequence[Tensor]], sparse: Any, step: int) -> None:
+    """Give every flat its new ``mask``, after ``methods.SparseSAM``'s rule.
+
+    Args:
+        flats: as in ``flat.py``; what has no mask yet gets its first.
+        scores: of every flat, for each parameter a tensor in its memory order, of which the absolute value counts; an empty
+            one counts as zeros.
+        sparse: the method: ``sparsity``, ``mask``, ``share_dropped``, ``seed``.
+        step: which random numbers are drawn depends on it.
+    """
+    places = [(flat, begin) for flat in flats for begin in range(0, flat.size, SLICE)]
+    whole = sum(p.numel() for flat in flats for p in flat.params)
+    count = round((1 - sparse.sparsity) * whole)
+    wide = any(flat.dtype == torch.float64 for flat in flats)
+    scores_of = {id(flat): tensors for flat, tensors in zip(flats, scores, strict=True)}
+
+    def by_score(place) -> Tensor:
+        return _keys(*place, scores_of[id(place[0])], wide)
+
+    def at_random(place) -> Tensor:
+        flat, begin = place
+        generator = torch.Generator(flat.device)
+        generator.manual_seed(random.Random(f"{sparse.seed} {step} {flats.index(flat)} {begin}").getrandbits(63))
+        size = min(SLICE, flat.size - begin)
+        numbers = torch.randint(1, 2**31 - 1, (size,), generator=generator, device=flat.device)
+        return numbers * (_keys(flat, begin, None, wide) > 0)
+
+    first = any(flat.mask is None for flat in flats)
+    for flat in flats:
+        if flat.mask is None:
+            flat.mask = torch.zeros(flat.size // 8, dtype=torch.uint8, device=flat.device)
+    if first or sparse.mask == "fisher":
+        keys = by_score if sparse.mask == "fisher" else at_random
+        chosen = _largest(lambda: map(keys, places), count, wide)
+        for place in places:
+            _write(place, chosen(keys(place)))
+        return
+
+    def inside(place) -> Tensor:
+        return unpack(_bytes(place))
+
+    dropped = min(round(sparse.share_dropped(step) * count), whole - count)
+    stays = _largest(lambda: (by_score(place) * inside(place) for place in places), count - dropped, wide)
+    comes = _largest(lambda: (at_random(place) * ~inside(place) for place in places), dropped, wide)
+    for place in places:
+        old = inside(place)
+        _write(place, stays(by_score(place) * old) | comes(at_random(place) * ~old))
+
+
+def _bytes(place: tuple) -> Tensor:
+    flat, begin = place
+    return flat.mask[begin // 8 : (begin + SLICE) // 8]
+
+
+def _write(place: tuple, bits: Tensor) -> None:
+    _bytes(place).copy_(pack(bits))
+
+
+def _keys(flat: Any, begin: int, scores: Sequence[Tensor] | None, wide: bool) -> Tensor:
+    """Of a slice of a flat buffer, int64 that are ordered as the scores: 0 for padding, more for every parameter's element."""
+    end = min(begin + SLICE, flat.size)
+    keys = torch.zeros(end - begin, dtype=torch.int64, device=flat.device)
+    for i, (offset, p) in enumerate(zip(flat.offsets, flat.params, strict=True)):
+        low, high = max(begin, offset), min(end, offset + p.numel())
+        if low >= high:
+            continue
+        if scores is None or scores[i].numel() == 0:
+            keys[low - begin : high - begin] = 1
+            continue
+        memory = scores[i].as_strided((p.numel(),), (1,))[low - offset : high - offset]
+        values = (memory.double() if wide else memory.float()).abs().nan_to_num_(nan=0.0, posinf=math.inf)
+        # Floats that are not negative are ordered as their bits.
+        keys[low - begin : high - begin] = values.view(torch.int64 if wide else torch.int32).long() + 1
+    return keys
+
+
+def _largest(slices: Callable[[], Iterator[Tensor]], count: int, wide: bool) -> Callable[[Tensor], Tensor]:
+    """Tells of slices of keys, one after the other in the same order, which are among the ``count`` largest, as bools.
+
+    Of equal keys the first are taken; a key of 0 never is. The last one's key is found digit by digit.
+    """
+    if count <= 0:
+        return lambda keys: torch.zeros_like(keys, dtype=torch.bool)
+    last, left = 0, count
+    for shift in range(64 - _DIGIT if wide else 32 - _DIGIT, -1, -_DIGIT):
+        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device="cpu")
+        for keys in slices():
+            digits = keys >> shift
+            digits = digits[digits >> _DIGIT == last] & (1 << _DIGIT) - 1
+            counts += torch.bincount(digits, minlength=1 << _DIGIT).cpu()
+        from_top = counts.flip(0).cumsum(0)
+        index = int((from_top < left).sum())
+        if index == 1 << _DIGIT:  # there are not so many
+            last, left = 0, 0
+            break
+        left -= int(from_top[index - 1]) if index else 0
+        last = last << _DIGIT | (1 << _DIGIT) - 1 - index
+    if last == 0:
+        return lambda keys: keys > 0
+    before = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def chosen(keys: Tensor) -> Tensor:
+        nonlocal before
+        equal = keys == last
+        rank = equal.cumsum(0) + before.to(keys.device)
+        before = rank[-1]
+        return (keys > last) | (equal & (rank <= left))
+
+    return chosen
