@@ -59,6 +59,7 @@ LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildc
 
 bench: build
 	"$(PY)" benchmarks/bench_step.py --csv build/bench_step.csv --plot build/bench_step.png $(ARGS)
+	"$(PY)" benchmarks/bench_family.py --csv build/bench_family.csv
 
 # No environment of ours: the machine's own torch is what has to work.
 gpu:

@@ -112,6 +112,8 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **threads}
     rest = [f"--ignore={path}" for path in (*OPTIMIZER_TESTS, "tests/test_gpu.py", "tests/test_graphs.py")]
     ascend = [python, "benchmarks/bench_ascend.py", "--csv", str(results / "ascend.csv")]
+    family = [python, "benchmarks/bench_family.py", "--csv", str(results / "family.csv")]
+    family += ["--shape", "cnn", "--rounds", "1", "--seconds", "0.05"] if rehearse else ["--device", "cuda"]
     # Steps at the largest sizes are measured in turns; fragments must not decide how many fit.
     large = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     modes = ("compile", "compile max-autotune", "compile cudagraphs")
@@ -150,6 +152,7 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
             [steps("steps-fsam", "resnet50 transformer350m", "--micro-batches", "1", methods="fsam")],
             alone=True,
         ),
+        Part("family", [family], alone=True),
         Part("train_sgd", [train("train-sgd", "cnn transformer resnet18", "sgd")], alone=True),
         Part("train_adamw", [train("train-adamw", "cnn transformer", "adamw")], alone=True),
     ]

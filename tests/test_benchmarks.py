@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import math
 import os
@@ -165,6 +166,38 @@ def test_a_contestant_that_computes_something_else_is_not_timed(load, monkeypatc
     output = capsys.readouterr().out
     assert "<- too far" in output
     assert "not timed, since contestants do not compute the same: cnn, SAM, sgd, 1 micro-batches" in output
+
+
+# ---- bench_family ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("extension")
+def test_every_method_is_timed_against_its_plain_loop(load, tmp_path, capsys):
+    bench, table = load("bench_family"), tmp_path / "family.csv"
+    assert bench.main(["--shape", "cnn", "--rounds", "1", "--seconds", "0.01", "--csv", str(table)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {name for name in bench.FAMILY if any(line.strip().startswith(name + "  ") for line in lines)} == {
+        *bench.FAMILY
+    }
+    with table.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "step" and row["contestant"] == "ours"]
+    assert [row["method"] for row in rows] == list(bench.FAMILY)
+    # No temporary of the size of the parameters.
+    assert all(float(row["extra_over_parameters"]) < 0.1 for row in rows)
+    assert all(float(row["deviation"]) < 1e-12 for row in rows)
+
+
+@pytest.mark.usefixtures("extension")
+def test_a_method_that_computes_something_else_is_not_timed(load, monkeypatch):
+    bench = load("bench_family")
+    monkeypatch.setattr(bench, "EPS", 1e3)  # of the loop
+    with pytest.raises(
+        SystemExit, match=r"SAM: not the same step as the plain loop, and not timed: ours: \S+ of 1e-12"
+    ):
+        bench.main(["--shape", "cnn", "--rounds", "1", "--seconds", "0.01"])
+
+
+# ---- other benchmarks ------------------------------------------------------------------------------------------------
 
 
 def test_the_crossover_is_where_one_launch_stops_to_win(load):

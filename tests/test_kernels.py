@@ -142,6 +142,7 @@ STREAMED_CASES = [
     ("perturb", "masked, friendly and adaptive, saving"),
     ("perturb", "from origin, masked and adaptive"),
     ("restore", "weights and mean"),
+    ("restore", "mean anew"),
     ("sgd", "from saved"),
     ("sgd", "momentum from saved and mean"),
     ("adam", "from saved"),

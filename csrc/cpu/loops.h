@@ -213,7 +213,10 @@ void dots_chunk(const Dots& a, const Chunk& c, int64_t k) {
     const int n = count;
     alignas(64) T tmp[vectors][kBlock];
     const T* x[vectors];
-    for (int v = 0; v < vectors; ++v) x[v] = padded(load(from[v] + i, tmp[v], n), tmp[v], n);
+    for (int v = 0; v < vectors; ++v) {
+      if (a.stream) prefetch_next_page(from[v] + i, n);
+      x[v] = padded(load(from[v] + i, tmp[v], n), tmp[v], n);
+    }
     for (int r = 0, v = 0; v < vectors; ++v)
       for (int u = 0; u <= v; ++u, ++r)
         sums[r].add(whole_lanes(n), [&](int j) { return doubles(load8(x[u] + j)) * doubles(load8(x[v] + j)); });
@@ -354,7 +357,7 @@ inline const T* combination(const Restore& a, const Chunk& c, int64_t i, T* sum,
   return sum;
 }
 
-template <class S>
+template <class S, bool stream>
 void accumulate_chunk(const Restore& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   S* accs = a.acc.at<S>(c);
@@ -363,7 +366,7 @@ void accumulate_chunk(const Restore& a, const Chunk& c) {
     const int n = count;
     alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
     const T* g = combination<S>(a, c, i, gt, n);
-    Out<false, S, T> out{accs + i, result};
+    Out<stream, S, T> out{accs + i, result};
     T* sum = out.values();
     if (c_acc == 0) {
       MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(g[j], coef);
@@ -390,6 +393,14 @@ void poison_chunk(const Restore& a, const Chunk& c) {
 }
 
 template <class S>
+bool is_only_written(const Restore& a, const Chunk& c) {
+  const S* acc = a.acc.at<S>(c);
+  bool read = typename Arithmetic<S>::type(a.c_acc) != 0 || acc == a.grads.at<S>(c);
+  for (int k = 0; k < kMore && a.more[k]; ++k) read = read || acc == a.more[k].at<S>(c);
+  return !read;
+}
+
+template <class S>
 void restore(const Restore& a, int64_t first, int64_t last) {
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.chunks[k];
@@ -403,7 +414,7 @@ void restore(const Restore& a, int64_t first, int64_t last) {
     if (a.poison && a.acc)
       poison_chunk<S>(a, c);
     else if (a.acc && a.grads)
-      accumulate_chunk<S>(a, c);
+      (a.stream && is_only_written<S>(a, c) ? accumulate_chunk<S, true> : accumulate_chunk<S, false>)(a, c);
   }
   finish_streaming(a.stream);
 }

@@ -62,13 +62,14 @@ class Call {
   }
   void mask(const MaybeTensor& t) const { check_mask(t, chunks_, size_); }
   void per_chunk(const Tensor& t, const char* name) const { check_per_chunk(t, name, size_); }
-  void begin(Common& args) const {
+  // Dots as well as Common.
+  template <class Args>
+  void begin(Args& args) const {
     args.storage = storage_of(dtype_);
     args.chunks = chunks_;
     args.stream = elements_ * int64_t(c10::elementSize(dtype_)) >= kStreamBytes;
   }
 
-  const Chunk* chunks() const { return chunks_; }
   const Chunk& chunk(int64_t k) const { return chunks_[k]; }
   int64_t size() const { return size_; }
 
@@ -153,8 +154,7 @@ Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const 
 Tensor dots(TensorList x, TensorList y, TensorList z, const Tensor& chunks) {
   Call call(chunks, dtype_of(x, {}, "x"));
   Dots a;
-  a.storage = storage_of(x[0].scalar_type());
-  a.chunks = call.chunks();
+  call.begin(a);
   a.x = call.list(x, "x");
   a.y = call.list(y, "y");
   a.z = call.list(z, "z");
