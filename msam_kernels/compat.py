@@ -90,7 +90,7 @@ class SAM(MicroBatchSAM):
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
         try:
             self._thaw_statistics()
-            self._descend_and_update([1.0], clear=False)
+            self._descend_and_update([1.0], 0, clear=False)
         except BaseException:
             self.restore()
             raise

@@ -70,40 +70,25 @@ class SAM:
 
     # What the optimizer asks. A method answers what it does otherwise than SAM.
 
+    #: Decay of the mean gradient that the direction leaves out; None for methods that keep none.
+    ema_decay = None
+    #: The part that perturbs only what a mask names, a ``SparseSAM``.
+    sparse = None
+    #: The part that reuses what it found for some steps, a ``LookSAM``.
+    look = None
+    #: Radius of a second perturbation, to the other side, with a pass of its own: a number or a function of the step.
+    rho_min = None
+    #: How many gradients from before the last pass the descent takes in: they are kept until there.
+    kept = 0
+    #: Whether every step that perturbs leaves a direction, v, to the steps after it.
+    keeps_v = False
+    #: Whether the descent gets the length of g, the gradient at w.
+    rescales = False
+
     @property
     def direction(self) -> dict[str, float]:
         """Options of the kernels ``inner_products`` and ``perturb`` that make this method's direction."""
         return {}
-
-    @property
-    def ema_decay(self) -> float | None:
-        """Decay of the mean gradient that the direction leaves out; None for methods that keep none."""
-        return None
-
-    @property
-    def sparse(self) -> SparseSAM | None:
-        """The part that perturbs only what a mask names."""
-        return None
-
-    @property
-    def look(self) -> LookSAM | None:
-        """The part that reuses what it found for some steps."""
-        return None
-
-    @property
-    def rho_min(self) -> float | Callable[[int], float] | None:
-        """Radius of a second perturbation, to the other side, with a pass of its own; None without."""
-        return None
-
-    @property
-    def kept(self) -> int:
-        """How many gradients from before the last pass the descent takes in: they are kept until there."""
-        return 0
-
-    @property
-    def rescales(self) -> bool:
-        """Whether the descent gets the length of g, the gradient at w."""
-        return False
 
     def combination(self, dots: Tensor) -> Tensor:
         """Coefficients, float64, of the last pass's gradient and of those kept, the latest first.
@@ -192,9 +177,7 @@ class StableSAM(SAM):
     Source: Tan et al., 2401.07250.
     """
 
-    @property
-    def rescales(self) -> bool:
-        return True
+    rescales = True
 
 
 @dataclass(frozen=True)
@@ -319,9 +302,7 @@ class BilateralSAM(SAM):
         if not callable(self.rho_min):
             _check_number("rho_min", self.rho_min, 0)
 
-    @property
-    def kept(self) -> int:
-        return 2
+    kept = 2
 
     def combination(self, dots: Tensor) -> Tensor:
         one = torch.ones_like(dots[0])
@@ -409,6 +390,10 @@ class Composition(SAM):
     @property
     def kept(self) -> int:
         return max(part.kept for part in self.parts)
+
+    @property
+    def keeps_v(self) -> bool:
+        return any(part.keeps_v for part in self.parts)
 
     @property
     def rescales(self) -> bool:

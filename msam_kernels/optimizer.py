@@ -872,9 +872,7 @@ class MicroBatchSAM(Optimizer):
     def _run_closures(self, closures: list[Callable[[], Any]], shares: list[float]) -> list[Any]:
         values = []
         with self._step_under_way() as before:
-            for turn, closure in self._turns(
-                closures, shares, before, lambda shares, i: self._descend_and_update(shares)
-            ):
+            for turn, closure in self._turns(closures, shares, before, self._descend_and_update):
                 value = _call(closure)
                 if turn == 0:
                     values.append(value)
@@ -894,28 +892,31 @@ class MicroBatchSAM(Optimizer):
         ``finish`` ends the last one; ``adds``: to gradients of the same step that were there before.
         """
         self._begin_turns()
-        fresh = not (adds and self._v_step == self.steps)
-        perturbations = [self._ascend] if self.method.rho_min is None else [self._ascend, self._cross]
+        method = self.method
+        adds = adds and self._v_step == self.steps
+        perturbations = ()
+        if self._kind == _PERTURB:
+            perturbations = (self._ascend,) if method.rho_min is None else (self._ascend, self._cross)
         for i, part in enumerate(parts):
             yield 0, part
-            for turn, perturb in enumerate(perturbations if self._kind == _PERTURB else (), 1):
+            for turn, perturb in enumerate(perturbations, 1):
                 self._check_current(before)
                 perturb(first=i == 0)
                 self._freeze_statistics()
                 yield turn, part
                 self._check_current(before)
                 self._thaw_statistics()
-            self._check_current(before)
-            if self._perturbed and self._keeps_v:
-                self._collect_v(shares[i], fresh=fresh and i == 0)
-            if i + 1 < len(parts):
-                self._descend(shares, i)
-            else:
-                finish(shares, i)
-            for flat in self._flats:
-                flat.kept = []
-        if self._kind == _PERTURB:
+            if not perturbations:
+                self._check_current(before)
+            elif method.keeps_v:
+                self._collect_v(shares[i], fresh=i == 0 and not adds)
+            (self._descend if i + 1 < len(parts) else finish)(shares, i)
+            if method.kept or method.keeps_v:
+                for flat in self._flats:
+                    flat.kept = []
+        if perturbations and method.keeps_v:
             self._measure_v()
+        if self._scores_wanted:
             self._end_masks()
 
     def _begin_turns(self) -> None:
@@ -1011,21 +1012,21 @@ class MicroBatchSAM(Optimizer):
         collected = self._collected(clear=clear)
         if self.model is not None and all(len(absent) == len(flat.params) for flat, (_, absent) in collected):
             self._check_model()
-        self._keep(collected)
+        if method.kept or method.keeps_v:
+            self._keep(collected)
         if self._scores_wanted:
             self._add_scores(collected)
-        if method.sparse is not None and any(flat.mask is None for flat in self._flats):
-            self._choose_mask(method.sparse, self.steps)
+            if any(flat.mask is None for flat in self._flats):
+                self._choose_mask(method.sparse, self.steps)
         calls = []
         for flat, (grads, absent) in collected:
-            save = flat.save(absent, again=first)
+            saved = flat.saved if flat.save(absent, again=first) else None
             chunks = flat.chunks(absent)
             flat.achieved_sq = torch.empty(len(chunks), dtype=torch.float64, device=flat.device)
             flat.perturbed, flat.perturbed_absent = chunks, absent
-            arguments = (flat.weights, grads, chunks)
-            outputs = {"saved": flat.saved if save else None, "hyper": self._hyper[flat.device]}
-            outputs.update(achieved_sq=flat.achieved_sq, **self._way_up(flat, last=method.rho_min is None))
-            calls.append((flat, arguments, self._direction(flat), outputs))
+            outputs = {"saved": saved, "hyper": self._hyper[flat.device], "achieved_sq": flat.achieved_sq}
+            outputs.update(self._masked_and_averaged(flat, last=method.rho_min is None))
+            calls.append((flat, (flat.weights, grads, chunks), self._direction(flat), outputs))
         self._achieved_sq.append([flat.achieved_sq for flat in self._flats])
         self._perturbed = True
         if len(calls) == 1:
@@ -1049,8 +1050,8 @@ class MicroBatchSAM(Optimizer):
             direction["ema"] = flat.ema
         return direction
 
-    def _way_up(self, flat: Flat, *, last: bool) -> dict[str, Any]:
-        """What a perturbation needs beside the direction; the last one of a micro-batch brings the EMA up to date."""
+    def _masked_and_averaged(self, flat: Flat, *, last: bool) -> dict[str, Any]:
+        """A perturbation's options beside the direction: its mask, and for a micro-batch's last one the EMA's decay."""
         options = {} if flat.mask is None else {"mask": flat.mask}
         if last and self.method.ema_decay is not None:
             options["lmbda"] = self.method.ema_decay
@@ -1058,9 +1059,8 @@ class MicroBatchSAM(Optimizer):
 
     def _keep(self, collected: list[tuple[Flat, Gradients]]) -> None:
         """For the descent, until there."""
-        if self.method.kept or self._keeps_v:
-            for flat, (grads, absent) in collected:
-                flat.kept.insert(0, (ops.own_memory(grads), absent))
+        for flat, (grads, absent) in collected:
+            flat.kept.insert(0, (ops.own_memory(grads), absent))
 
     def _cross(self, *, first: bool) -> None:
         """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
@@ -1077,7 +1077,7 @@ class MicroBatchSAM(Optimizer):
                 achieved_sq=torch.empty_like(flat.achieved_sq),
                 origin=flat.saved,
                 **self._direction(flat),
-                **self._way_up(flat, last=True),
+                **self._masked_and_averaged(flat, last=True),
             )
 
     def _descend(self, shares: list[float], i: int) -> None:
@@ -1115,10 +1115,6 @@ class MicroBatchSAM(Optimizer):
         return self._dots([(flat, [grads], absent) for flat, (grads, absent) in collected], 1).squeeze(0)
 
     # -- LookSAM --------------------------------------------------------------------------------------------------------
-
-    @property
-    def _keeps_v(self) -> bool:
-        return self.method.look is not None and self.method.look.keeps_v
 
     def _collect_v(self, share: float, *, fresh: bool) -> None:
         """p.grad is a micro-batch's gradient at w + e, the one at w is kept: v gets what the first has beside the second."""
@@ -1193,8 +1189,6 @@ class MicroBatchSAM(Optimizer):
 
     def _end_masks(self) -> None:
         """After the step's last micro-batch: the next step's mask, unless the gradients were not finite."""
-        if not self._scores_wanted:
-            return
         if not all(bool(terms.sum().isfinite()) for terms in self._norms_sq):
             if self._mask_step == self.steps:  # it was made of them
                 for flat in self._flats:
@@ -1204,11 +1198,10 @@ class MicroBatchSAM(Optimizer):
 
     # -- descent --------------------------------------------------------------------------------------------------------
 
-    def _descend_and_update(self, shares: list[float], *, clear: bool = True) -> None:
+    def _descend_and_update(self, shares: list[float], i: int, *, clear: bool = True) -> None:
         """The last micro-batch's ``_descend`` and the base optimizer's step, in one kernel where that is possible."""
         self._follow_parameters()
         fused = self._fused()
-        i = len(shares) - 1
         reuses = self._kind == _REUSE
         for flat, grads, absent, coefs in self._descents(clear=clear):
             if fused is not None and not reuses and flat.is_uniform(absent):
