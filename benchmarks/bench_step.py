@@ -890,17 +890,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     bar.close()
     print_goals(results)
-    results.facts["others_cpu_share"] = round(others.share(), 3)
-    if results.facts["others_cpu_share"] > 0.05:
-        results.note(
-            f"Other processes took {results.facts['others_cpu_share']:.0%} of the processors meanwhile: threads that "
-            "wait for each other then wait for those too. Do not quote these numbers; run again on an idle machine."
-        )
-    if results.notes:
-        print("\n" + "\n".join(results.notes))
-    if args.csv:
-        results.write(args.csv)
-        print(f"\nmeasurements: {args.csv}")
+    measure.conclude(results, others, args.csv)
     if args.plot:
         plot(results, args.plot)
         print(f"picture: {args.plot}")

@@ -361,16 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.write(args.csv)
     bar.close()
     print_goals(results)
-    facts["others_cpu_share"] = round(others.share(), 3)
-    if facts["others_cpu_share"] > 0.05:
-        results.note(
-            f"Other processes took {facts['others_cpu_share']:.0%} of the processors: do not quote these numbers."
-        )
-    if results.notes:
-        print("\n" + "\n".join(results.notes))
-    if args.csv:
-        results.write(args.csv)
-        print(f"\nmeasurements: {args.csv}")
+    measure.conclude(results, others, args.csv)
     if unequal:
         print("\nnot timed, since contestants do not take the same steps: " + "; ".join(unequal))
     return int(bool(unequal))

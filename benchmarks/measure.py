@@ -352,6 +352,21 @@ class Results:
                 writer.writerow({**rounded, **self.facts})
 
 
+def conclude(results: Results, others: Others, csv: Path | None) -> None:
+    """The notes, with one on a machine that was busy, and the file."""
+    share = results.facts["others_cpu_share"] = round(others.share(), 3)
+    if share > 0.05:
+        results.note(
+            f"Other processes took {share:.0%} of the processors meanwhile: threads that wait for each other then wait for "
+            "those too. Do not quote these numbers; run again on an idle machine."
+        )
+    if results.notes:
+        print("\n" + "\n".join(results.notes))
+    if csv:
+        results.write(csv)
+        print(f"\nmeasurements: {csv}")
+
+
 class _Quiet:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
