@@ -1051,7 +1051,7 @@ class MicroBatchSAM(Optimizer):
 
     def _way_up(self, flat: Flat, *, last: bool) -> dict[str, Any]:
         """What a perturbation needs beside the direction; the last one of a micro-batch brings the EMA up to date."""
-        options = {} if flat.mask is None else {"mask": flat.mask}
+        options = {} if self.method.sparse is None else {"mask": flat.mask}  # another method's may have been loaded
         if last and self.method.ema_decay is not None:
             options["lmbda"] = self.method.ema_decay
         return options
