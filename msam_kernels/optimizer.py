@@ -249,6 +249,7 @@ class MicroBatchSAM(Optimizer):
         self._kind = _BASE
         self._perturbed = False
         self._scores: list[Sequence[Tensor]] | None = None  # of the step under way, from which a mask is chosen
+        self._mask_is_new = False  # the first one, which the step under way chose for itself
         self._grad_norm_sq: Tensor | None = None  # of the micro-batch under way: g·g
         self._v_norm_sq: Tensor | None = None  # at the same address for good: captured graphs read it
         self._v_step = -1  # whose v it is
@@ -780,10 +781,12 @@ class MicroBatchSAM(Optimizer):
         if self._before is not None:
             for flat, grads in zip(self._flats, self._before, strict=True):
                 flat.set_grads(grads)
+        self._drop_new_mask()
         self._end_step()
 
     def _end_step(self) -> None:
         self._before = self._scores = self._grad_norm_sq = None
+        self._mask_is_new = False
         for flat in self._flats:
             flat.acc, flat.acc_absent, flat.kept = None, (), []
 
@@ -1016,6 +1019,7 @@ class MicroBatchSAM(Optimizer):
             self._add_scores(collected)
         if method.sparse is not None and any(flat.mask is None for flat in self._flats):
             self._choose_mask(method.sparse, self.steps)
+            self._mask_is_new = True
         calls = []
         for flat, (grads, absent) in collected:
             save = flat.save(absent, again=first)
@@ -1196,11 +1200,14 @@ class MicroBatchSAM(Optimizer):
         if not self._scores_wanted:
             return
         if not all(bool(terms.sum().isfinite()) for terms in self._norms_sq):
-            if self._mask_step == self.steps:  # it was made of them
-                for flat in self._flats:
-                    flat.mask = None
+            self._drop_new_mask()  # it was made of them
         elif self._mask_is_due():
             self._choose_mask(self.method.sparse, self.steps + 1)
+
+    def _drop_new_mask(self) -> None:
+        if self._mask_is_new:
+            for flat in self._flats:
+                flat.mask = None
 
     # -- descent --------------------------------------------------------------------------------------------------------
 
