@@ -175,6 +175,11 @@ class Flat:
     def alias(self, buffer: Tensor, i: int) -> Tensor:
         return _alias(buffer, self.offsets[i], self.params[i])
 
+    def kept_of(self, buffer: Tensor, i: int) -> Tensor:
+        """A parameter's part of what is kept, in the memory order that it had at the last look."""
+        like = torch.empty_strided(self._shapes[i], self._strides[i], dtype=self.dtype, device="meta")
+        return _alias(buffer, self.offsets[i], like)
+
     def aliases(self, buffer: Tensor) -> list[Tensor]:
         """Per-parameter tensors over a flat buffer, in the shapes and memory orders of the parameters."""
         return [self.alias(buffer, i) for i in range(len(self.params))]
@@ -342,7 +347,7 @@ class Flat:
 
     def mask_of(self, i: int) -> Tensor:
         """A parameter's part of the mask, as bools in its shape and memory order."""
-        return self._bits(i).as_strided(self.params[i].size(), self.params[i].stride())
+        return self._bits(i).as_strided(self._shapes[i], self._strides[i])
 
     def set_mask(self, i: int, bits: Tensor) -> None:
         """``bits``: bools in the shape of the parameter."""

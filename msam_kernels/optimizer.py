@@ -346,6 +346,7 @@ class MicroBatchSAM(Optimizer):
             ValueError: ``state_dict`` is of other parameters; nothing was changed.
         """
         self._check_idle("load_state_dict()")
+        self._follow_parameters()
         self._check_state_dict(state_dict)
         loaded = {}
 
@@ -422,7 +423,7 @@ class MicroBatchSAM(Optimizer):
             where = [(i, index[id(p)]) for i, p in enumerate(flat.params)]
             if flat.ema is not None:
                 begun = flat.begun()
-                kept["ema"].update({at: flat.alias(flat.ema, i) for i, at in where if begun[i]})
+                kept["ema"].update({at: flat.kept_of(flat.ema, i) for i, at in where if begun[i]})
             if flat.v is not None:
                 kept["v"].update({at: flat.v_parts[i] for i, at in where})
             if flat.mask is not None:
