@@ -638,6 +638,8 @@ class MicroBatchSAM(Optimizer):
         if not samples:
             raise ValueError("update_mask needs samples: update_mask(loss_fn, x, y)")
         closures = self._micro_batches(loss_fn, samples, lambda count: [1] * count)
+        if not closures:
+            raise ValueError("the batch has no samples")
         with self._step_under_way():
             for closure in closures:
                 self._freeze_statistics()
