@@ -978,10 +978,11 @@ class MicroBatchSAM(Optimizer):
             )
             for group in self.param_groups
         ]
-        rho_min = _rho_at(self.method.rho_min, self.steps)
-        if rho_min is not None:
+        opposite = []
+        if self.method.rho_min is not None:
+            rho_min = _rho_at(self.method.rho_min, self.steps)
             _check_rho(rho_min, "rho_min")
-        opposite = [] if rho_min is None else [(-float(rho_min) if row[0] else 0.0,) for row in rows]
+            opposite = [(-float(rho_min) if row[0] else 0.0,) for row in rows]
         if (rows, opposite) != self._rows:
             for row in rows:
                 _check_rho(row[0])
