@@ -346,7 +346,6 @@ class MicroBatchSAM(Optimizer):
             ValueError: ``state_dict`` is of other parameters; nothing was changed.
         """
         self._check_idle("load_state_dict()")
-        self._follow_parameters()
         self._check_state_dict(state_dict)
         loaded = {}
 
@@ -446,7 +445,7 @@ class MicroBatchSAM(Optimizer):
             if ema:
                 flat.start_ema()
                 for i, t in ema.items():
-                    flat.alias(flat.ema, i).copy_(t)
+                    flat.kept_of(flat.ema, i).copy_(t)
             else:
                 flat.ema = None
             if v:
