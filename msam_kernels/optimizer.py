@@ -252,7 +252,7 @@ class MicroBatchSAM(Optimizer):
         self._mask_is_new = False  # the first one, which the step under way chose for itself
         self._grad_norm_sq: Tensor | None = None  # of the micro-batch under way: g·g
         self._v_norm_sq: Tensor | None = None  # at the same address for good: captured graphs read it
-        self._v_step = -1  # whose v it is
+        self._v_step: int | None = -1  # whose v it is; None while a loop adds to it
         self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, p.grad, or []
         self._norms_sq: list[Tensor] = []
         self._achieved_sq: list[list[Tensor]] = []
@@ -784,6 +784,10 @@ class MicroBatchSAM(Optimizer):
             for flat, grads in zip(self._flats, self._before, strict=True):
                 flat.set_grads(grads)
         self._drop_new_mask()
+        if self._v_step is None:  # what there is of it is used until the next one, which does not add to it
+            self._v_step = -1
+            if not any(flat.is_capturing() for flat in self._flats):
+                self._measure_v()
         self._end_step()
 
     def _end_step(self) -> None:
@@ -920,7 +924,9 @@ class MicroBatchSAM(Optimizer):
             for flat in self._flats:
                 flat.kept = []
         if self._kind == _PERTURB:
-            self._measure_v()
+            if self._keeps_v:
+                self._measure_v()
+                self._v_step = self.steps
             self._end_masks()
 
     def _begin_turns(self) -> None:
@@ -1144,7 +1150,7 @@ class MicroBatchSAM(Optimizer):
                 c_acc=0.0 if fresh else 1.0,
                 c=share,
             )
-        self._v_step = self.steps
+        self._v_step = None
 
     def _measure_v(self) -> None:
         if any(flat.v is None for flat in self._flats):

@@ -291,6 +291,48 @@ def test_after_a_v_that_is_not_finite_steps_between_are_plain(wrong, value, coun
     assert all(flat.v.isfinite().all() for flat in opt._flats), "the next step that perturbs finds a new one"
 
 
+def test_a_loop_that_was_given_up_does_not_count_twice_in_v(backend):
+    """Its own loops over one batch add up, where gradients were there before; what a break left behind does not."""
+    trained = []
+    for stop in (0, 2, 3):
+        model = mlp(torch.float64)
+        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=LookSAM(k=2), num_micro_batches=2, backend=backend)
+        data = batch(6, torch.float64)
+        loss_of(model, *data).backward()
+        for last in (stop, None):
+            for i, part in enumerate(opt.passes(*data)):
+                if i == last:
+                    break
+                loss_of(model, *part).backward()
+        opt.step()
+        opt.zero_grad()
+        opt.train_step(lambda x, y, model=model: loss_of(model, x, y), *data)
+        trained.append(weights(model))
+    assert same_bits(trained[0], trained[1])
+    assert same_bits(trained[0], trained[2])
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_step_after_a_loop_that_was_given_up_is_finite(stop, backend):
+    """As where the user leaves the loop at a bad loss, and calls step() all the same."""
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=LookSAM(k=3), num_micro_batches=2, backend=backend)
+    for i, part in enumerate(opt.passes(*batch(6))):
+        if i == stop:
+            break
+        loss_of(model, *part).backward()
+    opt.zero_grad()
+    opt.step()
+    for seed in range(3):
+        data = batch(6, seed=seed)
+        before = weights(model)
+        model_grads = torch.autograd.grad(loss_of(model, *data), list(model.parameters()))
+        opt.train_step(lambda x, y: loss_of(model, x, y), *data)
+        moved = torch.cat([(p - q).view(-1) for p, q in zip(weights(model), before, strict=True)]).norm()
+        length = torch.cat([g.view(-1) for g in model_grads]).norm()
+        assert 0 < moved <= 0.1 * 1.71 * length, "g + alpha·‖g‖·v, with v of length 1"
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("base", ["SGD", "RMSprop"])
 def test_looksam_with_k_1_is_sam_bit_for_bit(base, way, backend):
