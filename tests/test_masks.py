@@ -225,7 +225,6 @@ def test_of_a_dynamic_mask_the_smallest_gradients_make_way(name, sparsity, step,
     assert padding_is_clear(flats)
     dropped = min(round(method.share_dropped(step) * count), whole - count)
     values = importance(flats, scores)
-    # Where all of the mask is dropped, chance may bring back nothing of it: what comes was outside.
     assert torch.equal(before & ~after, before & ~(largest(torch.where(before, values, -1.0), count - dropped)))
     assert int((before & ~after).sum()) == int((after & ~before).sum()) == dropped
 
@@ -319,8 +318,8 @@ def filled(value):
     return lambda opt: [torch.full(p.shape, value) for group in opt.param_groups for p in group["params"]]
 
 
-def of_seed(model_dtype=F64, samples=6):
-    return lambda seed: images(samples, model_dtype, seed)
+def of_seed(dtype):
+    return lambda seed: images(6, dtype, seed)
 
 
 # what makes the mask, and the rho of the SAM that is the same
@@ -334,7 +333,7 @@ FULL_AND_EMPTY = {
 
 
 @each_way
-@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [F64, BF16], ids=["fp64", "bf16"])
 @pytest.mark.parametrize("case", FULL_AND_EMPTY)
 def test_a_full_mask_is_sam_and_an_empty_one_the_base_bit_for_bit(case, dtype, way, backend):
     method, masks_, rho = FULL_AND_EMPTY[case]
@@ -613,7 +612,7 @@ def test_without_a_mask_and_a_way_to_choose_one_a_step_is_refused(way, backend):
 # ---- when masks change -----------------------------------------------------------------------------------------------
 
 
-def masks_of_steps(opt, model, steps, way="train_step", seed=0):
+def masks_of_steps(opt, model, steps, seed=0):
     """The mask that each step was perturbed by."""
     seen = []
 
@@ -737,7 +736,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5])
+@pytest.mark.parametrize("at", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_resumes_with_the_mask_bit_for_bit(kind, at, backend):
     model, opt = mlp_optimizer(KINDS[kind], backend)

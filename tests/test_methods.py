@@ -129,16 +129,15 @@ def test_a_descent_where_gradients_are_special(edge, dtype, backend):
     torch.testing.assert_close(both, (expected + torch.tensor([1.0, 0.0], dtype=dtype)) / 2, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", [*METHODS, *COMPOSITIONS])
-def test_a_gradient_that_is_not_finite_shows_in_the_descent(method, dtype, backend):
+def test_a_gradient_that_is_not_finite_shows_in_the_descent(method, backend):
     method = {**METHODS, **COMPOSITIONS}[method]
     count = passes_of(method)
     for wrong, value in itertools.product(range(2 * count), (math.nan, -math.inf)):
         passes = [(value, 1.0) if i == wrong else (1.0, 1.0) for i in range(2 * count)]
         if wrong < count:
-            assert not descents(method, [passes[:count]], dtype, backend).isfinite().all()
-        assert not descents(method, [passes[:count], passes[count:]], dtype, backend).isfinite().all()
+            assert not descents(method, [passes[:count]], torch.float32, backend).isfinite().all()
+        assert not descents(method, [passes[:count], passes[count:]], torch.float32, backend).isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
@@ -186,8 +185,7 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
                 break
         if stop is None:
             opt.step()
-            opt.steps = 0  # the step of LookSAM that perturbs, once more
-            opt.steps += method.look.k if method.look else 1
+            opt.steps = method.look.k if method.look else 1  # LookSAM perturbs there again
         opt.zero_grad()
         only_what_is_named()
     opt.train_step(lambda x, y: loss_of(model, x, y), *batch())
