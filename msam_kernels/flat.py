@@ -175,6 +175,11 @@ class Flat:
     def alias(self, buffer: Tensor, i: int) -> Tensor:
         return _alias(buffer, self.offsets[i], self.params[i])
 
+    def kept_of(self, buffer: Tensor, i: int) -> Tensor:
+        """A parameter's part of what is kept, in the memory order that it had at the last look."""
+        like = torch.empty_strided(self._shapes[i], self._strides[i], dtype=self.dtype, device="meta")
+        return _alias(buffer, self.offsets[i], like)
+
     def aliases(self, buffer: Tensor) -> list[Tensor]:
         """Per-parameter tensors over a flat buffer, in the shapes and memory orders of the parameters."""
         return [self.alias(buffer, i) for i in range(len(self.params))]
@@ -259,9 +264,7 @@ class Flat:
     def _reorder(self, i: int) -> None:
         """Bring what is kept for a parameter into its new memory order, e.g. after ``.to(memory_format=...)``."""
         p, offset = self.params[i], self.offsets[i]
-        if self.mask is not None:
-            bits = self._bits(i).as_strided(p.size(), self._strides[i])
-            self.set_mask(i, bits)
+        bits = None if self.mask is None else self.mask_of(i)
         for name, buffer in (("saved", self.saved), ("ema", self.ema), ("v", self.v), *self.state.items()):
             if buffer is None or name == "step":
                 continue
@@ -270,6 +273,9 @@ class Flat:
             for view in self._bound[-1] if self._bound else ():
                 if view.data_ptr() == buffer[offset:].data_ptr() and view.shape == p.shape:
                     view.as_strided_(p.size(), p.stride())
+        self._strides[i] = p.stride()
+        if bits is not None:
+            self.set_mask(i, bits)
 
     def collect_grads(self, *, clear: bool) -> Gradients:
         """Every ``p.grad``, dense and in the memory order of its parameter, and the indices that have none.
@@ -331,7 +337,7 @@ class Flat:
         if self.v is None:
             self.check_not_capturing("the method's direction")
             self.v = self.new_buffer()
-            self.v_parts = self.aliases(self.v)
+            self.v_parts = [self.kept_of(self.v, i) for i in range(len(self.params))]
         else:
             self.v.zero_()
 
@@ -342,15 +348,15 @@ class Flat:
 
     def mask_of(self, i: int) -> Tensor:
         """A parameter's part of the mask, as bools in its shape and memory order."""
-        return self._bits(i).as_strided(self.params[i].size(), self.params[i].stride())
+        return self._bits(i).as_strided(self._shapes[i], self._strides[i])
 
     def set_mask(self, i: int, bits: Tensor) -> None:
         """``bits``: bools in the shape of the parameter."""
-        p = self.params[i]
         if self.mask is None:
             self.mask = torch.zeros(self.size // 8, dtype=torch.uint8, device=self.device)
-        padded = torch.zeros(_round_up(p.numel(), 8), dtype=torch.bool, device=self.device)
-        padded[: p.numel()].as_strided(p.size(), p.stride()).copy_(bits)
+        n = self.params[i].numel()
+        padded = torch.zeros(_round_up(n, 8), dtype=torch.bool, device=self.device)
+        padded[:n].as_strided(self._shapes[i], self._strides[i]).copy_(bits)
         self.mask[self.offsets[i] // 8 :][: len(padded) // 8] = masks.pack(padded)
 
     def begun(self) -> list[bool]:

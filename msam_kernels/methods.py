@@ -184,9 +184,8 @@ class StableSAM(SAM):
 class SparseSAM(SAM):
     """Sparse SAM: e is that of SAM where a mask is set, and 0 elsewhere; the norm is that of the whole gradient.
 
-    The mask holds the same number of elements at all times: the share 1 − ``sparsity`` of all parameters together. State:
-    one bit per element. The first perturbing step chooses it, by its own gradient or at random; ``opt.mask`` shows it and
-    takes another.
+    A mask holds the share 1 − ``sparsity`` of the elements of all parameters together. State: one bit per element. The first
+    perturbing step chooses one, by its own gradient or at random; ``opt.mask`` shows it and takes another.
 
     Args:
         sparsity: share of the elements that is not perturbed; 0 is SAM.
@@ -195,7 +194,7 @@ class SparseSAM(SAM):
             micro-batches, which are there anyway, are taken instead.
             "dynamic": every ``update_every`` steps, of the elements in the mask those with the smallest gradients make way
             for others, chosen at random; their share falls from ``drop_rate`` to 0 as a cosine over ``total_steps``.
-        update_every: steps that perturb from one mask to the next; None: only ``opt.update_mask`` chooses one.
+        update_every: steps from one mask to the next; None: only ``opt.update_mask`` chooses one.
         drop_rate: share of the mask that changes at first.
         total_steps: of the training; needed where ``mask`` is "dynamic".
         seed: of the random choices, which depend on it and the step alone.
@@ -242,7 +241,8 @@ class LookSAM(SAM):
 
     v is the direction of what SAM adds to the gradient: of ĝ − (g·ĝ / (‖g‖² + 1e-12))·g, averaged over the micro-batches of
     the last SAM step by size. It is kept as it was summed up, and normalised where it is used; one that is not finite is
-    left out. State: one buffer of the size of the parameters.
+    left out. Where ĝ is parallel to g, v is what rounding leaves and no direction. In a loop of ``passes()`` without
+    arguments, each use takes its own gradient for g. State: one buffer of the size of the parameters.
 
     Args:
         k: steps from one SAM step to the next; 1 is SAM.

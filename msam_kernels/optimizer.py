@@ -249,9 +249,10 @@ class MicroBatchSAM(Optimizer):
         self._kind = _BASE
         self._perturbed = False
         self._scores: list[Sequence[Tensor]] | None = None  # of the step under way, from which a mask is chosen
+        self._mask_is_new = False  # the first one, which the step under way chose for itself
         self._grad_norm_sq: Tensor | None = None  # of the micro-batch under way: g·g
         self._v_norm_sq: Tensor | None = None  # at the same address for good: captured graphs read it
-        self._v_step = -1  # whose v it is
+        self._v_step: int | None = -1  # whose v it is; None while a loop adds to it
         self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, p.grad, or []
         self._norms_sq: list[Tensor] = []
         self._achieved_sq: list[list[Tensor]] = []
@@ -421,7 +422,7 @@ class MicroBatchSAM(Optimizer):
             where = [(i, index[id(p)]) for i, p in enumerate(flat.params)]
             if flat.ema is not None:
                 begun = flat.begun()
-                kept["ema"].update({at: flat.alias(flat.ema, i) for i, at in where if begun[i]})
+                kept["ema"].update({at: flat.kept_of(flat.ema, i) for i, at in where if begun[i]})
             if flat.v is not None:
                 kept["v"].update({at: flat.v_parts[i] for i, at in where})
             if flat.mask is not None:
@@ -444,7 +445,7 @@ class MicroBatchSAM(Optimizer):
             if ema:
                 flat.start_ema()
                 for i, t in ema.items():
-                    flat.alias(flat.ema, i).copy_(t)
+                    flat.kept_of(flat.ema, i).copy_(t)
             else:
                 flat.ema = None
             if v:
@@ -617,11 +618,11 @@ class MicroBatchSAM(Optimizer):
         self._mask_step = self.steps
 
     def update_mask(self, loss_fn: Callable[..., Tensor], *samples: Any) -> None:
-        """Choose Sparse SAM's mask from the gradients of single samples: by their sum of squares, the Fisher information.
+        """Choose Sparse SAM's mask by the sum of squares of the gradients of single samples, the Fisher information.
 
-        One forward and backward per sample, without perturbation. Weights, gradients, and with ``model=`` its running
-        statistics, stay what they are. Layers that need more than one sample (BatchNorm in training) are the caller's to
-        switch: ``model.eval()``.
+        A mask that is "dynamic" drops and regrows by it. One forward and backward per sample, without perturbation. Weights,
+        gradients, and with ``model=`` its running statistics, stay what they are. Layers that need more than one sample
+        (BatchNorm in training) are the caller's to switch: ``model.eval()``.
 
         Args:
             loss_fn: as in ``train_step``; it is given batches of one sample.
@@ -636,6 +637,8 @@ class MicroBatchSAM(Optimizer):
         if not samples:
             raise ValueError("update_mask needs samples: update_mask(loss_fn, x, y)")
         closures = self._micro_batches(loss_fn, samples, lambda count: [1] * count)
+        if not closures:
+            raise ValueError("the batch has no samples")
         with self._step_under_way():
             for closure in closures:
                 self._freeze_statistics()
@@ -780,10 +783,16 @@ class MicroBatchSAM(Optimizer):
         if self._before is not None:
             for flat, grads in zip(self._flats, self._before, strict=True):
                 flat.set_grads(grads)
+        self._drop_new_mask()
+        if self._v_step is None:  # what there is of it is used until the next one, which does not add to it
+            self._v_step = -1
+            if not any(flat.is_capturing() for flat in self._flats):
+                self._measure_v()
         self._end_step()
 
     def _end_step(self) -> None:
         self._before = self._scores = self._grad_norm_sq = None
+        self._mask_is_new = False
         for flat in self._flats:
             flat.acc, flat.acc_absent, flat.kept = None, (), []
 
@@ -916,6 +925,7 @@ class MicroBatchSAM(Optimizer):
                     flat.kept = []
         if perturbations and method.keeps_v:
             self._measure_v()
+            self._v_step = self.steps
         if self._scores_wanted:
             self._end_masks()
 
@@ -973,10 +983,11 @@ class MicroBatchSAM(Optimizer):
             )
             for group in self.param_groups
         ]
-        rho_min = _rho_at(self.method.rho_min, self.steps)
-        if rho_min is not None:
+        opposite = []
+        if self.method.rho_min is not None:
+            rho_min = _rho_at(self.method.rho_min, self.steps)
             _check_rho(rho_min, "rho_min")
-        opposite = [] if rho_min is None else [(-float(rho_min) if row[0] else 0.0,) for row in rows]
+            opposite = [(-float(rho_min) if row[0] else 0.0,) for row in rows]
         if (rows, opposite) != self._rows:
             for row in rows:
                 _check_rho(row[0])
@@ -1018,6 +1029,7 @@ class MicroBatchSAM(Optimizer):
             self._add_scores(collected)
             if any(flat.mask is None for flat in self._flats):
                 self._choose_mask(method.sparse, self.steps)
+                self._mask_is_new = True
         calls = []
         for flat, (grads, absent) in collected:
             saved = flat.saved if flat.save(absent, again=first) else None
@@ -1052,7 +1064,7 @@ class MicroBatchSAM(Optimizer):
 
     def _masked_and_averaged(self, flat: Flat, *, last: bool) -> dict[str, Any]:
         """A perturbation's options beside the direction: its mask, and for a micro-batch's last one the EMA's decay."""
-        options = {} if flat.mask is None else {"mask": flat.mask}
+        options = {} if self.method.sparse is None else {"mask": flat.mask}  # another method's may have been loaded
         if last and self.method.ema_decay is not None:
             options["lmbda"] = self.method.ema_decay
         return options
@@ -1133,7 +1145,7 @@ class MicroBatchSAM(Optimizer):
                 c_acc=0.0 if fresh else 1.0,
                 c=share,
             )
-        self._v_step = self.steps
+        self._v_step = None
 
     def _measure_v(self) -> None:
         if any(flat.v is None for flat in self._flats):
@@ -1190,11 +1202,14 @@ class MicroBatchSAM(Optimizer):
     def _end_masks(self) -> None:
         """After the step's last micro-batch: the next step's mask, unless the gradients were not finite."""
         if not all(bool(terms.sum().isfinite()) for terms in self._norms_sq):
-            if self._mask_step == self.steps:  # it was made of them
-                for flat in self._flats:
-                    flat.mask = None
+            self._drop_new_mask()  # it was made of them
         elif self._mask_is_due():
             self._choose_mask(self.method.sparse, self.steps + 1)
+
+    def _drop_new_mask(self) -> None:
+        if self._mask_is_new:
+            for flat in self._flats:
+                flat.mask = None
 
     # -- descent --------------------------------------------------------------------------------------------------------
 

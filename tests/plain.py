@@ -83,7 +83,7 @@ class PlainSAM:
         for p in rho:
             p.grad = None
         self.steps += 1
-        if self.sparse and self.steps - self.mask_step >= self.sparse.update_every:
+        if self.sparse and looks and self.steps - self.mask_step >= self.sparse.update_every:
             self._choose_mask(rho, self.steps)
 
     @torch.no_grad()

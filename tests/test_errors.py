@@ -648,3 +648,89 @@ def test_the_state_of_another_kind_of_optimizer_is_not_mixed_up():
     theirs.step()
     for a, b in zip(actual.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+dynamic = {"mask": "dynamic", "total_steps": 9}
+# method, arguments, what the message says
+BAD_METHODS = {
+    "sparsity below 0": (
+        methods.SparseSAM,
+        {"sparsity": -0.1},
+        "sparsity must be a finite number between 0 and 1, got -0.1",
+    ),
+    "sparsity above 1": (
+        methods.SparseSAM,
+        {"sparsity": 1.1},
+        "sparsity must be a finite number between 0 and 1, got 1.1",
+    ),
+    "sparsity nan": (methods.SparseSAM, {"sparsity": NAN}, "sparsity must be a finite number between 0 and 1, got nan"),
+    "sparsity text": (
+        methods.SparseSAM,
+        {"sparsity": "half"},
+        "sparsity must be a finite number between 0 and 1, got 'half'",
+    ),
+    "mask": (methods.SparseSAM, {"mask": "magic"}, "mask must be 'fisher' or 'dynamic', got 'magic'"),
+    "update_every 0": (methods.SparseSAM, {"update_every": 0}, "update_every must be a number of steps >= 1, got 0"),
+    "update_every 1.5": (
+        methods.SparseSAM,
+        {"update_every": 1.5},
+        "update_every must be a number of steps >= 1, got 1.5",
+    ),
+    "update_every True": (
+        methods.SparseSAM,
+        {"update_every": True},
+        "update_every must be a number of steps >= 1, got True",
+    ),
+    "no total_steps": (methods.SparseSAM, {"mask": "dynamic"}, "give total_steps, those of the training"),
+    "total_steps 0": (methods.SparseSAM, {"total_steps": 0}, "total_steps must be a number of steps >= 1, got 0"),
+    "total_steps 1.5": (
+        methods.SparseSAM,
+        {**dynamic, "total_steps": 1.5},
+        "total_steps must be a number of steps >= 1, got",
+    ),
+    "drop_rate": (
+        methods.SparseSAM,
+        {**dynamic, "drop_rate": 2},
+        "drop_rate must be a finite number between 0 and 1, got 2",
+    ),
+    "drop_rate nan": (
+        methods.SparseSAM,
+        {**dynamic, "drop_rate": NAN},
+        "drop_rate must be a finite number between 0 and 1",
+    ),
+    "seed": (methods.SparseSAM, {"seed": 1.5}, "seed must be an integer, got 1.5"),
+    "k 0": (methods.LookSAM, {"k": 0}, "k must be a number of steps >= 1, got 0"),
+    "k 2.5": (methods.LookSAM, {"k": 2.5}, "k must be a number of steps >= 1, got 2.5"),
+    "k True": (methods.LookSAM, {"k": True}, "k must be a number of steps >= 1, got True"),
+    "k None": (methods.LookSAM, {"k": None}, "k must be a number of steps >= 1, got None"),
+    **{
+        f"alpha {alpha} of {method.__name__}": (
+            method,
+            {"alpha": alpha},
+            f"alpha must be a finite number >= 0, got {alpha!r}",
+        )
+        for method in (methods.LookSAM, methods.GapSAM)
+        for alpha in (-1, -0.1, NAN, INF, "much")
+    },
+    **{
+        f"rho_min {rho_min}": (
+            methods.BilateralSAM,
+            {"rho_min": rho_min},
+            f"rho_min must be a finite number >= 0, got {rho_min!r}",
+        )
+        for rho_min in (-1, NAN, INF, "x", None)
+    },
+    **{
+        f"start of {method.__name__}": (method, {"start": -1}, "start must be a number of steps >= 0, got -1")
+        for method in (methods.StableSAM, methods.SparseSAM, methods.LookSAM, methods.BilateralSAM, methods.GapSAM)
+    },
+}
+
+
+@pytest.mark.parametrize("case", BAD_METHODS)
+def test_a_method_with_a_bad_argument_is_refused(case):
+    method, arguments, message = BAD_METHODS[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        method(**arguments)

@@ -359,6 +359,34 @@ def test_a_model_may_change_its_memory_format_during_training(back, base, way, b
 
 
 @pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
+@pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2", "Sparse SAM"])
+def test_what_is_kept_is_saved_and_loaded_rightly_where_no_step_came_after_the_change(method, flatten, backend):
+    """The memory format changed and the next step has not looked yet."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4)).double()
+    opt = MicroBatchSAM(
+        SGD(model.parameters(), lr=0.1, momentum=0.9), 0.1, method=METHODS[method], flatten=flatten, backend=backend
+    )
+    name = {"F-SAM": "ema", "LookSAM k=2": "v", "Sparse SAM": "mask"}[method]
+
+    def kept():
+        return [t.clone() for t in opt.state_dict()["msam"][name].values()]
+
+    WAYS["train_step"](opt, model, images())
+    expected = kept()
+    assert all(t.any() for t in expected)
+    model.to(memory_format=torch.channels_last)
+    assert all(map(torch.equal, kept(), expected))
+    state = opt.state_dict()
+    state["msam"] = {**state["msam"], name: {i: t.flip(0) for i, t in enumerate(expected)}}
+    opt.load_state_dict(state)
+    assert all(map(torch.equal, kept(), [t.flip(0) for t in expected]))
+    for seed in range(2):
+        model.to(memory_format=[torch.contiguous_format, torch.channels_last][seed])
+        opt.load_state_dict(opt.state_dict())
+        assert all(map(torch.equal, kept(), [t.flip(0) for t in expected]))
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
 def test_load_state_dict_of_the_model_is_followed(flatten, backend):
     expected, other = mlp(FLOAT64), mlp(FLOAT64, seed=3)
     actual = copy.deepcopy(expected)

@@ -1,23 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the methods do where their formulas have no usual value: zero, parallel and orthogonal gradients, alpha = 0."""
+"""What the methods do where formulas have no usual value, e.g. for zero gradients; and what they do together."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import itertools
 import math
+import operator
+import pickle
+import re
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import SGD
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, RMSprop
+from torch.utils._pytree import tree_leaves
 
 from msam_kernels import MicroBatchSAM, methods
-from plain import batch, loss_of, mlp, same_bits
+from msam_kernels.methods import (
+    SAM,
+    AdaptiveSAM,
+    BilateralSAM,
+    Composition,
+    FriendlySAM,
+    GapSAM,
+    LookSAM,
+    SparseSAM,
+    StableSAM,
+)
+from plain import (
+    METHODS,
+    WAYS,
+    PlainSAM,
+    Zoo,
+    assert_close,
+    batch,
+    closure_of,
+    images,
+    loss_of,
+    mlp,
+    same_bits,
+    split,
+    weights,
+)
 
-COMBINING = {"Stable SAM": methods.StableSAM(), "GSAM": methods.GapSAM(alpha=0.4)}
+COMBINING = {"Stable SAM": StableSAM(), "GSAM": GapSAM(alpha=0.4), "Bilateral": BilateralSAM(rho_min=0.05)}
+COMPOSITIONS = {
+    "Adaptive + Friendly": AdaptiveSAM() + FriendlySAM(sigma=0.5, lmbda=0.6),
+    "Adaptive + Sparse": AdaptiveSAM() + SparseSAM(sparsity=0.6, update_every=2),
+    "Adaptive + Stable": AdaptiveSAM(eta=0.1) + StableSAM(),
+    "Adaptive + GSAM": AdaptiveSAM() + GapSAM(),
+    "Friendly + GSAM": FriendlySAM() + GapSAM(alpha=0.3),
+    "Friendly + Bilateral": FriendlySAM(sigma=0.5) + BilateralSAM(rho_min=0.1),
+    "Friendly + LookSAM": FriendlySAM(sigma=0.5) + LookSAM(k=2),
+    "Friendly + Stable": FriendlySAM(sigma=0.5) + StableSAM(),
+    "GSAM + Stable": GapSAM() + StableSAM(),
+    "GSAM alpha=0 + Stable": GapSAM(alpha=0.0) + StableSAM(),
+    "GSAM alpha=0 + Sparse": GapSAM(alpha=0.0) + SparseSAM(sparsity=0.6),
+    "Bilateral + Stable": BilateralSAM(rho_min=0.1) + StableSAM(),
+    "Sparse + LookSAM": SparseSAM(sparsity=0.3, update_every=2) + LookSAM(k=2, alpha=0.3),
+    "Sparse + Bilateral": SparseSAM(sparsity=0.6) + BilateralSAM(rho_min=0.1),
+    "Friendly + Sparse + GSAM + Stable": (
+        FriendlySAM(sigma=0.5) + SparseSAM(sparsity=0.6, update_every=2) + GapSAM() + StableSAM()
+    ),
+    "Adaptive + Friendly + Sparse + Bilateral + Stable": (
+        AdaptiveSAM() + FriendlySAM(sigma=0.5) + SparseSAM(sparsity=0.4) + BilateralSAM() + StableSAM()
+    ),
+    "Adaptive + Friendly + Sparse + LookSAM": (
+        AdaptiveSAM() + FriendlySAM(sigma=0.5) + SparseSAM(sparsity=0.4, update_every=2) + LookSAM(k=3)
+    ),
+}
+
+
+def passes_of(method):
+    """Of a step that perturbs."""
+    return 2 if method.rho_min is None else 3
 
 
 def descents(method, pairs, dtype, backend, **options):
-    """What a step moved, per lr, after given gradients: ``pairs``: of each micro-batch (at w, at w + e)."""
+    """What a step moved, per lr, after given gradients: ``pairs``: of each micro-batch, one for each pass."""
     p = nn.Parameter(torch.zeros(len(pairs[0][0]), dtype=dtype))
     opt = MicroBatchSAM(SGD([p], lr=1.0), 0.1, method=method, num_micro_batches=len(pairs), backend=backend, **options)
     upcoming = iter([torch.tensor(g, dtype=dtype) for pair in pairs for g in pair])
@@ -29,7 +92,7 @@ def descents(method, pairs, dtype, backend, **options):
     return -p.detach()
 
 
-# method, gradient at w, gradient at w + e, what is used
+# method, gradient at w, gradient at w + e (and behind w), what is used
 EDGES = {
     "Stable, zero at w": ("Stable SAM", (0.0, 0.0), (3.0, 4.0), (0.0, 0.0)),
     "Stable, zero at w + e": ("Stable SAM", (3.0, 4.0), (0.0, 0.0), (0.0, 0.0)),
@@ -43,26 +106,38 @@ EDGES = {
     "GSAM, identical": ("GSAM", (3.0, 4.0), (3.0, 4.0), (3.0, 4.0)),
     "GSAM, opposite": ("GSAM", (3.0, 4.0), (-6.0, -8.0), (-6.0, -8.0)),
     "GSAM, orthogonal": ("GSAM", (3.0, 4.0), (-8.0, 6.0), (-9.2, 4.4)),
+    "Bilateral, zero at w": ("Bilateral", (0.0, 0.0), (3.0, 4.0), (0.0, 2.0), (3.0, -1.0)),
+    "Bilateral, zero at w + e": ("Bilateral", (1.0, 2.0), (0.0, 0.0), (0.0, 2.0), (1.0, 2.0)),
+    "Bilateral, zero behind": ("Bilateral", (1.0, 2.0), (3.0, 4.0), (0.0, 0.0), (4.0, 6.0)),
+    "Bilateral, zero but behind": ("Bilateral", (0.0, 0.0), (0.0, 0.0), (3.0, 4.0), (0.0, 0.0)),
+    "Bilateral, all zero": ("Bilateral", (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)),
+    "Bilateral, identical": ("Bilateral", (3.0, 4.0), (3.0, 4.0), (3.0, 4.0), (3.0, 4.0)),
+    "Bilateral, opposite": ("Bilateral", (3.0, 4.0), (6.0, 8.0), (-3.0, -4.0), (15.0, 20.0)),
+    "Bilateral, orthogonal": ("Bilateral", (3.0, 4.0), (6.0, 8.0), (-4.0, 3.0), (17.0, 6.0)),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("edge", EDGES)
 def test_a_descent_where_gradients_are_special(edge, dtype, backend):
-    method, at_w, at_e, used = EDGES[edge]
+    method, *passes, used = EDGES[edge]
     expected = torch.tensor(used, dtype=dtype)
-    actual = descents(COMBINING[method], [(at_w, at_e)], dtype, backend)
+    actual = descents(COMBINING[method], [passes], dtype, backend)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
     # Every micro-batch has a combination of its own.
-    both = descents(COMBINING[method], [(at_w, at_e), ((1.0, 0.0), (1.0, 0.0))], dtype, backend)
+    both = descents(COMBINING[method], [passes, [(1.0, 0.0)] * len(passes)], dtype, backend)
     torch.testing.assert_close(both, (expected + torch.tensor([1.0, 0.0], dtype=dtype)) / 2, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("method", COMBINING)
-def test_a_gradient_that_is_not_finite_shows_in_the_descent(method, value, backend):
-    for pair in (((value, 1.0), (1.0, 1.0)), ((1.0, 1.0), (value, 1.0))):
-        assert not descents(COMBINING[method], [pair], torch.float32, backend).isfinite().all()
+@pytest.mark.parametrize("method", [*METHODS, *COMPOSITIONS])
+def test_a_gradient_that_is_not_finite_shows_in_the_descent(method, backend):
+    method = {**METHODS, **COMPOSITIONS}[method]
+    count = passes_of(method)
+    for wrong, value in itertools.product(range(2 * count), (math.nan, -math.inf)):
+        passes = [(value, 1.0) if i == wrong else (1.0, 1.0) for i in range(2 * count)]
+        if wrong < count:
+            assert not descents(method, [passes[:count]], torch.float32, backend).isfinite().all()
+        assert not descents(method, [passes[:count], passes[count:]], torch.float32, backend).isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
@@ -77,19 +152,376 @@ def test_gap_sam_with_alpha_zero_is_sam_bit_for_bit(count, backend):
     assert same_bits(*trained)
 
 
-@pytest.mark.parametrize("method", COMBINING)
-def test_the_gradients_at_w_are_kept_no_longer_than_the_step(method, backend):
+def holders(thing):
+    """The attributes with numbers in them that grow with the model, bits left out."""
+    return {
+        name
+        for name, value in vars(thing).items()
+        if any(isinstance(t, Tensor) and t.is_floating_point() and t.numel() >= 10 for t in tree_leaves(value))
+    }
+
+
+@pytest.mark.parametrize("method", [*METHODS, *COMPOSITIONS])
+def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, backend):
+    method = {**METHODS, **COMPOSITIONS}[method]
     model = mlp()
-    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=COMBINING[method], backend=backend)
+    opt = MicroBatchSAM(AdamW(model.parameters()), method=method, num_micro_batches=2, backend=backend)
+
+    def only_what_is_named():
+        (flat,) = opt._flats
+        expected = {"params", "_weights", "saved"} | ({"state", "_bound"} if opt.steps else set())
+        expected |= {"ema"} if method.ema_decay is not None else set()
+        expected |= {"v", "v_parts"} if method.look else set()
+        assert flat.kept == []
+        assert flat.acc is opt._scores is opt._before is opt._grad_norm_sq is None
+        assert holders(flat) == expected
+        assert holders(opt) == set()
+
+    loops = 2 * passes_of(method)
+    for stop in (loops - 1, None, 1, 2, 0):
+        for i, part in enumerate(opt.passes(*batch())):
+            loss_of(model, *part).backward()
+            if i == stop:
+                break
+        if stop is None:
+            opt.step()
+            opt.steps = method.look.k if method.look else 1  # LookSAM perturbs there again
+        opt.zero_grad()
+        only_what_is_named()
     opt.train_step(lambda x, y: loss_of(model, x, y), *batch())
-    assert all(flat.kept == [] for flat in opt._flats)
-    for part in opt.passes(*batch()):
+    only_what_is_named()
+    calls = iter(range(9))
+
+    def closure():
+        loss_of(model, *batch()).backward()
+        if next(calls) == 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        opt.step([closure, closure])
+    only_what_is_named()
+
+
+# ---- LookSAM ---------------------------------------------------------------------------------------------------------
+
+# of a step that perturbs: gradient at w, gradient at w + e; of the step after: its gradient, what is used
+LOOKS = {
+    "zero at w": ((0.0, 0.0), (3.0, 4.0), (0.0, 10.0), (3.0, 14.0)),
+    "zero at w + e": ((3.0, 4.0), (0.0, 0.0), (0.0, 10.0), (0.0, 10.0)),
+    "both zero": ((0.0, 0.0), (0.0, 0.0), (0.0, 10.0), (0.0, 10.0)),
+    "orthogonal": ((3.0, 4.0), (-8.0, 6.0), (0.0, 10.0), (-4.0, 13.0)),
+    "oblique": ((3.0, 0.0), (5.0, -2.0), (0.0, 10.0), (0.0, 5.0)),
+    "zero after": ((3.0, 4.0), (-8.0, 6.0), (0.0, 0.0), (0.0, 0.0)),
+    "opposite after": ((3.0, 0.0), (5.0, -2.0), (0.0, 2.0), (0.0, 1.0)),
+}
+
+
+class Given:
+    """A parameter whose gradients are given, and what each step moved it by, per lr."""
+
+    def __init__(self, method, dtype, backend, count=1, size=2):
+        self.p = nn.Parameter(torch.zeros(size, dtype=dtype))
+        self.opt = MicroBatchSAM(SGD([self.p], lr=1.0), 0.1, method=method, num_micro_batches=count, backend=backend)
+
+    def step(self, *grads):
+        upcoming = iter(grads)
+
+        def closure():
+            self.p.grad = torch.tensor(next(upcoming), dtype=self.p.dtype)
+
+        before = self.p.detach().clone()
+        self.opt.step([closure] * self.opt.num_micro_batches)
+        assert list(upcoming) == []
+        return before - self.p.detach()
+
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+
+
+@each_dtype
+@pytest.mark.parametrize("edge", LOOKS)
+def test_a_step_between_where_gradients_are_special(edge, dtype, backend):
+    at_w, at_e, after, used = LOOKS[edge]
+    run = Given(LookSAM(k=3, alpha=0.5), dtype, backend)
+    torch.testing.assert_close(run.step(at_w, at_e), torch.tensor(at_e, dtype=dtype))
+    for _ in range(2):  # the same v
+        torch.testing.assert_close(run.step(after), torch.tensor(used, dtype=dtype), rtol=1e-6, atol=1e-6)
+
+
+@each_dtype
+@pytest.mark.parametrize("factor", [1.0, -2.0], ids=["identical", "opposite"])
+def test_where_sam_adds_nothing_the_step_between_stays_bounded(factor, dtype, backend):
+    """v is then rounding, whose direction means nothing: but its length is alpha·‖g‖ at most."""
+    run = Given(LookSAM(k=2, alpha=0.5), dtype, backend)
+    run.step((3.0, 4.0), (3.0 * factor, 4.0 * factor))
+    assert (run.step((0.0, 10.0)) - torch.tensor([0.0, 10.0])).norm() <= 5.001
+
+
+def test_v_is_the_mean_over_micro_batches(backend):
+    run = Given(LookSAM(k=2, alpha=0.5), torch.float64, backend, count=2)
+    run.step((1.0, 0.0), (7.0, 3.0), (0.0, 2.0), (4.0, 1.0))  # v: the mean of (0, 3) and (4, 0)
+    expected = torch.tensor([3.0, 4.0], dtype=torch.float64) + 0.5 * 5 * torch.tensor([0.8, 0.6], dtype=torch.float64)
+    torch.testing.assert_close(run.step((2.0, 8.0), (4.0, 0.0)), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one micro-batch", "two micro-batches"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("wrong", [0, 1], ids=["at w", "at w + e"])
+def test_after_a_v_that_is_not_finite_steps_between_are_plain(wrong, value, count, backend):
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=LookSAM(k=3), num_micro_batches=count, backend=backend)
+    for turn, part in enumerate(opt.passes(*batch(6))):
+        (loss_of(model, *part) * (value if turn == wrong else 1)).backward()
+    opt.zero_grad()  # the weights are not to follow it, but the step counts
+    opt.step()
+    for seed in range(2):
+        data = batch(6, seed=seed)
+        for part in opt.passes(*data):
+            loss_of(model, *part).backward()
+        plain = [torch.zeros_like(p) for p in model.parameters()]
+        for part in split(data, [6 // count] * count):
+            grads = torch.autograd.grad(loss_of(model, *part), list(model.parameters()))
+            plain = [t + g / count for t, g in zip(plain, grads, strict=True)]
+        assert same_bits([p.grad for p in model.parameters()], plain)
+        opt.step()
+        opt.zero_grad()
+    WAYS["train_step"](opt, model, batch(6))
+    assert all(flat.v.isfinite().all() for flat in opt._flats), "the next step that perturbs finds a new one"
+
+
+def test_a_loop_that_was_given_up_does_not_count_twice_in_v(backend):
+    """Its own loops over one batch add up, where gradients were there before; what a break left behind does not."""
+    trained = []
+    for stop in (0, 2, 3):
+        model = mlp(torch.float64)
+        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=LookSAM(k=2), num_micro_batches=2, backend=backend)
+        data = batch(6, torch.float64)
+        loss_of(model, *data).backward()
+        for last in (stop, None):
+            for i, part in enumerate(opt.passes(*data)):
+                if i == last:
+                    break
+                loss_of(model, *part).backward()
+        opt.step()
+        opt.zero_grad()
+        opt.train_step(lambda x, y, model=model: loss_of(model, x, y), *data)
+        trained.append(weights(model))
+    assert same_bits(trained[0], trained[1])
+    assert same_bits(trained[0], trained[2])
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_step_after_a_loop_that_was_given_up_is_finite(stop, backend):
+    """As where the user leaves the loop at a bad loss, and calls step() all the same."""
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=LookSAM(k=3), num_micro_batches=2, backend=backend)
+    for i, part in enumerate(opt.passes(*batch(6))):
+        if i == stop:
+            break
         loss_of(model, *part).backward()
-        break
-    assert all(flat.kept == [] for flat in opt._flats)
+    opt.zero_grad()
+    opt.step()
+    for seed in range(3):
+        data = batch(6, seed=seed)
+        before = weights(model)
+        model_grads = torch.autograd.grad(loss_of(model, *data), list(model.parameters()))
+        opt.train_step(lambda x, y: loss_of(model, x, y), *data)
+        moved = torch.cat([(p - q).view(-1) for p, q in zip(weights(model), before, strict=True)]).norm()
+        length = torch.cat([g.view(-1) for g in model_grads]).norm()
+        assert 0 < moved <= 0.1 * 1.71 * length, "g + alpha·‖g‖·v, with v of length 1"
 
 
-@pytest.mark.parametrize("alpha", [-0.1, math.nan, math.inf, "much"])
-def test_a_bad_alpha_is_refused(alpha):
-    with pytest.raises(ValueError, match="alpha must be a finite number >= 0, got"):
-        methods.GapSAM(alpha=alpha)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("base", ["SGD", "RMSprop"])
+def test_looksam_with_k_1_is_sam_bit_for_bit(base, way, backend):
+    assert same_bits(*(trained(method, base, way, backend, 4) for method in (SAM(), LookSAM(k=1))))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("base", ["SGD", "RMSprop"])
+def test_looksam_with_alpha_0_has_the_base_optimizer_between(base, way, backend):
+    assert same_bits(
+        trained(LookSAM(k=3, alpha=0.0), base, way, backend, 7),
+        trained(SAM(), base, way, backend, 7, enabled=lambda step: step % 3 == 0),
+    )
+
+
+def trained(method, base, way, backend, steps, enabled=lambda step: True):
+    """The weights after some steps on small batches."""
+    model = mlp()
+    bases = {
+        "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9),
+        "RMSprop": lambda params: RMSprop(params, lr=0.01),
+    }
+    opt = MicroBatchSAM(bases[base](model.parameters()), 0.2, method=method, num_micro_batches=2, backend=backend)
+    for step in range(steps):
+        opt.enabled = enabled(step)
+        WAYS[way](opt, model, batch(6, seed=step))
+    return list(model.parameters())
+
+
+# ---- gradients in some passes only -----------------------------------------------------------------------------------
+
+THREE_PASSES = {
+    # All three passes of one step, or of LookSAM two steps: one that perturbs and one between.
+    "Bilateral": BilateralSAM(rho_min=0.1),
+    "Bilateral + Stable": BilateralSAM(rho_min=0.1) + StableSAM(),
+    "LookSAM": LookSAM(k=2),
+    "Friendly + LookSAM": FriendlySAM(sigma=0.5) + LookSAM(k=2),
+}
+
+
+@pytest.mark.parametrize("way", ["passes", "train_step"])
+@pytest.mark.parametrize("there", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("name", THREE_PASSES)
+def test_a_parameter_may_get_a_gradient_in_some_of_three_passes(name, there, way, backend):
+    expected = Zoo(uses=lambda call: call % 3 in there)
+    actual = copy.deepcopy(expected)
+    theirs = PlainSAM(SGD(expected.groups(), lr=0.1, momentum=0.9), method=THREE_PASSES[name])
+    ours = MicroBatchSAM(SGD(actual.groups(), lr=0.1, momentum=0.9), method=THREE_PASSES[name], backend=backend)
+    for step in range(5):
+        data = images(4, seed=step)
+        WAYS[way](ours, actual, data)
+        theirs.step([closure_of(expected, data)])
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("there", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("name", THREE_PASSES)
+def test_weights_come_back_wherever_gradients_are(name, there, backend):
+    model = Zoo(uses=lambda call: call % 3 in there)
+    opt = MicroBatchSAM(SGD(model.groups(), lr=0.1), method=THREE_PASSES[name], num_micro_batches=2, backend=backend)
+    for step in range(4):
+        before = weights(model)
+        for part in opt.passes(*images(5, seed=step)):
+            loss_of(model, *part).backward()
+        assert same_bits(model.parameters(), before)
+        opt.step()
+        opt.zero_grad()
+
+
+# ---- several methods at once -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("base", "way"), [("SGD", "train_step"), ("SGD", "passes"), ("RMSprop", "train_step")])
+@pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_methods_that_add_up_follow_the_plain_loops(name, base, count, way, backend):
+    bases = {
+        "SGD": lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
+        "RMSprop": lambda groups: RMSprop(groups, lr=0.01),
+    }
+    expected = Zoo()
+    actual = copy.deepcopy(expected)
+    theirs = PlainSAM(bases[base](expected.groups()), method=COMPOSITIONS[name])
+    ours = MicroBatchSAM(
+        bases[base](actual.groups()), method=COMPOSITIONS[name], num_micro_batches=count, backend=backend
+    )
+    for step in range(4):
+        data = images(2 * count, seed=step)
+        WAYS[way](ours, actual, data)
+        theirs.step([closure_of(expected, part) for part in split(data, [2] * count)])
+        assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_the_order_of_methods_makes_no_difference(name, backend):
+    parts = COMPOSITIONS[name].parts
+    orders = list(itertools.permutations(parts))[:: max(1, math.factorial(len(parts)) // 6)]
+    first, *others = (
+        trained(functools.reduce(operator.add, order), "SGD", "train_step", backend, 4) for order in orders
+    )
+    assert others
+    for other in others:
+        assert same_bits(first, other)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *COMPOSITIONS])
+def test_sam_adds_nothing(name):
+    method = {**METHODS, **COMPOSITIONS}[name]
+    assert SAM() + method == method == method + SAM()
+    late = dataclasses.replace(method, start=7)
+    assert late != method
+    assert SAM(start=7) + method == late == method + SAM(start=7)
+
+
+def test_sums_of_sums_are_flat():
+    a, b, c, d = FriendlySAM(), StableSAM(), SparseSAM(), GapSAM()
+    assert ((a + b) + (c + d)).parts == (a + (b + (c + d))).parts == (((a + b) + c) + d).parts == (a, b, c, d)
+    assert SAM() + SAM() == SAM()
+    assert type(SAM() + SAM()) is SAM
+
+
+def test_one_start_is_that_of_all():
+    for sum_ in (
+        FriendlySAM(start=5) + StableSAM(),
+        FriendlySAM() + StableSAM(start=5),
+        FriendlySAM(start=5) + StableSAM(start=5),
+        SAM(start=5) + (FriendlySAM() + StableSAM()),
+        (FriendlySAM(start=5) + SAM()) + StableSAM(),
+    ):
+        assert sum_.start == 5
+        assert sum_.parts == (FriendlySAM(), StableSAM())
+        assert (sum_ + GapSAM()).start == 5
+    with pytest.raises(ValueError, match=r"start at different steps: give one start, to either"):
+        FriendlySAM(start=5) + StableSAM(start=6)
+    with pytest.raises(ValueError, match=r"start at different steps"):
+        (FriendlySAM() + StableSAM(start=6)) + GapSAM(start=5)
+
+
+# what is added, and what the message names
+REFUSED = {
+    "GSAM and Bilateral": ([GapSAM(), BilateralSAM()], r"GapSAM.* and BilateralSAM.* each say which gradients"),
+    "LookSAM and GSAM": ([LookSAM(), GapSAM()], r"LookSAM.* and GapSAM.* each say which gradients"),
+    "LookSAM and Bilateral": ([LookSAM(), BilateralSAM()], r"LookSAM.* and BilateralSAM.* each say which"),
+    "LookSAM and GSAM alpha=0": ([LookSAM(), GapSAM(alpha=0.0)], r"LookSAM.* and GapSAM.* each say which"),
+    "further away": ([GapSAM(), StableSAM(), SparseSAM(), LookSAM()], r"GapSAM.* and LookSAM.* each say which"),
+    "LookSAM and Stable": ([LookSAM(), StableSAM()], r"LookSAM.* sets the length .* StableSAM would set it again"),
+    "Stable and LookSAM": ([StableSAM(), LookSAM()], r"LookSAM.* sets the length .* StableSAM would set it again"),
+    "Stable, further away": ([StableSAM(), FriendlySAM(), LookSAM()], r"LookSAM.* StableSAM would set it again"),
+    "Friendly twice": ([FriendlySAM(), FriendlySAM(sigma=0.5)], "has FriendlySAM 2 times: take one of them"),
+    "Sparse twice": ([SparseSAM(), StableSAM(), SparseSAM()], "has SparseSAM 2 times: take one of them"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_methods_that_contradict_each_other_are_refused(case):
+    added, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        functools.reduce(operator.add, added)
+    with pytest.raises(ValueError, match="take one of them"):
+        Composition(tuple(added))
+
+
+@pytest.mark.parametrize("other", [0.5, None, "SAM", FriendlySAM], ids=str)
+def test_only_methods_add_up(other):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        FriendlySAM() + other
+    with pytest.raises(TypeError):  # in the other's words
+        other + (FriendlySAM() + StableSAM())
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("name", [*METHODS, *COMPOSITIONS])
+def test_a_method_is_a_value(name, start):
+    method = dataclasses.replace({**METHODS, **COMPOSITIONS}[name], start=start)
+    assert method.start == start
+    for twin in (copy.copy(method), copy.deepcopy(method), pickle.loads(pickle.dumps(method)), method + SAM()):
+        assert twin == method
+        assert hash(twin) == hash(method)
+        assert type(twin) is type(method)
+        assert repr(twin) == repr(method)
+    code, late, step = repr(method).partition(" from step ")
+    again = eval(code, vars(methods))
+    assert dataclasses.replace(again, start=int(step)) == method if late else again == method
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.start = 9
+
+
+def test_a_sum_reads_as_it_was_written():
+    method = StableSAM() + FriendlySAM(sigma=0.5)
+    assert repr(method) == f"{StableSAM()!r} + {FriendlySAM(sigma=0.5)!r}"
+    assert repr(dataclasses.replace(method, start=3)) == repr(method) + " from step 3"
+    assert re.search(
+        r"method=StableSAM\(.*\) \+ FriendlySAM\(", repr(MicroBatchSAM(SGD(mlp().parameters()), method=method))
+    )

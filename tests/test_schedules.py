@@ -23,6 +23,9 @@ METHODS = {
     "SAM": methods.SAM,
     "ASAM": methods.AdaptiveSAM,
     "F-SAM": methods.FriendlySAM,
+    "Stable SAM": methods.StableSAM,
+    "GSAM": methods.GapSAM,
+    "Sparse SAM": methods.SparseSAM,
 }
 COUNT = 3
 
@@ -231,3 +234,103 @@ def test_a_function_that_goes_wrong_is_refused_before_anything_changes(value, ba
 def test_a_start_that_is_no_number_of_steps_is_refused(method, start):
     with pytest.raises(ValueError, match="start must be a number of steps >= 0, got"):
         METHODS[method](start=start)
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+@each_way
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_looksam_takes_one_pass_more_every_kth_step(k, way, backend):
+    run = Counted(method=methods.LookSAM(k=k), backend=backend)
+    taken = [run.step(way, batch(seed=seed)) for seed in range(2 * k)]
+    assert taken == 2 * [2 * COUNT, *[COUNT] * (k - 1)]
+    assert sum(taken) == 2 * k * COUNT * (1 + 1 / k)
+
+
+@each_way
+def test_looksam_counts_from_its_start(way, backend):
+    run = Counted(method=methods.LookSAM(k=3, start=2), backend=backend)
+    expected = [COUNT, COUNT, 2 * COUNT, COUNT, COUNT, 2 * COUNT, COUNT]
+    assert [run.step(way, batch(seed=seed)) for seed in range(7)] == expected
+
+
+@each_way
+@pytest.mark.parametrize("other", [None, methods.StableSAM(), methods.FriendlySAM()], ids=["alone", "Stable", "F-SAM"])
+def test_bilateral_sam_takes_three_passes(other, way, backend):
+    method = methods.BilateralSAM(start=1)
+    run = Counted(method=method if other is None else method + other, backend=backend)
+    assert [run.step(way, batch(seed=seed)) for seed in range(3)] == [COUNT, 3 * COUNT, 3 * COUNT]
+
+
+# k and alpha, when the method is enabled, and the passes that follow
+SWITCHED = {
+    "off between": ((2, 0.5), [1, 0, 1, 1], [2, 1, 2, 1]),
+    "off in the step that perturbs, v is the last one": ((2, 0.5), [1, 1, 0, 1], [2, 1, 1, 1]),
+    "off at first: there is no v to use": ((3, 0.5), [0, 1, 1, 1, 1], [1, 2, 1, 2, 1]),
+    "off at first, and none is needed": ((3, 0.0), [0, 1, 1, 1, 1], [1, 1, 1, 2, 1]),
+}
+
+
+@each_way
+@pytest.mark.parametrize("case", SWITCHED)
+def test_looksam_can_be_switched_off_and_on(case, way, backend):
+    (k, alpha), enabled, expected = SWITCHED[case]
+    run = Counted(method=methods.LookSAM(k=k, alpha=alpha), backend=backend)
+    for step, (on, count) in enumerate(zip(enabled, expected, strict=True)):
+        run.opt.enabled = bool(on)
+        model, base = copy.deepcopy((run.model, run.opt.base_optimizer))
+        assert run.step(way, batch(seed=step)) == count * COUNT
+        if on:
+            continue
+        sizes = [3, 2, 2]
+        shares = [1 / 3] * 3 if way == "closures" else [n / 7 for n in sizes]
+        for part, share in zip(split(batch(seed=step), sizes), shares, strict=True):
+            (share * loss_of(model, *part)).backward()
+        base.step()
+        for p, q in zip(run.model.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+# ---- rho_min ---------------------------------------------------------------------------------------------------------
+
+
+def test_rho_min_may_be_a_function_of_the_step(backend):
+    model = mlp(torch.float64)
+    method = methods.BilateralSAM(rho_min=lambda step: 0.1 / (1 + step)) + methods.FriendlySAM(sigma=0.0)
+    base = SGD([{"params": model[0].parameters()}, {"params": model[2].parameters(), "rho": 0.0}], lr=0.1)
+    opt = MicroBatchSAM(base, rho=lambda step: 0.2 + step, method=method, backend=backend)
+    for step in range(4):
+        before = torch.cat([p.view(-1) for p in weights(model)])
+        moved = []
+        for part in opt.passes(*batch(dtype=torch.float64)):
+            loss_of(model, *part).backward()
+            moved.append(torch.cat([p.view(-1) for p in weights(model)]) - before)
+        assert not moved[0].any()
+        torch.testing.assert_close(moved[2] / (0.1 / (1 + step)), -moved[1] / (0.2 + step), rtol=1e-9, atol=1e-12)
+        assert moved[1][:20].all()
+        assert not moved[1][20:].any(), "a group whose rho is 0"
+        assert not moved[2][20:].any()
+        opt.step()
+        opt.zero_grad()
+
+
+@each_way
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "large", None])
+def test_a_rho_min_that_goes_wrong_is_refused_before_anything_changes(value, way, backend):
+    method = methods.BilateralSAM(rho_min=lambda step: value if step == 2 else 0.1)
+    run = Counted(method=method, backend=backend)
+    for _ in range(2):
+        run.step(way, batch())
+    before, state = weights(run.model), copy.deepcopy(run.opt.state_dict())
+    with pytest.raises(ValueError, match="rho_min must be a finite number >= 0, got"):
+        run.step(way, batch())
+    assert same_bits(run.model.parameters(), before)
+    assert run.opt.steps == 2
+    now = run.opt.state_dict()
+    assert now["param_groups"] == state["param_groups"]
+    for i, entry in state["state"].items():
+        assert same_bits([now["state"][i]["momentum_buffer"]], [entry["momentum_buffer"]])
+    run.opt.enabled = False
+    run.opt.steps = 3
+    run.step(way, batch())
