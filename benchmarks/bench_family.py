@@ -363,14 +363,7 @@ def main(argv=None) -> int:
             results.write(args.csv)
     bar.close()
     print_results(results)
-    results.facts["others_cpu_share"] = round(others.share(), 3)
-    if results.facts["others_cpu_share"] > 0.05:
-        print(
-            f"Other processes took {results.facts['others_cpu_share']:.0%} of the processors meanwhile: run again alone."
-        )
-    if args.csv:
-        results.write(args.csv)
-        print(f"measurements: {args.csv}")
+    measure.conclude(results, others, args.csv)
     return 0
 
 
