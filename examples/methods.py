@@ -7,7 +7,10 @@
 Every method gets the same number of epochs, not of passes, and, seed by seed, the same initial weights and batches.
 
 How the settings were found: learning rate, weight decay and the rho of SAM, mSAM and F-SAM are those of demo.py. For the
-others rho was chosen by a small pilot: PILOT
+others rho was chosen by a small pilot: the best of 0.1, 0.2, 0.3, 0.4 and 0.6 (ASAM: of 0.2, 0.3, 0.5, 1, 2, 3 and 4) by the
+mean accuracy of two other seeds on 1,000 of the training samples, held out of the training. With its default alpha of 0.7
+LookSAM did not get beyond 44 % there: its alpha is the best of 0.1 and 0.3. All else is the default, and the test data had
+no say.
 """
 
 from __future__ import annotations
@@ -46,16 +49,16 @@ def family(steps: int) -> tuple[Contestant, ...]:
         Contestant("SGD"),
         Contestant("SAM", methods.SAM(), rho=(0.3,)),
         Contestant("mSAM", methods.SAM(), 4, rho=(0.4,)),
-        Contestant("ASAM", methods.AdaptiveSAM(), rho=(2.0,)),
+        Contestant("ASAM", methods.AdaptiveSAM(), rho=(0.5,)),
         Contestant("F-SAM", methods.FriendlySAM(), rho=(0.4,)),
-        Contestant("Stable SAM", methods.StableSAM(), rho=(0.3,)),
-        Contestant("Sparse SAM, Fisher", methods.SparseSAM(), rho=(0.3,)),
-        Contestant("Sparse SAM, dynamic", dynamic, rho=(0.3,)),
-        Contestant("LookSAM", methods.LookSAM(), rho=(0.3,)),
+        Contestant("Stable SAM", methods.StableSAM(), rho=(0.6,)),
+        Contestant("Sparse SAM, Fisher", methods.SparseSAM(), rho=(0.4,)),
+        Contestant("Sparse SAM, dynamic", dynamic, rho=(0.6,)),
+        Contestant("LookSAM", methods.LookSAM(alpha=0.1), rho=(0.4,)),
         Contestant("Bilateral SAM", methods.BilateralSAM(rho_min), rho=(0.3,)),
         Contestant("GSAM", methods.GapSAM(), rho=(0.3,)),
-        Contestant("late-phase SAM", methods.SAM(start=round(START * steps)), rho=(0.3,)),
-        Contestant("F-SAM + Sparse + Stable", composition, rho=(0.4,)),
+        Contestant("late-phase SAM", methods.SAM(start=round(START * steps)), rho=(0.6,)),
+        Contestant("F-SAM + Sparse + Stable", composition, rho=(0.6,)),
     )
 
 
