@@ -187,7 +187,7 @@ def draw(task: Task, rows: list[Row], path: Path) -> None:
     points = panel.scatter(xs, ys, sizes, [statistics.fmean(row.passes) for row in rows], **style)
     fig.colorbar(points, ax=panel, label="passes per micro-batch", shrink=0.6, ticks=[1, 1.5, 2, 2.5, 3])
     panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.margins(x=0.12, y=0.1)
@@ -195,45 +195,58 @@ def draw(task: Task, rows: list[Row], path: Path) -> None:
     panel.set_ylabel("test accuracy, %")
     panel.annotate("area: milliseconds of a step", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=9)
 
-    # Each label where it covers least of what is there: the points, and the labels before it.
+    # Each label where it covers least of what is there: points, error bars and the labels before it.
     canvas.draw()
-    centres = panel.transData.transform(list(zip(xs, ys, strict=True)))
+
+    def pixels(points: list) -> list:
+        return panel.transData.transform(points).tolist()
+
     scale = fig.dpi / 72
-    taken = []
-    for (x, y), size in zip(centres, sizes, strict=True):
-        radius = math.sqrt(size / math.pi) * scale
-        taken.append((x - radius, y - radius, x + radius, y + radius))
+    centres, radii = pixels(list(zip(xs, ys, strict=True))), [math.sqrt(size / math.pi) * scale for size in sizes]
+    taken = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)]
+    for x, y, (dy, dx) in zip(xs, ys, spreads, strict=True):
+        (left, middle), (right, _), (_, low), (_, high) = pixels([(x - dx, y), (x + dx, y), (x, y - dy), (x, y + dy)])
+        centre = pixels([(x, y)])[0][0]
+        taken += [(left, middle - 1, right, middle + 1), (centre - 1, low, centre + 1, high)]
 
     def overlap(a: tuple, b: tuple) -> float:
         return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
-    for row, (x, y), size in zip(rows, centres, sizes, strict=True):
+    def leader(x: float, y: float, box: tuple) -> tuple[float, float]:
+        return min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+
+    frame = panel.get_window_extent().extents
+    for row, (x, y), radius in zip(rows, centres, radii, strict=True):
         text = f"{row.contestant.label}, {row.cost.step:.1f} ms"
-        label = panel.annotate(text, (0, 0), xycoords="figure pixels", fontsize=9, zorder=5)
+        label = panel.annotate(text, (0, 0), xycoords="figure pixels", fontsize=9)
         box = label.get_window_extent(canvas.get_renderer())
+        label.remove()
         width, height = box.width, box.height
         places = []
-        for reach in (4 * scale, 14 * scale, 26 * scale, 40 * scale):
-            away = math.sqrt(size / math.pi) * scale + reach
+        for reach in (4, 12, 22, 34, 48):
             for turn in range(16):
-                angle = turn * math.pi / 8
+                angle, away = turn * math.pi / 8, radius + reach * scale
                 left = x + away * math.cos(angle) - width * (1 - math.cos(angle)) / 2
                 low = y + away * math.sin(angle) - height * (1 - math.sin(angle)) / 2
                 places.append((left, low, left + width, low + height))
-        inside = panel.get_window_extent()
-        frame = inside.x0, inside.y0, inside.x1, inside.y1
 
-        def cost(place, area=width * height, frame=frame):
-            return sum(overlap(place, other) for other in taken) + 3 * (area - overlap(place, frame))
+        def cost(place, x=x, y=y, area=width * height, own=(x, y)):
+            """Covered area, area outside, and for leaders across others' points and length some more."""
+            end = leader(x, y, place)
+            way = [(x + (end[0] - x) * k / 10, y + (end[1] - y) * k / 10) for k in range(1, 11)]
+            crossed = sum(
+                any(math.dist(at, centre) < r for at in way)
+                for centre, r in zip(centres, radii, strict=True)
+                if tuple(centre) != own
+            )
+            covered = sum(overlap(place, other) for other in taken) + area - overlap(place, frame)
+            return covered + area * (crossed + math.dist((x, y), end) / 400)
 
         best = min(places, key=cost)
         taken.append(best)
-        label.remove()
         arrow = {"arrowstyle": "-", "color": demo.PLAIN, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
-        near = min(max(x, best[0]), best[2]), min(max(y, best[1]), best[3])
-        panel.annotate(
-            "", (x, y), near, xycoords="figure pixels", textcoords="figure pixels", arrowprops=arrow, zorder=2
-        )
+        where = {"xycoords": "figure pixels", "textcoords": "figure pixels"}
+        panel.annotate("", (x, y), leader(x, y, best), **where, arrowprops=arrow, zorder=2)
         panel.annotate(text, best[:2], xycoords="figure pixels", fontsize=9, zorder=5)
     fig.set_layout_engine("none")  # labels are placed in this layout
     fig.savefig(path, dpi=fig.dpi)
