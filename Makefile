@@ -17,11 +17,12 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo test lint bench gpu clean FORCE
+.PHONY: help build demo family test lint bench gpu clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train with SGD, SAM, mSAM and F-SAM on real data: a table, and a picture in demo.png"
+	@echo "make family   the demo for every method of the family, on MNIST-1D: a table, and a picture in family.png"
 	@echo "make test     build, then run every test"
 	@echo "make lint     style of the Python code, licence lines"
 	@echo "make bench    time the optimizer step against plain PyTorch: a table, and build/bench_step.csv and .png"
@@ -33,7 +34,7 @@ help:
 	@echo "VENV=/path              the environment; default: .venv. One that exists already keeps what it has: its own"
 	@echo "                        torch is used, and only packages that are absent are added"
 	@echo "MSAM_KERNELS_CPP=0      leave the C++ kernels out; =1: stop if there is no compiler"
-	@echo "ARGS='...'              options for the command behind demo, test, bench and gpu"
+	@echo "ARGS='...'              options for the command behind demo, family, test, bench and gpu"
 	@echo "JOBS=2                  test processes"
 	@echo "GPU_PYTHON=python3      whose torch, nvcc, ninja, pybind11 and pytest make gpu uses; it installs nothing"
 	@echo "RESULTS=build/gpu       where make gpu leaves logs, measurements and summary.md"
@@ -43,6 +44,9 @@ help:
 
 demo: build
 	"$(PY)" examples/demo.py $(ARGS)
+
+family: build
+	"$(PY)" examples/methods.py $(ARGS)
 
 # One thread for each process unless a test asks for more, and idle threads sleep: the processes share the cores.
 test: build

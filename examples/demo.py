@@ -180,7 +180,7 @@ def batches(data: Data, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(task: Task, contestant: Contestant, seed: int, done: Callable[[int], None]) -> nn.Module:
-    """The loop that a user would write."""
+    """The loop that a user would write. ``done`` hears of the passes of every epoch."""
     data = load(task.source)
     # The same seed gives every contestant the same initial weights and the same batches.
     torch.manual_seed(seed)
@@ -189,16 +189,15 @@ def train(task: Task, contestant: Contestant, seed: int, done: Callable[[int], N
     schedule = CosineAnnealingLR(opt, T_max=task.steps)
 
     for _ in range(task.epochs):
+        passes = 0
         for x, y in batches(data, task.batch_size):
-            if contestant.method is None:
-                F.cross_entropy(model(x), y).backward()
-            else:
-                for xb, yb in opt.passes(x, y):
-                    F.cross_entropy(model(xb), yb).backward()
+            for xb, yb in [(x, y)] if contestant.method is None else opt.passes(x, y):
+                F.cross_entropy(model(xb), yb).backward()
+                passes += 1
             opt.step()
             opt.zero_grad()
             schedule.step()
-        done(task.steps // task.epochs * contestant.passes)
+        done(passes)
     return model
 
 
@@ -250,7 +249,8 @@ class Job(NamedTuple):
     quick: bool
 
     @property
-    def passes(self) -> int:
+    def work(self) -> int:
+        """Passes."""
         effort = QUICK if self.quick else FULL
         return effort.tasks[self.task].steps * CONTESTANTS[self.contestant].passes
 
@@ -265,15 +265,15 @@ def start_worker(counter: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _count(passes: int) -> None:
+def count(work: int) -> None:
     with _counter.get_lock():
-        _counter.value += passes
+        _counter.value += work
 
 
 def run_job(task_index: int, contestant_index: int, seed: int, quick: bool) -> Outcome:
     effort = QUICK if quick else FULL
     task = effort.tasks[task_index]
-    model = train(task, CONTESTANTS[contestant_index], seed, _count)
+    model = train(task, CONTESTANTS[contestant_index], seed, count)
     data = load(task.source)
     return Outcome(
         accuracy(model, data.x_test, data.y_test),
@@ -281,21 +281,26 @@ def run_job(task_index: int, contestant_index: int, seed: int, quick: bool) -> O
     )
 
 
-def run_jobs(jobs: list[Job], workers: int) -> dict[Job, Outcome]:
+def by_name(script: str) -> Any:
+    """The module that new processes import: this process may know the file under another name."""
+    if str(Path(script).parent) not in sys.path:
+        sys.path.insert(0, str(Path(script).parent))
+    return importlib.import_module(Path(script).stem)
+
+
+def run_jobs(jobs: list, workers: int, script: str = __file__, unit: str = " passes") -> dict:
+    """What ``run_job`` of the file ``script`` returns, by job. Jobs are tuples of its arguments, with their ``work``."""
     from tqdm import tqdm
 
-    # New processes import this file by its name, under which this process may not know it.
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.insert(0, str(Path(__file__).parent))
-    demo = importlib.import_module(Path(__file__).stem)
+    run, start = by_name(script).run_job, by_name(__file__).start_worker
     context = multiprocessing.get_context("spawn")
     counter = context.Value("Q", 0)
-    pool = ProcessPoolExecutor(workers, context, demo.start_worker, (counter,))
-    bar = tqdm(total=sum(job.passes for job in jobs), desc="training", unit=" passes", unit_scale=True, smoothing=0.05)
+    pool = ProcessPoolExecutor(workers, context, start, (counter,))
+    bar = tqdm(total=sum(job.work for job in jobs), desc="training", unit=unit, unit_scale=True, smoothing=0.05)
     try:
         # Longest first, so that no process is left with a long one at the end.
-        order = sorted(jobs, key=lambda job: job.passes, reverse=True)
-        futures = {job: pool.submit(demo.run_job, *job) for job in order}
+        order = sorted(jobs, key=lambda job: job.work, reverse=True)
+        futures = {job: pool.submit(run, *job) for job in order}
         waiting = set(futures.values())
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -460,6 +465,23 @@ def our_name() -> str:
     return "reference" if kernels_missing() else "fused"
 
 
+def aligned(cells: list[tuple[str, ...]]) -> tuple[list[str], list[int]]:
+    """Lines of a table whose first column is text and whose others are numbers, and the widths of the columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            [name.ljust(widths[0]), *(value.rjust(width) for value, width in zip(values, widths[1:], strict=True))]
+        )
+        for name, *values in cells
+    ]
+    return lines, widths
+
+
+def head(task: Task, seeds: int) -> str:
+    title = describe(task)
+    return f"{title}; {task.epochs} epochs, batches of {task.batch_size}, {seeds} seed{'s' * (seeds > 1)}"
+
+
 def table(task: Task, rows: list[Row], seeds: int) -> str:
     cells = [("", "rho", "test accuracy, %", "sharpness", "step, ms", f"{our_name()}, ms", "plain, ms")]
     for row in rows:
@@ -468,17 +490,11 @@ def table(task: Task, rows: list[Row], seeds: int) -> str:
         shares = [f"{row.cost[kind].optimizer:.3f}" if kind in row.cost else "–" for kind in ("fused", "plain")]
         results = mean_std(row.accuracy, 2), mean_std(row.sharpness, 2)
         cells.append((row.contestant.label, rho, *results, f"{own.step:.2f}", *shares))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            [name.ljust(widths[0]), *(value.rjust(width) for value, width in zip(values, widths[1:], strict=True))]
-        )
-        for name, *values in cells
-    ]
+    lines, widths = aligned(cells)
     group = "of that, optimizer"
     return "\n".join(
         [
-            f"{describe(task)}; {task.epochs} epochs, batches of {task.batch_size}, {seeds} seed{'s' * (seeds > 1)}",
+            head(task, seeds),
             group.center(widths[-1] + widths[-2] + 2).rjust(len(lines[0])).rstrip(),
             lines[0],
             "─" * len(lines[0]),
@@ -568,11 +584,11 @@ def draw(tasks: tuple[Task, ...], rows: list[list[Row]], path: Path) -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def check_packages() -> None:
-    missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
+def check_packages(target: str = "demo", packages: dict[str, str] = PACKAGES) -> None:
+    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(
-            f"The demo needs {', '.join(missing)}: run `python -m pip install {' '.join(missing)}`, or `make demo`, "
+            f"The demo needs {', '.join(missing)}: run `python -m pip install {' '.join(missing)}`, or `make {target}`, "
             "which does all of its own set-up."
         )
 

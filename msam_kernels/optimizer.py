@@ -179,7 +179,7 @@ class MicroBatchSAM(Optimizer):
         ValueError, TypeError, RuntimeError: arguments or parameters that cannot be served; the message names them and
             the remedy, and nothing was changed.
 
-    Sources: SAM 2010.01412, mSAM 2302.09693 and 2212.04343, F-SAM 2403.12350, ASAM 2102.11600.
+    Sources: SAM 2010.01412, mSAM 2302.09693 and 2212.04343; those of the other methods are in ``methods``.
     """
 
     def __init__(

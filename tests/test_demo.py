@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo runs from beginning to end."""
+"""The demo and the family's example run from beginning to end."""
 
 from __future__ import annotations
 
@@ -8,36 +8,53 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from msam_kernels import methods
 
 pytestmark = pytest.mark.host
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo.py"
+FAMILY = ROOT / "examples" / "methods.py"
+PNG = b"\x89PNG\r\n"
+
+
+def loaded(script: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, script)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up there.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo_under_test", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up there.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    yield loaded(DEMO, "demo_under_test")
+    del sys.modules["demo_under_test"]
 
 
-@pytest.mark.slow
-def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(demo, tmp_path):
-    for package in demo.PACKAGES:
+@pytest.fixture(scope="module")
+def family(demo):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "demo", demo)  # what the example imports
+        yield loaded(FAMILY, "family_under_test")
+        del sys.modules["family_under_test"]
+
+
+def quick_run(script: Path, packages: dict[str, str], folder: Path) -> tuple[list[str], bytes]:
+    """The printed lines and the picture of ``--quick``."""
+    for package in packages:
         pytest.importorskip(package)
-    picture = tmp_path / "picture.png"
+    picture = folder / "picture.png"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # In a process of its own: it seeds, and starts processes that import the demo by name.
+    # In a process of its own: it seeds, and starts processes that import the script by name.
     run = subprocess.run(
-        [sys.executable, str(DEMO), "--quick", "--workers", "2", "--output", str(picture)],
-        cwd=tmp_path,
+        [sys.executable, str(script), "--quick", "--workers", "2", "--output", str(picture)],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
@@ -45,8 +62,19 @@ def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(dem
     )
     assert run.returncode == 0, run.stderr[-2000:]
     lines = run.stdout.splitlines()
+    assert str(picture) in lines[-1]
+    return lines, picture.read_bytes()
+
+
+def rows_of(label: str, lines: list[str]) -> list[list[str]]:
+    return [line[len(label) :].split() for line in lines if line.startswith(label + "  ")]
+
+
+@pytest.mark.slow
+def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(demo, tmp_path):
+    lines, picture = quick_run(DEMO, demo.PACKAGES, tmp_path)
     for contestant in demo.CONTESTANTS:
-        rows = [line[len(contestant.label) :].split() for line in lines if line.startswith(contestant.label + "  ")]
+        rows = rows_of(contestant.label, lines)
         assert len(rows) == len(demo.TASKS), contestant.label
         for rho, accuracy, sharpness, step, *_ in rows:
             assert (rho == "–") == (contestant.method is None)
@@ -54,11 +82,47 @@ def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(dem
             assert 20 < float(accuracy) <= 100
             assert 0 < float(sharpness) < 1000
             assert float(step) > 0
-    assert str(picture) in lines[-1]
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    assert picture.startswith(PNG)
+
+
+@pytest.mark.slow
+def test_quick_run_of_the_family_prints_a_row_per_method_and_writes_a_picture(family, tmp_path):
+    lines, picture = quick_run(FAMILY, family.PACKAGES, tmp_path)
+    steps = family.of_length(2).steps
+    perturbing = {"SGD": 0, "LookSAM": -(-steps // 5), "late-phase SAM": steps - round(family.START * steps)}
+    for contestant in family.family(steps):
+        (row,) = rows_of(contestant.label, lines)
+        rho, accuracy, sharpness, passes, step, optimizer = row
+        assert (rho == "–") == (contestant.method is None)
+        assert 20 < float(accuracy) <= 100
+        assert 0 < float(sharpness) < 1000
+        expected = 3 if contestant.name == "Bilateral SAM" else 1 + perturbing.get(contestant.name, steps) / steps
+        assert float(passes) == pytest.approx(expected, abs=0.005)
+        assert 0 < float(optimizer) < float(step)
+    assert picture.startswith(PNG)
+
+
+def test_the_family_has_every_method(family):
+    given = [part for c in family.family(100) if c.method for part in getattr(c.method, "parts", [c.method])]
+    named = [v for v in vars(methods).values() if isinstance(v, type) and issubclass(v, methods.SAM)]
+    assert {type(method) for method in given} == {*named} - {methods.Composition}
+    assert len({c.label for c in family.family(100)}) == len(family.family(100))
 
 
 def test_missing_packages_are_named_with_the_remedy(demo, monkeypatch):
     monkeypatch.setitem(demo.PACKAGES, "no_such_module", "no-such-package")
     with pytest.raises(SystemExit, match="needs no-such-package: run `python -m pip install no-such-package`"):
         demo.main([])
+
+
+def test_the_family_asks_for_its_own_packages(family, monkeypatch):
+    monkeypatch.setitem(family.PACKAGES, "no_such_module", "no-such-package")
+    with pytest.raises(SystemExit, match=r"needs no-such-package: run .* or `make family`"):
+        family.main([])
+
+
+@pytest.mark.parametrize("option", ["workers", "epochs", "seeds"])
+def test_the_family_refuses_numbers_that_mean_nothing(option, family, capsys):
+    with pytest.raises(SystemExit):
+        family.main([f"--{option}", "0"])
+    assert f"--{option} must be at least 1, got 0" in capsys.readouterr().err
