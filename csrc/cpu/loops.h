@@ -206,22 +206,31 @@ void inner_products(const InnerProducts& a, int64_t first, int64_t last) {
 template <class S, int vectors>
 void dots_chunk(const Dots& a, const Chunk& c, int64_t k) {
   using T = typename Arithmetic<S>::type;
+  constexpr int kProducts = vectors * (vectors + 1) / 2;
   const S* from[vectors] = {a.x.at<S>(c), a.y.at<S>(c)};
   if constexpr (vectors == 3) from[2] = a.z.at<S>(c);
-  Lanes sums[vectors * (vectors + 1) / 2];
+  Lanes sums[kProducts];
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T tmp[vectors][kBlock];
     const T* x[vectors];
     for (int v = 0; v < vectors; ++v) {
-      if (a.stream) prefetch_next_page(from[v] + i, n);
+      if (vectors == 2 && a.stream) prefetch_next_page(from[v] + i, n);  // three streams do better without
       x[v] = padded(load(from[v] + i, tmp[v], n), tmp[v], n);
     }
-    for (int r = 0, v = 0; v < vectors; ++v)
-      for (int u = 0; u <= v; ++u, ++r)
-        sums[r].add(whole_lanes(n), [&](int j) { return doubles(load8(x[u] + j)) * doubles(load8(x[v] + j)); });
+    for (int lane = 0; lane < kLanes / 8; ++lane) {  // in turns, so that all sums stay in registers
+      Doubles8 sum[kProducts];
+      for (int r = 0; r < kProducts; ++r) sum[r] = sums[r].lane[lane];
+      for (int j = 8 * lane; j < whole_lanes(n); j += kLanes) {
+        Doubles8 wide[vectors];
+        for (int v = 0; v < vectors; ++v) wide[v] = doubles(load8(x[v] + j));
+        for (int v = 0; v < vectors; ++v)
+          for (int u = 0; u <= v; ++u) sum[v * (v + 1) / 2 + u] += wide[u] * wide[v];
+      }
+      for (int r = 0; r < kProducts; ++r) sums[r].lane[lane] = sum[r];
+    }
   });
-  for (int r = 0; r < vectors * (vectors + 1) / 2; ++r) a.partials[r][k] = sums[r].total();
+  for (int r = 0; r < kProducts; ++r) a.partials[r][k] = sums[r].total();
 }
 
 template <class S>
@@ -342,30 +351,69 @@ void perturb(const Perturb& a, int64_t first, int64_t last) {
 
 // ---- restore ----------------------------------------------------------------------------------------------------
 
-// A block of the gradients, or of what stands in their place: coefs[0] grads + coefs[1] more[0] + ...
-template <class S, class T>
-inline const T* combination(const Restore& a, const Chunk& c, int64_t i, T* sum, int n) {
-  if (!a.coefs) return load(a.grads.at<S>(c) + i, sum, n);
-  std::memset(sum, 0, n * sizeof(T));
-  for (int k = -1; k < kMore && (k < 0 || a.more[k]); ++k) {
-    const T right = T(a.coefs[1 + k]);
-    if (right == 0) continue;
-    alignas(64) T mt[kBlock];
-    const T* y = load((k < 0 ? a.grads : a.more[k]).at<S>(c) + i, mt, n);
-    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(sum[j], y[j], T(1), right);
+// A chunk of the gradients, or of what stands in their place: coefs[0] grads + coefs[1] more[0] + ..., without zero coefs.
+template <class S>
+struct Gradient {
+  using T = typename Arithmetic<S>::type;
+  const S* from[1 + kMore];
+  T coefs[1 + kMore];
+  int lists = 0;
+  bool combined;
+
+  Gradient(const Restore& a, const Chunk& c) : combined(a.coefs) {
+    if (!a.grads) return;
+    from[0] = a.grads.at<S>(c);
+    for (int k = -1; combined && k < kMore && (k < 0 || a.more[k]); ++k) {
+      if (T(a.coefs[1 + k]) == 0) continue;
+      from[lists] = (k < 0 ? a.grads : a.more[k]).at<S>(c);
+      coefs[lists++] = T(a.coefs[1 + k]);
+    }
   }
-  return sum;
-}
+  bool reads(const S* p) const {
+    bool found = false;
+    for (int k = 0; k < (combined ? lists : 1); ++k) found = found || from[k] == p;
+    return found;
+  }
+
+  template <int count>
+  void combine(int64_t i, T* out, int n) const {
+    alignas(64) T tmp[count + 1][kBlock];
+    const T* x[count + 1];
+    T c[count + 1];  // local copies stay in registers: stores cannot alias them
+    for (int k = 0; k < count; ++k) x[k] = load(from[k] + i, tmp[k], n), c[k] = coefs[k];
+    MSAM_VECTOR for (int j = 0; j < n; ++j) {
+      T sum = 0;
+      for (int k = 0; k < count; ++k) sum = accumulated(sum, x[k][j], T(1), c[k]);
+      out[j] = sum;
+    }
+  }
+  template <class N>
+  const T* block(int64_t i, T* out, N count) const {
+    const int n = count;
+    if (!combined) return load(from[0] + i, out, n);
+    if (lists == 3)
+      combine<3>(i, out, n);
+    else if (lists == 2)
+      combine<2>(i, out, n);
+    else if (lists == 1)
+      combine<1>(i, out, n);
+    else
+      combine<0>(i, out, n);
+    return out;
+  }
+};
+static_assert(kMore == 2, "block() knows so many lists");
 
 template <class S, bool stream>
 void accumulate_chunk(const Restore& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   S* accs = a.acc.at<S>(c);
   const T c_acc = T(a.c_acc), coef = T(a.c);
+  const Gradient<S> gradient(a, c);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
-    const T* g = combination<S>(a, c, i, gt, n);
+    const T* g = gradient.block(i, gt, count);
     Out<stream, S, T> out{accs + i, result};
     T* sum = out.values();
     if (c_acc == 0) {
@@ -376,6 +424,13 @@ void accumulate_chunk(const Restore& a, const Chunk& c) {
     }
     out.commit(n);
   });
+}
+
+// Past the cache where acc is only written.
+template <class S>
+auto accumulate_of(const Restore& a, const Chunk& c) {
+  const bool read = typename Arithmetic<S>::type(a.c_acc) != 0 || Gradient<S>(a, c).reads(a.acc.at<S>(c));
+  return a.stream && !read ? accumulate_chunk<S, true> : accumulate_chunk<S, false>;
 }
 
 template <class S>
@@ -393,14 +448,6 @@ void poison_chunk(const Restore& a, const Chunk& c) {
 }
 
 template <class S>
-bool is_only_written(const Restore& a, const Chunk& c) {
-  const S* acc = a.acc.at<S>(c);
-  bool read = typename Arithmetic<S>::type(a.c_acc) != 0 || acc == a.grads.at<S>(c);
-  for (int k = 0; k < kMore && a.more[k]; ++k) read = read || acc == a.more[k].at<S>(c);
-  return !read;
-}
-
-template <class S>
 void restore(const Restore& a, int64_t first, int64_t last) {
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.chunks[k];
@@ -414,7 +461,7 @@ void restore(const Restore& a, int64_t first, int64_t last) {
     if (a.poison && a.acc)
       poison_chunk<S>(a, c);
     else if (a.acc && a.grads)
-      (a.stream && is_only_written<S>(a, c) ? accumulate_chunk<S, true> : accumulate_chunk<S, false>)(a, c);
+      accumulate_of<S>(a, c)(a, c);
   }
   finish_streaming(a.stream);
 }
@@ -422,9 +469,10 @@ void restore(const Restore& a, int64_t first, int64_t last) {
 // ---- update -----------------------------------------------------------------------------------------------------
 
 // The step's gradient: c g, or c_acc acc + c g.
-template <class S, class T>
-inline const T* descent(const Update& a, const Chunk& c, const S* accs, int64_t i, T* at, T* gt, T* sum, int n) {
-  const T* g = combination<S>(a, c, i, gt, n);
+template <class S, class T, class N>
+inline const T* descent(const Update& a, const Gradient<S>& gradient, const S* accs, int64_t i, T* at, T* gt, T* sum, N count) {
+  const int n = count;
+  const T* g = gradient.block(i, gt, count);
   const T c_acc = T(a.c_acc), coef = T(a.c);
   if (accs && c_acc != 0) {
     const T* acc = load(accs + i, at, n);
@@ -443,13 +491,14 @@ void sgd_chunk(const Update& a, const Chunk& c) {
   const S* before = a.saved ? static_cast<const S*>(a.saved) + c.offset : weights;
   const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
   S* buffers = static_cast<S*>(a.momentum_buffer) + (momentum ? c.offset : 0);
+  const Gradient<S> gradient(a, c);
   const Sgd<T, momentum> rule(a.hyper + c.group * a.hyper_stride, a.fresh && a.fresh[c.segment]);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], result[kBlock], m_result[kBlock];
     const auto sgd = rule;  // a local copy stays in registers: stores cannot alias it
     const T* w = load(before + i, wt, n);
-    const T* g = descent(a, c, accs, i, at, gt, sum, n);
+    const T* g = descent(a, gradient, accs, i, at, gt, sum, count);
     Out<stream, S, T> out{weights + i, result};
     T* w_new = out.values();
     if constexpr (momentum) {
@@ -494,6 +543,7 @@ void adam_chunk(const Update& a, const Chunk& c) {
   S* exp_avgs = static_cast<S*>(a.exp_avg) + c.offset;
   S* exp_avg_sqs = static_cast<S*>(a.exp_avg_sq) + c.offset;
   S* max_exp_avg_sqs = static_cast<S*>(a.max_exp_avg_sq) + (amsgrad ? c.offset : 0);
+  const Gradient<S> gradient(a, c);
   const Adam<T, amsgrad> rule(a.hyper + c.group * a.hyper_stride, a.step[c.segment]);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
@@ -501,7 +551,7 @@ void adam_chunk(const Update& a, const Chunk& c) {
     alignas(64) T result[kBlock], m_result[kBlock], v_result[kBlock], x_result[kBlock];
     const auto adam = rule;
     const T* w = load(before + i, wt, n);
-    const T* g = descent(a, c, accs, i, at, gt, sum, n);
+    const T* g = descent(a, gradient, accs, i, at, gt, sum, count);
     const T* m = load(exp_avgs + i, mt, n);
     const T* v = load(exp_avg_sqs + i, vt, n);
     Out<stream, S, T> out{weights + i, result};
