@@ -25,7 +25,8 @@ help:
 	@echo "make family   the demo for every method of the family, on MNIST-1D: a table, and a picture in family.png"
 	@echo "make test     build, then run every test"
 	@echo "make lint     style of the Python code, licence lines"
-	@echo "make bench    time the optimizer step against plain PyTorch: a table, and build/bench_step.csv and .png"
+	@echo "make bench    time the optimizer step against plain PyTorch: tables, and build/bench_*.csv and .png; with ARGS"
+	@echo "              SAM and F-SAM only"
 	@echo "make gpu      on a machine with a CUDA GPU: build, test, sanitize and time everything there, without a network"
 	@echo "make build    build the C++ kernels in place"
 	@echo "make clean    remove what was built; the environment stays (rm -rf .venv)"
@@ -63,7 +64,7 @@ LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildc
 
 bench: build
 	"$(PY)" benchmarks/bench_step.py --csv build/bench_step.csv --plot build/bench_step.png $(ARGS)
-	"$(PY)" benchmarks/bench_family.py --csv build/bench_family.csv
+	$(if $(ARGS),,"$(PY)" benchmarks/bench_family.py --csv build/bench_family.csv)
 
 # No environment of ours: the machine's own torch is what has to work.
 gpu:

@@ -67,7 +67,8 @@ def sharpness(
     and its rounding to the stored dtype: what training with these settings sees, and a lower bound of the maximum. It can
     be negative where rho is beyond the range of the gradient.
 
-    F-SAM's mean gradient begins with the first micro-batch, whose d is its gradient. A method's late start is left out.
+    F-SAM's mean gradient begins with the first micro-batch, whose d is its gradient. Sparse SAM's mask is chosen by the first
+    micro-batch. A method's late start is left out.
 
     Args:
         model, loss_fn, data: see the module.
@@ -362,6 +363,8 @@ def _evaluations(
         raise ValueError("data is empty: give the arguments of loss_fn, e.g. (x, y)")
     if getattr(method, "start", 0):  # what it does once it has begun
         method = replace(method, start=0)
+    if isinstance(method, _methods.SAM) and method.sparse and method.sparse.update_every is None:
+        raise ValueError(f"{method.sparse} chooses no mask by itself, and no other is known here: give it update_every")
     tensors = [t for t in chain(model.parameters(), model.buffers(), tree_leaves(data)) if isinstance(t, Tensor)]
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     with _converted(model, dtype), _undisturbed(model, devices) as rewind:

@@ -95,7 +95,7 @@ class CapturedStep:
         kind = opt._kind_of_step()
         if opt._chooses_mask(kind):  # looks at values, as no graph can
             return self._run()
-        if kind not in self._graphs and opt.method.look is None:
+        if kind not in self._graphs and (opt.method.look is None or "base" in self._graphs):
             self._graphs.clear()  # kinds that do not come back keep no memory
         graph = self._graphs.get(kind)
         if graph is None or not self._is_current(graph):

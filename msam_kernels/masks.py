@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,19 +37,21 @@ def add_up(scores: Sequence[Tensor] | None, grads: Sequence[Tensor]) -> Sequence
 
     ``scores`` are changed in place; an empty one has no gradient yet.
     """
-    if scores is None:
-        return grads
-    return [
-        g if s.numel() == 0 else s if g.numel() == 0 else torch.hypot(s, g, out=s)
-        for s, g in zip(scores, grads, strict=True)
-    ]
+    return (
+        grads
+        if scores is None
+        else [
+            g if s.numel() == 0 else s if g.numel() == 0 else torch.hypot(s, g, out=s)
+            for s, g in zip(scores, grads, strict=True)
+        ]
+    )
 
 
 def choose(flats: Sequence[Any], scores: Sequence[Sequence[Tensor]], sparse: Any, step: int) -> None:
-    """Give every flat its new ``mask``, after ``methods.SparseSAM``'s rule.
+    """Give every flat its new ``mask``, after ``methods.SparseSAM``'s rule: the first one to all, if any has none yet.
 
     Args:
-        flats: as in ``flat.py``; what has no mask yet gets its first.
+        flats: as in ``flat.py``.
         scores: of every flat, for each parameter a tensor in its memory order, of which the absolute value counts; an empty
             one counts as zeros.
         sparse: the method: ``sparsity``, ``mask``, ``share_dropped``, ``seed``.
@@ -71,42 +74,45 @@ def choose(flats: Sequence[Any], scores: Sequence[Sequence[Tensor]], sparse: Any
         numbers = torch.randint(1, 2**31 - 1, (size,), generator=generator, device=flat.device)
         return numbers * (_keys(flat, begin, None, wide) > 0)
 
+    new = {id(flat): torch.empty(flat.size // 8, dtype=torch.uint8, device=flat.device) for flat in flats}
+
+    def write(place, bits: Tensor) -> None:
+        _bytes(new[id(place[0])], place).copy_(pack(bits))
+
+    def inside(place) -> Tensor:
+        return unpack(_bytes(place[0].mask, place))
+
     first = any(flat.mask is None for flat in flats)
-    for flat in flats:
-        if flat.mask is None:
-            flat.mask = torch.zeros(flat.size // 8, dtype=torch.uint8, device=flat.device)
     if first or sparse.mask == "fisher":
         keys = by_score if sparse.mask == "fisher" else at_random
         chosen = _largest(lambda: map(keys, places), count, wide)
         for place in places:
-            _write(place, chosen(keys(place)))
-        return
-
-    def inside(place) -> Tensor:
-        return unpack(_bytes(place))
-
-    dropped = min(round(sparse.share_dropped(step) * count), whole - count)
-    stays = _largest(lambda: (by_score(place) * inside(place) for place in places), count - dropped, wide)
-    comes = _largest(lambda: (at_random(place) * ~inside(place) for place in places), dropped, wide)
-    for place in places:
-        old = inside(place)
-        _write(place, stays(by_score(place) * old) | comes(at_random(place) * ~old))
-
-
-def _bytes(place: tuple) -> Tensor:
-    flat, begin = place
-    return flat.mask[begin // 8 : (begin + SLICE) // 8]
+            write(place, chosen(keys(place)))
+    else:
+        dropped = min(round(sparse.share_dropped(step) * count), whole - count)
+        stays = _largest(lambda: (by_score(place) * inside(place) for place in places), count - dropped, wide)
+        comes = _largest(lambda: (at_random(place) * ~inside(place) for place in places), dropped, wide)
+        for place in places:
+            old = inside(place)
+            write(place, stays(by_score(place) * old) | comes(at_random(place) * ~old))
+    for flat in flats:  # all at once: what is interrupted before leaves the old ones
+        if flat.mask is None:
+            flat.mask = new[id(flat)]
+        else:
+            flat.mask.copy_(new[id(flat)])  # captured graphs read it at this address
 
 
-def _write(place: tuple, bits: Tensor) -> None:
-    _bytes(place).copy_(pack(bits))
+def _bytes(mask: Tensor, place: tuple) -> Tensor:
+    _, begin = place
+    return mask[begin // 8 : (begin + SLICE) // 8]
 
 
 def _keys(flat: Any, begin: int, scores: Sequence[Tensor] | None, wide: bool) -> Tensor:
     """Of a slice of a flat buffer, int64 that are ordered as the scores: 0 for padding, more for every parameter's element."""
     end = min(begin + SLICE, flat.size)
     keys = torch.zeros(end - begin, dtype=torch.int64, device=flat.device)
-    for i, (offset, p) in enumerate(zip(flat.offsets, flat.params, strict=True)):
+    for i in range(max(bisect_right(flat.offsets, begin) - 1, 0), bisect_left(flat.offsets, end)):
+        offset, p = flat.offsets[i], flat.params[i]
         low, high = max(begin, offset), min(end, offset + p.numel())
         if low >= high:
             continue

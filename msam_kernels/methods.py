@@ -191,7 +191,8 @@ class SparseSAM(SAM):
         sparsity: share of the elements that is not perturbed; 0 is SAM.
         mask: "fisher": the elements with the largest sum of squared gradients. ``opt.update_mask(loss_fn, *samples)`` takes
             the gradients of single samples, as the authors do; every ``update_every`` steps the gradients of the step's
-            micro-batches, which are there anyway, are taken instead.
+            micro-batches, which are there anyway, are taken instead (in loops of ``passes()`` without arguments those of the
+            first).
             "dynamic": every ``update_every`` steps, of the elements in the mask those with the smallest gradients make way
             for others, chosen at random; their share falls from ``drop_rate`` to 0 as a cosine over ``total_steps``.
         update_every: steps from one mask to the next; None: only ``opt.update_mask`` chooses one.
@@ -355,6 +356,10 @@ class Composition(SAM):
             raise ValueError(
                 f"{' and '.join(map(repr, descents))} each say which gradients the descent is made of: take one of them"
             )
+        for name in ("ema_decay", "sparse", "look", "rho_min", "kept", "keeps_v", "rescales"):
+            default = getattr(SAM, name)
+            said = (getattr(part, name) for part in self.parts)
+            object.__setattr__(self, name, next((answer for answer in said if answer != default), default))
         if self.look and self.rescales:
             raise ValueError(
                 f"{self.look} sets the length of its steps by alpha, and {StableSAM.__name__} would set it again: take one "
@@ -364,40 +369,9 @@ class Composition(SAM):
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.parts)) + (f" from step {self.start}" if self.start else "")
 
-    def _said(self, name: str):
-        return next((said for part in self.parts if (said := getattr(part, name)) is not None), None)
-
     @property
     def direction(self) -> dict[str, float]:
         return {name: value for part in self.parts for name, value in part.direction.items()}
-
-    @property
-    def ema_decay(self) -> float | None:
-        return self._said("ema_decay")
-
-    @property
-    def sparse(self) -> SparseSAM | None:
-        return self._said("sparse")
-
-    @property
-    def look(self) -> LookSAM | None:
-        return self._said("look")
-
-    @property
-    def rho_min(self) -> float | Callable[[int], float] | None:
-        return self._said("rho_min")
-
-    @property
-    def kept(self) -> int:
-        return max(part.kept for part in self.parts)
-
-    @property
-    def keeps_v(self) -> bool:
-        return any(part.keeps_v for part in self.parts)
-
-    @property
-    def rescales(self) -> bool:
-        return any(part.rescales for part in self.parts)
 
     def combination(self, dots: Tensor) -> Tensor:
         return next((part for part in self.parts if part.kept), SAM()).combination(dots)

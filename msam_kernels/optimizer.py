@@ -375,7 +375,7 @@ class MicroBatchSAM(Optimizer):
                 f"got {own!r}"
             )
         for name in ("steps", "mask_step"):
-            if not isinstance(own.get(name, 0), int) or own.get(name, 0) < 0:
+            if type(own.get(name, 0)) is not int or own.get(name, 0) < 0:
                 raise ValueError(f"state_dict[{_STATE_KEY!r}][{name!r}] must be an integer >= 0, got {own[name]!r}")
         for i, group in enumerate(state_dict["param_groups"]):
             if "params" not in group:
@@ -454,10 +454,10 @@ class MicroBatchSAM(Optimizer):
                     flat.v_parts[i].copy_(t)
             else:
                 flat.v, flat.v_parts = None, []
-            if not mask:
-                flat.mask = None
-            for i, bits in mask.items():
-                flat.set_mask(i, bits)
+            flat.mask = None
+            if len(mask) == len(flat.params):
+                for i, bits in mask.items():
+                    flat.set_mask(i, bits)
         self._measure_v()
 
     def _adopt_parameters(self) -> None:
@@ -588,7 +588,7 @@ class MicroBatchSAM(Optimizer):
         """Sparse SAM's mask: for every parameter, in the order of the groups, bools in its shape. None before there is one.
 
         Assign such a list to take another one, which may have any number of elements set; ``update_every`` counts from
-        there.
+        there. Parameters that are added to the optimizer later have none: the next step then chooses for all.
         """
         flat_of = {id(p): (flat, i) for flat in self._flats for i, p in enumerate(flat.params)}
         places = [flat_of[id(p)] for p in self._parameters()]
@@ -755,7 +755,8 @@ class MicroBatchSAM(Optimizer):
 
         Every eager step and every call of ``capture``'s result does so by itself. Call it before you replay a CUDA graph of
         your own, after a scheduler's step. Where the method's ``start`` or a function for rho looks at the number of steps,
-        count such replays in ``opt.steps`` yourself.
+        count such replays in ``opt.steps`` yourself. Which kind of step LookSAM takes, and that a step chooses no mask, is
+        fixed in the graph.
         """
         self._prepare()
 
@@ -768,6 +769,8 @@ class MicroBatchSAM(Optimizer):
             super().zero_grad(set_to_none)
         for grads in self._before or ():
             grads.clear()
+        if self._before is None:
+            self._v_step = -1  # LookSAM's direction is that of the gradients that are gone
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -919,20 +922,26 @@ class MicroBatchSAM(Optimizer):
                 self._check_current(before)
             elif method.keeps_v:
                 self._collect_v(shares[i], fresh=i == 0 and not adds)
-            (self._descend if i + 1 < len(parts) else finish)(shares, i)
+            if i + 1 < len(parts):
+                self._descend(shares, i)
+            else:  # what may fail comes before what cannot be undone
+                if perturbations and method.keeps_v:
+                    self._measure_v()
+                    self._v_step = self.steps
+                if self._scores_wanted:
+                    self._end_masks()
+                finish(shares, i)
             if method.kept or method.keeps_v:
                 for flat in self._flats:
                     flat.kept = []
-        if perturbations and method.keeps_v:
-            self._measure_v()
-            self._v_step = self.steps
-        if self._scores_wanted:
-            self._end_masks()
 
     def _begin_turns(self) -> None:
         self._kind = self._kind_of_step()
         self._norms_sq, self._achieved_sq = [], []
         self._scores_wanted = self._chooses_mask(self._kind)
+        if self._scores_wanted:
+            for flat in self._flats:
+                flat.check_not_capturing("the mask")
 
     def _check_current(self, before: list) -> None:
         if self._before is not before:
@@ -1133,6 +1142,7 @@ class MicroBatchSAM(Optimizer):
         self._follow_parameters()
         vectors = [(flat, *flat.with_kept(grads, absent)) for flat, (grads, absent) in self._collected(clear=False)]
         coefs = self.method.look.v_coefs(self._dots(vectors, 2))
+        self._v_step = None
         for flat, lists, absent in vectors:
             if flat.v is None or (fresh and absent):  # what has no gradient must not keep an old direction
                 flat.start_v()
@@ -1145,7 +1155,6 @@ class MicroBatchSAM(Optimizer):
                 c_acc=0.0 if fresh else 1.0,
                 c=share,
             )
-        self._v_step = None
 
     def _measure_v(self) -> None:
         if any(flat.v is None for flat in self._flats):
@@ -1188,14 +1197,11 @@ class MicroBatchSAM(Optimizer):
 
     def _add_scores(self, collected: list[tuple[Flat, Gradients]]) -> None:
         gradients = [grads for _, (grads, _) in collected]
-        if self._scores is None:
-            self._scores = [ops.own_memory(grads) for grads in gradients]
-        else:
-            self._scores = [masks.add_up(*pair) for pair in zip(self._scores, gradients, strict=True)]
+        gradients = [ops.own_memory(grads) for grads in gradients]
+        scores = self._scores or [None] * len(gradients)
+        self._scores = [masks.add_up(*pair) for pair in zip(scores, gradients, strict=True)]
 
     def _choose_mask(self, sparse: _methods.SparseSAM, step: int) -> None:
-        for flat in self._flats:
-            flat.check_not_capturing("the mask")
         masks.choose(self._flats, self._scores, sparse, step)
         self._mask_step = step
 

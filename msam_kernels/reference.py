@@ -16,8 +16,7 @@ every group):
 
 An element of the ema that is NaN has not begun: its first gradient is its d and its next value. A non-finite ‖d‖ means
 e = 0, an unchanged ema and a NaN descent gradient. Where c_acc or one of ``coefs`` is 0 its term is left out, whatever it
-holds, as in BLAS. Arithmetic is fp32 (fp64 for fp64 storage): values are rounded to the
-storage type only when stored.
+holds, as in BLAS. Arithmetic is fp32 (fp64 for fp64 storage): values are rounded to the storage type only when stored.
 """
 
 from __future__ import annotations

@@ -260,6 +260,8 @@ inline V where8(uint8_t bits, V next, V old) {
   return ((Whole{} + bits) & each) != 0 ? next : old;
 }
 
+constexpr int kAhead = 2048;  // bytes
+
 template <class S, bool friendly, bool adaptive, bool masked, bool stream>
 void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   using T = typename Arithmetic<S>::type;
@@ -299,6 +301,10 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
     T* w_new = w_direct ? reinterpret_cast<T*>(weights + i) : w_result;
     T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
     const auto change_sq = [&](int j) {
+      if constexpr (stream) {  // what the copy to `saved` makes the processor wait for
+        __builtin_prefetch(origins + i + j + kAhead / sizeof(S));
+        __builtin_prefetch(grads + i + j + kAhead / sizeof(S));
+      }
       const Eight<T> old = load8(w + j);
       Eight<T> d = load8(g + j);
       if constexpr (friendly) {
