@@ -9,8 +9,9 @@ Every method gets the same number of epochs, not of passes, and, seed by seed, t
 How the settings were found: learning rate, weight decay and the rho of SAM, mSAM and F-SAM are those of demo.py. For the
 others rho was chosen by a small pilot: the best of 0.1, 0.2, 0.3, 0.4 and 0.6 (ASAM: of 0.2, 0.3, 0.5, 1, 2, 3 and 4) by the
 mean accuracy of two other seeds on 1,000 of the training samples, held out of the training. With its default alpha of 0.7
-LookSAM did not get beyond 44 % there: its alpha and rho are the best pair of 0.1 and 0.3 with 0.1 and 0.4. All else is the
-default, and the test data had no say.
+LookSAM did not get beyond 44 % there: its alpha and rho are the best pair of 0.1 and 0.3 with 0.1 and 0.4. rho_min of
+Bilateral SAM falls to 0 as a cosine, and late-phase SAM begins where START says; all else is the default, and the test data
+had no say.
 """
 
 from __future__ import annotations

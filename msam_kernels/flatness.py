@@ -67,8 +67,8 @@ def sharpness(
     and its rounding to the stored dtype: what training with these settings sees, and a lower bound of the maximum. It can
     be negative where rho is beyond the range of the gradient.
 
-    F-SAM's mean gradient begins with the first micro-batch, whose d is its gradient. Sparse SAM's mask is chosen by the first
-    micro-batch. A method's late start is left out.
+    F-SAM's mean gradient begins with the first micro-batch, whose d is its gradient. Sparse SAM's mask is chosen by the
+    first micro-batch. A method's late start is left out.
 
     Args:
         model, loss_fn, data: see the module.
@@ -483,6 +483,7 @@ def _perturb(passes: Iterator, params: list[Tensor], grads: list[Tensor | None],
         raise ValueError(
             f"method {opt.method} perturbs nothing in its first step: give one that does, e.g. methods.SAM()"
         )
+    opt._mask_is_new = False  # the loop is going to be given up, and the other micro-batches take the same mask
 
 
 def _ascent(evaluations: _Evaluations, backend: str) -> list[Tensor]:

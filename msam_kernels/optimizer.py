@@ -7,7 +7,6 @@ import math
 import numbers
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -639,7 +638,7 @@ class MicroBatchSAM(Optimizer):
         closures = self._micro_batches(loss_fn, samples, lambda count: [1] * count)
         if not closures:
             raise ValueError("the batch has no samples")
-        with self._step_under_way():
+        with _StepUnderWay(self):
             for closure in closures:
                 self._freeze_statistics()
                 _call(closure)
@@ -864,7 +863,7 @@ class MicroBatchSAM(Optimizer):
 
     def _passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
         self._check_idle("passes()")
-        with self._step_under_way() as before:
+        with _StepUnderWay(self) as before:
 
             def finish(shares: list[float], i: int) -> None:
                 add_to = len(parts) == 1 and self._kind != _REUSE
@@ -883,7 +882,7 @@ class MicroBatchSAM(Optimizer):
 
     def _run_closures(self, closures: list[Callable[[], Any]], shares: list[float]) -> list[Any]:
         values = []
-        with self._step_under_way() as before:
+        with _StepUnderWay(self) as before:
             for turn, closure in self._turns(closures, shares, before, self._descend_and_update):
                 value = _call(closure)
                 if turn == 0:
@@ -947,25 +946,6 @@ class MicroBatchSAM(Optimizer):
         if self._before is not before:
             raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
 
-    @contextmanager
-    def _step_under_way(self) -> Iterator[list[list[Tensor | None]]]:
-        """Put the gradients that are there aside; bring them and the weights back if the step does not finish."""
-        self._prepare()
-        before = [ops.own_memory(ops.current_grads(flat.params)) for flat in self._flats]
-        try:
-            self._before = before
-            for flat, grads in zip(self._flats, before, strict=True):
-                if grads:
-                    flat.set_grads([])
-            yield before
-        except BaseException:
-            if self._before is before:  # else it was given up, and what is there now is not ours
-                self.restore()
-            raise
-        finally:
-            if self._before is before:
-                self._end_step()
-
     def _freeze_statistics(self) -> None:
         """From now on ``model`` normalises its batches as before, and records nothing."""
         if self.model is not None:
@@ -985,13 +965,11 @@ class MicroBatchSAM(Optimizer):
             self.param_groups[g]["rho"] = _rho_at(schedule, self.steps)
         base = type(self.base_optimizer)
         columns = _FUSED[base][1] if base in _FUSED else lambda group: ()
-        rows = [
-            tuple(
-                float(v) if isinstance(v, Tensor) else v
-                for v in (group.get("rho", self.defaults["rho"]), *columns(group))
-            )
-            for group in self.param_groups
-        ]
+        default = self.defaults["rho"]
+        rows = []
+        for group in self.param_groups:
+            row = (group.get("rho", default), *columns(group))
+            rows.append(tuple([float(v) if isinstance(v, Tensor) else v for v in row]))
         opposite = []
         if self.method.rho_min is not None:
             rho_min = _rho_at(self.method.rho_min, self.steps)
@@ -1320,6 +1298,40 @@ class MicroBatchSAM(Optimizer):
         getattr(flat.backend, operator)(
             flat.weights, acc or [], grads, flat.chunks(absent), hyper=self._hyper[flat.device], **flat.state, **options
         )
+
+
+class _StepUnderWay:
+    """Puts the gradients that are there aside; brings them and the weights back if the step does not finish.
+
+    Not ``contextlib.contextmanager``, which takes a microsecond more.
+    """
+
+    __slots__ = ("before", "opt")
+
+    def __init__(self, opt: MicroBatchSAM):
+        self.opt = opt
+
+    def __enter__(self) -> list[list[Tensor | None]]:
+        opt = self.opt
+        opt._prepare()
+        self.before = [ops.own_memory(ops.current_grads(flat.params)) for flat in opt._flats]
+        opt._before = self.before
+        try:
+            for flat, grads in zip(opt._flats, self.before, strict=True):
+                if grads:
+                    flat.set_grads([])
+            return self.before
+        except BaseException:
+            opt.restore()
+            raise
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self.opt._before is not self.before:  # it was given up, and what is there now is not ours
+            return
+        if kind is not None:
+            self.opt.restore()
+        else:
+            self.opt._end_step()
 
 
 def _rho_at(rho: Any, steps: int) -> Any:

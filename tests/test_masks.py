@@ -807,3 +807,65 @@ def test_a_mask_of_another_method_is_not_used(backend):
             theirs.train_step(lambda x, y, other=other: loss_of(other, x, y), *batch(6, F64, seed))
         trained.append(list(other.parameters()))
     assert same_bits(*trained)
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["passes", "train_step"])
+@pytest.mark.parametrize("at", ["the first mask", "a later one"])
+def test_a_choice_that_is_interrupted_changes_nothing(at, way, monkeypatch, backend):
+    model, opt = mlp_optimizer(methods.SparseSAM(update_every=2), backend)
+    if at == "a later one":
+        WAYS[way](opt, model, batch(6, F64))
+    before, old, steps = weights(model), opt.mask, opt.steps
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(masks, "_largest", interrupted)
+        WAYS[way](opt, model, batch(6, F64))
+    assert same_bits(model.parameters(), before)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert opt.steps == steps
+    assert opt.mask is None if old is None else equal(opt.mask, old)
+    opt.zero_grad()
+    WAYS[way](opt, model, batch(6, F64))
+    assert opt.mask is not None
+    assert (opt.stats.perturbation_norm > 0).all()
+
+
+def test_a_mask_of_some_of_the_parameters_is_not_taken(backend):
+    model, opt = mlp_optimizer(methods.SparseSAM(update_every=None), backend)
+    opt.mask = [torch.ones(p.shape, dtype=torch.bool) for p in model.parameters()]
+    saved = opt.state_dict()
+    del saved["msam"]["mask"][0]
+    opt.load_state_dict(saved)
+    assert opt.mask is None
+    with pytest.raises(RuntimeError, match="has no mask yet"):
+        opt.train_step(lambda x, y: loss_of(model, x, y), *batch(6, F64))
+
+
+def test_scores_are_never_part_of_larger_memory(backend):
+    """As in the buckets of DDP, which the next backward overwrites."""
+    p, late = (nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (8, 8))
+    method = methods.SparseSAM(sparsity=0.75, update_every=1)
+    opt = MicroBatchSAM(SGD([p, late], lr=0.0), method=method, num_micro_batches=2, backend=backend)
+    bucket = torch.empty(16, dtype=torch.float64)
+
+    def closure(gradient):
+        def run():
+            bucket[:] = gradient
+            p.grad = bucket[:8]
+            late.grad = bucket[8:] if gradient[8] else None
+
+        return run
+
+    first = torch.tensor([1.0] * 8 + [0.0] * 8, dtype=F64)
+    second = torch.tensor([0.0] * 8 + [5.0, 4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0], dtype=F64)
+    opt.step([closure(first), closure(second)])
+    assert opt.mask[1].tolist() == [True] * 4 + [False] * 4
+    assert not opt.mask[0].any()

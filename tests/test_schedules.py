@@ -334,3 +334,15 @@ def test_a_rho_min_that_goes_wrong_is_refused_before_anything_changes(value, way
     run.opt.enabled = False
     run.opt.steps = 3
     run.step(way, batch())
+
+
+@pytest.mark.parametrize("bad", [math.inf, 1.0], ids=["overflow", "skipped"])
+def test_looksam_forgets_a_direction_whose_gradients_were_zeroed(bad, backend):
+    run, plain = (Counted(method=methods.LookSAM(k=2), backend=backend) for _ in range(2))
+    for part in run.opt.passes(*batch()):
+        (run.loss(*part) * bad).backward()
+    run.opt.zero_grad(set_to_none=False)  # a step that GradScaler skips; its gradients stay, as zeros
+    for seed in range(2):
+        run.with_passes(batch(seed=seed))
+        plain.with_passes(batch(seed=seed))
+    assert same_bits(run.model.parameters(), plain.model.parameters())
