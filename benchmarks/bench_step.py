@@ -333,7 +333,7 @@ def enter(
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, int, Callable[[], object]]]:
+def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, float, Callable[[], object]]]:
     """(name, P, call) of every kernel: the operators of ``msam_kernels.ops`` as ``MicroBatchSAM`` calls them."""
     from msam_kernels import ops
     from msam_kernels.flat import Flat
@@ -345,6 +345,8 @@ def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, int, Cal
     acc, g = gradients.sets[0], gradients.sets[1]
     saved, ema, m, v = (flat.new_buffer() for _ in range(4))
     saved.copy_(w[0])
+    other, v_parts = gradients.sets[2 % len(gradients.sets)], flat.aliases(ema)
+    mask = torch.full((flat.size // 8,), 255, dtype=torch.uint8, device=flat.device)
     step = torch.zeros(len(params) + 1, device=flat.device)
 
     def row(*values):
@@ -356,6 +358,7 @@ def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, int, Cal
     outputs = dict(hyper=sgd["hyper"], achieved_sq=torch.empty(len(table), dtype=torch.float64, device=flat.device))
     ascent = dict(norm_sq=norm_sq, **outputs)
     friendly, moving = dict(ema=ema, sigma=SIGMA), dict(ema=ema, sigma=SIGMA, lmbda=LMBDA)
+    two, three = (row(0.7, 0.2, -0.4)[0, :n].contiguous() for n in (2, 3))
     back, mean = dict(saved=saved, norm_sq=norm_sq), dict(saved=saved, norm_sq=norm_sq, c_acc=0.5, c=0.5)
     return [
         ("inner_products", 1, lambda: k.inner_products(w, g, table)),
@@ -376,6 +379,21 @@ def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, int, Cal
         ("adamw", 7, lambda: k.adam(w, [], g, table, **adam)),
         ("restore + adamw", 7, lambda: k.adam(w, [], g, table, **adam, **back)),
         ("restore + accumulate + adamw", 8, lambda: k.adam(w, acc, g, table, **adam, **mean)),
+        (
+            "perturb first masked",
+            4 + mask.nbytes / saved.nbytes,
+            lambda: k.perturb(w, g, table, saved=saved, **ascent, mask=mask),
+        ),
+        ("perturb to the other side", 3, lambda: k.perturb(w, g, table, origin=saved, **ascent)),
+        ("dots of two", 2, lambda: k.dots(g, acc, [], table)),
+        ("dots of three", 3, lambda: k.dots(g, acc, other, table)),
+        ("v of LookSAM", 3, lambda: k.restore([], v_parts, [*g, *acc], table, coefs=two, c_acc=0.0)),
+        ("restore + sgd, two combined", 6, lambda: k.sgd(w, [], [*g, *acc], table, **sgd, **back, coefs=two)),
+        (
+            "restore + sgd, three combined",
+            7,
+            lambda: k.sgd(w, [], [*g, *acc, *other], table, **sgd, **back, coefs=three),
+        ),
     ]
 
 
@@ -466,7 +484,7 @@ def print_shape(results: Results, shape: str, dtype: str) -> None:
             rows.append(
                 (
                     row["contestant"],
-                    str(row["passes"]),
+                    f"{row['passes']:.3g}",
                     number(row["ms"]),
                     f"± {number(row['iqr_ms'], 2)}",
                     number(row["gb_per_s"]),
@@ -667,7 +685,7 @@ def add_timing(
     gradients: Gradients,
     timing: Timing,
     *,
-    passes: int,
+    passes: float,
     minus: float = 0.0,
     least: float = 0.0,
     **row,
