@@ -81,11 +81,11 @@ def check(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def compiled(architecture: str, folder: Path, nvcc: str, cuobjdump: str) -> list[Kernel]:
+def compiled(architecture: str, folder: Path, nvcc: list[str], cuobjdump: str) -> list[Kernel]:
     """Every kernel of kernels.cu; takes about 20 s."""
     target = folder / f"kernels.{architecture}.o"
     source = str(CSRC / "cuda" / "kernels.cu")
-    report = check([nvcc, *nvcc_flags(), "-Xptxas", "-v", f"-arch=sm_{architecture}", "-c", source, "-o", str(target)])
+    report = check([*nvcc, "-Xptxas", "-v", f"-arch=sm_{architecture}", "-c", source, "-o", str(target)])
     usage = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
@@ -103,7 +103,7 @@ def compiled(architecture: str, folder: Path, nvcc: str, cuobjdump: str) -> list
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> dict[str, list[Kernel]]:
-    nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
+    nvcc, cuobjdump = [tool("nvcc"), *nvcc_flags()], tool("cuobjdump")
     folder = tmp_path_factory.mktemp("cuda")
     with ThreadPoolExecutor() as pool:
         futures = {a: pool.submit(compiled, a, folder, nvcc, cuobjdump) for a in ARCHITECTURES}
