@@ -311,6 +311,8 @@ def print_results(results: Results) -> None:
     print(f"copy_ moves {number(copy)} GB/s\n")
     rows = []
     for name in FAMILY:
+        if not results.select(kind="step", method=name):
+            continue
         times = {row["contestant"]: row for row in results.select(kind="step", method=name)}
         ours = times[OURS]
         line = [name, number(ours["ms"]), f"± {number(ours['iqr_ms'], 2)}", f"{ours['passes']:.3g}"]
@@ -332,6 +334,9 @@ def parse(argv) -> argparse.Namespace:
         description=__doc__.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="resnet18")
+    parser.add_argument(
+        "--methods", nargs="+", choices=FAMILY, default=list(FAMILY), metavar="NAME", help=", ".join(FAMILY)
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=8.0, help="time per method; at least five rounds are taken")
@@ -355,8 +360,8 @@ def main(argv=None) -> int:
     print(
         f"{args.shape}: {where['tensors']} tensors, {size(gradients.numel)} parameters; SGD momentum, one micro-batch"
     )
-    bar = measure.progress(len(FAMILY), "methods")
-    for name in FAMILY:
+    bar = measure.progress(len(args.methods), "methods")
+    for name in args.methods:
         run_method(results, name, gradients, where, args, bar.set_postfix_str)
         bar.update()
         if args.csv:  # whatever may come

@@ -102,11 +102,40 @@ inline void for_blocks(int64_t numel, F&& body) {
   if (i < numel) body(i, int(numel - i));
 }
 
-// For a loop that only reads: hardware prefetchers stop at every page. A fault is not raised past the end.
+// Prefetches what a loop is about to read, kAhead bytes in front of it and in its midst: hardware prefetchers stop at every
+// page and wait for stores past the cache, and many lines at once, between two blocks, are worse than none. A fault is not
+// raised past the end.
+constexpr int kAhead = 2048;
+constexpr int kLine = 64;
+
 template <class S>
-inline void prefetch_next_page(const S* p, int n) {
-  const char* next = reinterpret_cast<const char*>(p) + 4096;
-  for (int b = 0; b < n * int(sizeof(S)); b += 64) __builtin_prefetch(next + b);
+class Ahead {
+ public:
+  Ahead(bool on, std::initializer_list<const S*> reads) : on_(on) {
+    for (const S* p : reads) add(p);
+  }
+  void add(const S* p) {
+    if (on_ && p) from_[streams_++] = reinterpret_cast<const char*>(p) + kAhead;
+  }
+  void operator()(int64_t i) const {  // elements i .. i + kLanes - 1
+    for (int k = 0; k < streams_; ++k)
+      for (int b = 0; b < kLanes * int(sizeof(S)); b += kLine) __builtin_prefetch(from_[k] + i * sizeof(S) + b);
+  }
+
+ private:
+  const char* from_[8];
+  int streams_ = 0;
+  bool on_;
+};
+
+// body(j) for the n elements of the block at i.
+template <class S, class F>
+inline void for_elements(int64_t i, int n, const Ahead<S>& ahead, F&& body) {
+  for (int first = 0; first < n; first += kLanes) {
+    ahead(i + first);
+    const int last = first + kLanes < n ? first + kLanes : n;
+    MSAM_VECTOR for (int j = first; j < last; ++j) body(j);
+  }
 }
 
 inline void finish_streaming(bool stream) {
@@ -119,19 +148,25 @@ inline void finish_streaming(bool stream) {
 
 // ---- reductions: kLanes fixed lanes in double, whatever the width of the registers ----------------------------------
 
+template <int sums = 1>
 struct Lanes {
-  Doubles8 lane[kLanes / 8] = {};
+  struct Sums {
+    Doubles8 of[sums] = {};
+  };
+  Sums lane[kLanes / 8];
 
-  template <class F>  // value(i) -> Doubles8 holding terms i .. i+7
-  void add(int n, F&& value) {
-    Doubles8 a = lane[0], b = lane[1], c = lane[2], d = lane[3];
-    for (int i = 0; i < n; i += kLanes) {
-      a += value(i), b += value(i + 8), c += value(i + 16), d += value(i + 24);
+  // Of the n elements of the block at i; terms(j, sum) adds those of elements j .. j + 7 to sum[0] .. sum[sums - 1].
+  template <class S, class F>
+  void add(int64_t i, int n, const Ahead<S>& ahead, F&& terms) {
+    Sums a = lane[0], b = lane[1], c = lane[2], d = lane[3];
+    for (int j = 0; j < n; j += kLanes) {
+      ahead(i + j);
+      terms(j, a.of), terms(j + 8, b.of), terms(j + 16, c.of), terms(j + 24, d.of);
     }
     lane[0] = a, lane[1] = b, lane[2] = c, lane[3] = d;
   }
-  double total() const {
-    Doubles8 s = (lane[0] + lane[1]) + (lane[2] + lane[3]);
+  double total(int k = 0) const {
+    Doubles8 s = (lane[0].of[k] + lane[1].of[k]) + (lane[2].of[k] + lane[3].of[k]);
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
   }
 };
@@ -175,19 +210,19 @@ void inner_products_chunk(const InnerProducts& a, const Chunk& c, double* partia
   const S* weights = adaptive ? a.weights.at<S>(c) : nullptr;
   const S* emas = friendly ? static_cast<const S*>(a.ema) + c.offset : nullptr;
   const Eight<T> sigma = all8(T(a.sigma)), eta = all8(T(a.eta));
-  Lanes lanes;
+  const Ahead<S> ahead(a.stream, {grads, emas, weights});
+  Lanes<> lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T gt[kBlock], et[kBlock], wt[kBlock];
-    if (a.stream) prefetch_next_page(grads + i, n);
     const T* g = padded(load(grads + i, gt, n), gt, n);
     const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
     const T* w = adaptive ? padded(load(weights + i, wt, n), wt, n) : nullptr;
-    lanes.add(whole_lanes(n), [&](int j) {
+    lanes.add(i, whole_lanes(n), ahead, [&](int j, Doubles8* sum) {
       Eight<T> d = load8(g + j);
       if constexpr (friendly) d = residual(d, load8(ema + j), sigma);
       if constexpr (adaptive) d = stretch(load8(w + j), eta) * d;
-      return doubles(d) * doubles(d);
+      *sum += doubles(d) * doubles(d);
     });
   });
   *partial = lanes.total();
@@ -209,28 +244,22 @@ void dots_chunk(const Dots& a, const Chunk& c, int64_t k) {
   constexpr int kProducts = vectors * (vectors + 1) / 2;
   const S* from[vectors] = {a.x.at<S>(c), a.y.at<S>(c)};
   if constexpr (vectors == 3) from[2] = a.z.at<S>(c);
-  Lanes sums[kProducts];
+  Ahead<S> ahead(a.stream, {});
+  for (const S* p : from) ahead.add(p);
+  Lanes<kProducts> lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T tmp[vectors][kBlock];
     const T* x[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      if (vectors == 2 && a.stream) prefetch_next_page(from[v] + i, n);  // three streams do better without
-      x[v] = padded(load(from[v] + i, tmp[v], n), tmp[v], n);
-    }
-    for (int lane = 0; lane < kLanes / 8; ++lane) {  // in turns, so that all sums stay in registers
-      Doubles8 sum[kProducts];
-      for (int r = 0; r < kProducts; ++r) sum[r] = sums[r].lane[lane];
-      for (int j = 8 * lane; j < whole_lanes(n); j += kLanes) {
-        Doubles8 wide[vectors];
-        for (int v = 0; v < vectors; ++v) wide[v] = doubles(load8(x[v] + j));
-        for (int v = 0; v < vectors; ++v)
-          for (int u = 0; u <= v; ++u) sum[v * (v + 1) / 2 + u] += wide[u] * wide[v];
-      }
-      for (int r = 0; r < kProducts; ++r) sums[r].lane[lane] = sum[r];
-    }
+    for (int v = 0; v < vectors; ++v) x[v] = padded(load(from[v] + i, tmp[v], n), tmp[v], n);
+    lanes.add(i, whole_lanes(n), ahead, [&](int j, Doubles8* sum) {
+      Doubles8 wide[vectors];
+      for (int v = 0; v < vectors; ++v) wide[v] = doubles(load8(x[v] + j));
+      for (int v = 0; v < vectors; ++v)
+        for (int u = 0; u <= v; ++u) *sum++ += wide[u] * wide[v];
+    });
   });
-  for (int r = 0; r < kProducts; ++r) a.partials[r][k] = sums[r].total();
+  for (int r = 0; r < kProducts; ++r) a.partials[r][k] = lanes.total(r);
 }
 
 template <class S>
@@ -260,8 +289,6 @@ inline V where8(uint8_t bits, V next, V old) {
   return ((Whole{} + bits) & each) != 0 ? next : old;
 }
 
-constexpr int kAhead = 2048;  // bytes
-
 template <class S, bool friendly, bool adaptive, bool masked, bool stream>
 void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   using T = typename Arithmetic<S>::type;
@@ -281,7 +308,8 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   const Eight<T> sigma = all8(T(a.sigma)), eta = all8(T(a.eta));
   const Eight<T> lmbda = all8(T(a.lmbda)), one_minus_lmbda = all8(T(a.one_minus_lmbda));
   const bool past_cache = stream && a.origin;  // weights that were not read
-  Lanes lanes;
+  const Ahead<S> ahead(stream, {origins, grads, emas}), in_cache(false, {});
+  Lanes<> lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock];
@@ -300,11 +328,7 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
     const bool direct = std::is_same_v<S, T> && n == kBlock, w_direct = direct && !past_cache;
     T* w_new = w_direct ? reinterpret_cast<T*>(weights + i) : w_result;
     T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
-    const auto change_sq = [&](int j) {
-      if constexpr (stream) {  // what the copy to `saved` makes the processor wait for
-        __builtin_prefetch(origins + i + j + kAhead / sizeof(S));
-        __builtin_prefetch(grads + i + j + kAhead / sizeof(S));
-      }
+    const auto step = [&](int j, Doubles8* sum) {
       const Eight<T> old = load8(w + j);
       Eight<T> d = load8(g + j);
       if constexpr (friendly) {
@@ -316,24 +340,24 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
       if constexpr (masked) next = where8(bits[j / 8], next, old);
       store8(w_new + j, next);
       const Doubles8 change = doubles(next) - doubles(old);
-      return change * change;
+      *sum += change * change;
     };
     if constexpr (std::is_same_v<S, T>) {
-      lanes.add(whole_lanes(n), change_sq);
+      lanes.add(i, whole_lanes(n), ahead, step);
       if (past_cache)
         stream_copy(reinterpret_cast<const S*>(w_result), weights + i, n);
       else if (!w_direct)
         std::memcpy(weights + i, w_result, n * sizeof(S));
       if (emas_out && !direct) std::memcpy(emas_out + i, ema_result, n * sizeof(S));
     } else {  // what counts is what was stored
-      Lanes unrounded;
-      unrounded.add(whole_lanes(n), change_sq);
+      Lanes<> unrounded;
+      unrounded.add(i, whole_lanes(n), ahead, step);
       narrow(w_result, weights + i, n);
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
-      lanes.add(whole_lanes(n), [&](int j) {
+      lanes.add(i, whole_lanes(n), in_cache, [&](int j, Doubles8* sum) {
         const Doubles8 change = doubles(load8(stored + j)) - doubles(load8(w + j));
-        return change * change;
+        *sum += change * change;
       });
     }
   });
@@ -374,6 +398,9 @@ struct Gradient {
       from[lists] = (k < 0 ? a.grads : a.more[k]).at<S>(c);
       coefs[lists++] = T(a.coefs[1 + k]);
     }
+  }
+  void add_to(Ahead<S>& ahead) const {
+    for (int k = 0; k < (combined ? lists : 1); ++k) ahead.add(from[k]);
   }
   bool reads(const S* p) const {
     bool found = false;
@@ -416,6 +443,8 @@ void accumulate_chunk(const Restore& a, const Chunk& c) {
   S* accs = a.acc.at<S>(c);
   const T c_acc = T(a.c_acc), coef = T(a.c);
   const Gradient<S> gradient(a, c);
+  Ahead<S> ahead(a.stream, {c_acc == 0 ? nullptr : accs});
+  gradient.add_to(ahead);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
@@ -423,10 +452,10 @@ void accumulate_chunk(const Restore& a, const Chunk& c) {
     Out<stream, S, T> out{accs + i, result};
     T* sum = out.values();
     if (c_acc == 0) {
-      MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(g[j], coef);
+      for_elements(i, n, ahead, [&](int j) { sum[j] = weighted(g[j], coef); });
     } else {
       const T* acc = load(accs + i, at, n);
-      MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
+      for_elements(i, n, ahead, [&](int j) { sum[j] = accumulated(acc[j], g[j], c_acc, coef); });
     }
     out.commit(n);
   });
@@ -496,8 +525,10 @@ void sgd_chunk(const Update& a, const Chunk& c) {
   S* weights = a.weights.at<S>(c);
   const S* before = a.saved ? static_cast<const S*>(a.saved) + c.offset : weights;
   const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
-  S* buffers = static_cast<S*>(a.momentum_buffer) + (momentum ? c.offset : 0);
+  S* buffers = momentum ? static_cast<S*>(a.momentum_buffer) + c.offset : nullptr;
   const Gradient<S> gradient(a, c);
+  Ahead<S> ahead(a.stream, {before, accs, buffers});
+  gradient.add_to(ahead);
   const Sgd<T, momentum> rule(a.hyper + c.group * a.hyper_stride, a.fresh && a.fresh[c.segment]);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
@@ -511,18 +542,18 @@ void sgd_chunk(const Update& a, const Chunk& c) {
       const T* m = load(buffers + i, mt, n);
       Out<false, S, T> m_out{buffers + i, m_result};
       T* m_new = m_out.values();
-      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+      for_elements(i, n, ahead, [&](int j) {
         T x = w[j], buffer = m[j];
         sgd(x, g[j], buffer);
         w_new[j] = x, m_new[j] = buffer;
-      }
+      });
       m_out.commit(n);
     } else {
-      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+      for_elements(i, n, ahead, [&](int j) {
         T x = w[j], unused = 0;
         sgd(x, g[j], unused);
         w_new[j] = x;
-      }
+      });
     }
     out.commit(n);
   });
@@ -548,8 +579,10 @@ void adam_chunk(const Update& a, const Chunk& c) {
   const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
   S* exp_avgs = static_cast<S*>(a.exp_avg) + c.offset;
   S* exp_avg_sqs = static_cast<S*>(a.exp_avg_sq) + c.offset;
-  S* max_exp_avg_sqs = static_cast<S*>(a.max_exp_avg_sq) + (amsgrad ? c.offset : 0);
+  S* max_exp_avg_sqs = amsgrad ? static_cast<S*>(a.max_exp_avg_sq) + c.offset : nullptr;
   const Gradient<S> gradient(a, c);
+  Ahead<S> ahead(a.stream, {before, accs, exp_avgs, exp_avg_sqs, max_exp_avg_sqs});
+  gradient.add_to(ahead);
   const Adam<T, amsgrad> rule(a.hyper + c.group * a.hyper_stride, a.step[c.segment]);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
@@ -567,18 +600,18 @@ void adam_chunk(const Update& a, const Chunk& c) {
       const T* largest = load(max_exp_avg_sqs + i, xt, n);
       Out<false, S, T> x_out{max_exp_avg_sqs + i, x_result};
       T* x_new = x_out.values();
-      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+      for_elements(i, n, ahead, [&](int j) {
         T x = w[j], first = m[j], second = v[j], most = largest[j];
         adam(x, g[j], first, second, most);
         w_new[j] = x, m_new[j] = first, v_new[j] = second, x_new[j] = most;
-      }
+      });
       x_out.commit(n);
     } else {
-      MSAM_VECTOR for (int j = 0; j < n; ++j) {
+      for_elements(i, n, ahead, [&](int j) {
         T x = w[j], first = m[j], second = v[j], unused = 0;
         adam(x, g[j], first, second, unused);
         w_new[j] = x, m_new[j] = first, v_new[j] = second;
-      }
+      });
     }
     m_out.commit(n);
     v_out.commit(n);
