@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The extension module _C: loading it registers the operators; build_info() says what was built; the rest spares the
 // optimizer Python loops over the parameters.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
@@ -139,21 +140,33 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using MaybeDouble = std::optional<double>;
 
-std::vector<Tensor> unpack(const py::list& list) {
-  std::vector<Tensor> tensors;
-  tensors.reserve(list.size());
-  for (py::handle t : list) {
-    TORCH_CHECK_TYPE(THPVariable_Check(t.ptr()), "expected a list of tensors, got ", Py_TYPE(t.ptr())->tp_name, " in it");
-    tensors.push_back(THPVariable_Unpack(t.ptr()));
+// The tensors of a list that outlives the call: owning each costs more than a small kernel.
+class Borrowed {
+ public:
+  explicit Borrowed(const py::list& list) {
+    tensors_.reserve(list.size());
+    for (py::handle t : list) {
+      TORCH_CHECK_TYPE(THPVariable_Check(t.ptr()), "expected a list of tensors, got ", Py_TYPE(t.ptr())->tp_name, " in it");
+      tensors_.push_back(Traits::createBorrow(THPVariable_Unpack(t.ptr())));
+    }
   }
-  return tensors;
-}
+  Borrowed(const Borrowed&) = delete;
+  ~Borrowed() {
+    for (Tensor& t : tensors_) Traits::destroyBorrow(t);
+  }
+  operator at::TensorList() const { return tensors_; }
 
-// An operator of ops.py as torch.ops would call it, but typed: parsing lists for a boxed call takes longer than a kernel
-// on a small model.
+ private:
+  using Traits = c10::MaybeOwnedTraits<Tensor>;
+  std::vector<Tensor> tensors_;
+};
+
+// An operator of ops.py as torch.ops would call it under no_grad, but typed, and past autograd's fallback: both would box
+// the lists, which takes longer than a kernel on a small model.
 template <class Signature, class... Args>
 auto dispatch(const c10::TypedOperatorHandle<Signature>& op, Args&&... args) {
   py::gil_scoped_release no_gil;
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
   return op.call(std::forward<Args>(args)...);
 }
 
@@ -166,7 +179,7 @@ Tensor inner_products(const py::list& weights, const py::list& grads, const Tens
                       double sigma, const MaybeDouble& eta) {
   static const auto op = find<Tensor(at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&, double,
                                      MaybeDouble)>("msam_kernels::inner_products");
-  return dispatch(op, unpack(weights), unpack(grads), chunks, ema, sigma, eta);
+  return dispatch(op, Borrowed(weights), Borrowed(grads), chunks, ema, sigma, eta);
 }
 
 void perturb(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& norm_sq,
@@ -177,7 +190,7 @@ void perturb(const py::list& weights, const py::list& grads, const Tensor& chunk
       find<void(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                 const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, MaybeDouble,
                 MaybeDouble)>("msam_kernels::perturb");
-  dispatch(op, unpack(weights), unpack(grads), chunks, norm_sq, hyper, achieved_sq, saved, origin, ema, mask, sigma,
+  dispatch(op, Borrowed(weights), Borrowed(grads), chunks, norm_sq, hyper, achieved_sq, saved, origin, ema, mask, sigma,
            lmbda, eta);
 }
 
@@ -187,13 +200,13 @@ Tensor ascend(const py::list& weights, const py::list& grads, const Tensor& chun
   static const auto op =
       find<Tensor(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
                   const MaybeTensor&, const MaybeTensor&, double, MaybeDouble, MaybeDouble)>("msam_kernels::ascend");
-  return dispatch(op, unpack(weights), unpack(grads), chunks, hyper, achieved_sq, saved, ema, mask, sigma, lmbda, eta);
+  return dispatch(op, Borrowed(weights), Borrowed(grads), chunks, hyper, achieved_sq, saved, ema, mask, sigma, lmbda, eta);
 }
 
 Tensor dots(const py::list& x, const py::list& y, const py::list& z, const Tensor& chunks) {
   static const auto op =
       find<Tensor(at::TensorList, at::TensorList, at::TensorList, const Tensor&)>("msam_kernels::dots");
-  return dispatch(op, unpack(x), unpack(y), unpack(z), chunks);
+  return dispatch(op, Borrowed(x), Borrowed(y), Borrowed(z), chunks);
 }
 
 void restore(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks,
@@ -202,7 +215,7 @@ void restore(const py::list& weights, const py::list& acc, const py::list& grads
   static const auto op =
       find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&, const MaybeTensor&,
                 const MaybeTensor&, double, double)>("msam_kernels::restore");
-  dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, saved, norm_sq, coefs, c_acc, c);
+  dispatch(op, Borrowed(weights), Borrowed(acc), Borrowed(grads), chunks, saved, norm_sq, coefs, c_acc, c);
 }
 
 void sgd(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
@@ -211,7 +224,7 @@ void sgd(const py::list& weights, const py::list& acc, const py::list& grads, co
   static const auto op =
       find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const MaybeTensor&,
                 const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double)>("msam_kernels::sgd");
-  dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, hyper, saved, momentum_buffer, fresh, norm_sq,
+  dispatch(op, Borrowed(weights), Borrowed(acc), Borrowed(grads), chunks, hyper, saved, momentum_buffer, fresh, norm_sq,
            coefs, c_acc, c);
 }
 
@@ -222,7 +235,7 @@ void adam(const py::list& weights, const py::list& acc, const py::list& grads, c
   static const auto op =
       find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                 const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double)>("msam_kernels::adam");
-  dispatch(op, unpack(weights), unpack(acc), unpack(grads), chunks, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq, saved,
+  dispatch(op, Borrowed(weights), Borrowed(acc), Borrowed(grads), chunks, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq, saved,
            norm_sq, coefs, c_acc, c);
 }
 

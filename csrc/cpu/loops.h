@@ -172,14 +172,14 @@ struct Lanes {
 };
 
 // A block's tail, padded with zeros to whole lanes.
+inline int whole_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 template <class T>
 inline const T* padded(const T* p, T* tmp, int n) {
   if (n == kBlock) return p;
   if (p != tmp) std::memcpy(tmp, p, n * sizeof(T));
-  std::memset(tmp + n, 0, (kBlock - n) * sizeof(T));
+  std::memset(tmp + n, 0, (whole_lanes(n) - n) * sizeof(T));
   return tmp;
 }
-inline int whole_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Whole lanes of a block, in vectors of eight: the compiler's own type, which the formulas take like a number.
 template <class T>
