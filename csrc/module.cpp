@@ -140,10 +140,10 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using MaybeDouble = std::optional<double>;
 
-// The tensors of a list that outlives the call: owning each costs more than a small kernel.
+// The tensors of a list that nobody changes during the call: owning each costs more than a small kernel.
 class Borrowed {
  public:
-  explicit Borrowed(const py::list& list) {
+  explicit Borrowed(const py::list& list) : Borrowed() {  // made already, so what throws here ends in the destructor
     tensors_.reserve(list.size());
     for (py::handle t : list) {
       TORCH_CHECK_TYPE(THPVariable_Check(t.ptr()), "expected a list of tensors, got ", Py_TYPE(t.ptr())->tp_name, " in it");
@@ -158,6 +158,7 @@ class Borrowed {
 
  private:
   using Traits = c10::MaybeOwnedTraits<Tensor>;
+  Borrowed() = default;
   std::vector<Tensor> tensors_;
 };
 

@@ -103,7 +103,7 @@ def compiled(architecture: str, folder: Path, nvcc: list[str], cuobjdump: str) -
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> dict[str, list[Kernel]]:
-    nvcc, cuobjdump = [tool("nvcc"), *nvcc_flags()], tool("cuobjdump")
+    nvcc, cuobjdump = [tool("nvcc"), *nvcc_flags()], tool("cuobjdump")  # here: ast.parse fails in two threads at once
     folder = tmp_path_factory.mktemp("cuda")
     with ThreadPoolExecutor() as pool:
         futures = {a: pool.submit(compiled, a, folder, nvcc, cuobjdump) for a in ARCHITECTURES}

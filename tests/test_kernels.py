@@ -1003,6 +1003,15 @@ def test_a_bad_call_is_refused_by_name_and_changes_nothing(name, errors):
     assert report["changed"] == []
 
 
+def test_a_list_with_something_else_in_it_is_refused_and_its_tensors_live_on(extension):
+    x, table = torch.arange(4.0), torch.tensor([[0, 0, 0, 4, 0]])
+    count = x._use_count()
+    with pytest.raises(TypeError, match="expected a list of tensors, got NoneType in it"):
+        ops._C.dots([x, None], [x], [], table)
+    assert x._use_count() == count
+    assert x.tolist() == [0, 1, 2, 3]
+
+
 # ---- beyond 2^31 elements --------------------------------------------------------------------------------------------
 
 FAR = 2**31 + 12345

@@ -15,7 +15,7 @@ struct Common {
   const double* hyper = nullptr;  // [groups, hyper_stride]
   int64_t hyper_stride = 0;
   const uint8_t* fresh = nullptr;  // [segments]: momentum buffers that begin with this gradient
-  bool stream = false;             // non-temporal stores for what is written and not read again soon
+  bool large = false;              // does not fit the cache: prefetch, and store past it what is not read again soon
 };
 
 struct InnerProducts : Common {
@@ -29,7 +29,7 @@ struct Dots {
   Storage storage;
   const Chunk* chunks;
   Pointers x, y, z;     // z may be missing
-  bool stream = false;  // too large for the cache
+  bool large = false;
   double* partials[6] = {};  // [chunks] of x.x, x.y, y.y, x.z, y.z, z.z
 };
 

@@ -123,7 +123,7 @@ class Ahead {
   }
 
  private:
-  const char* from_[8];
+  const char* from_[5 + 1 + kMore];  // AMSGrad's five, and what its gradient combines
   int streams_ = 0;
   bool on_;
 };
@@ -148,25 +148,21 @@ inline void finish_streaming(bool stream) {
 
 // ---- reductions: kLanes fixed lanes in double, whatever the width of the registers ----------------------------------
 
-template <int sums = 1>
 struct Lanes {
-  struct Sums {
-    Doubles8 of[sums] = {};
-  };
-  Sums lane[kLanes / 8];
+  Doubles8 lane[kLanes / 8] = {};
 
-  // Of the n elements of the block at i; terms(j, sum) adds those of elements j .. j + 7 to sum[0] .. sum[sums - 1].
+  // Of the n elements of the block at i; value(j) is a vector of the terms j .. j + 7.
   template <class S, class F>
-  void add(int64_t i, int n, const Ahead<S>& ahead, F&& terms) {
-    Sums a = lane[0], b = lane[1], c = lane[2], d = lane[3];
+  void add(int64_t i, int n, const Ahead<S>& ahead, F&& value) {
+    Doubles8 a = lane[0], b = lane[1], c = lane[2], d = lane[3];
     for (int j = 0; j < n; j += kLanes) {
       ahead(i + j);
-      terms(j, a.of), terms(j + 8, b.of), terms(j + 16, c.of), terms(j + 24, d.of);
+      a += value(j), b += value(j + 8), c += value(j + 16), d += value(j + 24);
     }
     lane[0] = a, lane[1] = b, lane[2] = c, lane[3] = d;
   }
-  double total(int k = 0) const {
-    Doubles8 s = (lane[0].of[k] + lane[1].of[k]) + (lane[2].of[k] + lane[3].of[k]);
+  double total() const {
+    Doubles8 s = (lane[0] + lane[1]) + (lane[2] + lane[3]);
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
   }
 };
@@ -210,19 +206,19 @@ void inner_products_chunk(const InnerProducts& a, const Chunk& c, double* partia
   const S* weights = adaptive ? a.weights.at<S>(c) : nullptr;
   const S* emas = friendly ? static_cast<const S*>(a.ema) + c.offset : nullptr;
   const Eight<T> sigma = all8(T(a.sigma)), eta = all8(T(a.eta));
-  const Ahead<S> ahead(a.stream, {grads, emas, weights});
-  Lanes<> lanes;
+  const Ahead<S> ahead(a.large, {grads, emas, weights});
+  Lanes lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T gt[kBlock], et[kBlock], wt[kBlock];
     const T* g = padded(load(grads + i, gt, n), gt, n);
     const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
     const T* w = adaptive ? padded(load(weights + i, wt, n), wt, n) : nullptr;
-    lanes.add(i, whole_lanes(n), ahead, [&](int j, Doubles8* sum) {
+    lanes.add(i, whole_lanes(n), ahead, [&](int j) {
       Eight<T> d = load8(g + j);
       if constexpr (friendly) d = residual(d, load8(ema + j), sigma);
       if constexpr (adaptive) d = stretch(load8(w + j), eta) * d;
-      *sum += doubles(d) * doubles(d);
+      return doubles(d) * doubles(d);
     });
   });
   *partial = lanes.total();
@@ -241,25 +237,31 @@ void inner_products(const InnerProducts& a, int64_t first, int64_t last) {
 template <class S, int vectors>
 void dots_chunk(const Dots& a, const Chunk& c, int64_t k) {
   using T = typename Arithmetic<S>::type;
-  constexpr int kProducts = vectors * (vectors + 1) / 2;
+  constexpr int kProducts = vectors * (vectors + 1) / 2, kTurns = kLanes / 8;
   const S* from[vectors] = {a.x.at<S>(c), a.y.at<S>(c)};
   if constexpr (vectors == 3) from[2] = a.z.at<S>(c);
-  Ahead<S> ahead(a.stream, {});
+  Ahead<S> ahead(a.large, {});
   for (const S* p : from) ahead.add(p);
-  Lanes<kProducts> lanes;
+  Lanes sums[kProducts];
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T tmp[vectors][kBlock];
     const T* x[vectors];
     for (int v = 0; v < vectors; ++v) x[v] = padded(load(from[v] + i, tmp[v], n), tmp[v], n);
-    lanes.add(i, whole_lanes(n), ahead, [&](int j, Doubles8* sum) {
-      Doubles8 wide[vectors];
-      for (int v = 0; v < vectors; ++v) wide[v] = doubles(load8(x[v] + j));
-      for (int v = 0; v < vectors; ++v)
-        for (int u = 0; u <= v; ++u) *sum++ += wide[u] * wide[v];
-    });
+    for (int lane = 0; lane < kTurns; ++lane) {  // in turns, so that all sums stay in registers
+      for (int j = 0; j < kBlock / kTurns; j += kLanes) ahead(i + lane * (kBlock / kTurns) + j);
+      Doubles8 sum[kProducts];
+      for (int r = 0; r < kProducts; ++r) sum[r] = sums[r].lane[lane];
+      for (int j = 8 * lane; j < whole_lanes(n); j += kLanes) {
+        Doubles8 wide[vectors];
+        for (int v = 0; v < vectors; ++v) wide[v] = doubles(load8(x[v] + j));
+        for (int v = 0; v < vectors; ++v)
+          for (int u = 0; u <= v; ++u) sum[v * (v + 1) / 2 + u] += wide[u] * wide[v];
+      }
+      for (int r = 0; r < kProducts; ++r) sums[r].lane[lane] = sum[r];
+    }
   });
-  for (int r = 0; r < kProducts; ++r) a.partials[r][k] = lanes.total(r);
+  for (int r = 0; r < kProducts; ++r) a.partials[r][k] = sums[r].total();
 }
 
 template <class S>
@@ -309,7 +311,7 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   const Eight<T> lmbda = all8(T(a.lmbda)), one_minus_lmbda = all8(T(a.one_minus_lmbda));
   const bool past_cache = stream && a.origin;  // weights that were not read
   const Ahead<S> ahead(stream, {origins, grads, emas}), in_cache(false, {});
-  Lanes<> lanes;
+  Lanes lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock];
@@ -328,7 +330,7 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
     const bool direct = std::is_same_v<S, T> && n == kBlock, w_direct = direct && !past_cache;
     T* w_new = w_direct ? reinterpret_cast<T*>(weights + i) : w_result;
     T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
-    const auto step = [&](int j, Doubles8* sum) {
+    const auto change_sq = [&](int j) {
       const Eight<T> old = load8(w + j);
       Eight<T> d = load8(g + j);
       if constexpr (friendly) {
@@ -340,24 +342,24 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
       if constexpr (masked) next = where8(bits[j / 8], next, old);
       store8(w_new + j, next);
       const Doubles8 change = doubles(next) - doubles(old);
-      *sum += change * change;
+      return change * change;
     };
     if constexpr (std::is_same_v<S, T>) {
-      lanes.add(i, whole_lanes(n), ahead, step);
+      lanes.add(i, whole_lanes(n), ahead, change_sq);
       if (past_cache)
         stream_copy(reinterpret_cast<const S*>(w_result), weights + i, n);
       else if (!w_direct)
         std::memcpy(weights + i, w_result, n * sizeof(S));
       if (emas_out && !direct) std::memcpy(emas_out + i, ema_result, n * sizeof(S));
     } else {  // what counts is what was stored
-      Lanes<> unrounded;
-      unrounded.add(i, whole_lanes(n), ahead, step);
+      Lanes unrounded;
+      unrounded.add(i, whole_lanes(n), ahead, change_sq);
       narrow(w_result, weights + i, n);
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
-      lanes.add(i, whole_lanes(n), in_cache, [&](int j, Doubles8* sum) {
+      lanes.add(i, whole_lanes(n), in_cache, [&](int j) {
         const Doubles8 change = doubles(load8(stored + j)) - doubles(load8(w + j));
-        *sum += change * change;
+        return change * change;
       });
     }
   });
@@ -372,11 +374,11 @@ auto perturb_of(const Perturb& a) {
 
 template <class S>
 void perturb(const Perturb& a, int64_t first, int64_t last) {
-  const auto chunk = a.mask ? (a.stream ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
-                            : (a.stream ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
+  const auto chunk = a.mask ? (a.large ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
+                            : (a.large ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
   // Backwards: the gradient's end, which inner_products read last, may still be in cache.
   for (int64_t k = last; k-- > first;) chunk(a, a.chunks[k], a.partials + k);
-  finish_streaming(a.stream);
+  finish_streaming(a.large);
 }
 
 // ---- restore ----------------------------------------------------------------------------------------------------
@@ -443,7 +445,7 @@ void accumulate_chunk(const Restore& a, const Chunk& c) {
   S* accs = a.acc.at<S>(c);
   const T c_acc = T(a.c_acc), coef = T(a.c);
   const Gradient<S> gradient(a, c);
-  Ahead<S> ahead(a.stream, {c_acc == 0 ? nullptr : accs});
+  Ahead<S> ahead(a.large, {c_acc == 0 ? nullptr : accs});
   gradient.add_to(ahead);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
@@ -465,7 +467,7 @@ void accumulate_chunk(const Restore& a, const Chunk& c) {
 template <class S>
 auto accumulate_of(const Restore& a, const Chunk& c) {
   const bool read = typename Arithmetic<S>::type(a.c_acc) != 0 || Gradient<S>(a, c).reads(a.acc.at<S>(c));
-  return a.stream && !read ? accumulate_chunk<S, true> : accumulate_chunk<S, false>;
+  return a.large && !read ? accumulate_chunk<S, true> : accumulate_chunk<S, false>;
 }
 
 template <class S>
@@ -488,7 +490,7 @@ void restore(const Restore& a, int64_t first, int64_t last) {
     const Chunk& c = a.chunks[k];
     if (a.weights) {
       const S* saved = static_cast<const S*>(a.saved) + c.offset;
-      if (a.stream)
+      if (a.large)
         stream_copy(saved, a.weights.at<S>(c), c.numel);
       else
         std::memcpy(a.weights.at<S>(c), saved, c.numel * sizeof(S));
@@ -498,7 +500,7 @@ void restore(const Restore& a, int64_t first, int64_t last) {
     else if (a.acc && a.grads)
       accumulate_of<S>(a, c)(a, c);
   }
-  finish_streaming(a.stream);
+  finish_streaming(a.large);
 }
 
 // ---- update -----------------------------------------------------------------------------------------------------
@@ -527,7 +529,7 @@ void sgd_chunk(const Update& a, const Chunk& c) {
   const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
   S* buffers = momentum ? static_cast<S*>(a.momentum_buffer) + c.offset : nullptr;
   const Gradient<S> gradient(a, c);
-  Ahead<S> ahead(a.stream, {before, accs, buffers});
+  Ahead<S> ahead(a.large, {before, a.c_acc == 0 ? nullptr : accs, buffers});
   gradient.add_to(ahead);
   const Sgd<T, momentum> rule(a.hyper + c.group * a.hyper_stride, a.fresh && a.fresh[c.segment]);
   for_blocks(c.numel, [&](int64_t i, auto count) {
@@ -561,14 +563,15 @@ void sgd_chunk(const Update& a, const Chunk& c) {
 
 template <class S>
 void sgd(const Update& a, int64_t first, int64_t last) {
+  const bool stream = a.large && a.saved;  // weights that were read are in cache already
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.chunks[k];
     const bool momentum = a.hyper[c.group * a.hyper_stride + kSgdMomentum] != 0;
-    const auto chunk = momentum ? (a.stream ? sgd_chunk<S, true, true> : sgd_chunk<S, true, false>)
-                                : (a.stream ? sgd_chunk<S, false, true> : sgd_chunk<S, false, false>);
+    const auto chunk = momentum ? (stream ? sgd_chunk<S, true, true> : sgd_chunk<S, true, false>)
+                                : (stream ? sgd_chunk<S, false, true> : sgd_chunk<S, false, false>);
     chunk(a, c);
   }
-  finish_streaming(a.stream);
+  finish_streaming(a.large);
 }
 
 template <class S, bool amsgrad, bool stream>
@@ -581,7 +584,7 @@ void adam_chunk(const Update& a, const Chunk& c) {
   S* exp_avg_sqs = static_cast<S*>(a.exp_avg_sq) + c.offset;
   S* max_exp_avg_sqs = amsgrad ? static_cast<S*>(a.max_exp_avg_sq) + c.offset : nullptr;
   const Gradient<S> gradient(a, c);
-  Ahead<S> ahead(a.stream, {before, accs, exp_avgs, exp_avg_sqs, max_exp_avg_sqs});
+  Ahead<S> ahead(a.large, {before, a.c_acc == 0 ? nullptr : accs, exp_avgs, exp_avg_sqs, max_exp_avg_sqs});
   gradient.add_to(ahead);
   const Adam<T, amsgrad> rule(a.hyper + c.group * a.hyper_stride, a.step[c.segment]);
   for_blocks(c.numel, [&](int64_t i, auto count) {
@@ -621,14 +624,15 @@ void adam_chunk(const Update& a, const Chunk& c) {
 
 template <class S>
 void adam(const Update& a, int64_t first, int64_t last) {
+  const bool stream = a.large && a.saved;
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.chunks[k];
     const bool amsgrad = a.hyper[c.group * a.hyper_stride + kAdamAmsgrad] != 0;
-    const auto chunk = amsgrad ? (a.stream ? adam_chunk<S, true, true> : adam_chunk<S, true, false>)
-                               : (a.stream ? adam_chunk<S, false, true> : adam_chunk<S, false, false>);
+    const auto chunk = amsgrad ? (stream ? adam_chunk<S, true, true> : adam_chunk<S, true, false>)
+                               : (stream ? adam_chunk<S, false, true> : adam_chunk<S, false, false>);
     chunk(a, c);
   }
-  finish_streaming(a.stream);
+  finish_streaming(a.large);
 }
 
 // ---- one entry per kernel ---------------------------------------------------------------------------------------

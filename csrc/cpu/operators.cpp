@@ -20,8 +20,8 @@ namespace {
 
 // Elements per thread: for fewer, waking another thread costs more than it saves, and much more when it is slow to come.
 constexpr int64_t kGrain = 32768;
-// Streaming stores pay once a buffer no longer fits the cache that the cores share.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
+// Stores past the cache pay once a buffer no longer fits the one that the cores share.
+constexpr int64_t kLargeBytes = int64_t(8) << 20;
 
 // What every operator shares: the table, its checks, and pointers that live as long as the call.
 class Call {
@@ -67,7 +67,7 @@ class Call {
   void begin(Args& args) const {
     args.storage = storage_of(dtype_);
     args.chunks = chunks_;
-    args.stream = elements_ * int64_t(c10::elementSize(dtype_)) >= kStreamBytes;
+    args.large = elements_ * int64_t(c10::elementSize(dtype_)) >= kLargeBytes;
   }
 
   const Chunk& chunk(int64_t k) const { return chunks_[k]; }
@@ -203,7 +203,6 @@ void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chu
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
   gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  a.stream = a.stream && saved;  // weights that were read are in cache already
   call.hyper(hyper, kSgdColumns, a);
   call.flat(momentum_buffer, "momentum_buffer");
   call.fresh(fresh, a);
@@ -221,7 +220,6 @@ void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& ch
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
   gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  a.stream = a.stream && saved;
   call.hyper(hyper, kAdamColumns, a);
   call.flat(exp_avg, "exp_avg");
   call.flat(exp_avg_sq, "exp_avg_sq");
