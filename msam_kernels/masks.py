@@ -37,14 +37,12 @@ def add_up(scores: Sequence[Tensor] | None, grads: Sequence[Tensor]) -> Sequence
 
     ``scores`` are changed in place; an empty one has no gradient yet.
     """
-    return (
-        grads
-        if scores is None
-        else [
-            g if s.numel() == 0 else s if g.numel() == 0 else torch.hypot(s, g, out=s)
-            for s, g in zip(scores, grads, strict=True)
-        ]
-    )
+    if scores is None:
+        return grads
+    return [
+        g if s.numel() == 0 else s if g.numel() == 0 else torch.hypot(s, g, out=s)
+        for s, g in zip(scores, grads, strict=True)
+    ]
 
 
 def choose(flats: Sequence[Any], scores: Sequence[Sequence[Tensor]], sparse: Any, step: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -335,6 +336,35 @@ def assert_close(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-1
         torch.testing.assert_close(
             a.detach(), b.detach(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def follow_the_plain_loops(
+    expected: Zoo,
+    base: Callable[[list[dict]], torch.optim.Optimizer],
+    method: methods.SAM,
+    micro_batches: int,
+    way: str,
+    backend: str,
+    *,
+    steps: int = 4,
+    size: int = 2,
+    tolerance: float = 1e-12,
+    check: Callable[[MicroBatchSAM, PlainSAM], None] = lambda ours, theirs: None,
+) -> tuple[Zoo, MicroBatchSAM, PlainSAM]:
+    """Steps of the plain loops on ``expected``, and of the optimizer on a copy of it, whose weights must agree after each.
+
+    ``size``: samples of a micro-batch; ``check``: of both optimizers after every step. Returns the copy and both.
+    """
+    actual = copy.deepcopy(expected)
+    theirs = PlainSAM(base(expected.groups()), method=method)
+    ours = MicroBatchSAM(base(actual.groups()), method=method, num_micro_batches=micro_batches, backend=backend)
+    for step in range(steps):
+        data = images(size * micro_batches, seed=step)
+        WAYS[way](ours, actual, data)
+        theirs.step([closure_of(expected, part) for part in split(data, [size] * micro_batches)])
+        assert_close(actual, expected, tolerance)
+        check(ours, theirs)
+    return actual, ours, theirs
 
 
 def through_a_file(thing: Any) -> Any:

@@ -33,11 +33,9 @@ from msam_kernels.methods import (
 from plain import (
     METHODS,
     WAYS,
-    PlainSAM,
     Zoo,
-    assert_close,
     batch,
-    closure_of,
+    follow_the_plain_loops,
     images,
     loss_of,
     mlp,
@@ -375,15 +373,9 @@ THREE_PASSES = {
 @pytest.mark.parametrize("there", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("name", THREE_PASSES)
 def test_a_parameter_may_get_a_gradient_in_some_of_three_passes(name, there, way, backend):
-    expected = Zoo(uses=lambda call: call % 3 in there)
-    actual = copy.deepcopy(expected)
-    theirs = PlainSAM(SGD(expected.groups(), lr=0.1, momentum=0.9), method=THREE_PASSES[name])
-    ours = MicroBatchSAM(SGD(actual.groups(), lr=0.1, momentum=0.9), method=THREE_PASSES[name], backend=backend)
-    for step in range(5):
-        data = images(4, seed=step)
-        WAYS[way](ours, actual, data)
-        theirs.step([closure_of(expected, data)])
-        assert_close(actual, expected)
+    model, method = Zoo(uses=lambda call: call % 3 in there), THREE_PASSES[name]
+    base = functools.partial(SGD, lr=0.1, momentum=0.9)
+    follow_the_plain_loops(model, base, method, 1, way, backend, steps=5, size=4)
 
 
 @pytest.mark.parametrize("there", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
@@ -411,17 +403,7 @@ def test_methods_that_add_up_follow_the_plain_loops(name, base, count, way, back
         "SGD": lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
         "RMSprop": lambda groups: RMSprop(groups, lr=0.01),
     }
-    expected = Zoo()
-    actual = copy.deepcopy(expected)
-    theirs = PlainSAM(bases[base](expected.groups()), method=COMPOSITIONS[name])
-    ours = MicroBatchSAM(
-        bases[base](actual.groups()), method=COMPOSITIONS[name], num_micro_batches=count, backend=backend
-    )
-    for step in range(4):
-        data = images(2 * count, seed=step)
-        WAYS[way](ours, actual, data)
-        theirs.step([closure_of(expected, part) for part in split(data, [2] * count)])
-        assert_close(actual, expected, 1e-10)
+    follow_the_plain_loops(Zoo(), bases[base], COMPOSITIONS[name], count, way, backend, tolerance=1e-10)
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)

@@ -24,6 +24,7 @@ from plain import (
     assert_close,
     batch,
     closure_of,
+    follow_the_plain_loops,
     gradients,
     images,
     loss_of,
@@ -238,25 +239,19 @@ def test_a_step_that_the_user_patched_into_the_base_optimizer_is_used(scheduled)
 @pytest.mark.parametrize("name", [*sorted(MANY_FLAGS), "RMSprop"])
 @pytest.mark.parametrize("method", METHODS)
 def test_parameters_of_every_kind_follow_the_plain_loops(method, name, micro_batches, way, backend):
-    expected = Zoo()
-    actual = copy.deepcopy(expected)
-    theirs = PlainSAM(BASES[name](expected.groups()), method=METHODS[method])
-    ours = MicroBatchSAM(
-        BASES[name](actual.groups()), method=METHODS[method], num_micro_batches=micro_batches, backend=backend
-    )
-    for step in range(4):
-        data = images(2 * micro_batches, seed=step)
-        WAYS[way](ours, actual, data)
-        theirs.step([closure_of(expected, part) for part in split(data, [2] * micro_batches)])
-        assert_close(actual, expected)
+    def check(ours, theirs):
         if not theirs.grad_norms:  # a step of LookSAM that perturbs nothing
-            continue
+            return
         stats = ours.stats
         torch.testing.assert_close(stats.grad_norm, torch.stack(theirs.grad_norms), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
             stats.perturbation_norm, torch.stack(theirs.perturbation_norms), rtol=1e-12, atol=1e-12
         )
         assert stats.nonfinite.tolist() == [False] * micro_batches
+
+    actual, ours, _ = follow_the_plain_loops(
+        Zoo(), BASES[name], METHODS[method], micro_batches, way, backend, check=check
+    )
     assert actual.square is actual.also_square
     assert ours.state.get(actual.unused, {}) == ours.state.get(actual.frozen, {}) == {}
 
@@ -283,14 +278,7 @@ PRESENCE = {
 @pytest.mark.parametrize("method", ["SAM", "F-SAM sigma=0.5 lmbda=0.6"])
 def test_a_parameter_may_get_a_gradient_in_some_passes_only(method, presence, name, way, backend):
     expected = Zoo(uses=PRESENCE[presence])
-    actual = copy.deepcopy(expected)
-    theirs = PlainSAM(BASES[name](expected.groups()), method=METHODS[method])
-    ours = MicroBatchSAM(BASES[name](actual.groups()), method=METHODS[method], num_micro_batches=2, backend=backend)
-    for step in range(4):
-        data = images(4, seed=step)
-        WAYS[way](ours, actual, data)
-        theirs.step([closure_of(expected, part) for part in split(data, [2, 2])])
-        assert_close(actual, expected)
+    actual, ours, theirs = follow_the_plain_loops(expected, BASES[name], METHODS[method], 2, way, backend)
     assert (actual.sometimes in ours.state) == (expected.sometimes in theirs.base.state)
 
 

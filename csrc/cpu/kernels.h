@@ -28,7 +28,7 @@ struct InnerProducts : Common {
 struct Dots {
   Storage storage;
   const Chunk* chunks;
-  Pointers x, y, z;     // z may be missing
+  Pointers x, y, z;  // z may be missing
   bool large = false;
   double* partials[6] = {};  // [chunks] of x.x, x.y, y.y, x.z, y.z, z.z
 };
