@@ -83,6 +83,8 @@ def _running_statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]
 
 def _gathered(parts: list[Tensor], device: torch.device) -> Tensor:
     """The terms of sums, from all devices."""
+    if len(parts) == 1 and parts[0].device == device:
+        return parts[0]
     # A copy to the CPU that does not block returns before the values are there.
     return torch.cat([t.to(device, non_blocking=device.type != "cpu") for t in parts], -1)
 

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -18,7 +19,8 @@
 namespace msam::cpu {
 namespace {
 
-// Elements per thread: for fewer, waking another thread costs more than it saves, and much more when it is slow to come.
+// Elements of a piece of work: for fewer, waking another thread costs more than it saves, and much more when it is slow to
+// come.
 constexpr int64_t kGrain = 32768;
 // Stores past the cache pay once a buffer no longer fits the one that the cores share.
 constexpr int64_t kLargeBytes = int64_t(8) << 20;
@@ -73,17 +75,35 @@ class Call {
   const Chunk& chunk(int64_t k) const { return chunks_[k]; }
   int64_t size() const { return size_; }
 
-  // Threads share the elements evenly; a chunk belongs to the thread in whose share it begins.
+  // Every thread has an even share of the elements, in pieces of kGrain, and then helps with what others have left: neither
+  // memory nor other processes leave the cores equally fast.
   template <class F>
-  void run(F&& kernel) const {
+  void run(F&& kernel, bool backwards = false) const {
     if (elements_ <= kGrain) return kernel(0, size_);
-    std::vector<int64_t> starts(size_ + 1, 0);
-    for (int64_t k = 0; k < size_; ++k) starts[k + 1] = starts[k] + chunks_[k].numel;
-    const auto first_from = [&](int64_t element) {
-      return element == elements_ ? size_ : std::lower_bound(starts.begin(), starts.end(), element) - starts.begin();
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), (elements_ + kGrain - 1) / kGrain);
+    const int64_t enough = std::min(kGrain, elements_ / threads);
+    std::vector<int64_t> pieces{0};  // where each begins, and the end
+    for (int64_t k = 0, elements = 0; k < size_; ++k) {
+      elements += chunks_[k].numel;
+      if (elements >= enough || k + 1 == size_) pieces.push_back(k + 1), elements = 0;
+    }
+    const int64_t count = int64_t(pieces.size()) - 1;
+    struct alignas(64) Share {
+      int64_t begin, end;
+      std::atomic<int64_t> taken{0};
     };
-    at::parallel_for(0, elements_, kGrain,
-                     [&](int64_t from, int64_t to) { kernel(first_from(from), first_from(to)); });
+    std::vector<Share> shares(threads);
+    for (int64_t t = 0; t < threads; ++t) shares[t].begin = count * t / threads, shares[t].end = count * (t + 1) / threads;
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        for (int64_t k = 0; k < threads; ++k) {
+          Share& share = shares[(t + k) % threads];
+          for (int64_t p; (p = share.taken.fetch_add(1, std::memory_order_relaxed)) < share.end - share.begin;) {
+            const int64_t piece = backwards ? share.end - 1 - p : share.begin + p;
+            kernel(pieces[piece], pieces[piece + 1]);
+          }
+        }
+    });
   }
 
  private:
@@ -118,7 +138,8 @@ Tensor norm_sq_of(const Call& call, InnerProducts& a) {
 void perturb_by(const Call& call, Perturb& a, const Tensor& norm_sq, const Tensor& achieved_sq) {
   a.norm_sq = total(norm_sq);
   a.partials = achieved_sq.data_ptr<double>();
-  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); });
+  // Backwards: the gradient's end, which inner_products read last, may still be in cache.
+  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); }, true);
   achieved_sq.unsafeGetTensorImpl()->bump_version();  // tells that the weights were saved
 }
 
