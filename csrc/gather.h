@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "update_math.h"
 
 namespace msam {
 
@@ -74,6 +75,51 @@ void gather_perturbation(Call& call, Arguments& a, TensorList weights, TensorLis
   a.ema_out = lmbda ? pointer(ema) : nullptr;
   a.lmbda = lmbda.value_or(0);
   a.one_minus_lmbda = 1 - lmbda.value_or(0);
+}
+
+// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite. With coefs, grads holds
+// a list of tensors for each of them. Returns how many tensors a list has.
+template <class Call, class Arguments>
+int64_t gather_descent(Call& call, Arguments& a, TensorList weights, TensorList acc, TensorList grads,
+                       const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc,
+                       double c) {
+  call.begin(a);
+  a.weights = call.list(weights, "weights", weights.size() == 1);
+  a.acc = call.list(acc, "acc");
+  const int64_t terms = check_coefs(coefs, grads, 1 + kMore), segments = int64_t(grads.size()) / terms;
+  if (coefs) check_device(*coefs, "coefs", call.device());
+  a.coefs = pointer<double>(coefs);
+  a.grads = call.list(grads.slice(0, segments), "grads");
+  for (int64_t k = 1; k < terms; ++k) a.more[k - 1] = call.list(grads.slice(k * segments, segments), "grads");
+  call.flat(saved, "saved");
+  a.saved = pointer(saved);
+  a.c_acc = c_acc;
+  a.c = c;
+  call.norm_sq(norm_sq, a);
+  return segments;
+}
+
+template <class Call, class Arguments>
+void gather_sgd(Call& call, Arguments& a, const Tensor& hyper, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh) {
+  call.hyper(hyper, kSgdColumns, a);
+  call.flat(momentum_buffer, "momentum_buffer");
+  call.per_segment(fresh, "fresh", at::kByte);
+  a.momentum_buffer = pointer(momentum_buffer);
+  a.fresh = pointer<uint8_t>(fresh);
+}
+
+template <class Call, class Arguments>
+void gather_adam(Call& call, Arguments& a, const Tensor& hyper, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                 const Tensor& step, const MaybeTensor& max_exp_avg_sq) {
+  call.hyper(hyper, kAdamColumns, a);
+  call.flat(exp_avg, "exp_avg");
+  call.flat(exp_avg_sq, "exp_avg_sq");
+  call.flat(max_exp_avg_sq, "max_exp_avg_sq");
+  call.per_segment(step, "step", at::kFloat);
+  a.exp_avg = exp_avg.data_ptr();
+  a.exp_avg_sq = exp_avg_sq.data_ptr();
+  a.max_exp_avg_sq = pointer(max_exp_avg_sq);
+  a.step = step.data_ptr<float>();
 }
 
 }  // namespace msam

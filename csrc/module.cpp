@@ -4,10 +4,12 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -67,15 +69,19 @@ py::list current_grads(const py::list& params) {
   return grads;
 }
 
-// Whether no gradient is a part of larger memory; None is none.
-bool owns_memory(const py::list& grads) {
+// Whether no two gradients are the same memory, and with `whole` none is a part of larger memory; None is none.
+bool owns_memory(const py::list& grads, bool whole) {
+  c10::SmallVector<const void*, 64> places;
   for (py::handle g : grads) {
     if (g.is_none()) continue;
     TORCH_CHECK(THPVariable_Check(g.ptr()), "owns_memory takes tensors");
     const at::Tensor& grad = THPVariable_Unpack(g.ptr());
-    if (grad.has_storage() && grad.storage().nbytes() > grad.nbytes()) return false;
+    if (!grad.has_storage() || grad.numel() == 0) continue;
+    if (whole && grad.storage().nbytes() > grad.nbytes()) return false;
+    places.push_back(grad.const_data_ptr());
   }
-  return true;
+  std::sort(places.begin(), places.end());
+  return std::adjacent_find(places.begin(), places.end()) == places.end();
 }
 
 // p.grad by parameter, None for all where grads is empty. The gradients were some p.grad before: nothing is checked.
@@ -248,7 +254,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
-  m.def("owns_memory", &owns_memory, "(grads) -> whether none is a part of larger memory");
+  m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, a part of larger memory");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
   using py::arg;

@@ -7,6 +7,12 @@
 namespace msam {
 
 enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
+struct bf16 {
+  uint16_t bits;
+};
+struct half {
+  uint16_t bits;
+};
 
 // One row of `chunks` (int64, built by flat.py): a run of at most CHUNK elements of one parameter.
 struct Chunk {
@@ -18,6 +24,11 @@ struct Chunk {
 };
 constexpr int64_t kChunkColumns = 5;
 static_assert(sizeof(Chunk) == kChunkColumns * sizeof(int64_t), "a chunk is one row of the table");
+
+// Vectors that a descent may combine with the gradient, and lists of tensors that an operator may get: weights, acc, grads and
+// those.
+constexpr int kMore = 2;
+constexpr int kMostLists = 3 + kMore;
 
 // A list of tensors by segment, or one flat buffer.
 struct Pointers {

@@ -9,13 +9,14 @@ named by segment. ``chunks`` tells the kernels what to work on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import masks, ops
 
@@ -72,7 +73,7 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         if p.dtype not in DTYPES:
             remedy = "; use torch.view_as_real" if p.is_complex() else ""
             raise TypeError(f"{name} must be one of {[str(d)[6:] for d in DTYPES]}, got {p.dtype}{remedy}")
-    spans = sorted((*_span(p), str(p.device), name) for name, p in named if p.numel())
+    spans = sorted((*_span(p), str(p.device), name) for name, p in named if p.numel() and not p.is_meta)
     end, owner, device = -1, "", ""
     for first, last, on, name in sorted(spans, key=lambda s: (s[2], s[0])):
         if on == device and first < end:
@@ -125,12 +126,8 @@ class Flat:
         self._captured_tables: dict[tuple[int, ...], Tensor] = {}  # CUDA graphs hold their addresses
         self._absent_grad = torch.empty(0, dtype=self.dtype, device=self.device)
         if self.flatten:
-            buffer = self.new_buffer()
-            self._weights = [buffer]
-            for p, alias in zip(params, self.aliases(buffer), strict=True):
-                if p.numel():
-                    alias.copy_(p.detach())
-                    p.data = alias
+            self._weights = [self.new_buffer()]
+            self._move_in(range(len(params)))
         else:
             for p in params:
                 self._check_unflattened(p)
@@ -160,7 +157,18 @@ class Flat:
                 "contiguous, or use flatten=True"
             )
 
+    @torch.no_grad()
+    def _move_in(self, which: Iterable[int]) -> None:
+        """Parameters into the flat buffer of weights: their values, and their ``.data``."""
+        for i in which:
+            if self.params[i].numel():
+                alias = self.alias(self._weights[0], i)
+                alias.copy_(self.params[i])
+                self.params[i].data = alias
+
     def _remember(self) -> None:
+        if self.flatten:
+            self._places = [StorageWeakRef(p.untyped_storage()) for p in self.params]
         self._pointers = list(map(Tensor.data_ptr, self.params))
         self._strides = [p.stride() for p in self.params]
         self._shapes = [p.shape for p in self.params]
@@ -231,6 +239,8 @@ class Flat:
     def take_back(self) -> None:
         """Take back parameters that somebody re-pointed; refuse those that moved away.
 
+        Where somebody else holds the memory of one that left, e.g. the model that it was exchanged with, all move on.
+
         Raises:
             RuntimeError: a parameter is now on another device or of another dtype or size.
         """
@@ -244,18 +254,20 @@ class Flat:
         if any(p.is_shared() for p in self.params if p.device.type == "cpu"):
             self.flatten = False  # other processes look where they are now
         moved = [
-            (i, p, p.detach().clone())  # all are read before any is written: one may live where another belongs
+            i
             for i, p in enumerate(self.params)
             if p.numel() and (p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i])
         ]
-        for i, p, values in moved:
-            if self.flatten:
-                alias = self.alias(self._weights[0], i)
-                alias.copy_(values)
-                p.data = alias
-            else:
-                self._check_unflattened(p)
-            if p.stride() != self._strides[i]:
+        if not self.flatten:
+            for i in moved:
+                self._check_unflattened(self.params[i])
+        elif all(self._places[i].expired() for i in moved):
+            self._move_in(moved)
+        else:
+            self._weights = [self.new_buffer()]
+            self._move_in(range(len(self.params)))
+        for i in moved:
+            if self.params[i].stride() != self._strides[i]:
                 self._reorder(i)
         self._remember()
         if moved and self.v is not None:
@@ -284,7 +296,7 @@ class Flat:
         on to do: a graph that still needs the old values raises instead of using wrong ones.
 
         Raises:
-            TypeError: a sparse gradient.
+            TypeError: a sparse gradient, or one of another dtype than its parameter.
         """
         if ops.collect_grads is not None:
             grads, regular, absent = ops.collect_grads(self.params, self._absent_grad, clear)
@@ -305,9 +317,14 @@ class Flat:
                 f"a parameter of shape {tuple(p.shape)} has a gradient of layout {g.layout}: sharpness-aware steps need "
                 "dense gradients, e.g. nn.Embedding(..., sparse=False)"
             )
+        if g.dtype != p.dtype:
+            raise TypeError(
+                f"a {p.dtype} parameter of shape {tuple(p.shape)} has a gradient of {g.dtype}, which the kernels would round: "
+                "leave grad_dtype at the parameter's own"
+            )
         g = g.detach()
         same_order = all(a == b for a, b, n in zip(g.stride(), p.stride(), p.size(), strict=True) if n != 1)
-        if g.dtype == p.dtype and g.device == p.device and same_order:
+        if g.device == p.device and same_order:
             return g
         return torch.empty_like(p).copy_(g)
 
@@ -361,9 +378,10 @@ class Flat:
 
     def begun(self) -> list[bool]:
         """By parameter: whether its EMA has begun."""
-        first = [min(offset, self.size - 1) for offset in self.offsets]
-        is_nan = self.ema[torch.tensor(first, device=self.device)].isnan().tolist()
-        return [p.numel() > 0 and not nan for p, nan in zip(self.params, is_nan, strict=True)]
+        filled = [i for i, p in enumerate(self.params) if p.numel()]
+        first = torch.tensor([self.offsets[i] for i in filled], dtype=torch.int64, device=self.device)
+        begun = dict(zip(filled, (~self.ema[first].isnan()).tolist(), strict=True))
+        return [begun.get(i, False) for i in range(len(self.params))]
 
     def start_from(self, grads: Sequence[Tensor | None]) -> None:
         """The mean of the descent gradients begins with gradients that were there before the step."""

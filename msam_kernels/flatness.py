@@ -39,6 +39,7 @@ from torch.optim import SGD
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import methods as _methods
+from ._checks import check_integer, check_number
 from .flat import check_parameters
 from .optimizer import MicroBatchSAM
 
@@ -62,10 +63,10 @@ def sharpness(
         \sum_{i=1}^{m} \frac{n_i}{n} \left[ L_i(w + e_i) - L_i(w) \right], \qquad
         e_i = \rho\, d_i / (\lVert d_i \rVert_2 + 10^{-12})
 
-    Sharpness is the maximum of L(w + e) − L(w) over ‖e‖ <= rho, and m-sharpness the mean of that over micro-batches of m
-    samples, each with an e of its own. This is both at the e of one ascent step, made by ``MicroBatchSAM`` with its kernels
-    and its rounding to the stored dtype: what training with these settings sees, and a lower bound of the maximum. It can
-    be negative where rho is beyond the range of the gradient.
+    Sharpness is the maximum of L(w + e) − L(w) over ‖e‖ <= rho, and m-sharpness the mean of that over the m micro-batches (in
+    the papers m is their size), each with an e of its own. This is both at the e of one ascent step, made by
+    ``MicroBatchSAM`` with its kernels and its rounding to the stored dtype: what training with these settings sees, and a
+    lower bound of the maximum. It can be negative where rho is beyond the range of the gradient.
 
     F-SAM's mean gradient begins with the first micro-batch, whose d is its gradient. Sparse SAM's mask is chosen by the
     first micro-batch. A method's late start is left out.
@@ -149,13 +150,12 @@ def hessian_eigenvalues(
 
     Source: Lanczos, J. Res. Natl. Bur. Stand. 45 (1950); H·v by two backward passes: Pearlmutter, Neural Comput. 6 (1994).
     """
-    _check_integer("k", k, 1)
+    check_integer("k", k, 1)
     if max_iterations is None:
         max_iterations = 50 + 50 * k
-    _check_integer("max_iterations", max_iterations, k)
-    _check_integer("seed", seed, 0)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be a finite number > 0, e.g. 1e-4, got {tolerance!r}")
+    check_integer("max_iterations", max_iterations, k)
+    check_integer("seed", seed, 0)
+    check_number("tolerance", tolerance, 0, above=True)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float64, torch.float32 or None for the model's own, got {dtype!r}")
     split = {"num_micro_batches": num_micro_batches, "micro_batch_size": micro_batch_size}
@@ -225,7 +225,7 @@ def loss_slice(
         raise ValueError(f"points must be a list or 1-d tensor of finite numbers, at least one, got {points!r}")
     if isinstance(direction, str) and direction not in ("ascent", "random"):
         raise ValueError(f"direction must be 'ascent', 'random' or one tensor per parameter, got {direction!r}")
-    _check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0)
     split = {"num_micro_batches": num_micro_batches, "micro_batch_size": micro_batch_size}
     with _evaluations(model, loss_fn, data, split, method=method, backend=backend) as evaluations:
         params = evaluations.params
@@ -347,6 +347,8 @@ def _evaluations(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of a micro-batch that returns its mean loss, got {loss_fn!r}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("gradients are needed, and torch.inference_mode() is on: leave it first")
     lazy = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if nn.parameter.is_lazy(t)]
     if lazy:
         raise ValueError(f"{lazy[0]} has no shape yet: run the model once on an example")
@@ -388,6 +390,7 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
     buffers = [
         (module, name, buffer, _values(buffer)) for module in modules for name, buffer in module._buffers.items()
     ]
+    known = {id(module): set(module._buffers) for module in modules}
     # Kernels want memory without gaps; only where there are some, e.g. in a column of a matrix, a copy is used.
     spread = [
         (p, p.data)
@@ -398,6 +401,9 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
 
     @torch.no_grad()
     def rewind() -> None:
+        for module in modules:  # buffers that the forward made, perhaps in another dtype
+            for name in module._buffers.keys() - known[id(module)]:
+                delattr(module, name)
         for module, name, buffer, values in buffers:
             module._buffers[name] = buffer  # a layer may assign instead of writing in place
             if values is not None:
@@ -575,8 +581,3 @@ def _orthogonalised(v: Tensor, basis: list[Tensor]) -> tuple[Tensor, float]:
         if parts:
             inside += torch.stack(parts).cpu()
     return inside, v.norm().item()
-
-
-def _check_integer(name: str, value: Any, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")

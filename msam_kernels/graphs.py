@@ -13,6 +13,8 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ._checks import check_integer
+
 
 class CudaRecorder:
     """Runs steps where they can be captured, and captures them."""
@@ -66,12 +68,9 @@ class CapturedStep:
     """
 
     def __init__(self, opt: Any, loss_fn: Callable[..., Tensor], batch: tuple, recorder: Any, warm_up: int = 3):
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be a function of a micro-batch that returns its mean loss, got {loss_fn!r}")
         if not batch:
             raise ValueError("capture needs an example batch: opt.capture(loss_fn, x, y)")
-        if not isinstance(warm_up, int) or warm_up < 1:
-            raise ValueError(f"warm_up must be an integer >= 1, got {warm_up!r}")
+        check_integer("warm_up", warm_up, 1)
         opt._micro_batches(loss_fn, batch)  # refuses what cannot be split
         leaves, self._structure = tree_flatten(batch)
         self._opt, self._loss_fn, self._recorder, self._warm_up = opt, loss_fn, recorder, warm_up

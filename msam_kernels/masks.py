@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 SLICE = 1 << 20  # elements looked at together
+RUN = 1 << 16  # random numbers drawn together
 _DIGIT = 16  # bits of a key that are looked at together
 
 
@@ -64,13 +65,14 @@ def choose(flats: Sequence[Any], scores: Sequence[Sequence[Tensor]], sparse: Any
     def by_score(place) -> Tensor:
         return _keys(*place, scores_of[id(place[0])], wide)
 
+    # A parameter's random numbers depend on its place among those of its device and dtype, in however many flats they are.
+    firsts = {
+        id(flat): sum(len(f.params) for f in flats[:k] if (f.device, f.dtype) == (flat.device, flat.dtype))
+        for k, flat in enumerate(flats)
+    }
+
     def at_random(place) -> Tensor:
-        flat, begin = place
-        generator = torch.Generator(flat.device)
-        generator.manual_seed(random.Random(f"{sparse.seed} {step} {flats.index(flat)} {begin}").getrandbits(63))
-        size = min(SLICE, flat.size - begin)
-        numbers = torch.randint(1, 2**31 - 1, (size,), generator=generator, device=flat.device)
-        return numbers * (_keys(flat, begin, None, wide) > 0)
+        return _random_keys(*place, firsts[id(place[0])], f"{sparse.seed} {step}")
 
     new = {id(flat): torch.empty(flat.size // 8, dtype=torch.uint8, device=flat.device) for flat in flats}
 
@@ -105,22 +107,46 @@ def _bytes(mask: Tensor, place: tuple) -> Tensor:
     return mask[begin // 8 : (begin + SLICE) // 8]
 
 
-def _keys(flat: Any, begin: int, scores: Sequence[Tensor] | None, wide: bool) -> Tensor:
-    """Of a slice of a flat buffer, int64 that are ordered as the scores: 0 for padding, more for every parameter's element."""
+def _parts(flat: Any, begin: int) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
+    """Keys of a slice of a flat buffer, all 0; for every parameter in it: index, what of its memory, the place of its keys."""
     end = min(begin + SLICE, flat.size)
     keys = torch.zeros(end - begin, dtype=torch.int64, device=flat.device)
-    for i in range(max(bisect_right(flat.offsets, begin) - 1, 0), bisect_left(flat.offsets, end)):
-        offset, p = flat.offsets[i], flat.params[i]
-        low, high = max(begin, offset), min(end, offset + p.numel())
-        if low >= high:
+
+    def parts():
+        for i in range(max(bisect_right(flat.offsets, begin) - 1, 0), bisect_left(flat.offsets, end)):
+            offset = flat.offsets[i]
+            low, high = max(begin, offset), min(end, offset + flat.params[i].numel())
+            if low < high:
+                yield i, slice(low - offset, high - offset), keys[low - begin : high - begin]
+
+    return keys, parts()
+
+
+def _keys(flat: Any, begin: int, scores: Sequence[Tensor], wide: bool) -> Tensor:
+    """Of a slice of a flat buffer, int64 that are ordered as the scores: 0 for padding, more for every parameter's element."""
+    keys, parts = _parts(flat, begin)
+    for i, part, place in parts:
+        if scores[i].numel() == 0:
+            place.fill_(1)
             continue
-        if scores is None or scores[i].numel() == 0:
-            keys[low - begin : high - begin] = 1
-            continue
-        memory = scores[i].as_strided((p.numel(),), (1,))[low - offset : high - offset]
+        memory = scores[i].as_strided((flat.params[i].numel(),), (1,))[part]
         values = (memory.double() if wide else memory.float()).abs().nan_to_num_(nan=0.0, posinf=math.inf)
         # Floats that are not negative are ordered as their bits.
-        keys[low - begin : high - begin] = values.view(torch.int64 if wide else torch.int32).long() + 1
+        place.copy_(values.view(torch.int64 if wide else torch.int32)).add_(1)
+    return keys
+
+
+def _random_keys(flat: Any, begin: int, first: int, seed: str) -> Tensor:
+    """The same at random; ``first``: the number of the flat's first parameter."""
+    keys, parts = _parts(flat, begin)
+    generator = torch.Generator(flat.device)
+    for i, part, place in parts:
+        for at in range(part.start // RUN * RUN, part.stop, RUN):
+            generator.manual_seed(random.Random(f"{seed} {flat.dtype} {first + i} {at}").getrandbits(63))
+            size = min(RUN, flat.params[i].numel() - at)
+            numbers = torch.randint(1, 2**31 - 1, (size,), generator=generator, device=flat.device)
+            low, high = max(part.start, at), min(part.stop, at + RUN)
+            place[low - part.start : high - part.start] = numbers[low - at : high - at]
     return keys
 
 

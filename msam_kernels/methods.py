@@ -19,16 +19,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-
-def _check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
-    if not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
-        bound = f">= {low}" if math.isinf(high) else f"between {low} and {high}"
-        raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
-
-
-def _check_steps(name: str, value: int, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} must be a number of steps >= {low}, got {value!r}")
+from ._checks import check_integer, check_number
+from .reference import EPS
 
 
 def _if_finite(coefs: Tensor, known: Tensor) -> Tensor:
@@ -48,7 +40,7 @@ class SAM:
     start: int = field(default=0, kw_only=True)
 
     def __post_init__(self):
-        _check_steps("start", self.start, 0)
+        check_integer("start", self.start, 0)
 
     def __add__(self, other: SAM) -> SAM:
         """Both methods at once, e.g. one's direction and the other's mask.
@@ -105,7 +97,7 @@ class SAM:
         # The length of the combination: each dot counts once on the diagonal and twice beside it.
         pairs = [(u, v) for v in range(len(coefs)) for u in range(v + 1)]
         terms = [coefs[u] * coefs[v] * dot * (1 + (u != v)) for (u, v), dot in zip(pairs, dots, strict=False)]
-        return coefs * (grad_norm_sq.sqrt() / (sum(terms).clamp(min=0).sqrt() + 1e-12))
+        return coefs * (grad_norm_sq.sqrt() / (sum(terms).clamp(min=0).sqrt() + EPS))
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,7 @@ class AdaptiveSAM(SAM):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_number("eta", self.eta, 0)
+        check_number("eta", self.eta, 0)
 
     @property
     def direction(self) -> dict[str, float]:
@@ -156,8 +148,8 @@ class FriendlySAM(SAM):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_number("sigma", self.sigma, 0)
-        _check_number("lmbda", self.lmbda, 0, 1)
+        check_number("sigma", self.sigma, 0)
+        check_number("lmbda", self.lmbda, 0, 1)
 
     @property
     def direction(self) -> dict[str, float]:
@@ -198,7 +190,8 @@ class SparseSAM(SAM):
         update_every: steps from one mask to the next; None: only ``opt.update_mask`` chooses one.
         drop_rate: share of the mask that changes at first.
         total_steps: of the training; needed where ``mask`` is "dynamic".
-        seed: of the random choices, which depend on it and the step alone.
+        seed: of the random choices, >= 0: with the same parameters in the same order, on the same type of device, they depend
+            on it and the step alone.
 
     Source: Mi et al., 2210.05177 and 2306.17504.
     """
@@ -212,20 +205,19 @@ class SparseSAM(SAM):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_number("sparsity", self.sparsity, 0, 1)
-        _check_number("drop_rate", self.drop_rate, 0, 1)
+        check_number("sparsity", self.sparsity, 0, 1)
+        check_number("drop_rate", self.drop_rate, 0, 1)
         if self.mask not in ("fisher", "dynamic"):
             raise ValueError(f"mask must be 'fisher' or 'dynamic', got {self.mask!r}")
         if self.update_every is not None:
-            _check_steps("update_every", self.update_every, 1)
+            check_integer("update_every", self.update_every, 1)
         if self.total_steps is not None:
-            _check_steps("total_steps", self.total_steps, 1)
+            check_integer("total_steps", self.total_steps, 1)
         elif self.mask == "dynamic":
             raise ValueError(
                 "mask='dynamic' changes less and less of the mask: give total_steps, those of the training"
             )
-        if not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        check_integer("seed", self.seed, 0)
 
     @property
     def sparse(self) -> SparseSAM:
@@ -257,8 +249,8 @@ class LookSAM(SAM):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_steps("k", self.k, 1)
-        _check_number("alpha", self.alpha, 0)
+        check_integer("k", self.k, 1)
+        check_number("alpha", self.alpha, 0)
 
     @property
     def look(self) -> LookSAM:
@@ -271,12 +263,12 @@ class LookSAM(SAM):
     @staticmethod
     def v_coefs(dots: Tensor) -> Tensor:
         """What a micro-batch adds to v: coefs[0]·ĝ + coefs[1]·g; ``dots``: ĝ·ĝ, ĝ·g and g·g."""
-        along = dots[1] / (dots[2] + 1e-12)
+        along = dots[1] / (dots[2] + EPS)
         return _if_finite(torch.stack([torch.ones_like(along), -along]), dots.sum())
 
     def reuse_coefs(self, grad_norm_sq: Tensor, v_norm_sq: Tensor) -> Tensor:
         """What a step between uses: coefs[0]·g + coefs[1]·v."""
-        weight = self.alpha * grad_norm_sq.sqrt() / (v_norm_sq.sqrt() + 1e-12)
+        weight = self.alpha * grad_norm_sq.sqrt() / (v_norm_sq.sqrt() + EPS)
         weight = torch.where(v_norm_sq.isfinite(), weight, 0.0)
         return torch.stack([torch.ones_like(weight), weight])
 
@@ -301,13 +293,13 @@ class BilateralSAM(SAM):
     def __post_init__(self):
         super().__post_init__()
         if not callable(self.rho_min):
-            _check_number("rho_min", self.rho_min, 0)
+            check_number("rho_min", self.rho_min, 0)
 
     kept = 2
 
     def combination(self, dots: Tensor) -> Tensor:
         one = torch.ones_like(dots[0])
-        return torch.stack([-(dots[2].sqrt() / (dots[0].sqrt() + 1e-12)), one, one])
+        return torch.stack([-(dots[2].sqrt() / (dots[0].sqrt() + EPS)), one, one])
 
 
 @dataclass(frozen=True)
@@ -326,7 +318,7 @@ class GapSAM(SAM):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_number("alpha", self.alpha, 0)
+        check_number("alpha", self.alpha, 0)
 
     @property
     def kept(self) -> int:

@@ -23,7 +23,8 @@ Every backend is a namespace with the functions below, called alike:
   is set.
 * ``hyper``: float64 ``[groups, columns]``, columns as in ``reference.py``.
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
-  ``[K]``, the terms of ‖e‖² as it was stored; its version counter tells whether ``perturb`` has saved the weights.
+  ``[K]``, the terms of ‖e‖² as it was stored, 0 where nothing is perturbed; its version counter tells whether ``perturb``
+  has saved the weights.
 * ``dots``: float64 ``[3, n]``, rows of terms whose sums are x·x, x·y and y·y, and unless ``z`` is empty ``[6, n]``: x·z,
   y·z and z·z too; ``x``, ``y`` and ``z``: as ``grads``.
 * ``coefs``: float64 ``[k]``, 1 to 3 of them: ``grads`` then holds k lists of P tensors, one after the other, and
@@ -39,6 +40,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from itertools import repeat
 
 import torch
@@ -119,16 +121,33 @@ def _set_grads(params, grads):
 set_grads = getattr(_C, "set_grads", _set_grads)
 
 
-def own_memory(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """``grads``, with copies of those that are part of larger memory, e.g. of a bucket that DDP is going to overwrite."""
-    return grads if owns_memory(grads) else [g if g is None or owns_memory([g]) else g.clone() for g in grads]
+def own_memory(grads: list[torch.Tensor | None], *, whole: bool = True) -> list[torch.Tensor | None]:
+    """``grads``, so that each can be written to by itself.
+
+    Of those that are the same memory, as ``autograd.grad`` returns them for the operands of a sum, all but one are copied;
+    with ``whole`` also those that are part of larger memory, e.g. of a bucket that DDP is going to overwrite.
+    """
+    if owns_memory(grads, whole):
+        return grads
+    seen: set[int] = set()
+    out = []
+    for g in grads:
+        if g is not None and g.numel():
+            place = g.data_ptr()
+            g = g.clone() if place in seen or not owns_memory([g], whole) else g
+            seen.add(place)
+        out.append(g)
+    return out
 
 
-def _owns_memory(grads):
-    return all(g is None or g.untyped_storage().nbytes() <= g.numel() * g.itemsize for g in grads)
+def _owns_memory(grads, whole):
+    there = [g for g in grads if g is not None and g.numel()]
+    if whole and any(g.untyped_storage().nbytes() > g.numel() * g.itemsize for g in there):
+        return False
+    return len({g.data_ptr() for g in there}) == len(there)
 
 
-# (list of gradients or None) -> whether each has memory of its own.
+# (list of gradients or None, whole) -> whether each has memory of its own. See own_memory.
 owns_memory = getattr(_C, "owns_memory", _owns_memory)
 
 
@@ -160,6 +179,8 @@ def _missing_cuda() -> str | None:
 def _missing_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: `pip install triton` (it comes with torch's builds for GPUs on Linux)"
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available() and not torch.xpu.is_available():
+        return "torch sees no GPU; on the CPU it runs in Triton's interpreter, slowly: set TRITON_INTERPRET=1 before the start"
     return None
 
 

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import math
-import numbers
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import masks, ops
 from . import methods as _methods
+from ._checks import check_integer, check_number
 from .flat import Flat, Gradients, check_parameters
 from .graphs import CapturedStep, CudaRecorder
 
@@ -52,9 +53,18 @@ class _MicroBatches(list):
 
 
 def _check_rho(rho: Any, name: str = "rho") -> None:
-    is_number = rho.numel() == 1 if isinstance(rho, Tensor) else isinstance(rho, numbers.Real)
-    if not is_number or not 0 <= rho < math.inf:
+    if not isinstance(rho, Tensor):
+        check_number(name, rho, 0)
+    elif rho.numel() != 1 or not 0 <= rho < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {rho!r}")
+
+
+@cache
+def _leave_to_eager() -> None:
+    """Dynamo traces nothing of this package: to it the kernels are opaque, and it would lose what they need to know."""
+    import torch._dynamo  # torch's Optimizer has imported it already
+
+    torch._dynamo.trace_rules.add(__package__)
 
 
 def _step_hooks(optimizer: Optimizer) -> tuple[dict, ...]:
@@ -168,13 +178,14 @@ class MicroBatchSAM(Optimizer):
             state; others, and flags without a fused kernel, take their own step.
         rho: radius of the perturbation, in units of the weights; >= 0. A group that has its own "rho" keeps it. Either may
             be a function of the number of steps taken so far, e.g. one that follows the learning rate; ``group["rho"]`` then
-            holds the value of the step under way.
+            holds the value of the step under way, until another number or function is put there.
         num_micro_batches: parts into which ``passes(*batch)`` and ``train_step`` split a batch. Default 1: SAM.
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
         model: if given, its BatchNorm-like layers update their running statistics in the first pass only.
         flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower.
-        backend: "auto" (the fastest there is), "cpu" (compiled C++ kernels) or "reference" (plain torch).
+        backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
+            "reference" (plain torch, on any device).
 
     Raises:
         ValueError, TypeError, RuntimeError: arguments or parameters that cannot be served; the message names them and
@@ -213,15 +224,23 @@ class MicroBatchSAM(Optimizer):
         if num_micro_batches is not None and micro_batch_size is not None:
             raise ValueError(f"give {num_micro_batches=} or {micro_batch_size=}, not both")
         for name, count in (("num_micro_batches", num_micro_batches), ("micro_batch_size", micro_batch_size)):
-            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+            if count is not None:
+                check_integer(name, count, 1)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        for name, layer in model.named_modules() if model is not None else ():
+            if isinstance(layer, torch.jit.ScriptModule) and hasattr(layer, "running_mean"):
+                raise ValueError(
+                    f"model has {name or 'a layer'} in TorchScript, which cannot be told to record no statistics: give the "
+                    "model as it was before torch.jit, or leave model out, and both passes are recorded"
+                )
         _check_rho(_rho_at(rho, 0))
         for group in base_optimizer.param_groups:
             _check_rho(_rho_at(group.get("rho", rho), 0))
-        for g in getattr(base_optimizer, "_msam_groups", []):
-            base_optimizer.param_groups[g].pop("rho", None)  # put there by an earlier wrapper, not by the user
+        earlier = [  # put there by an earlier wrapper, not by the user
+            (base_optimizer.param_groups[g], base_optimizer.param_groups[g].pop("rho", None))
+            for g in getattr(base_optimizer, "_msam_groups", [])
+        ]
         self.base_optimizer = base_optimizer
         # The hook tables and profiling of an Optimizer, without its own groups and state: those are the base's.
         defaults = {**base_optimizer.defaults, "rho": rho}
@@ -233,11 +252,17 @@ class MicroBatchSAM(Optimizer):
         self.enabled = True
         self.steps = 0
         self._mask_step = 0  # at which the mask was first used
-        self._rho_schedules: dict[int, Callable[[int], float]] = {}  # by group
+        self._rho_schedules: dict[int, tuple[Callable[[int], float], Any]] = {}  # by group: with the latest value
         self.flatten = flatten
         self.backend = backend
+        _leave_to_eager()
         self._begin_life()
-        self._adopt_parameters()
+        try:
+            self._adopt_parameters()
+        except BaseException:
+            for group, rho in earlier:
+                group["rho"] = rho
+            raise
 
     def _begin_life(self) -> None:
         """What is not saved: buffers are made again, nothing is in flight."""
@@ -284,7 +309,11 @@ class MicroBatchSAM(Optimizer):
         self.base_optimizer.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the group may have a "rho". The new parameters are flattened, the old ones stay where they are."""
+        """As in torch; the group may have a "rho". The new parameters are flattened, the old ones stay where they are.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a group that cannot be served, or a step is under way; nothing was changed.
+        """
         self._check_idle("add_param_group()")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with 'params', got {type(param_group).__name__}")
@@ -400,7 +429,8 @@ class MicroBatchSAM(Optimizer):
                     )
                 shape = params[index[key]].shape
                 for name, value in entry.items():
-                    shaped = isinstance(value, Tensor) and name != "step" and value.dim() > 0
+                    # Base optimizers keep numbers as 0-d tensors too.
+                    shaped = isinstance(value, Tensor) and (where != "state" or (name != "step" and value.dim() > 0))
                     if shaped and value.shape != shape:
                         raise ValueError(
                             f"state_dict has {name} of shape {tuple(value.shape)} for parameter {key}, whose shape is "
@@ -408,9 +438,11 @@ class MicroBatchSAM(Optimizer):
                         )
 
     def _with_rho(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Groups that bring no rho, as in a plain optimizer's state dict, get the one that is there."""
-        pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)
-        groups = [{"rho": mine.get("rho", self.defaults["rho"]), **theirs} for mine, theirs in pairs]
+        """Groups that bring no rho, as in a plain optimizer's state dict, and those with a schedule keep what is there."""
+        groups = []
+        for g, (mine, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            rho = {"rho": mine.get("rho", self.defaults["rho"])}
+            groups.append({**theirs, **rho} if g in self._rho_schedules else {**rho, **theirs})
         return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
     def _parameters(self) -> list[Tensor]:
@@ -465,7 +497,7 @@ class MicroBatchSAM(Optimizer):
         """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
 
         Raises:
-            RuntimeError: parameters left their group, or were moved or converted.
+            RuntimeError: parameters left their group, were moved or converted, or came during a step.
         """
         params = self._parameters()
         if not params:
@@ -486,10 +518,15 @@ class MicroBatchSAM(Optimizer):
                     "parameters were removed from a group or moved to another by hand: make a new optimizer for the new "
                     "groups, or use add_param_group for additional ones"
                 )
+        for name, p in named:
+            if p.is_meta and id(p) in group_of:
+                raise ValueError(f"{name} is on the meta device and has no values: materialise the model first")
         buckets: dict[tuple, list[tuple[Tensor, int]]] = {}
         for p in params:
             if id(p) in group_of:
                 buckets.setdefault((p.device, p.dtype), []).append((p, group_of[id(p)]))
+        if buckets:
+            self._check_idle("parameters were added")
         backends = {device: ops.get_backend(self.backend, device) for device, _ in buckets}
         for flat in self._flats:
             flat.take_back()
@@ -505,8 +542,7 @@ class MicroBatchSAM(Optimizer):
                 group["rho"] = self.defaults["rho"]
                 put_there.append(g)
             if callable(group["rho"]):
-                self._rho_schedules[g] = group["rho"]
-                group["rho"] = _rho_at(group["rho"], self.steps)
+                self._update_rho(g, group)
         base._msam_groups = put_there
         self._layout = self._current_layout()
         self._rows = None
@@ -532,7 +568,11 @@ class MicroBatchSAM(Optimizer):
 
     @property
     def stats(self) -> Stats:
-        """Norms and flags of the latest step, per micro-batch. Reading them is the only time anything is computed."""
+        """Norms and flags of the latest step, per micro-batch. Reading them is the only time anything is computed.
+
+        Raises:
+            RuntimeError: no pass of a step that perturbs has ended yet.
+        """
         if not self._norms_sq:
             raise RuntimeError("stats are there after the first pass of a step that perturbs")
         norms_sq = torch.stack([terms.sum() for terms in self._norms_sq])
@@ -575,7 +615,8 @@ class MicroBatchSAM(Optimizer):
 
         Raises:
             RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished.
-            ValueError: a number of closures other than ``num_micro_batches``.
+            ValueError: a number of closures other than ``num_micro_batches``. With ``micro_batch_size`` the caller splits
+                the batch, into any number.
         """
         return self._profiled_step(closure) if self._has_listeners() else self._step(closure)
 
@@ -590,6 +631,10 @@ class MicroBatchSAM(Optimizer):
 
         Assign such a list to take another one, which may have any number of elements set; ``update_every`` counts from
         there. Parameters that are added to the optimizer later have none: the next step then chooses for all.
+
+        Raises, when assigned:
+            ValueError: tensors of other shapes or dtypes than the parameters' and bool.
+            RuntimeError: the method has no mask, or a step is under way.
         """
         flat_of = {id(p): (flat, i) for flat in self._flats for i, p in enumerate(flat.params)}
         places = [flat_of[id(p)] for p in self._parameters()]
@@ -666,6 +711,7 @@ class MicroBatchSAM(Optimizer):
             else:
                 for flat, (grads, absent) in self._collected(clear=False):
                     self._update(flat, fused, grads, absent)
+            torch.clear_autocast_cache()
             self._count_step()
             return None
         if callable(closure):
@@ -679,6 +725,8 @@ class MicroBatchSAM(Optimizer):
         if not closures or (wanted and len(closures) != wanted):
             raise ValueError(
                 f"num_micro_batches={wanted} takes as many closures, one per micro-batch, got {len(closures)}"
+                if wanted
+                else "step takes one closure per micro-batch, got an empty sequence"
             )
         values = self._run_closures(closures, shares)
         self._count_step()
@@ -697,6 +745,9 @@ class MicroBatchSAM(Optimizer):
 
         Returns:
             The detached mean loss at w over the whole batch.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as ``passes``; weights and gradients are what they were.
         """
         self._check_idle("train_step()")
         if not batch:
@@ -707,6 +758,9 @@ class MicroBatchSAM(Optimizer):
         self, loss_fn: Callable[..., Tensor], batch: tuple, sizes: Callable[[int], list[int]] | None = None
     ) -> _MicroBatches:
         parts, shares = self._split(batch, sizes)
+
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of a micro-batch that returns its mean loss, got {loss_fn!r}")
 
         def closure(part):
             loss = loss_fn(*part) if len(batch) > 1 else loss_fn(part)
@@ -735,6 +789,8 @@ class MicroBatchSAM(Optimizer):
 
         Raises:
             RuntimeError: the parameters are not all on one CUDA device.
+            TypeError: ``loss_fn`` cannot be called, or a hyper-parameter is a tensor on the GPU.
+            ValueError: no example batch, one that cannot be split, or ``warm_up`` < 1.
         """
         devices = sorted({str(p.device) for p in self._parameters()})
         if len(devices) > 1 or not devices[0].startswith("cuda"):
@@ -777,7 +833,9 @@ class MicroBatchSAM(Optimizer):
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         self._thaw_statistics()
-        self._follow_parameters()
+        if self._current_layout() != self._layout:
+            for flat in self._flats:
+                flat.take_back()  # parameters that are new wait for the next step
         for flat in self._flats:
             # An untouched achieved_sq tells of a kernel that was interrupted before it ran; what is captured never ran.
             if flat.perturbed is not None and flat.achieved_sq._version > 0 and not flat.is_capturing():
@@ -787,6 +845,7 @@ class MicroBatchSAM(Optimizer):
         if self._before is not None:
             for flat, grads in zip(self._flats, self._before, strict=True):
                 flat.set_grads(grads)
+        torch.clear_autocast_cache()
         self._drop_new_mask()
         if self._v_step is None:  # what there is of it is used until the next one, which does not add to it
             self._v_step = -1
@@ -963,14 +1022,11 @@ class MicroBatchSAM(Optimizer):
     def _prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
         self._follow_parameters()
-        for g, schedule in self._rho_schedules.items():
-            self.param_groups[g]["rho"] = _rho_at(schedule, self.steps)
         base = type(self.base_optimizer)
         columns = _FUSED[base][1] if base in _FUSED else lambda group: ()
-        default = self.defaults["rho"]
         rows = []
-        for group in self.param_groups:
-            row = (group.get("rho", default), *columns(group))
+        for g, group in enumerate(self.param_groups):
+            row = (self._update_rho(g, group), *columns(group))
             rows.append(tuple([float(v) if isinstance(v, Tensor) else v for v in row]))
         opposite = []
         if self.method.rho_min is not None:
@@ -992,6 +1048,19 @@ class MicroBatchSAM(Optimizer):
                         kept[device] = hyper.to(device, non_blocking=True)
             self._state_keys = tuple(_FUSED[base][2](group) for group in self.param_groups) if base in _FUSED else ()
             self._rows = rows, opposite
+
+    def _update_rho(self, g: int, group: dict[str, Any]) -> Any:
+        """The group's rho in this step. A function that stands there is its schedule from now on, a new number ends that."""
+        rho = group.get("rho", self.defaults["rho"])
+        schedule, latest = self._rho_schedules.get(g, (None, None))
+        if callable(rho):
+            schedule = rho
+        elif schedule is None or (rho is not latest and rho != latest):
+            self._rho_schedules.pop(g, None)
+            return rho
+        rho = group["rho"] = schedule(self.steps)
+        self._rho_schedules[g] = schedule, rho
+        return rho
 
     def _check_model(self) -> None:
         """No gradient at all: has the model other parameters by now?"""
@@ -1024,6 +1093,9 @@ class MicroBatchSAM(Optimizer):
             saved = flat.saved if flat.save(absent, again=first) else None
             chunks = flat.chunks(absent)
             flat.achieved_sq = torch.empty(len(chunks), dtype=torch.float64, device=flat.device)
+            if flat.achieved_sq.is_inference():  # restore() asks for its version
+                with torch.inference_mode(False):
+                    flat.achieved_sq = torch.empty_like(flat.achieved_sq)
             flat.perturbed, flat.perturbed_absent = chunks, absent
             outputs = {"saved": saved, "hyper": self._hyper[flat.device], "achieved_sq": flat.achieved_sq}
             outputs.update(self._masked_and_averaged(flat, last=method.rho_min is None))
@@ -1039,6 +1111,7 @@ class MicroBatchSAM(Optimizer):
                 flat.norm_sq = _gathered(sums, flat.device)
                 flat.backend.perturb(*arguments, norm_sq=flat.norm_sq, **direction, **outputs)
         self._norms_sq.append(self._flats[0].norm_sq)
+        torch.clear_autocast_cache()
         if method.rescales and not method.kept:
             self._grad_norm_sq = self._norms_sq[-1].sum() if not calls[0][2] else self._sum_of_squares(collected)
 
@@ -1080,6 +1153,7 @@ class MicroBatchSAM(Optimizer):
                 **self._direction(flat),
                 **self._masked_and_averaged(flat, last=True),
             )
+        torch.clear_autocast_cache()
 
     def _descend(self, shares: list[float], i: int) -> None:
         """p.grad is micro-batch i's last gradient: weights back, the descent into the mean, p.grad cleared."""
@@ -1087,6 +1161,7 @@ class MicroBatchSAM(Optimizer):
         for flat, grads, absent, coefs in self._descents(clear=True):
             self._restore_and_accumulate(flat, grads, absent, coefs, shares, i)
         self._perturbed = False
+        torch.clear_autocast_cache()
 
     def _descents(self, *, clear: bool) -> list[tuple[Flat, list[Tensor], tuple[int, ...], dict[str, Tensor]]]:
         """Of every flat: the descent gradients as the kernels take them, those that are absent, and {} or their coefs."""
@@ -1229,6 +1304,7 @@ class MicroBatchSAM(Optimizer):
             if clear:
                 for flat in self._flats:
                     flat.set_grads([])
+        torch.clear_autocast_cache()
 
     @staticmethod
     def _restore_weights(flat: Flat) -> None:
@@ -1248,10 +1324,15 @@ class MicroBatchSAM(Optimizer):
         options = {"c_acc": c_acc, "c": c, **coefs}
         if flat.perturbed is not None:
             options["norm_sq"] = flat.norm_sq
-        own = ops.own_memory if i + 1 < len(shares) else list  # what is kept while later passes write theirs
+        uniform = flat.perturbed is not None and flat.is_uniform(absent)
         at_e = grads[: len(flat.params)]
-        if flat.perturbed is not None and flat.is_uniform(absent):
-            acc, new = (own(at_e), grads if coefs else []) if flat.acc is None else (flat.acc, grads)
+        if flat.acc is None or (
+            coefs and not uniform
+        ):  # it becomes a combination, or the mean while later passes write theirs
+            at_e = ops.own_memory(at_e, whole=i + 1 < len(shares))
+            grads = [*at_e, *grads[len(at_e) :]]
+        if uniform:
+            acc, new = (at_e, grads if coefs else []) if flat.acc is None else (flat.acc, grads)
             if coefs and flat.acc is None:
                 options.update(c_acc=0.0, c=1.0)  # the combination in place of the gradient at w + e
             flat.backend.restore(flat.weights, acc, new, flat.perturbed, saved=flat.saved, **options)
@@ -1261,7 +1342,7 @@ class MicroBatchSAM(Optimizer):
             if coefs:
                 flat.backend.restore([], at_e, grads, flat.chunks(absent), c_acc=0.0, **coefs)
                 del options["coefs"]
-            (acc, new), absent = ((own(at_e), []), absent) if flat.acc is None else flat.matched(at_e, absent)
+            (acc, new), absent = ((at_e, []), absent) if flat.acc is None else flat.matched(at_e, absent)
             if new or flat.perturbed is not None:
                 flat.backend.restore([], acc, new, flat.chunks(absent), **options)
         flat.acc, flat.acc_absent = acc, absent

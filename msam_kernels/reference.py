@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+EPS = 1e-12  # added to a norm that divides
 # Columns of `hyper`, as in csrc/update_math.h.
 SGD_COLUMNS = ("rho", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 ADAM_COLUMNS = ("rho", "lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled")
@@ -128,10 +129,10 @@ def perturb(
             average.copy_(torch.where(finite, _ema_next(average, g, lmbda), _wide(average)))
         if eta is not None:
             d = _stretch(w, eta).square() * d
-        scale = (hyper[s.group, 0] / (norm_sq.sqrt() + 1e-12)).to(w.dtype)
+        scale = (hyper[s.group, 0] / (norm_sq.sqrt() + EPS)).to(w.dtype)
         perturbed = finite if mask is None else finite & s.bits(mask)
         weight.copy_(torch.where(perturbed, w + d * scale, w))
-        change_sq = (weight.double() - w.double()).square()
+        change_sq = torch.where(perturbed, (weight.double() - w.double()).square(), 0.0)  # inf - inf is NaN
         achieved_sq[s.rows] = torch.stack([part.sum() for part in change_sq.split(s.lengths)])
 
 

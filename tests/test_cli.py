@@ -44,6 +44,18 @@ def test_info_says_versions_and_backends():
     assert "  reference: available" in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_info_says_that_triton_needs_a_gpu_or_the_interpreter():
+    pytest.importorskip("triton")
+    lines = {}
+    for interpreted in ("0", "1"):
+        done = python("-m", "msam_kernels", "info", TRITON_INTERPRET=interpreted)
+        (lines[interpreted],) = (line for line in done.stdout.splitlines() if line.startswith("  triton: "))
+    assert "not available: torch sees no GPU" in lines["0"]
+    assert "set TRITON_INTERPRET=1" in lines["0"]
+    assert lines["1"] == "  triton: available"
+
+
 @pytest.mark.usefixtures("extension")
 def test_info_says_how_the_extension_was_built(capsys):
     from msam_kernels import _C

@@ -378,3 +378,15 @@ def test_layers_of_the_model_record_once_between_the_steps():
         zero_grad_step(zero_grad=True)
     assert model[1].num_batches_tracked.item() == 1
     assert model[1].track_running_stats
+
+
+def test_a_first_step_in_inference_mode_can_be_given_up():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    before = weights(model)
+    loss_of(model, *batch()).backward()
+    with torch.inference_mode():
+        opt.first_step(zero_grad=True)
+    assert not same_bits(model.parameters(), before)
+    opt.restore()
+    assert same_bits(model.parameters(), before)

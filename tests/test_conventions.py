@@ -362,6 +362,50 @@ def test_a_compiled_model_trains_as_the_plain_one(way):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # Dynamo looks at it
+@pytest.mark.parametrize("way", [*WAYS, "step on p.grad"])
+def test_a_compiled_function_around_the_step_trains_as_the_plain_one(way):
+    def train(opt, model, data):
+        if way in WAYS:
+            WAYS[way](opt, model, data)
+        else:
+            opt.zero_grad()
+            loss_of(model, *data).backward()
+            opt.step()
+
+    models = mlp(), mlp()
+    opts = [wrap(model, method=methods.StableSAM()) for model in models]
+    for step in range(3):
+        train(opts[0], models[0], batch(6, seed=step))
+        torch.compile(train, backend="eager")(opts[1], models[1], batch(6, seed=step))
+    assert same_bits(*(model.parameters() for model in models))
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["on around it all", "off around it all"])
+@pytest.mark.parametrize("way", WAYS)
+def test_within_one_autocast_every_pass_sees_its_weights(way, enabled):
+    """Autocast keeps its copies of the weights until its outermost context ends."""
+    seen = []
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = super().forward(x)
+            seen.append(tuple(out.flatten().tolist()))
+            return out.float()
+
+    torch.manual_seed(0)
+    model = Net(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    opt = wrap(model, rho=0.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        for _ in range(2):
+            WAYS[way](opt, model, batch(6))
+    assert len(set(seen)) == len(seen) == 2 * 2 * 2
+
+
 def test_a_model_trained_in_a_function_transform_sees_the_perturbed_weights():
     model = mlp(FLOAT64)
     opt = wrap(model, num_micro_batches=1, rho=0.5)

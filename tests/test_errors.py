@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -67,6 +68,7 @@ ARGUMENTS = {
     "rho -inf": ({"rho": -INF}, ValueError, r"rho.*-inf"),
     "rho a string": ({"rho": "0.05"}, ValueError, r"rho.*'0\.05'"),
     "rho None": ({"rho": None}, ValueError, r"rho.*None"),
+    "rho True": ({"rho": True}, ValueError, r"rho.*True"),
     "rho complex": ({"rho": 1j}, ValueError, r"rho.*1j"),
     "rho of several": ({"rho": torch.ones(2)}, ValueError, r"rho.*tensor"),
     "rho a nan tensor": ({"rho": torch.tensor(NAN)}, ValueError, r"rho.*nan"),
@@ -313,6 +315,68 @@ def test_a_bad_rho_set_in_a_group_is_named_at_the_next_step(rho, way, backend):
     assert unchanged(model, base, before)
     opt.param_groups[0]["rho"] = 0.1
     step(opt, model, (X, Y))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_a_gradient_of_another_dtype_is_refused_with_its_remedy(backend):
+    model = mlp(torch.bfloat16)
+    base = sgd(model.parameters())
+    opt = MicroBatchSAM(base, backend=backend)
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    before = weights(model)
+    with pytest.raises(TypeError, match=r"torch\.bfloat16 parameter.*gradient of torch\.float32.*leave grad_dtype"):
+        for x, y in opt.passes(X.bfloat16(), Y.bfloat16()):
+            loss_of(model, x, y).float().backward()
+    assert same_bits(model.parameters(), before)
+
+
+def test_parameters_that_are_added_during_a_step_are_refused_and_the_step_given_up(backend):
+    model = mlp()
+    base = sgd(model.parameters())
+    opt = MicroBatchSAM(base, backend=backend)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"parameters were added.*finish the passes"):
+        for turn, (x, y) in enumerate(opt.passes(X, Y)):
+            loss_of(model, x, y).backward()
+            if turn == 0:
+                base.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert same_bits(model.parameters(), before)
+    opt.restore()
+    step_with_train_step(opt, model, (X, Y))
+    assert not same_bits(model.parameters(), before)
+
+
+def test_parameters_without_values_are_refused_with_the_remedy():
+    model = nn.Linear(2, 3, device="meta")
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 is on the meta device.*materialise"):
+        MicroBatchSAM(sgd(model.parameters()))
+
+
+def test_statistics_in_torchscript_are_refused_with_the_remedy():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated
+        model = torch.jit.script(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    with pytest.raises(ValueError, match=r"model has 1 in TorchScript.*before torch\.jit"):
+        MicroBatchSAM(sgd(model.parameters()), model=model)
+    MicroBatchSAM(sgd(model.parameters()))
+
+
+def test_an_attempt_that_fails_leaves_the_earlier_wrappers_rho():
+    base = sgd([nn.Parameter(torch.ones(3))])
+    MicroBatchSAM(base, rho=0.07)
+    base.param_groups[0]["rho"] = 0.2
+    base.param_groups[0]["params"].append(nn.Parameter(torch.ones(4, 6)[:, 1]))
+    with pytest.raises(ValueError, match="leave gaps in memory"):
+        MicroBatchSAM(base, rho=0.5, flatten=False)
+    assert base.param_groups[0]["rho"] == 0.2
+
+
+@pytest.mark.parametrize("call", ["train_step", "update_mask"])
+def test_a_forgotten_loss_function_is_named(call):
+    opt = MicroBatchSAM(sgd(mlp().parameters()), method=methods.SparseSAM())
+    with pytest.raises(TypeError, match="loss_fn must be a function of a micro-batch"):
+        getattr(opt, call)(X, Y)
 
 
 @pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
@@ -672,23 +736,23 @@ BAD_METHODS = {
         "sparsity must be a finite number between 0 and 1, got 'half'",
     ),
     "mask": (methods.SparseSAM, {"mask": "magic"}, "mask must be 'fisher' or 'dynamic', got 'magic'"),
-    "update_every 0": (methods.SparseSAM, {"update_every": 0}, "update_every must be a number of steps >= 1, got 0"),
+    "update_every 0": (methods.SparseSAM, {"update_every": 0}, "update_every must be an integer >= 1, got 0"),
     "update_every 1.5": (
         methods.SparseSAM,
         {"update_every": 1.5},
-        "update_every must be a number of steps >= 1, got 1.5",
+        "update_every must be an integer >= 1, got 1.5",
     ),
     "update_every True": (
         methods.SparseSAM,
         {"update_every": True},
-        "update_every must be a number of steps >= 1, got True",
+        "update_every must be an integer >= 1, got True",
     ),
     "no total_steps": (methods.SparseSAM, {"mask": "dynamic"}, "give total_steps, those of the training"),
-    "total_steps 0": (methods.SparseSAM, {"total_steps": 0}, "total_steps must be a number of steps >= 1, got 0"),
+    "total_steps 0": (methods.SparseSAM, {"total_steps": 0}, "total_steps must be an integer >= 1, got 0"),
     "total_steps 1.5": (
         methods.SparseSAM,
         {**dynamic, "total_steps": 1.5},
-        "total_steps must be a number of steps >= 1, got",
+        "total_steps must be an integer >= 1, got",
     ),
     "drop_rate": (
         methods.SparseSAM,
@@ -700,11 +764,15 @@ BAD_METHODS = {
         {**dynamic, "drop_rate": NAN},
         "drop_rate must be a finite number between 0 and 1",
     ),
-    "seed": (methods.SparseSAM, {"seed": 1.5}, "seed must be an integer, got 1.5"),
-    "k 0": (methods.LookSAM, {"k": 0}, "k must be a number of steps >= 1, got 0"),
-    "k 2.5": (methods.LookSAM, {"k": 2.5}, "k must be a number of steps >= 1, got 2.5"),
-    "k True": (methods.LookSAM, {"k": True}, "k must be a number of steps >= 1, got True"),
-    "k None": (methods.LookSAM, {"k": None}, "k must be a number of steps >= 1, got None"),
+    "seed": (methods.SparseSAM, {"seed": 1.5}, "seed must be an integer >= 0, got 1.5"),
+    "seed below 0": (methods.SparseSAM, {"seed": -1}, "seed must be an integer >= 0, got -1"),
+    "seed True": (methods.SparseSAM, {"seed": True}, "seed must be an integer >= 0, got True"),
+    "eta True": (methods.AdaptiveSAM, {"eta": True}, "eta must be a finite number >= 0, got True"),
+    "sigma True": (methods.FriendlySAM, {"sigma": True}, "sigma must be a finite number >= 0, got True"),
+    "k 0": (methods.LookSAM, {"k": 0}, "k must be an integer >= 1, got 0"),
+    "k 2.5": (methods.LookSAM, {"k": 2.5}, "k must be an integer >= 1, got 2.5"),
+    "k True": (methods.LookSAM, {"k": True}, "k must be an integer >= 1, got True"),
+    "k None": (methods.LookSAM, {"k": None}, "k must be an integer >= 1, got None"),
     **{
         f"alpha {alpha} of {method.__name__}": (
             method,
@@ -723,7 +791,7 @@ BAD_METHODS = {
         for rho_min in (-1, NAN, INF, "x", None)
     },
     **{
-        f"start of {method.__name__}": (method, {"start": -1}, "start must be a number of steps >= 0, got -1")
+        f"start of {method.__name__}": (method, {"start": -1}, "start must be an integer >= 0, got -1")
         for method in (methods.StableSAM, methods.SparseSAM, methods.LookSAM, methods.BilateralSAM, methods.GapSAM)
     },
 }

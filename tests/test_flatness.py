@@ -746,3 +746,26 @@ def test_a_method_that_perturbs_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(flatness.MicroBatchSAM, "passes", once)
     with pytest.raises(ValueError, match=r"SAM\(.*perturbs nothing.*give one that does"):
         flatness.sharpness(model, loss_fn_of(model), batch(dtype=F64), 0.1)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_buffers_that_the_forward_makes_go_again(function):
+    class Net(nn.Linear):
+        def forward(self, x):
+            if not hasattr(self, "scale"):
+                self.register_buffer("scale", torch.full((3,), 2.0, dtype=x.dtype), persistent=False)
+            return super().forward(x * self.scale)
+
+    model = Net(3, 2)
+    call, options = FUNCTIONS[function]
+    call(model, loss_fn_of(model), batch(), **options, **({"dtype": F64} if function == "eigenvalues" else {}))
+    assert not dict(model.named_buffers())
+    model(batch()[0])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_inference_mode_is_named(function):
+    model = mlp()
+    call, options = FUNCTIONS[function]
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode\(\) is on: leave it"):
+        call(model, loss_fn_of(model), batch(), **options)

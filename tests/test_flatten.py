@@ -467,6 +467,34 @@ def test_parameters_that_exchanged_their_memory_keep_their_values():
     assert b.tolist() == [1.0] * 3
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_memory_that_somebody_else_took_over_is_left_to_them(count):
+    model, average = mlp(), mlp(seed=3)
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), rho=0.1)
+    step_with_train_step(opt, model, batch())
+    theirs = weights(model)[:count]
+    pairs = list(zip(model.parameters(), average.parameters(), strict=True))[:count]
+    for p, q in pairs:
+        p.data, q.data = q.data, p.data
+    expected = copy.deepcopy(model)
+    plain = PlainSAM(SGD(expected.parameters(), lr=0.1), 0.1)
+    for step in range(2):
+        step_with_train_step(opt, model, batch(seed=step))
+        plain.step([closure_of(expected, batch(seed=step))])
+    assert same_bits([q for _, q in pairs], theirs)
+    assert_close(model, expected, 1e-5)
+
+
+def test_a_parameter_that_left_nobody_behind_comes_back_to_its_place():
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), rho=0.1)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    for p in model.parameters():
+        p.data = p.data.clone()
+    step_with_train_step(opt, model, batch())
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
 @pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
 def test_a_parameter_that_is_re_pointed_while_perturbed_is_restored_all_the_same(flatten):
     w = nn.Parameter(torch.ones(2, 3))

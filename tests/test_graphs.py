@@ -298,9 +298,10 @@ def test_a_batch_may_be_any_structure():
     [
         ((), {}, ValueError, "needs an example batch"),
         (data(), {"warm_up": 0}, ValueError, "warm_up must be an integer >= 1, got 0"),
+        (data(), {"warm_up": True}, ValueError, "warm_up must be an integer >= 1, got True"),
         ((torch.ones(1, 4),), {}, ValueError, "num_micro_batches=2 is more than the 1 samples"),
     ],
-    ids=["no batch", "no warm-up", "too small a batch"],
+    ids=["no batch", "no warm-up", "warm-up True", "too small a batch"],
 )
 def test_bad_arguments_are_named(arguments, options, error, message):
     model, opt, loss_fn = setup()

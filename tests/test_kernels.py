@@ -69,11 +69,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "masked, friendly and adaptive, saving": {
             **{"mask": True, "saved": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01}
         },
+        "masked, infinite beside the mask": {"mask": True, "infinite": True, "saved": True},
         "from origin": {"origin": True},
         "from origin, masked and adaptive": {"origin": True, "mask": True, "eta": 0.01},
         "from origin, friendly": {"origin": True, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
         "not finite": {"sigma": 1.0, "lmbda": 0.9, "fresh": True, "saved": True, "norm_sq": NAN},
         "from origin, not finite": {"origin": True, "mask": True, "norm_sq": INF},
+        "not finite, infinite weights": {"infinite": True, "norm_sq": INF},
     },
     "dots": {"plain": {}, "three": {"z": True}},
     "restore": {
@@ -298,6 +300,12 @@ def make(
     if "mask" in o:
         bits = torch.Generator().manual_seed(seed)
         a["mask"] = torch.randint(0, 256, (-(-size // 8),), dtype=torch.uint8, generator=bits)
+    if "infinite" in o:  # the first of every parameter, which is not perturbed
+        for i, n in enumerate(sizes):
+            if n and i not in absent:
+                (w[0][offsets[i] :] if flat else w[i])[0] = INF
+                if "mask" in o:
+                    a["mask"][offsets[i] // 8] &= 0xFE
     if "norm_sq" in o or operator == "perturb":
         a["norm_sq"] = torch.tensor([o.get("norm_sq", 0.37)], dtype=torch.float64)
     if "sigma" in o:

@@ -758,6 +758,21 @@ def test_training_resumes_with_the_mask_bit_for_bit(kind, at, backend):
         assert equal(theirs.mask, opt.mask)
 
 
+def test_a_dynamic_mask_goes_on_alike_where_a_group_was_added(backend):
+    """The one that grew keeps its parameters in two flat buffers, its copy in one."""
+    model = mlp(F64)
+    method = sparse(0.5, mask="dynamic", update_every=2, total_steps=20)
+    opt = MicroBatchSAM(SGD(model[2].parameters(), lr=0.1), 0.1, method=method, backend=backend)
+    for seed in range(9):
+        if seed == 1:
+            opt.add_param_group({"params": list(model[0].parameters())})
+        if seed == 3:
+            copied, other = copy.deepcopy((model, opt))
+        for net, theirs in ((model, opt), (copied, other)) if seed >= 3 else ((model, opt),):
+            theirs.train_step(lambda x, y, net=net: loss_of(net, x, y), *batch(6, F64, seed))
+    assert equal(other.mask, opt.mask)
+
+
 def test_a_state_dict_holds_bools_by_parameter(backend):
     model, opt = mlp_optimizer(sparse(0.5, update_every=2), backend)
     assert "mask" not in opt.state_dict()["msam"]
@@ -776,10 +791,11 @@ def test_a_state_dict_holds_bools_by_parameter(backend):
         ({"mask": {0: torch.ones(3, 3, dtype=torch.bool)}}, r"mask of shape \(3, 3\) for parameter 0, whose shape is"),
         ({"mask": {9: torch.ones(2, dtype=torch.bool)}}, "mask of parameter 9, the optimizer has 4 parameters"),
         ({"mask": [True]}, "hold tensors by parameter"),
+        ({"mask": {0: torch.tensor(True)}}, r"mask of shape \(\) for parameter 0, whose shape is"),
         ({"mask_step": -1}, "'mask_step'] must be an integer >= 0, got -1"),
         ({"mask_step": 1.5}, "'mask_step'] must be an integer >= 0, got 1.5"),
     ],
-    ids=["shape", "parameter", "list", "negative step", "no step"],
+    ids=["shape", "parameter", "list", "no shape", "negative step", "no step"],
 )
 def test_a_wrong_mask_in_a_state_dict_is_refused(change, message):
     model, opt = mlp_optimizer(sparse(0.5))

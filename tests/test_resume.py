@@ -367,6 +367,14 @@ def test_methods_without_an_average_save_none(method):
     assert "ema" not in opt.state_dict()["msam"]
 
 
+def test_an_average_of_nothing_but_empty_parameters_is_saved_as_none(backend):
+    model = nn.ParameterList([torch.ones(3), torch.zeros(0, dtype=torch.float16)])
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=methods.FriendlySAM(), backend=backend)
+    opt.train_step(lambda x: (model[0] * x).square().sum() + model[1].sum(), torch.ones(2, 3))
+    assert list(opt.state_dict()["msam"]["ema"]) == [0]
+    copy.deepcopy((model, opt))
+
+
 def test_a_state_dict_without_an_average_starts_a_new_one(backend):
     model, data = mlp(), batch()
     opt = MicroBatchSAM(SGD(model.parameters(), lr=0.0), method=methods.FriendlySAM(), backend=backend)

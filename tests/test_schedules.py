@@ -216,6 +216,25 @@ def test_a_function_survives_copies_and_resumes_at_its_step(backend):
     assert twin.opt.param_groups[0]["rho"] == 0.1 / 3
 
 
+def test_what_is_put_into_a_group_later_takes_the_place_of_its_function(backend):
+    run = Counted(rho=lambda step: 0.1 * (step + 1), backend=backend)
+
+    def taken(run=run) -> float:
+        run.step("train_step", batch())
+        achieved, rho = run.opt.stats.perturbation_norm, run.opt.param_groups[0]["rho"]
+        torch.testing.assert_close(achieved, torch.full_like(achieved, rho), rtol=1e-4, atol=0)
+        return rho
+
+    assert taken() == 0.1
+    run.opt.param_groups[0]["rho"] = 0.03
+    assert [taken(), taken()] == [0.03, 0.03]
+    run.opt.param_groups[0]["rho"] = lambda step: 0.01 * step
+    assert [taken(), taken()] == [0.01 * 3, 0.01 * 4]
+    run.opt.load_state_dict(Counted(rho=7.0, backend=backend).opt.state_dict())  # brings the number of steps, not rho
+    assert [taken(), taken()] == [0.0, 0.01]
+    assert taken(copy.deepcopy(run)) == taken() == 0.02
+
+
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "large"])
 def test_a_function_that_goes_wrong_is_refused_before_anything_changes(value, backend):
     with pytest.raises(ValueError, match="rho must be a finite number >= 0, got"):
@@ -232,7 +251,7 @@ def test_a_function_that_goes_wrong_is_refused_before_anything_changes(value, ba
 @pytest.mark.parametrize("start", [-1, 1.5, True, None])
 @each_method
 def test_a_start_that_is_no_number_of_steps_is_refused(method, start):
-    with pytest.raises(ValueError, match="start must be a number of steps >= 0, got"):
+    with pytest.raises(ValueError, match="start must be an integer >= 0, got"):
         METHODS[method](start=start)
 
 

@@ -6,16 +6,13 @@
 
 namespace msam::cpu {
 
-constexpr int kMore = 2;  // vectors that a descent may combine with the gradient
-
 struct Common {
   Storage storage;
   const Chunk* chunks;
   Pointers weights, grads;
   const double* hyper = nullptr;  // [groups, hyper_stride]
   int64_t hyper_stride = 0;
-  const uint8_t* fresh = nullptr;  // [segments]: momentum buffers that begin with this gradient
-  bool large = false;              // does not fit the cache: prefetch, and store past it what is not read again soon
+  bool large = false;  // does not fit the cache: prefetch, and store past it what is not read again soon
 };
 
 struct InnerProducts : Common {
@@ -52,8 +49,9 @@ struct Restore : Common {  // grads: c_acc acc + c grads lands in acc, which is 
 
 struct Update : Restore {  // acc is only read here
   void* momentum_buffer = nullptr;
+  const uint8_t* fresh = nullptr;  // [segments]: momentum buffers that begin with this gradient
   void *exp_avg = nullptr, *exp_avg_sq = nullptr, *max_exp_avg_sq = nullptr;
-  const float* step = nullptr;  // [segments]
+  float* step = nullptr;  // [segments]
 };
 
 // Each works on chunks [first, last).

@@ -330,6 +330,10 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
     const bool direct = std::is_same_v<S, T> && n == kBlock, w_direct = direct && !past_cache;
     T* w_new = w_direct ? reinterpret_cast<T*>(weights + i) : w_result;
     T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
+    const auto picked_sq = [&](Doubles8 change, int j) {
+      if constexpr (masked) change = where8(bits[j / 8], change, Doubles8{});  // inf - inf is NaN
+      return change * change;
+    };
     const auto change_sq = [&](int j) {
       const Eight<T> old = load8(w + j);
       Eight<T> d = load8(g + j);
@@ -341,8 +345,7 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
       Eight<T> next = perturbed(old, d, scale, eta, adaptive);
       if constexpr (masked) next = where8(bits[j / 8], next, old);
       store8(w_new + j, next);
-      const Doubles8 change = doubles(next) - doubles(old);
-      return change * change;
+      return picked_sq(doubles(next) - doubles(old), j);
     };
     if constexpr (std::is_same_v<S, T>) {
       lanes.add(i, whole_lanes(n), ahead, change_sq);
@@ -358,8 +361,7 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
       lanes.add(i, whole_lanes(n), in_cache, [&](int j) {
-        const Doubles8 change = doubles(load8(stored + j)) - doubles(load8(w + j));
-        return change * change;
+        return picked_sq(doubles(load8(stored + j)) - doubles(load8(w + j)), j);
       });
     }
   });

@@ -25,6 +25,19 @@ constexpr int64_t kGrain = 32768;
 // Stores past the cache pay once a buffer no longer fits the one that the cores share.
 constexpr int64_t kLargeBytes = int64_t(8) << 20;
 
+// Neumaier's sum, in the order of the chunks.
+double total(const Tensor& partials) {
+  const double* p = partials.const_data_ptr<double>();
+  double sum = 0, lost = 0;
+  for (int64_t k = 0; k < partials.numel(); ++k) {
+    const double next = sum + p[k];
+    lost += std::abs(sum) >= std::abs(p[k]) ? (sum - next) + p[k] : (p[k] - next) + sum;
+    sum = next;
+  }
+  // With an infinite term the correction is NaN; the sum already says what there is to say.
+  return is_finite(lost) ? sum + lost : sum;
+}
+
 // What every operator shares: the table, its checks, and pointers that live as long as the call.
 class Call {
  public:
@@ -40,27 +53,30 @@ class Call {
   Pointers list(TensorList tensors, const char* name, bool flat = false) {
     if (tensors.empty()) return {};
     check_list(tensors, name, chunks_, size_, flat);
-    pointers_.emplace_back();
-    auto& out = pointers_.back();
+    TORCH_INTERNAL_ASSERT(lists_ < kMostLists);
+    auto& out = pointers_[lists_++];
     for (const Tensor& t : tensors) {
       // An empty tensor stands for a parameter that the table does not name.
-      if (t.numel()) check_dense(t, name, dtype_, at::kCPU);
+      if (t.numel()) check_dense(t, name, dtype_, device());
       out.push_back(t.data_ptr());
     }
     return {out.data(), flat};
   }
-  void flat(const MaybeTensor& t, const char* name) const { check_flat(t, name, chunks_, size_, dtype_, at::kCPU); }
+  void flat(const MaybeTensor& t, const char* name) const { check_flat(t, name, chunks_, size_, dtype_, device()); }
   void hyper(const Tensor& t, int64_t columns, Common& args) const {
     check_hyper(t, columns, chunks_, size_);
     args.hyper = t.const_data_ptr<double>();
     args.hyper_stride = t.size(1);
   }
-  void fresh(const MaybeTensor& t, Common& args) const {
-    per_segment(t, "fresh", at::kByte);
-    args.fresh = pointer<uint8_t>(t);
-  }
   void per_segment(const MaybeTensor& t, const char* name, at::ScalarType dtype) const {
     check_per_segment(t, name, dtype, chunks_, size_);
+  }
+  // Behind c: an ascent gradient that was not finite poisons it.
+  void norm_sq(const MaybeTensor& t, Restore& args) const {
+    if (!t) return;
+    check_sum(*t, "norm_sq");
+    args.poison = !is_finite(total(*t));
+    if (args.poison) args.c = std::nan("");
   }
   void mask(const MaybeTensor& t) const { check_mask(t, chunks_, size_); }
   void per_chunk(const Tensor& t, const char* name) const { check_per_chunk(t, name, size_); }
@@ -72,6 +88,7 @@ class Call {
     args.large = elements_ * int64_t(c10::elementSize(dtype_)) >= kLargeBytes;
   }
 
+  at::Device device() const { return at::kCPU; }
   const Chunk& chunk(int64_t k) const { return chunks_[k]; }
   int64_t size() const { return size_; }
 
@@ -110,21 +127,9 @@ class Call {
   at::ScalarType dtype_;
   const Chunk* chunks_;
   int64_t size_, elements_;
-  c10::SmallVector<c10::SmallVector<void*, 64>, 4> pointers_;
+  c10::SmallVector<void*, 64> pointers_[kMostLists];
+  int lists_ = 0;
 };
-
-// Neumaier's sum, in the order of the chunks.
-double total(const Tensor& partials) {
-  const double* p = partials.const_data_ptr<double>();
-  double sum = 0, lost = 0;
-  for (int64_t k = 0; k < partials.numel(); ++k) {
-    const double next = sum + p[k];
-    lost += std::abs(sum) >= std::abs(p[k]) ? (sum - next) + p[k] : (p[k] - next) + sum;
-    sum = next;
-  }
-  // With an infinite term the correction is NaN; the sum already says what there is to say.
-  return is_finite(lost) ? sum + lost : sum;
-}
 
 Tensor norm_sq_of(const Call& call, InnerProducts& a) {
   const Tensor partials = at::empty({call.size()}, at::kDouble);
@@ -189,31 +194,13 @@ Tensor dots(TensorList x, TensorList y, TensorList z, const Tensor& chunks) {
   return sums;
 }
 
-// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite.
-void gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorList grads, const MaybeTensor& saved,
-            const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
-  call.begin(a);
-  a.weights = call.list(weights, "weights", weights.size() == 1);
-  a.acc = call.list(acc, "acc");
-  const int64_t terms = check_coefs(coefs, grads, 1 + kMore), segments = int64_t(grads.size()) / terms;
-  a.grads = call.list(grads.slice(0, segments), "grads");
-  for (int64_t k = 1; k < terms; ++k) a.more[k - 1] = call.list(grads.slice(k * segments, segments), "grads");
-  a.coefs = pointer<double>(coefs);
-  call.flat(saved, "saved");
-  if (norm_sq) check_sum(*norm_sq, "norm_sq");
-  a.saved = pointer(saved);
-  a.c_acc = c_acc;
-  a.poison = norm_sq && !is_finite(total(*norm_sq));
-  a.c = a.poison ? std::nan("") : c;
-}
-
 void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const MaybeTensor& saved,
              const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   Call call(chunks, dtype_of(weights, acc, "weights and acc"));
   TORCH_CHECK(weights.empty() || saved, "weights are restored from saved, which is missing");
   TORCH_CHECK(grads.empty() || !acc.empty(), "grads are added to acc, which is missing");
   Restore a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
+  gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
   call.run([&](int64_t first, int64_t last) { kernels().restore(a, first, last); });
 }
 
@@ -223,14 +210,11 @@ void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chu
   TORCH_CHECK(!weights.empty() && !grads.empty(), "sgd needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  call.hyper(hyper, kSgdColumns, a);
-  call.flat(momentum_buffer, "momentum_buffer");
-  call.fresh(fresh, a);
+  gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
+  gather_sgd(call, a, hyper, momentum_buffer, fresh);
   for (int64_t k = 0; k < call.size(); ++k)
     TORCH_CHECK(momentum_buffer || a.hyper[call.chunk(k).group * a.hyper_stride + kSgdMomentum] == 0,
                 "momentum needs a momentum_buffer");
-  a.momentum_buffer = pointer(momentum_buffer);
   call.run([&](int64_t first, int64_t last) { kernels().sgd(a, first, last); });
 }
 
@@ -240,22 +224,13 @@ void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& ch
   TORCH_CHECK(!weights.empty() && !grads.empty(), "adam needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  call.hyper(hyper, kAdamColumns, a);
-  call.flat(exp_avg, "exp_avg");
-  call.flat(exp_avg_sq, "exp_avg_sq");
-  call.flat(max_exp_avg_sq, "max_exp_avg_sq");
-  call.per_segment(step, "step", at::kFloat);
+  gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
+  gather_adam(call, a, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq);
   for (int64_t k = 0; k < call.size(); ++k)
     TORCH_CHECK(max_exp_avg_sq || a.hyper[call.chunk(k).group * a.hyper_stride + kAdamAmsgrad] == 0,
                 "amsgrad needs max_exp_avg_sq");
-  a.exp_avg = exp_avg.data_ptr();
-  a.exp_avg_sq = exp_avg_sq.data_ptr();
-  a.max_exp_avg_sq = pointer(max_exp_avg_sq);
-  float* steps = step.data_ptr<float>();
   for (int64_t k = 0; k < call.size(); ++k)
-    if (call.chunk(k).begin == 0) steps[call.chunk(k).segment] += 1;
-  a.step = steps;
+    if (call.chunk(k).begin == 0) a.step[call.chunk(k).segment] += 1;
   call.run([&](int64_t first, int64_t last) { kernels().adam(a, first, last); });
 }
 

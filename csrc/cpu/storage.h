@@ -5,16 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../segments.h"
 #include "../update_math.h"
 
 namespace msam::cpu {
-
-struct bf16 {
-  uint16_t bits;
-};
-struct half {
-  uint16_t bits;
-};
 
 MSAM_FN float bits_to_float(uint32_t u) {
   float f;

@@ -2,9 +2,10 @@
 // The device code: load -> function of update_math.h -> store. Knows no torch.
 //
 // Bytes in flight: HBM3e at 4.8 TB/s with 0.8 us from load to use has 3.8 MB under way, 29 KB for each of 132
-// multiprocessors. Every thread issues 64 to 128 bytes of independent 16-byte loads before it uses the first, and
-// __launch_bounds__ holds the registers to what lets 3 or 4 blocks of 256 threads share a multiprocessor (see kBlocks):
-// 48 to 128 KB, so that nearly half of them may be waiting at a barrier or in a store.
+// multiprocessors. Every thread issues independent 16-byte loads before it uses the first, kUnroll of each buffer: 64 to 128
+// bytes, and 32 or 48 where an operator reads little or the registers hold no more. __launch_bounds__ holds those to what lets 3
+// or 4 blocks of 256 threads share a multiprocessor, for some of Adam's 2 (see kBlocks, kAdamBlocks): mostly 48 to 128 KB, so that
+// nearly half of them may be waiting at a barrier or in a store.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -34,13 +35,6 @@ struct Parameters {
 };
 
 // ---- storage ----------------------------------------------------------------------------------------------------
-
-struct bf16 {
-  uint16_t bits;
-};
-struct half {
-  uint16_t bits;
-};
 
 // What one thread moves at once: N elements of 16 bytes together, or one.
 template <class S>
@@ -459,7 +453,7 @@ struct PerturbOp {
     Convert<S, N>::widen(stored, next);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const double e = double(next[j]) - double(w[j]);
+      const double e = bits >> j & 1 ? double(next[j]) - double(w[j]) : 0;
       sum.add(j, e, e);
     }
   }

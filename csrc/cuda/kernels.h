@@ -16,9 +16,6 @@
 
 namespace msam::cuda {
 
-// Vectors that may be combined with the gradients, at most.
-constexpr int kMore = 2;
-
 // A tensor argument: one flat buffer, or a list by segment, whose pointers travel with the launch.
 struct Place {
   void* flat = nullptr;
@@ -29,8 +26,7 @@ struct Place {
 
 // The lists of tensors of a call: data[list][segment], in host memory.
 struct Lists {
-  static constexpr int kMost = 3 + kMore;  // weights, acc, grads, more
-  void* const* data[kMost] = {};
+  void* const* data[kMostLists] = {};
   int count = 0;
   int64_t segments = 0;
   int64_t capacity = MSAM_LAUNCH_POINTERS;

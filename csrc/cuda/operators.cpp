@@ -23,8 +23,14 @@ namespace {
 // Gradients of up to so many bytes ascend in one cooperative launch. It saves the gap between two launches, about 2 us or
 // 8 MB at the speed of HBM3e; beyond, blocks that the scheduler hands out as others finish do better than fixed shares.
 int64_t cooperative_bytes() {
-  static const char* asked = std::getenv("MSAM_KERNELS_COOPERATIVE_BYTES");
-  static const int64_t bytes = asked ? std::atoll(asked) : int64_t(32) << 20;
+  static const int64_t bytes = [] {
+    const char* asked = std::getenv("MSAM_KERNELS_COOPERATIVE_BYTES");
+    if (!asked) return int64_t(32) << 20;
+    char* end = nullptr;
+    const long long given = std::strtoll(asked, &end, 10);
+    TORCH_CHECK(end != asked && !*end && given >= 0, "MSAM_KERNELS_COOPERATIVE_BYTES must be a number of bytes, got ", asked);
+    return int64_t(given);
+  }();
   return bytes;
 }
 
@@ -73,15 +79,6 @@ class Call {
     args.norm_sq = t->const_data_ptr<double>();
     args.terms = t->numel();
   }
-  // The list of gradients or, with coefs, the lists; how many tensors each has.
-  int64_t gradients(TensorList grads, const MaybeTensor& coefs, Restore& args) {
-    const int64_t terms = check_coefs(coefs, grads, 1 + kMore), segments = int64_t(grads.size()) / terms;
-    if (coefs) check_device(*coefs, "coefs", device());
-    args.coefs = pointer<double>(coefs);
-    args.grads = list(grads.slice(0, segments), "grads");
-    for (int64_t k = 1; k < terms; ++k) args.more[k - 1] = list(grads.slice(k * segments, segments), "grads");
-    return segments;
-  }
   void mask(const MaybeTensor& t) const {
     check_mask(t, nullptr, 0);
     if (t) check_device(*t, "mask", device());
@@ -128,7 +125,7 @@ class Call {
   const Tensor& chunks_;
   at::ScalarType dtype_;
   Lists lists_;
-  c10::SmallVector<void*, 64> pointers_[Lists::kMost];
+  c10::SmallVector<void*, 64> pointers_[kMostLists];
 };
 
 Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks, const MaybeTensor& ema, double sigma,
@@ -182,29 +179,13 @@ Tensor dots(TensorList x, TensorList y, TensorList z, const Tensor& chunks) {
   return terms;
 }
 
-// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite. Returns how many
-// parameters have gradients.
-int64_t gather(Call& call, Restore& a, TensorList weights, TensorList acc, TensorList grads, const MaybeTensor& saved,
-               const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
-  call.begin(a);
-  a.weights = call.list(weights, "weights", weights.size() == 1);
-  a.acc = call.list(acc, "acc");
-  const int64_t segments = call.gradients(grads, coefs, a);
-  call.flat(saved, "saved");
-  call.norm_sq(norm_sq, a);
-  a.saved = pointer(saved);
-  a.c_acc = c_acc;
-  a.c = c;
-  return segments;
-}
-
 void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const MaybeTensor& saved,
              const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
   Call call(chunks, dtype_of(weights, acc, "weights and acc"));
   TORCH_CHECK(weights.empty() || saved, "weights are restored from saved, which is missing");
   TORCH_CHECK(grads.empty() || !acc.empty(), "grads are added to acc, which is missing");
   Restore a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
+  gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
   call.run(&launch_restore, a, call.stream());
 }
 
@@ -214,12 +195,8 @@ void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chu
   TORCH_CHECK(!weights.empty() && !grads.empty(), "sgd needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  call.hyper(hyper, kSgdColumns, a);
-  call.flat(momentum_buffer, "momentum_buffer");
-  call.per_segment(fresh, "fresh", at::kByte);
-  a.momentum_buffer = pointer(momentum_buffer);
-  a.fresh = pointer<uint8_t>(fresh);
+  gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
+  gather_sgd(call, a, hyper, momentum_buffer, fresh);
   call.run(&launch_sgd, a, call.stream());
 }
 
@@ -229,18 +206,10 @@ void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& ch
   TORCH_CHECK(!weights.empty() && !grads.empty(), "adam needs weights and grads");
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Update a;
-  const int64_t segments = gather(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  call.hyper(hyper, kAdamColumns, a);
-  call.flat(exp_avg, "exp_avg");
-  call.flat(exp_avg_sq, "exp_avg_sq");
-  call.flat(max_exp_avg_sq, "max_exp_avg_sq");
-  call.per_segment(step, "step", at::kFloat);
+  const int64_t segments = gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
+  gather_adam(call, a, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq);
   TORCH_CHECK(step.numel() == segments + 1, "step must have ", segments + 1,
               " elements, one per parameter and the kernels' ticket, got ", step.numel());
-  a.exp_avg = exp_avg.data_ptr();
-  a.exp_avg_sq = exp_avg_sq.data_ptr();
-  a.max_exp_avg_sq = pointer(max_exp_avg_sq);
-  a.step = step.data_ptr<float>();
   a.ticket = reinterpret_cast<unsigned*>(a.step + segments);
   call.run(&launch_adam, a, call.stream());
 }
