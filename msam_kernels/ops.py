@@ -23,8 +23,8 @@ Every backend is a namespace with the functions below, called alike:
   is set.
 * ``hyper``: float64 ``[groups, columns]``, columns as in ``reference.py``.
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
-  ``[K]``, the terms of ‖e‖² as it was stored, 0 where nothing is perturbed; its version counter tells whether ``perturb``
-  has saved the weights.
+  ``[K]``, the terms of ‖e‖² as it was stored, 0 for what did not change; its version counter tells whether ``perturb`` has
+  saved the weights.
 * ``dots``: float64 ``[3, n]``, rows of terms whose sums are x·x, x·y and y·y, and unless ``z`` is empty ``[6, n]``: x·z,
   y·z and z·z too; ``x``, ``y`` and ``z``: as ``grads``.
 * ``coefs``: float64 ``[k]``, 1 to 3 of them: ``grads`` then holds k lists of P tensors, one after the other, and

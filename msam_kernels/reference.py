@@ -132,7 +132,8 @@ def perturb(
         scale = (hyper[s.group, 0] / (norm_sq.sqrt() + EPS)).to(w.dtype)
         perturbed = finite if mask is None else finite & s.bits(mask)
         weight.copy_(torch.where(perturbed, w + d * scale, w))
-        change_sq = torch.where(perturbed, (weight.double() - w.double()).square(), 0.0)  # inf - inf is NaN
+        next, old = weight.double(), w.double()
+        change_sq = torch.where(finite & (next != old), (next - old).square(), 0.0)  # inf - inf is NaN
         achieved_sq[s.rows] = torch.stack([part.sum() for part in change_sq.split(s.lengths)])
 
 

@@ -380,7 +380,8 @@ def perturb_chunk(
         # Weights that come from elsewhere are stored in any case.
         result = tl.where(picked, result, stored)
         tl.store(wp + i + lanes, result, mask=here & (picked | (origin != w)))
-        change = tl.where(picked, result.to(tl.float64) - stored.to(tl.float64), 0.0)
+        next, old = result.to(tl.float64), stored.to(tl.float64)
+        change = tl.where(here & finite & truth(next != old), next - old, 0.0)  # inf - inf is NaN
         sums += change * change
     return tl.sum(sums, 0)
 

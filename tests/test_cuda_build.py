@@ -26,7 +26,7 @@ from msam_kernels import ops
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 ARCHITECTURES = ("80", "90")
-STORAGE = ("float", "double", "msam::cuda::bf16", "msam::cuda::half")
+STORAGE = ("float", "double", "msam::bf16", "msam::half")
 # Kernel -> variants, each for every storage type and for few and for many pointers.
 KERNELS = {
     **{"inner_products_kernel": 4, "perturb_kernel": 4, "ascend_kernel": 4},

@@ -291,6 +291,12 @@ inline V where8(uint8_t bits, V next, V old) {
   return ((Whole{} + bits) & each) != 0 ? next : old;
 }
 
+template <class V>
+inline Doubles8 difference_sq(V next, V old) {
+  const Doubles8 a = doubles(next), b = doubles(old), difference = a == b ? Doubles8{} : a - b;  // inf - inf is NaN
+  return difference * difference;
+}
+
 template <class S, bool friendly, bool adaptive, bool masked, bool stream>
 void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   using T = typename Arithmetic<S>::type;
@@ -330,10 +336,6 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
     const bool direct = std::is_same_v<S, T> && n == kBlock, w_direct = direct && !past_cache;
     T* w_new = w_direct ? reinterpret_cast<T*>(weights + i) : w_result;
     T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
-    const auto picked_sq = [&](Doubles8 change, int j) {
-      if constexpr (masked) change = where8(bits[j / 8], change, Doubles8{});  // inf - inf is NaN
-      return change * change;
-    };
     const auto change_sq = [&](int j) {
       const Eight<T> old = load8(w + j);
       Eight<T> d = load8(g + j);
@@ -345,7 +347,7 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
       Eight<T> next = perturbed(old, d, scale, eta, adaptive);
       if constexpr (masked) next = where8(bits[j / 8], next, old);
       store8(w_new + j, next);
-      return picked_sq(doubles(next) - doubles(old), j);
+      return difference_sq(next, old);
     };
     if constexpr (std::is_same_v<S, T>) {
       lanes.add(i, whole_lanes(n), ahead, change_sq);
@@ -361,7 +363,7 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
       lanes.add(i, whole_lanes(n), in_cache, [&](int j) {
-        return picked_sq(doubles(load8(stored + j)) - doubles(load8(w + j)), j);
+        return difference_sq(load8(stored + j), load8(w + j));
       });
     }
   });

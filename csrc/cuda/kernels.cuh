@@ -453,7 +453,7 @@ struct PerturbOp {
     Convert<S, N>::widen(stored, next);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const double e = bits >> j & 1 ? double(next[j]) - double(w[j]) : 0;
+      const double e = next[j] == w[j] ? 0 : double(next[j]) - double(w[j]);  // inf - inf is NaN
       sum.add(j, e, e);
     }
   }
