@@ -95,7 +95,7 @@ int64_t gather_descent(Call& call, Arguments& a, TensorList weights, TensorList 
   a.saved = pointer(saved);
   a.c_acc = c_acc;
   a.c = c;
-  call.norm_sq(norm_sq, a);
+  call.norm_sq(norm_sq, a);  // may replace a.c
   return segments;
 }
 

@@ -239,7 +239,8 @@ class Flat:
     def take_back(self) -> None:
         """Take back parameters that somebody re-pointed; refuse those that moved away.
 
-        Where somebody else holds the memory of one that left, e.g. the model that it was exchanged with, all move on.
+        Where somebody else holds the memory of one that left, e.g. the model that it was exchanged with, all parameters move
+        to a new flat buffer, and the old one is left to its holders.
 
         Raises:
             RuntimeError: a parameter is now on another device or of another dtype or size.

@@ -390,7 +390,6 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
     buffers = [
         (module, name, buffer, _values(buffer)) for module in modules for name, buffer in module._buffers.items()
     ]
-    known = {id(module): set(module._buffers) for module in modules}
     # Kernels want memory without gaps; only where there are some, e.g. in a column of a matrix, a copy is used.
     spread = [
         (p, p.data)
@@ -401,9 +400,6 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
 
     @torch.no_grad()
     def rewind() -> None:
-        for module in modules:  # buffers that the forward made, perhaps in another dtype
-            for name in module._buffers.keys() - known[id(module)]:
-                delattr(module, name)
         for module, name, buffer, values in buffers:
             module._buffers[name] = buffer  # a layer may assign instead of writing in place
             if values is not None:
@@ -435,7 +431,10 @@ def _values(buffer: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def _converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, the modules hold copies of their parameters and buffers in ``dtype``; tied ones stay tied."""
+    """Inside, the modules hold copies of their parameters and buffers in ``dtype``; tied ones stay tied.
+
+    Buffers that a forward makes meanwhile stay, as after any forward, in the dtype of the model's parameters.
+    """
     if dtype is None:
         yield
         return
@@ -454,6 +453,8 @@ def _converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         for name, t in table.items()
         if t is not None and t.is_floating_point()
     ]
+    known = {id(module): set(module._buffers) for module in model.modules()}
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
     try:
         for module, name, t in places:
             setattr(module, name, converted(t))  # not the table: recurrent layers keep a list as well
@@ -461,6 +462,10 @@ def _converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for module, name, t in places:
             setattr(module, name, t)
+        for module in model.modules():
+            for name in module._buffers.keys() - known.get(id(module), set()):
+                if (new := module._buffers[name]) is not None and new.dtype == dtype:
+                    module._buffers[name] = new.to(own)
 
 
 def _random_states(devices: set[torch.device]) -> list[tuple[torch.device | None, Tensor]]:

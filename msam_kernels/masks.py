@@ -56,6 +56,10 @@ def choose(flats: Sequence[Any], scores: Sequence[Sequence[Tensor]], sparse: Any
         sparse: the method: ``sparsity``, ``mask``, ``share_dropped``, ``seed``.
         step: which random numbers are drawn depends on it.
     """
+    # Of the same device and dtype one after the other, as in an optimizer that was made with all of them.
+    kinds = list(dict.fromkeys((flat.device, flat.dtype) for flat in flats))
+    pairs = sorted(zip(flats, scores, strict=True), key=lambda pair: kinds.index((pair[0].device, pair[0].dtype)))
+    flats, scores = ([pair[k] for pair in pairs] for k in (0, 1))
     places = [(flat, begin) for flat in flats for begin in range(0, flat.size, SLICE)]
     whole = sum(p.numel() for flat in flats for p in flat.params)
     count = round((1 - sparse.sparsity) * whole)

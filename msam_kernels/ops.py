@@ -179,7 +179,8 @@ def _missing_cuda() -> str | None:
 def _missing_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: `pip install triton` (it comes with torch's builds for GPUs on Linux)"
-    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available() and not torch.xpu.is_available():
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    if not interpreted and not torch.cuda.is_available() and not torch.xpu.is_available():
         return "torch sees no GPU; on the CPU it runs in Triton's interpreter, slowly: set TRITON_INTERPRET=1 before the start"
     return None
 

@@ -99,6 +99,12 @@ def _gathered(parts: list[Tensor], device: torch.device) -> Tensor:
     return torch.cat([t.to(device, non_blocking=device.type != "cpu") for t in parts], -1)
 
 
+def _own_memory_of_all(lists: list[list[Tensor | None]]) -> list[list[Tensor | None]]:
+    """No tensor of one list is the memory of another's."""
+    own = iter(ops.own_memory([t for tensors in lists for t in tensors], whole=False))
+    return [[next(own) for _ in tensors] for tensors in lists]
+
+
 def _hyper_sgd(group: dict) -> tuple:
     return (
         group["lr"],
@@ -178,7 +184,7 @@ class MicroBatchSAM(Optimizer):
             state; others, and flags without a fused kernel, take their own step.
         rho: radius of the perturbation, in units of the weights; >= 0. A group that has its own "rho" keeps it. Either may
             be a function of the number of steps taken so far, e.g. one that follows the learning rate; ``group["rho"]`` then
-            holds the value of the step under way, until another number or function is put there.
+            holds the value of the step under way, until a number other than that, or another function, is put there.
         num_micro_batches: parts into which ``passes(*batch)`` and ``train_step`` split a batch. Default 1: SAM.
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
@@ -229,7 +235,7 @@ class MicroBatchSAM(Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         for name, layer in model.named_modules() if model is not None else ():
-            if isinstance(layer, torch.jit.ScriptModule) and hasattr(layer, "running_mean"):
+            if isinstance(layer, torch.jit.ScriptModule) and getattr(layer, "running_mean", None) is not None:
                 raise ValueError(
                     f"model has {name or 'a layer'} in TorchScript, which cannot be told to record no statistics: give the "
                     "model as it was before torch.jit, or leave model out, and both passes are recorded"
@@ -237,10 +243,6 @@ class MicroBatchSAM(Optimizer):
         _check_rho(_rho_at(rho, 0))
         for group in base_optimizer.param_groups:
             _check_rho(_rho_at(group.get("rho", rho), 0))
-        earlier = [  # put there by an earlier wrapper, not by the user
-            (base_optimizer.param_groups[g], base_optimizer.param_groups[g].pop("rho", None))
-            for g in getattr(base_optimizer, "_msam_groups", [])
-        ]
         self.base_optimizer = base_optimizer
         # The hook tables and profiling of an Optimizer, without its own groups and state: those are the base's.
         defaults = {**base_optimizer.defaults, "rho": rho}
@@ -255,8 +257,11 @@ class MicroBatchSAM(Optimizer):
         self._rho_schedules: dict[int, tuple[Callable[[int], float], Any]] = {}  # by group: with the latest value
         self.flatten = flatten
         self.backend = backend
-        _leave_to_eager()
         self._begin_life()
+        groups = [base_optimizer.param_groups[g] for g in getattr(base_optimizer, "_msam_groups", ())]
+        earlier = [
+            (group, group.pop("rho")) for group in groups if "rho" in group
+        ]  # an earlier wrapper's, not the user's
         try:
             self._adopt_parameters()
         except BaseException:
@@ -266,6 +271,7 @@ class MicroBatchSAM(Optimizer):
 
     def _begin_life(self) -> None:
         """What is not saved: buffers are made again, nothing is in flight."""
+        _leave_to_eager()
         self._flats: list[Flat] = []
         self._layout: Any = None  # of all parameters, as the flats know it
         self._rows: tuple | None = None  # as the device knows them
@@ -328,6 +334,7 @@ class MicroBatchSAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_idle("copying or pickling the optimizer")
+        self._take_schedules()
         split = ("num_micro_batches", "micro_batch_size")
         own = (
             "defaults",
@@ -364,13 +371,14 @@ class MicroBatchSAM(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps."""
+        self._take_schedules()
         return {**super().state_dict(), _STATE_KEY: self._own_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
 
-        A group without "rho" keeps the one it has. What the method keeps (an EMA, LookSAM's direction, a mask) starts anew
-        where ``state_dict`` has none.
+        A group without "rho" keeps the one it has, and so does one whose rho is a function of the step. What the method
+        keeps (an EMA, LookSAM's direction, a mask) starts anew where ``state_dict`` has none.
 
         Raises:
             ValueError: ``state_dict`` is of other parameters; nothing was changed.
@@ -439,6 +447,7 @@ class MicroBatchSAM(Optimizer):
 
     def _with_rho(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Groups that bring no rho, as in a plain optimizer's state dict, and those with a schedule keep what is there."""
+        self._take_schedules()
         groups = []
         for g, (mine, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             rho = {"rho": mine.get("rho", self.defaults["rho"])}
@@ -536,14 +545,13 @@ class MicroBatchSAM(Optimizer):
         ]
         self._flats += flats
         base = self.base_optimizer
-        put_there = getattr(base, "_msam_groups", [])
+        put_there = set(getattr(base, "_msam_groups", ()))
         for g, group in enumerate(self.param_groups):
             if "rho" not in group:
                 group["rho"] = self.defaults["rho"]
-                put_there.append(g)
-            if callable(group["rho"]):
-                self._update_rho(g, group)
+                put_there.add(g)
         base._msam_groups = put_there
+        self._take_schedules()
         self._layout = self._current_layout()
         self._rows = None
 
@@ -833,15 +841,19 @@ class MicroBatchSAM(Optimizer):
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         self._thaw_statistics()
-        if self._current_layout() != self._layout:
-            for flat in self._flats:
-                flat.take_back()  # parameters that are new wait for the next step
+        moved, error = self._current_layout() != self._layout, None
         for flat in self._flats:
+            if moved:  # parameters that are new wait for the next step
+                try:
+                    flat.take_back()
+                except RuntimeError as e:  # the others can be restored
+                    error = e
+                    continue
             # An untouched achieved_sq tells of a kernel that was interrupted before it ran; what is captured never ran.
             if flat.perturbed is not None and flat.achieved_sq._version > 0 and not flat.is_capturing():
                 self._restore_weights(flat)
             flat.perturbed = None
-        self._perturbed = False
+        self._perturbed = error is not None
         if self._before is not None:
             for flat, grads in zip(self._flats, self._before, strict=True):
                 flat.set_grads(grads)
@@ -852,6 +864,8 @@ class MicroBatchSAM(Optimizer):
             if not any(flat.is_capturing() for flat in self._flats):
                 self._measure_v()
         self._end_step()
+        if error is not None:
+            raise error
 
     def _end_step(self) -> None:
         self._before = self._scores = self._grad_norm_sq = None
@@ -1058,9 +1072,15 @@ class MicroBatchSAM(Optimizer):
         elif schedule is None or (rho is not latest and rho != latest):
             self._rho_schedules.pop(g, None)
             return rho
-        rho = group["rho"] = schedule(self.steps)
-        self._rho_schedules[g] = schedule, rho
+        rho = schedule(self.steps)
+        _check_rho(rho)
+        group["rho"], self._rho_schedules[g] = rho, (schedule, rho)
         return rho
+
+    def _take_schedules(self) -> None:
+        for g, group in enumerate(self.param_groups):
+            if callable(group.get("rho")):
+                self._update_rho(g, group)
 
     def _check_model(self) -> None:
         """No gradient at all: has the model other parameters by now?"""
@@ -1073,7 +1093,12 @@ class MicroBatchSAM(Optimizer):
 
     def _collected(self, *, clear: bool) -> list[tuple[Flat, Gradients]]:
         """Every flat with its gradients; all are looked at before any kernel runs."""
-        return [(flat, flat.collect_grads(clear=clear)) for flat in self._flats]
+        collected = [(flat, flat.collect_grads(clear=clear)) for flat in self._flats]
+        if len(collected) == 1:
+            return collected
+        # Within a flat they are told apart where they are written to.
+        lists = _own_memory_of_all([grads for _, (grads, _) in collected])
+        return [(flat, (grads, absent)) for (flat, (_, absent)), grads in zip(collected, lists, strict=True)]
 
     def _ascend(self, *, first: bool, clear: bool = True) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
@@ -1093,7 +1118,7 @@ class MicroBatchSAM(Optimizer):
             saved = flat.saved if flat.save(absent, again=first) else None
             chunks = flat.chunks(absent)
             flat.achieved_sq = torch.empty(len(chunks), dtype=torch.float64, device=flat.device)
-            if flat.achieved_sq.is_inference():  # restore() asks for its version
+            if torch.is_inference_mode_enabled():  # restore() asks for its version
                 with torch.inference_mode(False):
                     flat.achieved_sq = torch.empty_like(flat.achieved_sq)
             flat.perturbed, flat.perturbed_absent = chunks, absent
@@ -1326,9 +1351,8 @@ class MicroBatchSAM(Optimizer):
             options["norm_sq"] = flat.norm_sq
         uniform = flat.perturbed is not None and flat.is_uniform(absent)
         at_e = grads[: len(flat.params)]
-        if flat.acc is None or (
-            coefs and not uniform
-        ):  # it becomes a combination, or the mean while later passes write theirs
+        if flat.acc is None or (coefs and not uniform):
+            # Written to: the mean begins here, and a combination takes its place.
             at_e = ops.own_memory(at_e, whole=i + 1 < len(shares))
             grads = [*at_e, *grads[len(at_e) :]]
         if uniform:
@@ -1398,6 +1422,8 @@ class _StepUnderWay:
         opt = self.opt
         opt._prepare()
         self.before = [ops.own_memory(ops.current_grads(flat.params)) for flat in opt._flats]
+        if len(self.before) > 1:
+            self.before = _own_memory_of_all(self.before)
         opt._before = self.before
         try:
             for flat, grads in zip(opt._flats, self.before, strict=True):

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -382,6 +385,32 @@ def test_a_compiled_function_around_the_step_trains_as_the_plain_one(way):
         train(opts[0], models[0], batch(6, seed=step))
         torch.compile(train, backend="eager")(opts[1], models[1], batch(6, seed=step))
     assert same_bits(*(model.parameters() for model in models))
+
+
+@pytest.mark.slow
+def test_an_optimizer_from_a_file_is_not_traced_either(tmp_path):
+    """In a process that made none."""
+    path = tmp_path / "training"
+    model = mlp()
+    opt = wrap(model)
+    torch.save((model, opt), path)
+    code = (
+        "import sys, torch; from plain import batch, loss_of\n"
+        "results = []\n"
+        "for compiled in (False, True):\n"
+        "    model, opt = torch.load(sys.argv[1], weights_only=False)\n"
+        "    train = lambda data: opt.train_step(lambda x, y: loss_of(model, x, y), *data)\n"
+        "    train = torch.compile(train, backend='eager') if compiled else train\n"
+        "    for step in range(3):\n"
+        "        train(batch(6, seed=step))\n"
+        "    results.append([p.tolist() for p in model.parameters()])\n"
+        "assert results[0] == results[1]\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("enabled", [True, False], ids=["on around it all", "off around it all"])

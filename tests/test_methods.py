@@ -418,14 +418,18 @@ def test_the_order_of_methods_makes_no_difference(name, backend):
         assert same_bits(first, other)
 
 
+@pytest.mark.parametrize("grows", [False, True], ids=["one buffer", "two"])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_parameters_may_get_the_same_tensor_as_gradient(name, count, backend):
+def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, backend):
     """As ``autograd.grad`` returns it for the operands of a sum."""
 
     def trained(own: bool) -> list[Tensor]:
         params = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4) * k) for k in (1, 2)]
-        opt = MicroBatchSAM(SGD(params, lr=0.1), 0.5, num_micro_batches=count, method=METHODS[name], backend=backend)
+        at_first = params[:1] if grows else params
+        opt = MicroBatchSAM(SGD(at_first, lr=0.1), 0.5, num_micro_batches=count, method=METHODS[name], backend=backend)
+        if grows:
+            opt.add_param_group({"params": params[1:]})
         for step in range(3):
             for x in opt.passes(torch.linspace(-1, 1, 16).view(4, 4) + step / 3):
                 grads = torch.autograd.grad((x @ (params[0] + params[1]).t()).sin().square().mean(), params)

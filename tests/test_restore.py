@@ -550,3 +550,18 @@ def test_an_interrupted_average_of_f_sam_stays_finite_and_goes_on(backend):
         by_break(opt, model, batch(6), stop)
     assert all(t.isfinite().all() for t in opt.state_dict()["msam"]["ema"].values())
     run_to_the_end(opt, model, batch(6))
+
+
+def test_what_can_be_restored_is_where_a_parameter_was_converted_meanwhile(backend):
+    kept, lost = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, dtype=torch.float64))
+    opt = MicroBatchSAM(SGD([lost, kept], lr=0.1), rho=0.5, backend=backend)
+    with pytest.raises(RuntimeError, match=r"a parameter is now torch\.float16.*was torch\.float64"):
+        for turn, x in enumerate(opt.passes(torch.ones(1))):
+            if turn == 1:
+                lost.data = lost.data.half()
+            ((kept * x).square().sum() + lost.double().square().sum()).backward()
+    assert kept.tolist() == [1.0] * 3
+    assert kept.grad is None
+    lost.data = lost.data.double()
+    opt.restore()
+    assert lost.tolist() == [1.0] * 2

@@ -233,6 +233,11 @@ def test_what_is_put_into_a_group_later_takes_the_place_of_its_function(backend)
     run.opt.load_state_dict(Counted(rho=7.0, backend=backend).opt.state_dict())  # brings the number of steps, not rho
     assert [taken(), taken()] == [0.0, 0.01]
     assert taken(copy.deepcopy(run)) == taken() == 0.02
+    run.opt.param_groups[0]["rho"] = lambda step: 0.2 + step
+    assert run.opt.state_dict()["param_groups"][0]["rho"] == 3.2
+    run.opt.param_groups[0]["rho"] = lambda step: 0.3 + step
+    run.opt.load_state_dict(Counted(rho=7.0, backend=backend).opt.state_dict())
+    assert taken() == 0.3
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "large"])
@@ -246,6 +251,7 @@ def test_a_function_that_goes_wrong_is_refused_before_anything_changes(value, ba
         run.step("train_step", batch())
     assert same_bits(run.model.parameters(), before)
     assert run.opt.steps == 1
+    assert run.opt.param_groups[0]["rho"] == 0.1
 
 
 @pytest.mark.parametrize("start", [-1, 1.5, True, None])

@@ -71,7 +71,7 @@ class Call {
   void per_segment(const MaybeTensor& t, const char* name, at::ScalarType dtype) const {
     check_per_segment(t, name, dtype, chunks_, size_);
   }
-  // Behind c: an ascent gradient that was not finite poisons it.
+  // To be called when args.c is set: an ascent gradient that was not finite makes it NaN.
   void norm_sq(const MaybeTensor& t, Restore& args) const {
     if (!t) return;
     check_sum(*t, "norm_sq");
