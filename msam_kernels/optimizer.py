@@ -99,9 +99,9 @@ def _gathered(parts: list[Tensor], device: torch.device) -> Tensor:
     return torch.cat([t.to(device, non_blocking=device.type != "cpu") for t in parts], -1)
 
 
-def _own_memory_of_all(lists: list[list[Tensor | None]]) -> list[list[Tensor | None]]:
-    """No tensor of one list is the memory of another's."""
-    own = iter(ops.own_memory([t for tensors in lists for t in tensors], whole=False))
+def _own_memory(lists: list[list[Tensor | None]], *, whole: bool) -> list[list[Tensor | None]]:
+    """``ops.own_memory`` of all flats' gradients together."""
+    own = iter(ops.own_memory([t for tensors in lists for t in tensors], whole=whole))
     return [[next(own) for _ in tensors] for tensors in lists]
 
 
@@ -258,10 +258,9 @@ class MicroBatchSAM(Optimizer):
         self.flatten = flatten
         self.backend = backend
         self._begin_life()
+        # What an earlier wrapper put there is not the user's.
         groups = [base_optimizer.param_groups[g] for g in getattr(base_optimizer, "_msam_groups", ())]
-        earlier = [
-            (group, group.pop("rho")) for group in groups if "rho" in group
-        ]  # an earlier wrapper's, not the user's
+        earlier = [(group, group.pop("rho")) for group in groups if "rho" in group]
         try:
             self._adopt_parameters()
         except BaseException:
@@ -765,10 +764,9 @@ class MicroBatchSAM(Optimizer):
     def _micro_batches(
         self, loss_fn: Callable[..., Tensor], batch: tuple, sizes: Callable[[int], list[int]] | None = None
     ) -> _MicroBatches:
-        parts, shares = self._split(batch, sizes)
-
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of a micro-batch that returns its mean loss, got {loss_fn!r}")
+        parts, shares = self._split(batch, sizes)
 
         def closure(part):
             loss = loss_fn(*part) if len(batch) > 1 else loss_fn(part)
@@ -1097,7 +1095,7 @@ class MicroBatchSAM(Optimizer):
         if len(collected) == 1:
             return collected
         # Within a flat they are told apart where they are written to.
-        lists = _own_memory_of_all([grads for _, (grads, _) in collected])
+        lists = _own_memory([grads for _, (grads, _) in collected], whole=False)
         return [(flat, (grads, absent)) for (flat, (_, absent)), grads in zip(collected, lists, strict=True)]
 
     def _ascend(self, *, first: bool, clear: bool = True) -> None:
@@ -1421,9 +1419,7 @@ class _StepUnderWay:
     def __enter__(self) -> list[list[Tensor | None]]:
         opt = self.opt
         opt._prepare()
-        self.before = [ops.own_memory(ops.current_grads(flat.params)) for flat in opt._flats]
-        if len(self.before) > 1:
-            self.before = _own_memory_of_all(self.before)
+        self.before = _own_memory([ops.current_grads(flat.params) for flat in opt._flats], whole=True)
         opt._before = self.before
         try:
             for flat, grads in zip(opt._flats, self.before, strict=True):

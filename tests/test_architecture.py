@@ -183,14 +183,36 @@ def test_every_source_file_begins_with_its_licence():
 
 
 # Written in two parts, or this file would be found.
-PATH = re.compile(r"(?<![\w.~/$})-])/(?:wor" + r"k|home|root|Users|mnt|tmp)/\w")
+PRIVATE = {
+    "a path of one machine": r"(?<![\w.~/$})-])/(?:wor" + r"k|home|root|Users|mnt|tmp)/\w",
+    "a folder that does not come with it": r"(?:^|[\s`'\"(]|\.\./)sha" + r"red/",
+}
 
 
-def test_no_file_names_a_path_of_one_machine():
-    assert PATH.search("see `/hom" + "e/me`")
-    assert PATH.search("see /wor" + "k/main")
-    found = {name: m.group() for name, text in texts().items() if (m := PATH.search(text))}
+@pytest.mark.parametrize("what", PRIVATE)
+def test_no_file_names(what):
+    pattern = re.compile(PRIVATE[what], re.MULTILINE)
+    found = {name: m.group() for name, text in texts().items() if (m := pattern.search(text))}
     assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("a path of one machine", "see /wor" + "k/main"),
+        ("a path of one machine", "`/hom" + "e/me`"),
+        ("a folder that does not come with it", "../sha" + "red/notes"),
+    ],
+)
+def test_the_search_finds(what, text):
+    assert re.search(PRIVATE[what], text)
+
+
+def test_every_page_that_is_named_comes_with_it():
+    pages = {Path(name).name for name in texts()}
+    named = {name: set(re.findall(r"\b[A-Z]{2,}\.md\b", text)) for name, text in texts().items()}
+    assert "CONTRIBUTING.md" in named["README.md"]
+    assert {name: gone for name, found in named.items() if (gone := found - pages)} == {}
 
 
 def test_triton_and_cpp_agree_on_how_many_vectors_a_descent_combines():

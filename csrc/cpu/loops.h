@@ -380,8 +380,7 @@ template <class S>
 void perturb(const Perturb& a, int64_t first, int64_t last) {
   const auto chunk = a.mask ? (a.large ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
                             : (a.large ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
-  // Backwards: the gradient's end, which inner_products read last, may still be in cache.
-  for (int64_t k = last; k-- > first;) chunk(a, a.chunks[k], a.partials + k);
+  for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], a.partials + k);
   finish_streaming(a.large);
 }
 
