@@ -22,10 +22,29 @@ from torch import Tensor
 from ._checks import check_integer, check_number
 from .reference import EPS
 
+# A float64 to calculate with: a float on the CPU, where operations on tensors take longer than the kernels of a small
+# model, and a 0-d tensor on a GPU, which nothing waits for.
+Number = float | Tensor
 
-def _if_finite(coefs: Tensor, known: Tensor) -> Tensor:
-    """NaN where a gradient is not finite: with a coefficient of 0 the kernels would not show it."""
-    return coefs + (known - known)
+
+def numbers(sums: Tensor) -> list[Number]:
+    return sums.tolist() if sums.device.type == "cpu" else list(sums.unbind())
+
+
+def _sqrt(x: Number) -> Number:
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+
+def _at_least_0(x: Number) -> Number:
+    return x.clamp(min=0) if isinstance(x, Tensor) else max(x, 0.0)
+
+
+def _coefs(values: list[Number], known: Number) -> Tensor:
+    """float64 ``[k]``; NaN where ``known``, sums over the gradients, is not finite: the kernels leave a 0 out."""
+    if isinstance(known, Tensor):
+        values = [v if isinstance(v, Tensor) else known.new_full((), v) for v in values]
+        return torch.stack(values) + (known - known)
+    return torch.tensor([v + (known - known) for v in values], dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -82,22 +101,23 @@ class SAM:
         """Options of the kernels ``inner_products`` and ``perturb`` that make this method's direction."""
         return {}
 
-    def combination(self, dots: Tensor) -> Tensor:
-        """Coefficients, float64, of the last pass's gradient and of those kept, the latest first.
+    def combination(self, dots: list[Number]) -> list[Number]:
+        """Coefficients of the last pass's gradient and of those kept, the latest first.
 
-        ``dots``: the sums of the operator of that name, float64 ``[3]`` or ``[6]``, of these vectors.
+        ``dots``: the sums of the operator of that name, of these vectors.
         """
-        return torch.ones_like(dots[:1])
+        return [1.0]
 
-    def descent_coefs(self, dots: Tensor, grad_norm_sq: Tensor) -> Tensor:
-        """The same, as long as g where the method rescales. ``grad_norm_sq``: g·g."""
-        coefs = _if_finite(self.combination(dots), dots.sum() + grad_norm_sq)
-        if not self.rescales:
-            return coefs
-        # The length of the combination: each dot counts once on the diagonal and twice beside it.
-        pairs = [(u, v) for v in range(len(coefs)) for u in range(v + 1)]
-        terms = [coefs[u] * coefs[v] * dot * (1 + (u != v)) for (u, v), dot in zip(pairs, dots, strict=False)]
-        return coefs * (grad_norm_sq.sqrt() / (sum(terms).clamp(min=0).sqrt() + EPS))
+    def descent_coefs(self, dots: list[Number], grad_norm_sq: Number) -> Tensor:
+        """The same, float64 ``[k]``, as long as g where the method rescales. ``grad_norm_sq``: g·g."""
+        coefs = self.combination(dots)
+        if self.rescales:
+            # The length of the combination: each dot counts once on the diagonal and twice beside it.
+            pairs = [(u, v) for v in range(len(coefs)) for u in range(v + 1)]
+            terms = [coefs[u] * coefs[v] * dot * (1 + (u != v)) for (u, v), dot in zip(pairs, dots, strict=False)]
+            factor = _sqrt(grad_norm_sq) / (_sqrt(_at_least_0(sum(terms))) + EPS)
+            coefs = [coef * factor for coef in coefs]
+        return _coefs(coefs, sum(dots, grad_norm_sq))
 
 
 @dataclass(frozen=True)
@@ -261,14 +281,13 @@ class LookSAM(SAM):
         return self.k > 1 and self.alpha != 0
 
     @staticmethod
-    def v_coefs(dots: Tensor) -> Tensor:
+    def v_coefs(dots: list[Number]) -> Tensor:
         """What a micro-batch adds to v: coefs[0]·ĝ + coefs[1]·g; ``dots``: ĝ·ĝ, ĝ·g and g·g."""
-        along = dots[1] / (dots[2] + EPS)
-        return _if_finite(torch.stack([torch.ones_like(along), -along]), dots.sum())
+        return _coefs([1.0, -(dots[1] / (dots[2] + EPS))], sum(dots))
 
-    def reuse_coefs(self, grad_norm_sq: Tensor, v_norm_sq: Tensor) -> Tensor:
+    def reuse_coefs(self, grad_norm_sq: Number, v_norm_sq: Tensor) -> Tensor:
         """What a step between uses: coefs[0]·g + coefs[1]·v."""
-        weight = self.alpha * grad_norm_sq.sqrt() / (v_norm_sq.sqrt() + EPS)
+        weight = self.alpha * _sqrt(grad_norm_sq) / (v_norm_sq.sqrt() + EPS)
         weight = torch.where(v_norm_sq.isfinite(), weight, 0.0)
         return torch.stack([torch.ones_like(weight), weight])
 
@@ -297,9 +316,8 @@ class BilateralSAM(SAM):
 
     kept = 2
 
-    def combination(self, dots: Tensor) -> Tensor:
-        one = torch.ones_like(dots[0])
-        return torch.stack([-(dots[2].sqrt() / (dots[0].sqrt() + EPS)), one, one])
+    def combination(self, dots: list[Number]) -> list[Number]:
+        return [-(_sqrt(dots[2]) / (_sqrt(dots[0]) + EPS)), 1.0, 1.0]
 
 
 @dataclass(frozen=True)
@@ -324,11 +342,11 @@ class GapSAM(SAM):
     def kept(self) -> int:
         return int(self.alpha != 0)
 
-    def combination(self, dots: Tensor) -> Tensor:
+    def combination(self, dots: list[Number]) -> list[Number]:
         if self.alpha == 0:
             return super().combination(dots)
-        along = torch.where(dots[0] == 0, 0.0, dots[1] / dots[0])
-        return torch.stack([1 + self.alpha * along, torch.full_like(along, -self.alpha)])
+        along = dots[1] / (dots[0] + (dots[0] == 0))  # 0 where ĝ is
+        return [1 + self.alpha * along, -self.alpha]
 
 
 @dataclass(frozen=True)
@@ -365,5 +383,5 @@ class Composition(SAM):
     def direction(self) -> dict[str, float]:
         return {name: value for part in self.parts for name, value in part.direction.items()}
 
-    def combination(self, dots: Tensor) -> Tensor:
+    def combination(self, dots: list[Number]) -> list[Number]:
         return next((part for part in self.parts if part.kept), SAM()).combination(dots)

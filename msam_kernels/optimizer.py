@@ -281,7 +281,7 @@ class MicroBatchSAM(Optimizer):
         self._perturbed = False
         self._scores: list[Sequence[Tensor]] | None = None  # of the step under way, from which a mask is chosen
         self._mask_is_new = False  # the first one, which the step under way chose for itself
-        self._grad_norm_sq: Tensor | None = None  # of the micro-batch under way: g·g
+        self._grad_norm_sq: _methods.Number | None = None  # of the micro-batch under way: g·g
         self._v_norm_sq: Tensor | None = None  # at the same address for good: captured graphs read it
         self._v_step: int | None = -1  # whose v it is; None while a loop adds to it
         self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, p.grad, or []
@@ -1136,7 +1136,10 @@ class MicroBatchSAM(Optimizer):
         self._norms_sq.append(self._flats[0].norm_sq)
         torch.clear_autocast_cache()
         if method.rescales and not method.kept:
-            self._grad_norm_sq = self._norms_sq[-1].sum() if not calls[0][2] else self._sum_of_squares(collected)
+            if calls[0][2]:  # the direction is another vector
+                self._grad_norm_sq = self._sum_of_squares(collected)
+            else:
+                (self._grad_norm_sq,) = _methods.numbers(self._norms_sq[-1].sum(0, keepdim=True))
 
     def _direction(self, flat: Flat) -> dict[str, Any]:
         """What the direction d is made of."""
@@ -1199,7 +1202,9 @@ class MicroBatchSAM(Optimizer):
             for flat, lists, absent in vectors
         ]
 
-    def _dots(self, vectors: list[tuple[Flat, list[list[Tensor]], tuple[int, ...]]], count: int) -> Tensor:
+    def _dots(
+        self, vectors: list[tuple[Flat, list[list[Tensor]], tuple[int, ...]]], count: int
+    ) -> list[_methods.Number]:
         """The sums of the operator ``dots`` over all flats, of the first ``count`` vectors."""
         parts = []
         for flat, lists, absent in vectors:
@@ -1208,10 +1213,10 @@ class MicroBatchSAM(Optimizer):
                 parts.append(flat.backend.inner_products([], lists[0], chunks)[None])
             else:
                 parts.append(flat.backend.dots(lists[0], lists[1], lists[2] if count == 3 else [], chunks))
-        return _gathered(parts, self._flats[0].device).sum(1)
+        return _methods.numbers(_gathered(parts, self._flats[0].device).sum(1))
 
-    def _sum_of_squares(self, collected: list[tuple[Flat, Gradients]]) -> Tensor:
-        return self._dots([(flat, [grads], absent) for flat, (grads, absent) in collected], 1).squeeze(0)
+    def _sum_of_squares(self, collected: list[tuple[Flat, Gradients]]) -> _methods.Number:
+        return self._dots([(flat, [grads], absent) for flat, (grads, absent) in collected], 1)[0]
 
     # -- LookSAM --------------------------------------------------------------------------------------------------------
 
@@ -1237,8 +1242,9 @@ class MicroBatchSAM(Optimizer):
     def _measure_v(self) -> None:
         if any(flat.v is None for flat in self._flats):
             return
-        total = self._dots([(flat, [flat.v_parts], ()) for flat in self._flats], 1).squeeze(0)
-        self._v_norm_sq = total if self._v_norm_sq is None else self._v_norm_sq.copy_(total)
+        if self._v_norm_sq is None:
+            self._v_norm_sq = torch.empty((), dtype=torch.float64, device=self._flats[0].device)
+        self._v_norm_sq.fill_(self._sum_of_squares([(flat, (flat.v_parts, ())) for flat in self._flats]))
 
     def _reused(self) -> list[tuple[Flat, list[Tensor], dict[str, Tensor]]]:
         """Of every flat: the mean gradient and v, as the kernels take them, and their coefs."""
