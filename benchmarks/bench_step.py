@@ -355,7 +355,8 @@ def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, float, C
     sgd = dict(hyper=row(gradients.rho, 1e-3, 0.9, 0, 5e-4, 0, 0), momentum_buffer=m)
     adam = dict(hyper=row(gradients.rho, 1e-4, 0.9, 0.999, 1e-8, 0.01, 0, 0, 1), exp_avg=m, exp_avg_sq=v, step=step)
     norm_sq = torch.full((1,), float(gradients.numel) * 1e-2, dtype=torch.float64, device=flat.device)
-    outputs = dict(hyper=sgd["hyper"], achieved_sq=torch.empty(len(table), dtype=torch.float64, device=flat.device))
+    achieved_sq, acc_sq = (torch.empty(len(table), dtype=torch.float64, device=flat.device) for _ in range(2))
+    outputs = dict(hyper=sgd["hyper"], achieved_sq=achieved_sq)
     ascent = dict(norm_sq=norm_sq, **outputs)
     friendly, moving = dict(ema=ema, sigma=SIGMA), dict(ema=ema, sigma=SIGMA, lmbda=LMBDA)
     two, three = (row(0.7, 0.2, -0.4)[0, :n].contiguous() for n in (2, 3))
@@ -364,11 +365,11 @@ def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, float, C
         ("inner_products", 1, lambda: k.inner_products(w, g, table)),
         ("inner_products friendly", 2, lambda: k.inner_products(w, g, table, **friendly)),
         ("inner_products adaptive", 2, lambda: k.inner_products(w, g, table, eta=0.01)),
-        ("perturb first", 4, lambda: k.perturb(w, g, table, saved=saved, **ascent)),
-        ("perturb later", 3, lambda: k.perturb(w, g, table, **ascent)),
-        ("perturb first friendly", 6, lambda: k.perturb(w, g, table, saved=saved, **ascent, **moving)),
-        ("perturb later friendly", 5, lambda: k.perturb(w, g, table, **ascent, **moving)),
-        ("perturb first adaptive", 4, lambda: k.perturb(w, g, table, saved=saved, **ascent, eta=0.01)),
+        ("perturb first", 4, lambda: k.perturb(w, [], g, table, saved=saved, **ascent)),
+        ("perturb later", 3, lambda: k.perturb(w, [], g, table, **ascent)),
+        ("perturb first friendly", 6, lambda: k.perturb(w, [], g, table, saved=saved, **ascent, **moving)),
+        ("perturb later friendly", 5, lambda: k.perturb(w, [], g, table, **ascent, **moving)),
+        ("perturb first adaptive", 4, lambda: k.perturb(w, [], g, table, saved=saved, **ascent, eta=0.01)),
         ("ascend", 5, lambda: k.ascend(w, g, table, saved=saved, **outputs)),
         ("ascend friendly", 8, lambda: k.ascend(w, g, table, saved=saved, **outputs, **moving)),
         ("restore", 2, lambda: k.restore(w, [], [], table, saved=saved)),
@@ -382,9 +383,14 @@ def kernel_cases(gradients: Gradients, backend: str) -> list[tuple[str, float, C
         (
             "perturb first masked",
             4 + mask.nbytes / saved.nbytes,
-            lambda: k.perturb(w, g, table, saved=saved, **ascent, mask=mask),
+            lambda: k.perturb(w, [], g, table, saved=saved, **ascent, mask=mask),
         ),
-        ("perturb to the other side", 3, lambda: k.perturb(w, g, table, origin=saved, **ascent)),
+        ("perturb to the other side", 3, lambda: k.perturb(w, [], g, table, origin=saved, **ascent)),
+        (
+            "perturb to the other side, adding",
+            5,
+            lambda: k.perturb(w, acc, g, table, origin=saved, acc_sq=acc_sq, **ascent),
+        ),
         ("dots of two", 2, lambda: k.dots(g, acc, [], table)),
         ("dots of three", 3, lambda: k.dots(g, acc, other, table)),
         ("v of LookSAM", 3, lambda: k.restore([], v_parts, [*g, *acc], table, coefs=two, c_acc=0.0)),

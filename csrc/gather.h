@@ -57,11 +57,12 @@ void gather_direction(Call& call, Arguments& a, TensorList weights, TensorList g
 
 // And what w + e is made of: the same for the perturbation alone and together with its norm.
 template <class Call, class Arguments>
-void gather_perturbation(Call& call, Arguments& a, TensorList weights, TensorList grads, const Tensor& hyper,
-                         const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& origin,
-                         const MaybeTensor& ema, const MaybeTensor& mask, double sigma, std::optional<double> lmbda,
-                         std::optional<double> eta) {
+void gather_perturbation(Call& call, Arguments& a, TensorList weights, TensorList acc, TensorList grads, const Tensor& hyper,
+                         const Tensor& achieved_sq, const MaybeTensor& acc_sq, const MaybeTensor& saved,
+                         const MaybeTensor& origin, const MaybeTensor& ema, const MaybeTensor& mask, double sigma,
+                         std::optional<double> lmbda, std::optional<double> eta) {
   TORCH_CHECK(!weights.empty() && !grads.empty(), "perturb needs weights and grads");
+  TORCH_CHECK(acc.empty() == !acc_sq, "acc and acc_sq go together: give both or neither");
   TORCH_CHECK(!saved || !origin, "weights that are perturbed from origin are not saved: give saved or origin");
   gather_direction(call, a, weights, grads, ema, sigma, eta);
   call.hyper(hyper, 1, a);
@@ -69,6 +70,10 @@ void gather_perturbation(Call& call, Arguments& a, TensorList weights, TensorLis
   call.flat(origin, "origin");
   call.mask(mask);
   call.per_chunk(achieved_sq, "achieved_sq");
+  a.achieved_sq = achieved_sq.data_ptr<double>();
+  a.acc = call.list(acc, "acc");
+  if (acc_sq) call.per_chunk(*acc_sq, "acc_sq");
+  a.acc_sq = pointer<double>(acc_sq);
   a.saved = pointer(saved);
   a.origin = pointer(origin);
   a.mask = pointer<uint8_t>(mask);

@@ -189,16 +189,16 @@ Tensor inner_products(const py::list& weights, const py::list& grads, const Tens
   return dispatch(op, Borrowed(weights), Borrowed(grads), chunks, ema, sigma, eta);
 }
 
-void perturb(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& norm_sq,
-             const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& origin,
-             const MaybeTensor& ema, const MaybeTensor& mask, double sigma, const MaybeDouble& lmbda,
-             const MaybeDouble& eta) {
+void perturb(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks,
+             const Tensor& norm_sq, const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& acc_sq,
+             const MaybeTensor& saved, const MaybeTensor& origin, const MaybeTensor& ema, const MaybeTensor& mask,
+             double sigma, const MaybeDouble& lmbda, const MaybeDouble& eta) {
   static const auto op =
-      find<void(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, MaybeDouble,
-                MaybeDouble)>("msam_kernels::perturb");
-  dispatch(op, Borrowed(weights), Borrowed(grads), chunks, norm_sq, hyper, achieved_sq, saved, origin, ema, mask, sigma,
-           lmbda, eta);
+      find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double,
+                MaybeDouble, MaybeDouble)>("msam_kernels::perturb");
+  dispatch(op, Borrowed(weights), Borrowed(acc), Borrowed(grads), chunks, norm_sq, hyper, achieved_sq, acc_sq, saved, origin,
+           ema, mask, sigma, lmbda, eta);
 }
 
 Tensor ascend(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
@@ -261,9 +261,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const py::object none = py::none();
   m.def("inner_products", &inner_products, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("ema") = none,
         arg("sigma") = 0.0, arg("eta") = none);
-  m.def("perturb", &perturb, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("norm_sq"), arg("hyper"),
-        arg("achieved_sq"), arg("saved") = none, arg("origin") = none, arg("ema") = none, arg("mask") = none,
-        arg("sigma") = 0.0, arg("lmbda") = none, arg("eta") = none);
+  m.def("perturb", &perturb, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("norm_sq"),
+        arg("hyper"), arg("achieved_sq"), arg("acc_sq") = none, arg("saved") = none, arg("origin") = none, arg("ema") = none,
+        arg("mask") = none, arg("sigma") = 0.0, arg("lmbda") = none, arg("eta") = none);
   m.def("ascend", &ascend, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"), arg("achieved_sq"),
         arg("saved") = none, arg("ema") = none, arg("mask") = none, arg("sigma") = 0.0, arg("lmbda") = none,
         arg("eta") = none);

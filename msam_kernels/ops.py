@@ -4,7 +4,8 @@
 Every backend is a namespace with the functions below, called alike:
 
     inner_products(weights, grads, chunks, *, ema, sigma, eta) -> norm_sq
-    perturb(weights!, grads, chunks, *, norm_sq, hyper, achieved_sq!, saved!, origin, ema!, mask, sigma, lmbda, eta)
+    perturb(weights!, acc!, grads, chunks, *, norm_sq, hyper, achieved_sq!, acc_sq!, saved!, origin, ema!, mask, sigma, lmbda,
+            eta)
     ascend(weights!, grads, chunks, *, hyper, achieved_sq!, saved!, ema!, mask, sigma, lmbda, eta) -> norm_sq
     dots(x, y, z, chunks) -> dots
     restore(weights!, acc!, grads, chunks, *, saved, norm_sq, coefs, c_acc, c)
@@ -24,7 +25,7 @@ Every backend is a namespace with the functions below, called alike:
 * ``hyper``: float64 ``[groups, columns]``, columns as in ``reference.py``.
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
   ``[K]``, the terms of ‖e‖² as it was stored, 0 for what did not change; its version counter tells whether ``perturb`` has
-  saved the weights.
+  saved the weights. ``acc_sq``: float64 ``[K]``, the terms of ‖acc‖² before ``perturb`` adds to it; there if ``acc`` is.
 * ``dots``: float64 ``[3, n]``, rows of terms whose sums are x·x, x·y and y·y, and unless ``z`` is empty ``[6, n]``: x·z,
   y·z and z·z too; ``x``, ``y`` and ``z``: as ``grads``.
 * ``coefs``: float64 ``[k]``, 1 to 3 of them: ``grads`` then holds k lists of P tensors, one after the other, and
@@ -58,9 +59,9 @@ else:
 _SCHEMAS = (
     "inner_products(Tensor[] weights, Tensor[] grads, Tensor chunks, *, Tensor? ema=None, float sigma=0., "
     "float? eta=None) -> Tensor",
-    "perturb(Tensor(a!)[] weights, Tensor[] grads, Tensor chunks, *, Tensor norm_sq, Tensor hyper, "
-    "Tensor(b!) achieved_sq, Tensor(c!)? saved=None, Tensor? origin=None, Tensor(d!)? ema=None, Tensor? mask=None, "
-    "float sigma=0., float? lmbda=None, float? eta=None) -> ()",
+    "perturb(Tensor(a!)[] weights, Tensor(b!)[] acc, Tensor[] grads, Tensor chunks, *, Tensor norm_sq, Tensor hyper, "
+    "Tensor(c!) achieved_sq, Tensor(d!)? acc_sq=None, Tensor(e!)? saved=None, Tensor? origin=None, Tensor(f!)? ema=None, "
+    "Tensor? mask=None, float sigma=0., float? lmbda=None, float? eta=None) -> ()",
     "ascend(Tensor(a!)[] weights, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor(b!) achieved_sq, "
     "Tensor(c!)? saved=None, Tensor(d!)? ema=None, Tensor? mask=None, float sigma=0., float? lmbda=None, "
     "float? eta=None) -> Tensor",

@@ -281,7 +281,9 @@ class MicroBatchSAM(Optimizer):
         self._perturbed = False
         self._scores: list[Sequence[Tensor]] | None = None  # of the step under way, from which a mask is chosen
         self._mask_is_new = False  # the first one, which the step under way chose for itself
-        self._grad_norm_sq: _methods.Number | None = None  # of the micro-batch under way: g·g
+        # Of the micro-batch under way: g·g, and g⁺·g⁺ where g has been added to g⁺.
+        self._grad_norm_sq: _methods.Number | None = None
+        self._at_e_norm_sq: _methods.Number | None = None
         self._v_norm_sq: Tensor | None = None  # at the same address for good: captured graphs read it
         self._v_step: int | None = -1  # whose v it is; None while a loop adds to it
         self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, p.grad, or []
@@ -866,7 +868,7 @@ class MicroBatchSAM(Optimizer):
             raise error
 
     def _end_step(self) -> None:
-        self._before = self._scores = self._grad_norm_sq = None
+        self._before = self._scores = self._grad_norm_sq = self._at_e_norm_sq = None
         self._mask_is_new = False
         for flat in self._flats:
             flat.acc, flat.acc_absent, flat.kept = None, (), []
@@ -1132,7 +1134,8 @@ class MicroBatchSAM(Optimizer):
             sums = [flat.backend.inner_products(*args, **direction) for flat, args, direction, _ in calls]
             for flat, arguments, direction, outputs in calls:
                 flat.norm_sq = _gathered(sums, flat.device)
-                flat.backend.perturb(*arguments, norm_sq=flat.norm_sq, **direction, **outputs)
+                weights, grads, chunks = arguments
+                flat.backend.perturb(weights, [], grads, chunks, norm_sq=flat.norm_sq, **direction, **outputs)
         self._norms_sq.append(self._flats[0].norm_sq)
         torch.clear_autocast_cache()
         if method.rescales and not method.kept:
@@ -1165,20 +1168,38 @@ class MicroBatchSAM(Optimizer):
     def _cross(self, *, first: bool) -> None:
         """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
         self._follow_parameters()
-        at_w = [flat.kept[0][0] for flat in self._flats]
+        at_w = [flat.kept[0] for flat in self._flats]
         self._keep(self._collected(clear=True))
-        for flat, grads in zip(self._flats, at_w, strict=True):
+        # The descent takes their sum, which rounds once more in 16 bits, and of each alone no more than a norm.
+        adds = not self.method.rescales and all(
+            flat.kept[0][1] == absent and flat.dtype.itemsize >= 4
+            for flat, (_, absent) in zip(self._flats, at_w, strict=True)
+        )
+        sums = []
+        for flat, (grads, absent) in zip(self._flats, at_w, strict=True):
+            acc, options = [], {}
+            if adds:
+                acc = ops.own_memory([*grads, *flat.kept[0][0]])[len(grads) :]
+                options["acc_sq"] = torch.empty_like(flat.achieved_sq)
+                sums.append(options["acc_sq"])
             flat.backend.perturb(
                 flat.weights,
+                acc,
                 grads,
                 flat.perturbed,
                 norm_sq=flat.norm_sq,
                 hyper=self._opposite[flat.device],
                 achieved_sq=torch.empty_like(flat.achieved_sq),
                 origin=flat.saved,
+                **options,
                 **self._direction(flat),
                 **self._masked_and_averaged(flat, last=True),
             )
+            if adds:
+                flat.kept = [(acc, absent)]
+        self._at_e_norm_sq = None
+        if adds:
+            (self._at_e_norm_sq,) = _methods.numbers(_gathered(sums, self._flats[0].device).sum(0, keepdim=True))
         torch.clear_autocast_cache()
 
     def _descend(self, shares: list[float], i: int) -> None:
@@ -1195,8 +1216,13 @@ class MicroBatchSAM(Optimizer):
         if not self._perturbed or not (method.kept or method.rescales):
             return [(flat, grads, absent, {}) for flat, (grads, absent) in collected]
         vectors = [(flat, *flat.with_kept(grads, absent)) for flat, (grads, absent) in collected]
-        dots = self._dots(vectors, 1 + method.kept if method.rescales else 2)
+        if self._at_e_norm_sq is None:
+            dots = self._dots(vectors, 1 + method.kept if method.rescales else 2)
+        else:
+            dots = [*self._dots(vectors, 1), 0.0, self._at_e_norm_sq]
         coefs = method.descent_coefs(dots, dots[-1] if method.kept else self._grad_norm_sq)
+        if self._at_e_norm_sq is not None:
+            coefs = coefs[:2]  # g⁺ and g are one vector
         return [
             (flat, [t for tensors in lists[: len(coefs)] for t in tensors], absent, {"coefs": coefs.to(flat.device)})
             for flat, lists, absent in vectors

@@ -8,6 +8,7 @@ every group):
     perturb          w ← w + e,   e = rho·d / (‖d‖ + 1e-12), or rho·T_w²·d / (‖T_w·d‖ + 1e-12)
                      with ``mask`` e is 0 where the bit is 0; with ``origin`` w ← origin + e
                      ema ← lmbda·ema + (1 − lmbda)·g, after its old value was used
+                     with ``acc`` ‖acc‖², then acc ← acc + g
     dots             x·x, x·y, y·y, and with z: x·z, y·z, z·z
     restore          w ← saved;   acc ← c_acc·acc + c·x̂,   x̂ = ĝ, or coefs[0]·ĝ + coefs[1]·g + … with ``coefs``
     sgd, adam        torch.optim.SGD / Adam / AdamW on c_acc·acc + c·x̂, starting from ``saved`` where that is given
@@ -52,6 +53,10 @@ class _Segment(NamedTuple):
 
     def within(self, buffer: Tensor | None) -> Tensor | None:
         return None if buffer is None else buffer[self.offset : self.offset + self.numel]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """By chunk."""
+        return torch.stack([part.sum() for part in x.split(self.lengths)])
 
     def bits(self, mask: Tensor) -> Tensor:
         """Bit k of byte j is that of element 8·j + k of a flat buffer."""
@@ -100,12 +105,14 @@ def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
 
 def perturb(
     weights,
+    acc,
     grads,
     chunks,
     *,
     norm_sq,
     hyper,
     achieved_sq,
+    acc_sq=None,
     saved=None,
     origin=None,
     ema=None,
@@ -114,7 +121,10 @@ def perturb(
     lmbda=None,
     eta=None,
 ):
-    """Weights to w + e, the old ones to ``saved``, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by chunk."""
+    """Weights to w + e, the old ones to ``saved``, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by chunk.
+
+    Whatever the norm: ``acc ← acc + grads``, and ‖acc‖² as it was to ``acc_sq``, by chunk.
+    """
     norm_sq = norm_sq.sum(0, keepdim=True)
     finite = norm_sq.isfinite()
     if saved is not None:
@@ -134,7 +144,11 @@ def perturb(
         weight.copy_(torch.where(perturbed, w + d * scale, w))
         next, old = weight.double(), w.double()
         change_sq = torch.where(finite & (next != old), (next - old).square(), 0.0)  # inf - inf is NaN
-        achieved_sq[s.rows] = torch.stack([part.sum() for part in change_sq.split(s.lengths)])
+        achieved_sq[s.rows] = s.sums(change_sq)
+        if acc:
+            total = s.of(acc)
+            acc_sq[s.rows] = s.sums(total.double().square())
+            total.copy_(_wide(total) + g)
 
 
 def ascend(
@@ -144,6 +158,7 @@ def ascend(
     norm_sq = inner_products(weights, grads, chunks, ema=ema, sigma=sigma, eta=eta)
     perturb(
         weights,
+        [],
         grads,
         chunks,
         norm_sq=norm_sq,

@@ -386,12 +386,29 @@ def perturb_chunk(
     return tl.sum(sums, 0)
 
 
+@triton.jit
+def add_chunk(acc, g, numel, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """acc <- acc + g, and the squared norm that acc had."""
+    numel = length(numel, ALIGNED)
+    ap, gp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED)
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for i in range(0, numel, BLOCK):
+        here = lanes < numel - i
+        x = tl.load(ap + i + lanes, mask=here, other=0.0).to(T)
+        following = accumulated(x, tl.load(gp + i + lanes, mask=here, other=0.0).to(T), 1.0, 1.0)
+        tl.store(ap + i + lanes, following.to(S), mask=here)
+        wide = x.to(tl.float64)
+        sums += wide * wide
+    return tl.sum(sums, 0)
+
+
 @_kernel
 def perturb_kernel(
-    norm_sq: tl.int64, norm_terms: tl.int64, achieved_sq: tl.int64, chunks: tl.int64, rows: tl.int64,
-    hyper: tl.int64, columns: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64, saved: tl.int64,
-    origin: tl.int64, ema: tl.int64, mask: tl.int64, sigma: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
-    renew: tl.int64, eta: tl.int64,
+    norm_sq: tl.int64, norm_terms: tl.int64, achieved_sq: tl.int64, acc_sq: tl.int64, chunks: tl.int64, rows: tl.int64,
+    hyper: tl.int64, columns: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64, acc: tl.int64,
+    saved: tl.int64, origin: tl.int64, ema: tl.int64, mask: tl.int64, sigma: tl.int64, lmbda: tl.int64,
+    one_minus_lmbda: tl.int64, renew: tl.int64, eta: tl.int64,
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -404,18 +421,22 @@ def perturb_kernel(
         w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
         s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
         o = tl.where(origin != 0, in_flat(origin, offset, S), w)
+        a, added = in_list(acc, segment, begin, S), tl.where(acc != 0, numel, 0)
         scale = ascent_scale(norm, column(hyper + group * columns * 8, 0)).to(T)
-        if (g | w | o | s | e | numel) % 16 == 0:
+        if (g | w | o | s | e | a | numel) % 16 == 0:
+            before_sq = add_chunk(a, g, added, S, T, BLOCK, True)
             achieved = perturb_chunk(
                 w, o, g, s, e, mask, offset, numel, finite, scale, number(sigma, T), number(lmbda, T),
                 number(one_minus_lmbda, T), renew != 0, number(eta, T), S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK, True,
             )  # fmt: skip
         else:
+            before_sq = add_chunk(a, g, added, S, T, BLOCK // 4, False)
             achieved = perturb_chunk(
                 w, o, g, s, e, mask, offset, numel, finite, scale, number(sigma, T), number(lmbda, T),
                 number(one_minus_lmbda, T), renew != 0, number(eta, T), S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK // 4, False,
             )  # fmt: skip
         tl.store(achieved_sq.to(tl.int64).to(tl.pointer_type(tl.float64)) + k, achieved)
+        tl.store(acc_sq.to(tl.int64).to(tl.pointer_type(tl.float64)) + k, before_sq, mask=acc_sq != 0)
 
 
 @triton.jit
@@ -834,20 +855,21 @@ def _dtype_of(*lists):
     raise RuntimeError("weights and grads are empty")
 
 
-def _direction(call, weights, grads, ema, eta):
-    """What the direction d is made of."""
+def _direction(call, weights, grads, ema, eta, acc=()):
+    """What the direction d is made of, and the address of ``acc``."""
     if not grads:
         raise RuntimeError("grads are missing")
     if eta is not None and not weights:
         raise RuntimeError("eta needs the weights")
     flat_weights, listed = call.weights(weights)
-    tables = call.lists(weights=listed, grads=grads)
+    tables = call.lists(weights=listed, grads=grads, acc=acc)
     constants = {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None}
-    return (flat_weights, tables.get("weights", 0), tables["grads"]), call.flat("ema", ema), constants
+    pointers = flat_weights, tables.get("weights", 0), tables["grads"]
+    return pointers, tables.get("acc", 0), call.flat("ema", ema), constants
 
 
 def _inner_products(call, direction, sigma, eta):
-    pointers, ema, constants = direction
+    pointers, _, ema, constants = direction
     terms = torch.empty(call.programs, dtype=torch.float64, device=call.device)
     call.launch(
         inner_products_kernel, terms.data_ptr(), call.chunks.data_ptr(), call.rows, *pointers, ema,
@@ -856,16 +878,21 @@ def _inner_products(call, direction, sigma, eta):
     return terms if call.rows else terms.new_zeros(1)
 
 
-def _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, origin, mask, sigma, lmbda, eta):
-    pointers, ema, constants = direction
+def _perturb(call, direction, norm_sq, hyper, achieved_sq, acc_sq, saved, origin, mask, sigma, lmbda, eta):
+    pointers, acc, ema, constants = direction
     if saved is not None and origin is not None:
         raise RuntimeError("weights that are perturbed from origin are not saved: give saved or origin")
     achieved, terms = call.tensor("achieved_sq", achieved_sq, torch.float64)
     if terms != call.rows:
         raise RuntimeError(f"achieved_sq must have one element per chunk, {call.rows}, got {terms}")
+    before_sq, terms = call.tensor("acc_sq", acc_sq, torch.float64)
+    if (acc_sq is not None) != (acc != 0):
+        raise RuntimeError("acc and acc_sq go together: give both or neither")
+    if acc_sq is not None and terms != call.rows:
+        raise RuntimeError(f"acc_sq must have one element per chunk, {call.rows}, got {terms}")
     arguments = (
-        *call.tensor("norm_sq", norm_sq, torch.float64), achieved, call.chunks.data_ptr(), call.rows,
-        *call.hyper(hyper, 1), *pointers, call.flat("saved", saved), call.flat("origin", origin), ema,
+        *call.tensor("norm_sq", norm_sq, torch.float64), achieved, before_sq, call.chunks.data_ptr(), call.rows,
+        *call.hyper(hyper, 1), *pointers, acc, call.flat("saved", saved), call.flat("origin", origin), ema,
         call.tensor("mask", mask, torch.uint8)[0],
         _bits(sigma), _bits(lmbda or 0.0), _bits(1 - (lmbda or 0.0)), int(lmbda is not None), _bits(eta or 0.0),
     )  # fmt: skip
@@ -879,14 +906,14 @@ def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
 
 
 def perturb(
-    weights, grads, chunks, *, norm_sq, hyper, achieved_sq, saved=None, origin=None, ema=None, mask=None, sigma=0.0,
-    lmbda=None, eta=None,
+    weights, acc, grads, chunks, *, norm_sq, hyper, achieved_sq, acc_sq=None, saved=None, origin=None, ema=None,
+    mask=None, sigma=0.0, lmbda=None, eta=None,
 ):  # fmt: skip
     if not weights:
         raise RuntimeError("perturb needs weights")
     call = _Call(chunks, _dtype_of(weights))
-    direction = _direction(call, weights, grads, ema, eta)
-    _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, origin, mask, sigma, lmbda, eta)
+    direction = _direction(call, weights, grads, ema, eta, acc)
+    _perturb(call, direction, norm_sq, hyper, achieved_sq, acc_sq, saved, origin, mask, sigma, lmbda, eta)
 
 
 def ascend(
@@ -897,7 +924,7 @@ def ascend(
     call = _Call(chunks, _dtype_of(weights))
     direction = _direction(call, weights, grads, ema, eta)
     norm_sq = _inner_products(call, direction, sigma, eta)
-    _perturb(call, direction, norm_sq, hyper, achieved_sq, saved, None, mask, sigma, lmbda, eta)
+    _perturb(call, direction, norm_sq, hyper, achieved_sq, None, saved, None, mask, sigma, lmbda, eta)
     return norm_sq
 
 

@@ -22,6 +22,7 @@ from test_kernels import (
     CASES,
     CHUNK,
     DTYPES,
+    SUMS,
     VARIANTS,
     Call,
     assert_same_bits,
@@ -47,6 +48,7 @@ LARGEST = [
     ("inner_products", "friendly and adaptive"),
     ("perturb", "friendly, saving, some fresh"),
     ("perturb", "from origin, masked and adaptive"),
+    ("perturb", "from origin, adding"),
     ("ascend", "friendly, saving, some fresh"),
     ("ascend", "masked, friendly and adaptive, saving"),
     ("dots", "three"),
@@ -118,18 +120,17 @@ def assert_like_the_cpu(call: Call, backend: str) -> None:
     device = on_gpu(call)
     result = run(device, backend)
     if call.operator == "ascend":  # goes on by its own norm, which another order of summation rounds differently
-        arguments = {**call.arguments, "norm_sq": result.cpu()}
-        call, alone = Call("perturb", arguments, call.arenas), copy.deepcopy(call)
-        args, kwargs = alone.args()
-        expected = ops.get_backend("cpu", torch.device("cpu")).inner_products(
-            *args, **{n: v for n, v in kwargs.items() if n in ("ema", "sigma", "eta")}
-        )
+        a = call.arguments
+        options = {name: a[name] for name in ("ema", "sigma", "eta") if name in a}
+        cpu = ops.get_backend("cpu", torch.device("cpu"))
+        expected = cpu.inner_products(a["weights"], a["grads"], a["chunks"], **options)
+        call = Call("perturb", {**a, "norm_sq": result.cpu(), "acc": []}, call.arenas)
         call.run()
     else:
         expected = call.run()
     others = call.tensors()
     for name, tensor in device.tensors().items():
-        if name != "achieved_sq":
+        if name not in SUMS:
             assert_same(name, tensor, others[name], backend)
     if call.operator == "dots":
         wanted = expected.sum(1)
@@ -137,8 +138,8 @@ def assert_like_the_cpu(call: Call, backend: str) -> None:
         torch.testing.assert_close(result.sum(1).cpu() / scales, wanted / scales, rtol=0, atol=1e-12)
     elif expected is not None:
         torch.testing.assert_close(result.sum().cpu(), expected.sum(), rtol=1e-12, atol=0, equal_nan=True)
-    if "achieved_sq" in call.arguments:
-        sums = device.arguments["achieved_sq"].cpu(), call.arguments["achieved_sq"]
+    for name in set(SUMS) & call.arguments.keys():
+        sums = device.arguments[name].cpu(), call.arguments[name]
         rtol = 1e-12 if backend == "cuda" else 1e-6  # an ulp in w is much in a small e
         torch.testing.assert_close(*sums, rtol=rtol, atol=1e-15, equal_nan=True)
 

@@ -2,8 +2,8 @@
 """The operators: the compiled kernels against the specification in ``reference.py``, bit for bit.
 
 Element-wise results must be equal in every bit, NaN aside, because both round at the same places and neither contracts
-into FMA. The two sums, ``norm_sq`` and ``achieved_sq``, are only close to those of the specification, which adds in another
-order; they are held to exact sums instead. Run as a script, this file is the child process of its own tests.
+into FMA. The sums, ``norm_sq``, ``achieved_sq`` and ``acc_sq``, are only close to those of the specification, which adds in
+another order; they are held to exact sums instead. Run as a script, this file is the child process of its own tests.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ ISAS = ("baseline", "avx2", "avx512")
 # Around the vector widths, the kernels' block of 256, their lanes of 32, and a chunk.
 SIZES = (0, 1, 3, 4, 5, 31, 32, 33, 255, 256, 257, 4097, CHUNK - 1, CHUNK, CHUNK + 1, 40000)
 STREAMED = (9 << 20) + 12  # bytes; from 8 MiB on the kernels store past the cache
+SUMS = ("achieved_sq", "acc_sq")  # that perturb writes, by chunk
 GUARD = 64  # elements of NaN on both sides of everything
 NAN, INF = math.nan, math.inf
 
@@ -73,8 +74,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "from origin": {"origin": True},
         "from origin, masked and adaptive": {"origin": True, "mask": True, "eta": 0.01},
         "from origin, friendly": {"origin": True, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
+        "from origin, adding": {"origin": True, "acc": True},
+        "adding, masked, friendly and adaptive": {
+            **{"acc": True, "saved": True, "mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01}
+        },
         "not finite": {"sigma": 1.0, "lmbda": 0.9, "fresh": True, "saved": True, "norm_sq": NAN},
         "from origin, not finite": {"origin": True, "mask": True, "norm_sq": INF},
+        "adding, not finite": {"origin": True, "acc": True, "norm_sq": NAN},
         "not finite, infinite weights": {"infinite": True, "norm_sq": INF},
     },
     "dots": {"plain": {}, "three": {"z": True}},
@@ -134,7 +140,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 VARIANTS["ascend"] = {
     variant: {"overflow": True, **options} if options.pop("norm_sq", None) is not None else options
     for variant, options in copy.deepcopy(VARIANTS["perturb"]).items()
-    if "origin" not in options
+    if not {"origin", "acc"} & options.keys()
 }
 CASES = [(operator, variant) for operator, variants in VARIANTS.items() for variant in variants]
 FINITE_CASES = [case for case in CASES if "not finite" not in case[1]]
@@ -143,6 +149,7 @@ STREAMED_CASES = [
     ("perturb", "friendly, saving, some fresh"),
     ("perturb", "masked, friendly and adaptive, saving"),
     ("perturb", "from origin, masked and adaptive"),
+    ("perturb", "from origin, adding"),
     ("restore", "weights and mean"),
     ("restore", "mean anew"),
     ("sgd", "from saved"),
@@ -154,10 +161,9 @@ each_case = pytest.mark.parametrize(("operator", "variant"), CASES, ids=lambda v
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 POSITIONAL = {
     "inner_products": ("weights", "grads", "chunks"),
-    "perturb": ("weights", "grads", "chunks"),
     "ascend": ("weights", "grads", "chunks"),
     "dots": ("x", "y", "z", "chunks"),
-    **dict.fromkeys(("restore", "sgd", "adam"), ("weights", "acc", "grads", "chunks")),
+    **dict.fromkeys(("perturb", "restore", "sgd", "adam"), ("weights", "acc", "grads", "chunks")),
 }
 
 
@@ -182,7 +188,7 @@ class Call:
 
     def tensors(self) -> dict[str, Tensor]:
         """All memory, by name; of what is not an arena, the tensors that the kernels may change."""
-        small = {n: self.arguments[n] for n in ("fresh", "step", "achieved_sq") if self.arguments.get(n) is not None}
+        small = {n: self.arguments[n] for n in ("fresh", "step", *SUMS) if self.arguments.get(n) is not None}
         return {**self.arenas, **small}
 
     def in_double(self) -> Call:
@@ -284,8 +290,9 @@ def make(
             t.fill_(NAN)
     a["weights"] = w if operator != "restore" or "weights" in o else []
     a["grads"] = listed("grads", 0.1) if operator != "restore" or "grads" in o else []
-    if update or operator == "restore":
+    if operator != "inner_products" and operator != "ascend":
         a["acc"] = listed("acc", 0.1) if "acc" in o else []
+    if update or operator == "restore":
         a["c_acc"], a["c"] = o.get("c_acc", 1.0), o.get("c", 1.0)
     if "coefs" in o:
         a["coefs"] = torch.tensor(o["coefs"], dtype=torch.float64)
@@ -320,7 +327,8 @@ def make(
         for offset, n in list(zip(offsets, sizes, strict=True))[1::2]:
             a["ema"][offset : offset + n] = NAN
     if ascent:
-        a["achieved_sq"] = torch.full((len(chunks),), NAN, dtype=torch.float64)
+        for name in SUMS if "acc" in o else SUMS[:1]:
+            a[name] = torch.full((len(chunks),), NAN, dtype=torch.float64)
         a["hyper"] = torch.tensor([[0.05 * (g + 1)] for g in range(groups)], dtype=torch.float64)
     if update:
         columns = reference.SGD_COLUMNS if operator == "sgd" else reference.ADAM_COLUMNS
@@ -375,10 +383,10 @@ def assert_matches_reference(call: Call) -> None:
         wanted = expected.run("reference")
     others = expected.tensors()
     for name, tensor in call.tensors().items():
-        if name != "achieved_sq":
+        if name not in SUMS:
             assert_same_bits(tensor, others[name], name)
     sums = [
-        (call.arguments.get("achieved_sq"), expected.arguments.get("achieved_sq")),
+        *((call.arguments.get(name), expected.arguments.get(name)) for name in SUMS),
         (result, wanted_sums[0] if wanted_sums else wanted),
     ]
     for actual, target in sums:
@@ -964,6 +972,16 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "dots without y": ("dots", "plain", _with(y=[]), "y is empty"),
     "restore without saved": ("restore", "weights alone", _with(saved=None), "saved, which is missing"),
     "restore without acc": ("restore", "mean alone", _with(acc=[]), "acc.*"),
+    "acc without acc_sq": ("perturb", "from origin, adding", _with(acc_sq=None), "acc and acc_sq go together"),
+    "acc_sq without acc": ("perturb", "from origin, adding", _with(acc=[]), "acc and acc_sq go together"),
+    "acc_sq too short": ("perturb", "from origin, adding", _with(acc_sq=_half), "acc_sq must be .*one value per chunk"),
+    "acc of another dtype": ("perturb", "from origin, adding", _with(acc=_as(FP64)), "acc must be Float .* Double"),
+    "a row past what is added to": (
+        "perturb",
+        "from origin, adding",
+        _with(acc=lambda v: [*v[:2], v[2][:5]]),
+        r"chunk 2 .* acc\[2\]",
+    ),
     "perturb without weights": ("perturb", "plain", _with(weights=[]), "weights"),
     "perturb without gradients": ("perturb", "plain", _with(grads=[]), "grads"),
     "sgd without weights": ("sgd", "plain", _with(weights=[]), "sgd needs weights and grads"),
@@ -1082,7 +1100,9 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
     assert norm_sq.item() == expected
     # With rho = ||g|| and zero weights, w + e is g.
     achieved_sq = torch.empty(len(chunks), dtype=torch.float64)
-    kernels.perturb([weights], [grad], chunks, norm_sq=norm_sq, hyper=norm_sq.sqrt()[:, None], achieved_sq=achieved_sq)
+    kernels.perturb(
+        [weights], [], [grad], chunks, norm_sq=norm_sq, hyper=norm_sq.sqrt()[:, None], achieved_sq=achieved_sq
+    )
     assert torch.equal(weights, grad)
     assert achieved_sq.sum().item() == expected
     # In a single row, whose count does not fit 32 bits.

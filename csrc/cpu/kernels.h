@@ -35,7 +35,9 @@ struct Perturb : InnerProducts {
   const void* origin = nullptr;  // in place of the weights that are there
   const uint8_t* mask = nullptr;  // a bit for every element of a flat buffer
   void* ema_out = nullptr;        // null where the EMA is only read
+  Pointers acc;                   // the gradients are added to it
   double norm_sq = 0, lmbda = 0, one_minus_lmbda = 1;
+  double *achieved_sq = nullptr, *acc_sq = nullptr;  // [chunks]
 };
 
 struct Restore : Common {  // grads: c_acc acc + c grads lands in acc, which is not read where c_acc is 0

@@ -297,6 +297,31 @@ inline Doubles8 difference_sq(V next, V old) {
   return difference * difference;
 }
 
+// acc <- acc + g, and the squared norm that acc had. The gradients are then in cache for the perturbation.
+template <class S>
+void add_chunk(const Perturb& a, const Chunk& c, double* partial) {
+  using T = typename Arithmetic<S>::type;
+  S* accs = a.acc.at<S>(c);
+  const S* grads = a.grads.at<S>(c);
+  const Ahead<S> ahead(a.large, {accs, grads});
+  Lanes lanes;
+  for_blocks(c.numel, [&](int64_t i, auto count) {
+    const int n = count;
+    alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
+    const T* acc = padded(load(accs + i, at, n), at, n);
+    const T* g = load(grads + i, gt, n);
+    lanes.add(i, whole_lanes(n), ahead, [&](int j) {
+      const Doubles8 x = doubles(load8(acc + j));
+      return x * x;
+    });
+    Out<false, S, T> out{accs + i, result};
+    T* sum = out.values();
+    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], T(1), T(1));
+    out.commit(n);
+  });
+  *partial = lanes.total();
+}
+
 template <class S, bool friendly, bool adaptive, bool masked, bool stream>
 void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
   using T = typename Arithmetic<S>::type;
@@ -380,7 +405,10 @@ template <class S>
 void perturb(const Perturb& a, int64_t first, int64_t last) {
   const auto chunk = a.mask ? (a.large ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
                             : (a.large ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
-  for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], a.partials + k);
+  for (int64_t k = first; k < last; ++k) {
+    if (a.acc) add_chunk<S>(a, a.chunks[k], a.acc_sq + k);
+    chunk(a, a.chunks[k], a.achieved_sq + k);
+  }
   finish_streaming(a.large);
 }
 

@@ -142,9 +142,8 @@ Tensor norm_sq_of(const Call& call, InnerProducts& a) {
 
 void perturb_by(const Call& call, Perturb& a, const Tensor& norm_sq, const Tensor& achieved_sq) {
   a.norm_sq = total(norm_sq);
-  a.partials = achieved_sq.data_ptr<double>();
-  // Backwards: the gradient's end, which inner_products read last, may still be in cache.
-  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); }, true);
+  // After inner_products backwards: the gradient's end, which it read last, may still be in cache.
+  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); }, !a.origin);
   achieved_sq.unsafeGetTensorImpl()->bump_version();  // tells that the weights were saved
 }
 
@@ -156,12 +155,13 @@ Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks
   return norm_sq_of(call, a);
 }
 
-void perturb(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& norm_sq, const Tensor& hyper,
-             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& origin, const MaybeTensor& ema,
-             const MaybeTensor& mask, double sigma, std::optional<double> lmbda, std::optional<double> eta) {
+void perturb(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& norm_sq,
+             const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& acc_sq, const MaybeTensor& saved,
+             const MaybeTensor& origin, const MaybeTensor& ema, const MaybeTensor& mask, double sigma,
+             std::optional<double> lmbda, std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, origin, ema, mask, sigma, lmbda, eta);
+  gather_perturbation(call, a, weights, acc, grads, hyper, achieved_sq, acc_sq, saved, origin, ema, mask, sigma, lmbda, eta);
   check_sum(norm_sq, "norm_sq");
   perturb_by(call, a, norm_sq, achieved_sq);
 }
@@ -171,7 +171,7 @@ Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const 
               std::optional<double> lmbda, std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, {}, ema, mask, sigma, lmbda, eta);
+  gather_perturbation(call, a, weights, {}, grads, hyper, achieved_sq, {}, saved, {}, ema, mask, sigma, lmbda, eta);
   const Tensor norm_sq = norm_sq_of(call, a);
   perturb_by(call, a, norm_sq, achieved_sq);
   return norm_sq;

@@ -517,12 +517,60 @@ MSAM_DEVICE void perturb_chunk(const P& p, int64_t k, double norm_sq, Shared& sh
   if (threadIdx.x == 0) a.achieved_sq[k] = sum;
 }
 
+// acc <- acc + g, and the squared norm that acc had.
+template <class S_>
+struct AddOp {
+  using S = S_;
+  using T = typename Traits<S>::T;
+  static constexpr int kUnroll = 2;
+  S* acc;
+  const S* grads;
+  Products<T> sum;
+
+  template <int N>
+  struct In {
+    Pack<S, N> acc, g;
+  };
+  MSAM_DEVICE uintptr_t addresses() const { return address(acc) | address(grads); }
+  // The gradients are read again at once, for the perturbation.
+  template <int N>
+  MSAM_DEVICE void load(In<N>& in, int i) const {
+    in.acc = load_last<N>(acc + i);
+    in.g = cuda::load<N>(grads + i);
+  }
+  template <int N>
+  MSAM_DEVICE void apply(const In<N>& in, int i) {
+    T x[N], g[N];
+    Convert<S, N>::widen(in.acc, x);
+    Convert<S, N>::widen(in.g, g);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      sum.add(j, x[j], x[j]);
+      x[j] = accumulated(x[j], g[j], T(1), T(1));
+    }
+    store_last<N>(acc + i, Convert<S, N>::narrow(x));
+  }
+};
+
+template <class S, class P>
+MSAM_DEVICE void add_chunk(const P& p, int64_t k, Shared& shared) {
+  const Perturb& a = p.args;
+  const Chunk c = a.chunks[k];
+  if (!is_here(a, c)) return;
+  AddOp<S> op{at<S>(p, a.acc, c), at<S>(p, a.grads, c), {}};
+  walk(op, int(c.numel));
+  const double sum = block_sum(op.sum.total(), shared);
+  if (threadIdx.x == 0) a.acc_sq[k] = sum;
+}
+
 template <class S, bool friendly, bool adaptive, class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const double norm_sq = norm_sq_of(p.args, shared);
   // Backwards: the end of what inner_products read may still be in cache.
-  perturb_chunk<S, friendly, adaptive>(p, p.args.rows - 1 - blockIdx.x, norm_sq, shared);
+  const int64_t k = p.args.rows - 1 - blockIdx.x;
+  if (p.args.acc) add_chunk<S>(p, k, shared);
+  perturb_chunk<S, friendly, adaptive>(p, k, norm_sq, shared);
 }
 
 // ---- ascend: both in one cooperative launch -----------------------------------------------------------------------

@@ -75,8 +75,9 @@ struct Perturb : InnerProducts {
   const void* origin = nullptr;   // in place of the weights that are there
   const uint8_t* mask = nullptr;  // a bit for every element of a flat buffer
   void* ema_out = nullptr;        // null where the EMA is only read
+  Place acc;                      // the gradients are added to it
   Number lmbda, one_minus_lmbda;
-  double* achieved_sq = nullptr;  // [rows]
+  double *achieved_sq = nullptr, *acc_sq = nullptr;  // [rows]
 };
 
 struct Restore : Common {  // grads: c_acc acc + c grads lands in acc, which is not read where c_acc is 0

@@ -138,13 +138,13 @@ Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks
   return norm_sq;
 }
 
-void perturb(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& norm_sq, const Tensor& hyper,
-             const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& origin, const MaybeTensor& ema,
-             const MaybeTensor& mask, double sigma, std::optional<double> lmbda, std::optional<double> eta) {
+void perturb(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& norm_sq,
+             const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& acc_sq, const MaybeTensor& saved,
+             const MaybeTensor& origin, const MaybeTensor& ema, const MaybeTensor& mask, double sigma,
+             std::optional<double> lmbda, std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, origin, ema, mask, sigma, lmbda, eta);
-  a.achieved_sq = achieved_sq.data_ptr<double>();
+  gather_perturbation(call, a, weights, acc, grads, hyper, achieved_sq, acc_sq, saved, origin, ema, mask, sigma, lmbda, eta);
   call.norm_sq(norm_sq, a);
   call.run(&launch_perturb, a, call.stream());
   achieved_sq.unsafeGetTensorImpl()->bump_version();  // tells that the weights were saved
@@ -155,8 +155,7 @@ Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const 
               std::optional<double> lmbda, std::optional<double> eta) {
   Call call(chunks, dtype_of(weights, grads, "weights"));
   Perturb a;
-  gather_perturbation(call, a, weights, grads, hyper, achieved_sq, saved, {}, ema, mask, sigma, lmbda, eta);
-  a.achieved_sq = achieved_sq.data_ptr<double>();
+  gather_perturbation(call, a, weights, {}, grads, hyper, achieved_sq, {}, saved, {}, ema, mask, sigma, lmbda, eta);
   const Tensor norm_sq = call.new_norm_sq(a);
   call.norm_sq(norm_sq, a);
   int64_t bytes = 0;
