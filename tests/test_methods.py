@@ -138,6 +138,12 @@ def test_a_gradient_that_is_not_finite_shows_in_the_descent(method, backend):
         assert not descents(method, [passes[:count], passes[count:]], torch.float32, backend).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_bilateral_sam_rounds_no_sum_of_gradients_to_16_bits(dtype, backend):
+    pairs = [[(1.0,), (1.0 + torch.finfo(dtype).eps,), (2.0,)]]  # the first two have a sum that 16 bits do not hold
+    assert descents(BilateralSAM(), pairs, dtype, backend).item() == 1.0
+
+
 @pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
 def test_gap_sam_with_alpha_zero_is_sam_bit_for_bit(count, backend):
     trained = []
@@ -441,6 +447,24 @@ def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, back
         return params
 
     assert same_bits(trained(True), trained(False))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_passes_may_give_the_same_tensor_as_gradient(name, backend):
+    def trained(own: bool) -> Tensor:
+        p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        opt = MicroBatchSAM(SGD([p], lr=0.1), 0.5, method=METHODS[name], backend=backend)
+        for step in range(3):
+            constant = torch.linspace(-2, 1, 12).view(3, 4) + step
+            gradients = itertools.cycle([constant, constant.clone() if own else constant, p.detach().sin()])
+
+            def closure(gradients=gradients):
+                p.grad = next(gradients)
+
+            opt.step(closure)
+        return p
+
+    assert same_bits([trained(True)], [trained(False)])
 
 
 @pytest.mark.parametrize("name", [*METHODS, *COMPOSITIONS])
