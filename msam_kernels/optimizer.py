@@ -616,7 +616,7 @@ class MicroBatchSAM(Optimizer):
         With a closure, which runs forward and backward and returns the loss, or a sequence of them, one per micro-batch
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
         are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
-        gradients are what they were. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
+        gradients are what they were. A gradient that a closure leaves is the optimizer's, which may add to it. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
         ``GradScaler``), use ``passes``.
 
         Returns:
@@ -1170,7 +1170,7 @@ class MicroBatchSAM(Optimizer):
         self._follow_parameters()
         at_w = [flat.kept[0] for flat in self._flats]
         self._keep(self._collected(clear=True))
-        # The descent takes their sum, which rounds once more in 16 bits, and of each alone no more than a norm.
+        # The descent takes g⁺ + g, which 16 bits would round, and of g⁺ alone only the norm.
         adds = not self.method.rescales and all(
             flat.kept[0][1] == absent and flat.dtype.itemsize >= 4
             for flat, (_, absent) in zip(self._flats, at_w, strict=True)
