@@ -616,8 +616,8 @@ class MicroBatchSAM(Optimizer):
         With a closure, which runs forward and backward and returns the loss, or a sequence of them, one per micro-batch
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
         are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
-        gradients are what they were. A gradient that a closure leaves is the optimizer's, which may add to it. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
-        ``GradScaler``), use ``passes``.
+        gradients are what they were. A gradient that a closure leaves is the optimizer's, which may add to it. Nothing
+        looks at the gradient before the update: where it can overflow (fp16 with a ``GradScaler``), use ``passes``.
 
         Returns:
             None, the closure's value at w, or for a sequence the detached mean of the values.
