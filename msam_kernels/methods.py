@@ -20,23 +20,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer, check_number
+from ._numbers import Number, at_least_0, sqrt
 from .reference import EPS
-
-# A float64 to calculate with: a float on the CPU, where operations on tensors take longer than the kernels of a small
-# model, and a 0-d tensor on a GPU, which nothing waits for.
-Number = float | Tensor
-
-
-def numbers(sums: Tensor) -> list[Number]:
-    return sums.tolist() if sums.device.type == "cpu" else list(sums.unbind())
-
-
-def _sqrt(x: Number) -> Number:
-    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
-
-
-def _at_least_0(x: Number) -> Number:
-    return x.clamp(min=0) if isinstance(x, Tensor) else max(x, 0.0)
 
 
 def _coefs(values: list[Number], known: Number) -> Tensor:
@@ -91,6 +76,8 @@ class SAM:
     rho_min = None
     #: How many gradients from before the last pass the descent takes in: they are kept until there.
     kept = 0
+    #: Whether the two that are kept may be added up: they have one coefficient, which no product with them is needed for.
+    adds_kept = False
     #: Whether every step that perturbs leaves a direction, v, to the steps after it.
     keeps_v = False
     #: Whether the descent gets the length of g, the gradient at w.
@@ -104,7 +91,7 @@ class SAM:
     def combination(self, dots: list[Number]) -> list[Number]:
         """Coefficients of the last pass's gradient and of those kept, the latest first.
 
-        ``dots``: the sums of the operator of that name, of these vectors.
+        ``dots``: the sums of the operator of that name, of these vectors; where those kept were added up, 0 for x·y.
         """
         return [1.0]
 
@@ -115,7 +102,7 @@ class SAM:
             # The length of the combination: each dot counts once on the diagonal and twice beside it.
             pairs = [(u, v) for v in range(len(coefs)) for u in range(v + 1)]
             terms = [coefs[u] * coefs[v] * dot * (1 + (u != v)) for (u, v), dot in zip(pairs, dots, strict=False)]
-            factor = _sqrt(grad_norm_sq) / (_sqrt(_at_least_0(sum(terms))) + EPS)
+            factor = sqrt(grad_norm_sq) / (sqrt(at_least_0(sum(terms))) + EPS)
             coefs = [coef * factor for coef in coefs]
         return _coefs(coefs, sum(dots, grad_norm_sq))
 
@@ -287,7 +274,7 @@ class LookSAM(SAM):
 
     def reuse_coefs(self, grad_norm_sq: Number, v_norm_sq: Tensor) -> Tensor:
         """What a step between uses: coefs[0]·g + coefs[1]·v."""
-        weight = self.alpha * _sqrt(grad_norm_sq) / (v_norm_sq.sqrt() + EPS)
+        weight = self.alpha * sqrt(grad_norm_sq) / (v_norm_sq.sqrt() + EPS)
         weight = torch.where(v_norm_sq.isfinite(), weight, 0.0)
         return torch.stack([torch.ones_like(weight), weight])
 
@@ -315,9 +302,10 @@ class BilateralSAM(SAM):
             check_number("rho_min", self.rho_min, 0)
 
     kept = 2
+    adds_kept = True
 
     def combination(self, dots: list[Number]) -> list[Number]:
-        return [-(_sqrt(dots[2]) / (_sqrt(dots[0]) + EPS)), 1.0, 1.0]
+        return [-(sqrt(dots[2]) / (sqrt(dots[0]) + EPS)), 1.0, 1.0]
 
 
 @dataclass(frozen=True)
@@ -366,7 +354,7 @@ class Composition(SAM):
             raise ValueError(
                 f"{' and '.join(map(repr, descents))} each say which gradients the descent is made of: take one of them"
             )
-        for name in ("ema_decay", "sparse", "look", "rho_min", "kept", "keeps_v", "rescales"):
+        for name in ("ema_decay", "sparse", "look", "rho_min", "kept", "adds_kept", "keeps_v", "rescales"):
             default = getattr(SAM, name)
             said = (getattr(part, name) for part in self.parts)
             object.__setattr__(self, name, next((answer for answer in said if answer != default), default))

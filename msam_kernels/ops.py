@@ -125,8 +125,8 @@ set_grads = getattr(_C, "set_grads", _set_grads)
 def own_memory(grads: list[torch.Tensor | None], *, whole: bool = True) -> list[torch.Tensor | None]:
     """``grads``, so that each can be written to by itself.
 
-    Of those that are the same memory, as ``autograd.grad`` returns them for the operands of a sum, all but one are copied;
-    with ``whole`` also those that are part of larger memory, e.g. of a bucket that DDP is going to overwrite.
+    Of those that are the same memory, as ``autograd.grad`` returns them for the operands of a sum, all but the first are
+    copied; with ``whole`` also those whose memory something else holds, e.g. a bucket that DDP is going to overwrite.
     """
     if owns_memory(grads, whole):
         return grads
@@ -143,7 +143,8 @@ def own_memory(grads: list[torch.Tensor | None], *, whole: bool = True) -> list[
 
 def _owns_memory(grads, whole):
     there = [g for g in grads if g is not None and g.numel()]
-    if whole and any(g.untyped_storage().nbytes() > g.numel() * g.itemsize for g in there):
+    # What untyped_storage() returns holds it as well.
+    if whole and any(torch._C._storage_Use_Count(g.untyped_storage()._cdata) > 2 for g in there):
         return False
     return len({g.data_ptr() for g in there}) == len(there)
 

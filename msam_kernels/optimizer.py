@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from . import masks, ops
 from . import methods as _methods
 from ._checks import check_integer, check_number
+from ._numbers import Number, numbers, total
 from .flat import Flat, Gradients, check_parameters
 from .graphs import CapturedStep, CudaRecorder
 
@@ -282,8 +283,8 @@ class MicroBatchSAM(Optimizer):
         self._scores: list[Sequence[Tensor]] | None = None  # of the step under way, from which a mask is chosen
         self._mask_is_new = False  # the first one, which the step under way chose for itself
         # Of the micro-batch under way: g·g, and g⁺·g⁺ where g has been added to g⁺.
-        self._grad_norm_sq: _methods.Number | None = None
-        self._at_e_norm_sq: _methods.Number | None = None
+        self._grad_norm_sq: Number | None = None
+        self._at_e_norm_sq: Number | None = None
         self._v_norm_sq: Tensor | None = None  # at the same address for good: captured graphs read it
         self._v_step: int | None = -1  # whose v it is; None while a loop adds to it
         self._before: list[list[Tensor | None]] | None = None  # of the step under way: by flat, p.grad, or []
@@ -597,7 +598,8 @@ class MicroBatchSAM(Optimizer):
 
         After the loop the weights are bit for bit what they were, and the mean descent gradient, weighted by micro-batch
         size, has been added to ``p.grad``, as ``backward()`` would. A ``break``, an exception or a dropped iterator
-        restores the weights and the gradients that were there before.
+        restores the weights and the gradients that were there before. A gradient that a pass leaves is the optimizer's,
+        which may add to it.
 
         Raises:
             ValueError: tensors of different length, or more micro-batches than samples.
@@ -1142,7 +1144,7 @@ class MicroBatchSAM(Optimizer):
             if calls[0][2]:  # the direction is another vector
                 self._grad_norm_sq = self._sum_of_squares(collected)
             else:
-                (self._grad_norm_sq,) = _methods.numbers(self._norms_sq[-1].sum(0, keepdim=True))
+                self._grad_norm_sq = total(self._norms_sq[-1])
 
     def _direction(self, flat: Flat) -> dict[str, Any]:
         """What the direction d is made of."""
@@ -1170,21 +1172,27 @@ class MicroBatchSAM(Optimizer):
         self._follow_parameters()
         at_w = [flat.kept[0] for flat in self._flats]
         self._keep(self._collected(clear=True))
+        at_e = [flat.kept[0] for flat in self._flats]
         # The descent takes g⁺ + g, which 16 bits would round, and of g⁺ alone only the norm.
-        adds = not self.method.rescales and all(
-            flat.kept[0][1] == absent and flat.dtype.itemsize >= 4
-            for flat, (_, absent) in zip(self._flats, at_w, strict=True)
+        adds = (
+            self.method.adds_kept
+            and not self.method.rescales
+            and all(flat.dtype.itemsize >= 4 for flat in self._flats)
+            and [absent for _, absent in at_e] == [absent for _, absent in at_w]
         )
-        sums = []
-        for flat, (grads, absent) in zip(self._flats, at_w, strict=True):
-            acc, options = [], {}
+        acc, acc_sq = [[] for _ in self._flats], []
+        if adds:  # written to, so it must not be what else there is of gradients
+            others = [*self._before, *(grads for grads, _ in at_w)]
+            acc = _own_memory([*others, *(grads for grads, _ in at_e)], whole=True)[len(others) :]
+        for flat, (grads, absent), sums in zip(self._flats, at_w, acc, strict=True):
+            options = {}
             if adds:
-                acc = ops.own_memory([*grads, *flat.kept[0][0]])[len(grads) :]
                 options["acc_sq"] = torch.empty_like(flat.achieved_sq)
-                sums.append(options["acc_sq"])
+                acc_sq.append(options["acc_sq"])
+                flat.kept = [(sums, absent)]
             flat.backend.perturb(
                 flat.weights,
-                acc,
+                sums,
                 grads,
                 flat.perturbed,
                 norm_sq=flat.norm_sq,
@@ -1195,11 +1203,7 @@ class MicroBatchSAM(Optimizer):
                 **self._direction(flat),
                 **self._masked_and_averaged(flat, last=True),
             )
-            if adds:
-                flat.kept = [(acc, absent)]
-        self._at_e_norm_sq = None
-        if adds:
-            (self._at_e_norm_sq,) = _methods.numbers(_gathered(sums, self._flats[0].device).sum(0, keepdim=True))
+        self._at_e_norm_sq = total(_gathered(acc_sq, self._flats[0].device)) if adds else None
         torch.clear_autocast_cache()
 
     def _descend(self, shares: list[float], i: int) -> None:
@@ -1222,15 +1226,13 @@ class MicroBatchSAM(Optimizer):
             dots = [*self._dots(vectors, 1), 0.0, self._at_e_norm_sq]
         coefs = method.descent_coefs(dots, dots[-1] if method.kept else self._grad_norm_sq)
         if self._at_e_norm_sq is not None:
-            coefs = coefs[:2]  # g⁺ and g are one vector
+            coefs = coefs[:2]
         return [
             (flat, [t for tensors in lists[: len(coefs)] for t in tensors], absent, {"coefs": coefs.to(flat.device)})
             for flat, lists, absent in vectors
         ]
 
-    def _dots(
-        self, vectors: list[tuple[Flat, list[list[Tensor]], tuple[int, ...]]], count: int
-    ) -> list[_methods.Number]:
+    def _dots(self, vectors: list[tuple[Flat, list[list[Tensor]], tuple[int, ...]]], count: int) -> list[Number]:
         """The sums of the operator ``dots`` over all flats, of the first ``count`` vectors."""
         parts = []
         for flat, lists, absent in vectors:
@@ -1239,9 +1241,9 @@ class MicroBatchSAM(Optimizer):
                 parts.append(flat.backend.inner_products([], lists[0], chunks)[None])
             else:
                 parts.append(flat.backend.dots(lists[0], lists[1], lists[2] if count == 3 else [], chunks))
-        return _methods.numbers(_gathered(parts, self._flats[0].device).sum(1))
+        return numbers(_gathered(parts, self._flats[0].device).sum(1))
 
-    def _sum_of_squares(self, collected: list[tuple[Flat, Gradients]]) -> _methods.Number:
+    def _sum_of_squares(self, collected: list[tuple[Flat, Gradients]]) -> Number:
         return self._dots([(flat, [grads], absent) for flat, (grads, absent) in collected], 1)[0]
 
     # -- LookSAM --------------------------------------------------------------------------------------------------------
@@ -1268,9 +1270,10 @@ class MicroBatchSAM(Optimizer):
     def _measure_v(self) -> None:
         if any(flat.v is None for flat in self._flats):
             return
+        v_norm_sq = self._sum_of_squares([(flat, (flat.v_parts, ())) for flat in self._flats])
         if self._v_norm_sq is None:
             self._v_norm_sq = torch.empty((), dtype=torch.float64, device=self._flats[0].device)
-        self._v_norm_sq.fill_(self._sum_of_squares([(flat, (flat.v_parts, ())) for flat in self._flats]))
+        self._v_norm_sq.fill_(v_norm_sq)
 
     def _reused(self) -> list[tuple[Flat, list[Tensor], dict[str, Tensor]]]:
         """Of every flat: the mean gradient and v, as the kernels take them, and their coefs."""

@@ -856,7 +856,7 @@ def _dtype_of(*lists):
 
 
 def _direction(call, weights, grads, ema, eta, acc=()):
-    """What the direction d is made of, and the address of ``acc``."""
+    """What the direction d is made of; and the address of ``acc``, which is in the same table of pointers."""
     if not grads:
         raise RuntimeError("grads are missing")
     if eta is not None and not weights:

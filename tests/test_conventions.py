@@ -526,11 +526,15 @@ def process_group():
 
 @pytest.mark.parametrize("as_views", [False, True], ids=["own gradients", "gradients are bucket views"])
 @pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
-def test_ddp_trains_like_the_plain_model(count, as_views, process_group, backend):
+@pytest.mark.parametrize("single", [False, True], ids=["several parameters", "a bucket of one parameter"])
+@pytest.mark.parametrize("name", ["SAM", "GSAM", "Bilateral SAM", "LookSAM k=2"])
+def test_ddp_trains_like_the_plain_model(name, single, count, as_views, process_group, backend):
     def trained(wrap):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), num_micro_batches=count, backend=backend)
+        several = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        model = (nn.Linear(4, 3, bias=False) if single else several).double()
+        base = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        opt = MicroBatchSAM(base, method=METHODS[name], num_micro_batches=count, backend=backend)
         call = wrap(model)
         x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
         for _ in range(3):

@@ -11,6 +11,7 @@ import math
 import operator
 import pickle
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -138,6 +139,73 @@ def test_a_gradient_that_is_not_finite_shows_in_the_descent(method, backend):
         assert not descents(method, [passes[:count], passes[count:]], torch.float32, backend).isfinite().all()
 
 
+ADDS = {  # method, dtypes, passes that give the second parameter a gradient, whether g is added to the gradient at w + e
+    "fp32": (BilateralSAM(), (torch.float32,) * 2, (0, 1, 2), True),
+    "fp64 and fp32": (BilateralSAM(), (torch.float64, torch.float32), (0, 1, 2), True),
+    "friendly": (FriendlySAM() + BilateralSAM(), (torch.float32,) * 2, (0, 1, 2), True),
+    "a gradient in one pass fewer": (BilateralSAM(), (torch.float32,) * 2, (0, 1), True),
+    "a gradient at w alone": (BilateralSAM(), (torch.float32,) * 2, (0,), False),
+    "a gradient behind w alone": (BilateralSAM(), (torch.float32,) * 2, (2,), True),
+    "a gradient at w + e and behind": (BilateralSAM(), (torch.float32,) * 2, (1, 2), False),
+    "bf16": (BilateralSAM(), (torch.bfloat16,) * 2, (0, 1, 2), False),
+    "bf16 beside fp32": (BilateralSAM(), (torch.float32, torch.bfloat16), (0, 1, 2), False),
+    "Stable SAM": (BilateralSAM() + StableSAM(), (torch.float32,) * 2, (0, 1, 2), False),
+}
+
+
+@pytest.mark.parametrize("case", ADDS)
+def test_bilateral_sam_adds_up_what_one_coefficient_belongs_to(case, backend, monkeypatch):
+    method, dtypes, there, adds = ADDS[case]
+    params = [nn.Parameter(torch.linspace(-1, 1, 5).to(dtype)) for dtype in dtypes]
+    opt = MicroBatchSAM(SGD(params, lr=0.1), method=method, backend=backend)
+    added, calls = [], itertools.count()
+    for flat in opt._flats:
+        flat.backend = mock.Mock(wraps=flat.backend)
+
+    def closure():
+        used = params if next(calls) in there else params[:1]
+        sum(p.sin().sum() for p in used).backward()
+
+    opt.step(closure)
+    for flat in opt._flats:
+        added += [bool(call.args[1]) for call in flat.backend.perturb.call_args_list if "origin" in call.kwargs]
+    assert added == [adds] * len(opt._flats)
+
+
+def test_gradients_from_before_survive_a_pass_that_gives_them_again(backend):
+    p = nn.Parameter(torch.linspace(-1, 1, 5))
+    opt = MicroBatchSAM(SGD([p], lr=0.1), method=BilateralSAM(), backend=backend)
+    p.grad = before = torch.linspace(1, 2, 5)
+    expected = before.clone()
+    for turn, _ in enumerate(opt.passes()):
+        p.grad = before if turn == 1 else torch.ones(5)
+        if turn == 2:
+            break
+    assert p.grad is before
+    assert same_bits([before], [expected])
+
+
+@pytest.mark.parametrize("method", [*METHODS, *COMPOSITIONS])
+def test_coefficients_are_the_same_as_numbers_and_as_tensors(method):
+    """On the CPU sums are floats, on a GPU tensors."""
+    method = {**METHODS, **COMPOSITIONS}[method]
+    of = {"descent": method.descent_coefs, **({"v": method.look.v_coefs} if method.look else {})}
+    for lengths in itertools.product((0.0, 1e-200, 0.3, 2.0, 1e150, math.inf, math.nan), repeat=3):
+        x, y, z = lengths
+        products = [x * x, -0.5 * x * y, y * y, 0.25 * x * z, 0.5 * y * z, z * z]
+        dots = products if method.kept == 2 else products[:3]
+        for name, coefs in of.items():
+            more = [dots[-1]] if name == "descent" else []
+            floats = coefs(dots, *more)
+            tensors = coefs(
+                *[
+                    torch.tensor(dots, dtype=torch.float64).unbind(),
+                    *(torch.tensor(t, dtype=torch.float64) for t in more),
+                ]
+            )
+            torch.testing.assert_close(floats, tensors, rtol=1e-14, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_bilateral_sam_rounds_no_sum_of_gradients_to_16_bits(dtype, backend):
     pairs = [[(1.0,), (1.0 + torch.finfo(dtype).eps,), (2.0,)]]  # the first two have a sum that 16 bits do not hold
@@ -177,7 +245,7 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
         expected |= {"ema"} if method.ema_decay is not None else set()
         expected |= {"v", "v_parts"} if method.look else set()
         assert flat.kept == []
-        assert flat.acc is opt._scores is opt._before is opt._grad_norm_sq is None
+        assert flat.acc is opt._scores is opt._before is opt._grad_norm_sq is opt._at_e_norm_sq is None
         assert holders(flat) == expected
         assert holders(opt) == set()
 
