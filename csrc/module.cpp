@@ -69,7 +69,13 @@ py::list current_grads(const py::list& params) {
   return grads;
 }
 
-// Whether no two gradients are the same memory, and with `whole` nothing else holds that of any; None is none.
+// Whether another tensor holds a gradient's memory. What autograd.grad returns may be a view whose base it alone holds.
+bool is_shared(const at::Tensor& grad) {
+  const bool lone = grad.is_view() && grad._base().use_count() == 1;
+  return grad.storage().use_count() > (lone ? 2 : 1);
+}
+
+// Whether no two gradients are the same memory, and with `whole` no other tensor holds that of any; None is none.
 bool owns_memory(const py::list& grads, bool whole) {
   c10::SmallVector<const void*, 64> places;
   for (py::handle g : grads) {
@@ -77,7 +83,7 @@ bool owns_memory(const py::list& grads, bool whole) {
     TORCH_CHECK(THPVariable_Check(g.ptr()), "owns_memory takes tensors");
     const at::Tensor& grad = THPVariable_Unpack(g.ptr());
     if (!grad.has_storage() || grad.numel() == 0) continue;
-    if (whole && grad.storage().use_count() > 1) return false;
+    if (whole && is_shared(grad)) return false;
     places.push_back(grad.const_data_ptr());
   }
   std::sort(places.begin(), places.end());
@@ -254,7 +260,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
-  m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, held by anything else");
+  m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, of any other tensor");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
   using py::arg;

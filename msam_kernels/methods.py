@@ -76,7 +76,8 @@ class SAM:
     rho_min = None
     #: How many gradients from before the last pass the descent takes in: they are kept until there.
     kept = 0
-    #: Whether the two that are kept may be added up: they have one coefficient, which no product with them is needed for.
+    #: Whether the two that are kept may be added up: their coefficients are equal, and no coefficient needs more of the first
+    #: than its norm, or anything of the second.
     adds_kept = False
     #: Whether every step that perturbs leaves a direction, v, to the steps after it.
     keeps_v = False

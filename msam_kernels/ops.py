@@ -126,7 +126,7 @@ def own_memory(grads: list[torch.Tensor | None], *, whole: bool = True) -> list[
     """``grads``, so that each can be written to by itself.
 
     Of those that are the same memory, as ``autograd.grad`` returns them for the operands of a sum, all but the first are
-    copied; with ``whole`` also those whose memory something else holds, e.g. a bucket that DDP is going to overwrite.
+    copied; with ``whole`` also those whose memory another tensor holds, e.g. a bucket that DDP is going to overwrite.
     """
     if owns_memory(grads, whole):
         return grads
@@ -143,8 +143,9 @@ def own_memory(grads: list[torch.Tensor | None], *, whole: bool = True) -> list[
 
 def _owns_memory(grads, whole):
     there = [g for g in grads if g is not None and g.numel()]
-    # What untyped_storage() returns holds it as well.
-    if whole and any(torch._C._storage_Use_Count(g.untyped_storage()._cdata) > 2 for g in there):
+    holders = getattr(torch._C, "_storage_Use_Count", None)
+    # What untyped_storage() returns holds it as well. In doubt a copy is right.
+    if whole and there and (holders is None or any(holders(g.untyped_storage()._cdata) > 2 for g in there)):
         return False
     return len({g.data_ptr() for g in there}) == len(there)
 

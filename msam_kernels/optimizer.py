@@ -598,8 +598,8 @@ class MicroBatchSAM(Optimizer):
 
         After the loop the weights are bit for bit what they were, and the mean descent gradient, weighted by micro-batch
         size, has been added to ``p.grad``, as ``backward()`` would. A ``break``, an exception or a dropped iterator
-        restores the weights and the gradients that were there before. A gradient that a pass leaves is the optimizer's,
-        which may add to it.
+        restores the weights and the gradients that were there before. Until the loop ends, gradients that passes leave are
+        the optimizer's alone: it keeps some, and may add to them.
 
         Raises:
             ValueError: tensors of different length, or more micro-batches than samples.
@@ -618,8 +618,9 @@ class MicroBatchSAM(Optimizer):
         With a closure, which runs forward and backward and returns the loss, or a sequence of them, one per micro-batch
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
         are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
-        gradients are what they were. A gradient that a closure leaves is the optimizer's, which may add to it. Nothing
-        looks at the gradient before the update: where it can overflow (fp16 with a ``GradScaler``), use ``passes``.
+        gradients are what they were. Until the step ends, gradients that closures leave are the optimizer's alone: it keeps
+        some, and may add to them. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
+        ``GradScaler``), use ``passes``.
 
         Returns:
             None, the closure's value at w, or for a sequence the detached mean of the values.
@@ -1183,7 +1184,7 @@ class MicroBatchSAM(Optimizer):
         acc, acc_sq = [[] for _ in self._flats], []
         if adds:  # written to, so it must not be what else there is of gradients
             others = [*self._before, *(grads for grads, _ in at_w)]
-            acc = _own_memory([*others, *(grads for grads, _ in at_e)], whole=True)[len(others) :]
+            acc = _own_memory([*others, *(grads for grads, _ in at_e)], whole=False)[len(others) :]
         for flat, (grads, absent), sums in zip(self._flats, at_w, acc, strict=True):
             options = {}
             if adds:

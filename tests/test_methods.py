@@ -204,6 +204,31 @@ def test_coefficients_are_the_same_as_numbers_and_as_tensors(method):
                 ]
             )
             torch.testing.assert_close(floats, tensors, rtol=1e-14, atol=0, equal_nan=True)
+        if method.look:
+            xx, yy = (torch.tensor(t, dtype=torch.float64) for t in (x * x, y * y))
+            used = method.look.reuse_coefs(x * x, yy), method.look.reuse_coefs(xx, yy)
+            torch.testing.assert_close(*used, rtol=1e-14, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("way", ["backward", "autograd.grad"])
+@pytest.mark.parametrize("name", ["GSAM", "Bilateral SAM", "LookSAM k=2"])
+def test_ordinary_gradients_are_kept_without_a_copy(name, way, extension):
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3), nn.Linear(3, 3, bias=False)
+    )
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=METHODS[name], num_micro_batches=2, backend="cpu")
+
+    def closure():
+        loss = model(torch.ones(2, 1, 6, 6)).square().mean()
+        if way == "backward":
+            loss.backward()
+        else:
+            for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+                p.grad = g
+
+    with mock.patch.object(Tensor, "clone", side_effect=AssertionError("a gradient was copied")):
+        for _ in range(3):
+            opt.step([closure] * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
