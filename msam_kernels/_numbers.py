@@ -12,18 +12,23 @@ from torch import Tensor
 Number = float | Tensor
 
 
-def numbers(sums: Tensor) -> list[Number]:
-    return sums.tolist() if sums.device.type == "cpu" else list(sums.unbind())
+def totals(terms: Tensor) -> list[Number]:
+    """The sums of the rows of float64 ``[k, n]``; on the CPU the exact ones, rounded, and NaN where that is not finite."""
+    if terms.device.type != "cpu":
+        return list(terms.sum(1).unbind())
+    return [_exact_sum(row) for row in terms.tolist()]
 
 
 def total(terms: Tensor) -> Number:
-    """The sum, whatever the number of threads."""
-    if terms.device.type != "cpu":
-        return terms.sum()
+    """The sum of float64 ``[n]``, likewise."""
+    return totals(terms[None])[0]
+
+
+def _exact_sum(terms: list[float]) -> float:
     try:
-        return math.fsum(terms.tolist())
-    except OverflowError:
-        return math.inf
+        return math.fsum(terms)
+    except (OverflowError, ValueError):  # too large, or inf - inf
+        return math.nan
 
 
 def sqrt(x: Number) -> Number:

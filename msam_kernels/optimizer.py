@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from . import masks, ops
 from . import methods as _methods
 from ._checks import check_integer, check_number
-from ._numbers import Number, numbers, total
+from ._numbers import Number, total, totals
 from .flat import Flat, Gradients, check_parameters
 from .graphs import CapturedStep, CudaRecorder
 
@@ -102,8 +103,9 @@ def _gathered(parts: list[Tensor], device: torch.device) -> Tensor:
 
 def _own_memory(lists: list[list[Tensor | None]], *, whole: bool) -> list[list[Tensor | None]]:
     """``ops.own_memory`` of all flats' gradients together."""
-    own = iter(ops.own_memory([t for tensors in lists for t in tensors], whole=whole))
-    return [[next(own) for _ in tensors] for tensors in lists]
+    own = ops.own_memory(list(chain.from_iterable(lists)), whole=whole)
+    ends = accumulate(map(len, lists))
+    return [own[end - len(tensors) : end] for tensors, end in zip(lists, ends, strict=True)]
 
 
 def _hyper_sgd(group: dict) -> tuple:
@@ -1242,7 +1244,7 @@ class MicroBatchSAM(Optimizer):
                 parts.append(flat.backend.inner_products([], lists[0], chunks)[None])
             else:
                 parts.append(flat.backend.dots(lists[0], lists[1], lists[2] if count == 3 else [], chunks))
-        return numbers(_gathered(parts, self._flats[0].device).sum(1))
+        return totals(_gathered(parts, self._flats[0].device))
 
     def _sum_of_squares(self, collected: list[tuple[Flat, Gradients]]) -> Number:
         return self._dots([(flat, [grads], absent) for flat, (grads, absent) in collected], 1)[0]

@@ -20,6 +20,7 @@ from torch.optim import SGD, AdamW, RMSprop
 from torch.utils._pytree import tree_leaves
 
 from msam_kernels import MicroBatchSAM, methods
+from msam_kernels._numbers import total, totals
 from msam_kernels.methods import (
     SAM,
     AdaptiveSAM,
@@ -154,7 +155,7 @@ ADDS = {  # method, dtypes, passes that give the second parameter a gradient, wh
 
 
 @pytest.mark.parametrize("case", ADDS)
-def test_bilateral_sam_adds_up_what_one_coefficient_belongs_to(case, backend, monkeypatch):
+def test_bilateral_sam_adds_up_what_one_coefficient_belongs_to(case, backend):
     method, dtypes, there, adds = ADDS[case]
     params = [nn.Parameter(torch.linspace(-1, 1, 5).to(dtype)) for dtype in dtypes]
     opt = MicroBatchSAM(SGD(params, lr=0.1), method=method, backend=backend)
@@ -197,17 +198,30 @@ def test_coefficients_are_the_same_as_numbers_and_as_tensors(method):
         for name, coefs in of.items():
             more = [dots[-1]] if name == "descent" else []
             floats = coefs(dots, *more)
-            tensors = coefs(
-                *[
-                    torch.tensor(dots, dtype=torch.float64).unbind(),
-                    *(torch.tensor(t, dtype=torch.float64) for t in more),
-                ]
-            )
+            as_tensors = torch.tensor([*dots, *more], dtype=torch.float64).unbind()
+            tensors = coefs(as_tensors[: len(dots)], *as_tensors[len(dots) :])
             torch.testing.assert_close(floats, tensors, rtol=1e-14, atol=0, equal_nan=True)
         if method.look:
             xx, yy = (torch.tensor(t, dtype=torch.float64) for t in (x * x, y * y))
             used = method.look.reuse_coefs(x * x, yy), method.look.reuse_coefs(xx, yy)
             torch.testing.assert_close(*used, rtol=1e-14, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ([], 0.0),
+        ([1.0, 1e100, 1.0, -1e100], 2.0),
+        ([math.inf, 1.0], math.inf),
+        ([math.inf, -math.inf], math.nan),
+        ([1e308, 1e308], math.nan),
+        ([1.0, math.nan], math.nan),
+    ],
+    ids=str,
+)
+def test_a_total_is_exact_and_never_raises(terms, expected):
+    both = total(torch.tensor(terms, dtype=torch.float64)), totals(torch.tensor([terms] * 2, dtype=torch.float64))[1]
+    assert both == (expected, expected) or all(map(math.isnan, (*both, expected)))
 
 
 @pytest.mark.parametrize("way", ["backward", "autograd.grad"])
