@@ -3,36 +3,30 @@
 
 Every backend is a namespace with the functions below, called alike:
 
-    inner_products(weights, grads, chunks, *, ema, sigma, eta) -> norm_sq
-    perturb(weights!, acc!, grads, chunks, *, norm_sq, hyper, achieved_sq!, acc_sq!, saved!, origin, ema!, mask, sigma, lmbda,
-            eta)
-    ascend(weights!, grads, chunks, *, hyper, achieved_sq!, saved!, ema!, mask, sigma, lmbda, eta) -> norm_sq
-    dots(x, y, z, chunks) -> dots
-    restore(weights!, acc!, grads, chunks, *, saved, norm_sq, coefs, c_acc, c)
-    sgd(weights!, acc, grads, chunks, *, hyper, saved, momentum_buffer!, fresh, norm_sq, coefs, c_acc, c)
-    adam(weights!, acc, grads, chunks, *, hyper, exp_avg!, exp_avg_sq!, step!, max_exp_avg_sq!, saved, norm_sq, coefs, c_acc,
-         c)
+    norm(weights, grads, table, *, ema, sigma, eta) -> norm_sq
+    perturb(weights!, grads, table, *, norm_sq, radii, saved!, status!, achieved_sq!, ema!, mask, sigma, lmbda, eta)
+    ascend(weights!, grads, table, *, radii, saved!, status!, achieved_sq!, ema!, mask, sigma, lmbda, eta) -> norm_sq
+    gram(terms, table, *, count) -> sums
+    descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!)
+    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!)
 
-``!`` marks what is mutated. Shapes, with P parameters (segments) and K chunks:
+``!`` marks what is mutated. Shapes, with P parameters (segments) and K rows of the table:
 
-* ``weights``: one flat buffer, or P tensors; empty where no weights take part. ``grads``, ``acc``: P tensors, dense in
-  memory, in the order of the weights' memory; an empty tensor for a parameter that the table does not name.
-* ``chunks``: int64 ``[K, 5]``, rows (segment, begin, offset, numel, group): what the call works on. See ``flat.py``.
-* ``saved``, ``ema``, ``momentum_buffer``, ``exp_avg`` …: flat buffers of the weights' dtype. An element of ``ema`` that
-  is NaN has not begun; without ``lmbda`` it is only read. ``origin``: ``saved``, from which weights are perturbed anew.
+* ``weights``: one flat buffer, or P tensors; empty where no weights take part. ``grads``, ``out``: P tensors, dense in memory,
+  in the order of the weights' memory. ``terms``: several such lists, one after the other. An empty tensor in a list stands
+  for a parameter that is absent from it.
+* ``table``: int64 ``[K, 5]``, rows (segment, begin, offset, numel, group): what the call works on. See ``flat.py``.
+* ``saved``, ``ema``, ``states``: flat buffers of the weights' dtype. An element of ``ema`` that is NaN has not begun; without
+  ``lmbda`` it is only read.
+* ``status``: uint8 ``[K]``, how it stands with a row's weights: 0 untouched, 1 saved, 2 perturbed.
 * ``mask``: uint8 ``[⌈size / 8⌉]`` for flat buffers of ``size`` elements; element 8·j + k is perturbed where bit k of byte j
   is set.
-* ``hyper``: float64 ``[groups, columns]``, columns as in ``reference.py``.
+* ``radii``: float64 ``[groups]``. ``settings``: float64 ``[groups, columns]``, columns as in ``reference.py``.
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
-  ``[K]``, the terms of ‖e‖² as it was stored, 0 for what did not change; its version counter tells whether ``perturb`` has
-  saved the weights. ``acc_sq``: float64 ``[K]``, the terms of ‖acc‖² before ``perturb`` adds to it; there if ``acc`` is.
-* ``dots``: float64 ``[3, n]``, rows of terms whose sums are x·x, x·y and y·y, and unless ``z`` is empty ``[6, n]``: x·z,
-  y·z and z·z too; ``x``, ``y`` and ``z``: as ``grads``.
-* ``coefs``: float64 ``[k]``, 1 to 3 of them: ``grads`` then holds k lists of P tensors, one after the other, and
-  coefs[0]·grads[:P] + coefs[1]·grads[P:2P] + … stands in their place. ``acc`` may be one of the lists. What a coefficient
-  of 0 belongs to is not looked at.
+  ``[K]``, the terms of ‖e‖² as it was stored. ``out_sq``: float64 ``[K]``, the terms of ‖out‖².
+* ``coefs``: 7 numbers for each of the 1 to 4 terms, ``sums``: up to 3 float64 tensors ``[rows, n]`` or ``[n]``, 8 rows in all;
+  ``rescale``: one of those rows, or -1. See ``reference.coefficients``. ``gram`` returns such a tensor, of 1, 3 or 6 rows.
 * ``step``: float32 ``[P + 1]``; the last element, zero between calls, is where GPU kernels count the blocks that are done.
-* ``fresh``: uint8 ``[P]``, set where a momentum buffer begins with this gradient.
 
 What each computes stands in ``reference.py``, the specification.
 """
@@ -49,31 +43,26 @@ import torch
 from . import reference
 
 try:
-    _C = importlib.import_module("._C", __package__)
+    _C = importlib.import_module(".._C", __package__)
 except ImportError as error:  # installed without a compiler
     _C = None
     _missing_extension: ImportError | None = error
 else:
     _missing_extension = None
 
+_DIRECTION = "Tensor? mask=None, float sigma=0., float? lmbda=None, float? eta=None"
+_COMBINATION = "float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None, Tensor? saved=None"
 _SCHEMAS = (
-    "inner_products(Tensor[] weights, Tensor[] grads, Tensor chunks, *, Tensor? ema=None, float sigma=0., "
-    "float? eta=None) -> Tensor",
-    "perturb(Tensor(a!)[] weights, Tensor(b!)[] acc, Tensor[] grads, Tensor chunks, *, Tensor norm_sq, Tensor hyper, "
-    "Tensor(c!) achieved_sq, Tensor(d!)? acc_sq=None, Tensor(e!)? saved=None, Tensor? origin=None, Tensor(f!)? ema=None, "
-    "Tensor? mask=None, float sigma=0., float? lmbda=None, float? eta=None) -> ()",
-    "ascend(Tensor(a!)[] weights, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor(b!) achieved_sq, "
-    "Tensor(c!)? saved=None, Tensor(d!)? ema=None, Tensor? mask=None, float sigma=0., float? lmbda=None, "
-    "float? eta=None) -> Tensor",
-    "dots(Tensor[] x, Tensor[] y, Tensor[] z, Tensor chunks) -> Tensor",
-    "restore(Tensor(a!)[] weights, Tensor(b!)[] acc, Tensor[] grads, Tensor chunks, *, Tensor? saved=None, "
-    "Tensor? norm_sq=None, Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
-    "sgd(Tensor(a!)[] weights, Tensor[] acc, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor? saved=None, "
-    "Tensor(b!)? momentum_buffer=None, Tensor? fresh=None, Tensor? norm_sq=None, "
-    "Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
-    "adam(Tensor(a!)[] weights, Tensor[] acc, Tensor[] grads, Tensor chunks, *, Tensor hyper, Tensor(b!) exp_avg, "
-    "Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor(e!)? max_exp_avg_sq=None, Tensor? saved=None, "
-    "Tensor? norm_sq=None, Tensor? coefs=None, float c_acc=1., float c=1.) -> ()",
+    "norm(Tensor[] weights, Tensor[] grads, Tensor table, *, Tensor? ema=None, float sigma=0., float? eta=None) -> Tensor",
+    "perturb(Tensor(a!)[] weights, Tensor[] grads, Tensor table, *, Tensor norm_sq, Tensor radii, Tensor(b!) saved, "
+    f"Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? ema=None, {_DIRECTION}) -> ()",
+    "ascend(Tensor(a!)[] weights, Tensor[] grads, Tensor table, *, Tensor radii, Tensor(b!) saved, "
+    f"Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? ema=None, {_DIRECTION}) -> Tensor",
+    "gram(Tensor[] terms, Tensor table, *, int count) -> Tensor",
+    f"descend(Tensor(a!)[] weights, Tensor(b!)[] out, Tensor[] terms, Tensor table, *, {_COMBINATION}, "
+    "Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None) -> ()",
+    "update(Tensor(a!)[] weights, Tensor(b!)[] states, Tensor[] terms, Tensor table, *, int rule, Tensor settings, "
+    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None) -> ()",
 )
 OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 
@@ -82,22 +71,25 @@ for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
-def _fake_sum(weights, grads, chunks, **_):
-    terms = 1 if chunks.device.type == "cpu" else torch.library.get_ctx().new_dynamic_size()
-    return chunks.new_empty((terms,), dtype=torch.float64)
+def _terms(table):
+    return 1 if table.device.type == "cpu" else torch.library.get_ctx().new_dynamic_size()
 
 
-def _fake_sums(x, y, z, chunks):
-    return chunks.new_empty((6 if z else 3, *_fake_sum(x, y, chunks).shape), dtype=torch.float64)
+def _fake_norm(weights, grads, table, **_):
+    return table.new_empty((_terms(table),), dtype=torch.float64)
+
+
+def _fake_gram(terms, table, *, count):
+    return table.new_empty((count * (count + 1) // 2, _terms(table)), dtype=torch.float64)
 
 
 def _fake_nothing(*_, **__):
     return None
 
 
+_FAKES = {"norm": _fake_norm, "ascend": _fake_norm, "gram": _fake_gram}
 for _name in OPERATORS:
-    _fake = {"inner_products": _fake_sum, "ascend": _fake_sum, "dots": _fake_sums}.get(_name, _fake_nothing)
-    torch.library.register_fake(f"msam_kernels::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"msam_kernels::{_name}", _FAKES.get(_name, _fake_nothing), lib=_library)
 
 
 # (params, placeholder, clear) -> (grads, regular, absent); None without the extension. See Flat.collect_grads.
