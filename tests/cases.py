@@ -106,6 +106,11 @@ _COMBINATIONS: dict[str, dict[str, Any]] = {
     },
     "not finite": {"terms": (1.0, 0.3), "norm_sq": (1.0, INF)},
     "a Gram matrix that is not finite": {"terms": _PROJECTED, "sums": ((3, 5),), "values": {0: NAN}},
+    # It makes the first term's coefficient NaN, so also the length, and by that the second's.
+    "another sum that is not finite": {
+        **{"terms": ({"a": 1.0, "b": 0.5, "p": 3, "q": 0}, 0.3), "sums": ((3, 2), (1, 2)), "rescale": 0},
+        **{"values": {1: NAN}},
+    },
 }
 _SGD = {"rule": SGD}
 _ADAM = {"rule": ADAM}
@@ -432,7 +437,7 @@ class _Maker:
         products = torch.stack([vectors[u] * vectors[v] for v in range(3) for u in range(v + 1)])[:rows]
         if value is not None:
             products[-1] = value
-        return products[0] if k and rows == 1 else products
+        return products[0] if rows == 1 else products
 
     def norm(self) -> None:
         self.direction()
