@@ -131,7 +131,7 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   }
   for (size_t i = 0; regular && i < n; ++i) {
     const at::Tensor& param = THPVariable_Unpack(params[i].ptr());
-    if (grads[i].is(placeholder)) continue;
+    if (grads[i].ptr() == placeholder.ptr()) continue;
     param.unsafeGetTensorImpl()->bump_version();
     if (clear) param.mutable_grad().reset();
   }
