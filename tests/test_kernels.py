@@ -650,25 +650,77 @@ def child(*arguments: str, isa: str | None = None) -> subprocess.CompletedProces
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
+def report_of(done: subprocess.CompletedProcess, isa: str) -> dict | None:
+    """What a child computed with ``isa``; None where the processor lacks it, which is all that a child may end without."""
+    assert done.returncode == 0, f"{isa}: status {done.returncode}\n{done.stderr}"
+    report = json.loads(done.stdout.splitlines()[-1])
+    if isa != "baseline" and " is not there on this processor" in (report["missing"] or ""):
+        return None
+    assert (report["isa"], report["missing"]) == (isa, None)
+    return report
+
+
+def reports_by_isa(run: Callable[..., subprocess.CompletedProcess]) -> dict[str, dict]:
+    reports = {isa: report_of(run("instruction-set", isa=isa), isa) for isa in ISAS}
+    return {isa: report for isa, report in reports.items() if report is not None}
+
+
 @pytest.fixture(scope="module")
 def by_isa(extension) -> dict[str, dict]:
     """What every instruction set of this processor computes, each in a process of its own."""
-    out = {}
-    for isa in ISAS:
-        done = child("instruction-set", isa=isa)
-        assert done.returncode == 0, done.stderr
-        report = json.loads(done.stdout.splitlines()[-1])
-        if report["isa"] == isa:
-            out[isa] = report
-    return out
+    return reports_by_isa(child)
+
+
+def report_or_skip(reports: dict[str, dict], isa: str) -> dict:
+    if isa not in reports:
+        pytest.skip(f"this processor has no {isa}")
+    return reports[isa]
 
 
 @pytest.mark.parametrize("isa", ISAS[1:])
-def test_every_instruction_set_gives_the_same_bits(isa, by_isa):
-    if isa not in by_isa:
-        pytest.skip(f"this processor has no {isa}")
-    expected = by_isa["baseline"]["fingerprint"]
-    assert {k: v for k, v in by_isa[isa]["fingerprint"].items() if v != expected[k]} == {}
+def test_every_instruction_set_gives_the_same_bits(isa, by_isa, covers_instruction_set):
+    covers_instruction_set(isa)
+    found, expected = report_or_skip(by_isa, isa)["fingerprint"], by_isa["baseline"]["fingerprint"]
+    assert found.keys() == expected.keys()
+    assert {k: v for k, v in found.items() if v != expected[k]} == {}
+
+
+@pytest.fixture(scope="module")
+def lacking(extension) -> subprocess.CompletedProcess:
+    """The child whose instruction set is on no processor, in the extension's own words."""
+    return child("instruction-set", isa="sse5")
+
+
+@pytest.mark.parametrize("has", [ISAS[:2], ISAS[:1]], ids=["no AVX-512", "neither AVX-512 nor AVX2"])
+def test_an_instruction_set_that_the_processor_lacks_is_skipped(has, lacking):
+    def run_there(what, isa):
+        report = json.dumps({"isa": isa, "missing": None})
+        return subprocess.CompletedProcess([], 0, report, "") if isa in has else lacking
+
+    reports = reports_by_isa(run_there)
+    assert tuple(reports) == has
+    for isa in ISAS[len(has) :]:
+        with pytest.raises(pytest.skip.Exception, match=f"this processor has no {isa}"):
+            report_or_skip(reports, isa)
+
+
+NOT_THERE = "MSAM_KERNELS_ISA=avx512 is not there on this processor: unset it"
+NO_SKIP = {
+    "an illegal instruction": ("avx512", -4, None),
+    "a crash in spite of the report": ("avx512", -11, {"isa": None, "missing": NOT_THERE}),
+    "an exception with these words": ("avx512", 1, None),
+    "no output": ("avx512", 0, None),
+    "another instruction set": ("avx512", 0, {"isa": "avx2", "missing": None}),
+    "no extension": ("avx512", 0, {"isa": None, "missing": "the compiled extension is missing"}),
+    "no baseline": ("baseline", 0, {"isa": None, "missing": NOT_THERE}),
+}
+
+
+@pytest.mark.parametrize(("isa", "status", "report"), NO_SKIP.values(), ids=NO_SKIP)
+def test_a_child_that_ends_otherwise_is_a_failure(isa, status, report):
+    output = "" if report is None else json.dumps(report)
+    with pytest.raises((AssertionError, IndexError)):
+        report_of(subprocess.CompletedProcess([], status, output, f"RuntimeError: {NOT_THERE}"), isa)
 
 
 # ---- 16-bit storage ----------------------------------------------------------------------------------------------------
@@ -715,9 +767,7 @@ def conversion_errors() -> list[str]:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_conversions_of_every_16_bit_value_are_those_of_torch(isa, by_isa):
-    if isa not in by_isa:
-        pytest.skip(f"this processor has no {isa}")
-    assert by_isa[isa]["conversions"] == []
+    assert report_or_skip(by_isa, isa)["conversions"] == []
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------
@@ -1069,10 +1119,13 @@ def test_more_than_2_31_elements_are_all_summed_perturbed_and_restored():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "instruction-set":
-        isa = backends._C.build_info()["instruction_set"]
-        prints = fingerprint(CASES, lambda _: (0, 1, 3, 4, 5, 31, 33, 255, 257, 4097, CHUNK + 1))
-        prints.update(fingerprint(STREAMED_CASES[1::2], lambda itemsize: (STREAMED // itemsize, 257)))
-        print(json.dumps({"isa": isa, "conversions": conversion_errors(), "fingerprint": prints}))
+        report: dict[str, Any] = {"isa": None, "missing": backends.available_backends()["cpu"]}
+        if report["missing"] is None:
+            prints = fingerprint(CASES, lambda _: (0, 1, 3, 4, 5, 31, 33, 255, 257, 4097, CHUNK + 1))
+            prints.update(fingerprint(STREAMED_CASES[1::2], lambda itemsize: (STREAMED // itemsize, 257)))
+            report |= {"isa": backends._C.build_info()["instruction_set"], "conversions": conversion_errors()}
+            report |= {"fingerprint": prints}
+        print(json.dumps(report))
     elif sys.argv[1] == "errors":
         for error_name in sys.argv[2:]:
             print(json.dumps(provoke(error_name)), flush=True)
