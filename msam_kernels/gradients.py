@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from . import _torch
 from .backends import extension
 
-Optionals = list[Tensor | None]  # p.grad by parameter; an empty list where all are None
+Optionals = Sequence[Tensor | None]  # p.grad by parameter; an empty list where all are None
 
 
 @dataclass(slots=True)

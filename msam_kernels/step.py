@@ -184,7 +184,7 @@ class Engine:
         """The loop of one step without the update: each micro-batch as often as the plan says."""
         self.check_idle("passes()")
         with self.begin(shares) as step:
-            step.adds_to_v = bool(step.before) and self.v_step == self.steps
+            step.adds_to_v = step.had_gradients and self.v_step == self.steps
             for _, part in step.turns(parts):
                 yield part
             step.conclude()
@@ -245,10 +245,11 @@ class Engine:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         self.statistics.thaw()
         step, error = self.step, None
-        self.step = None
         if self.broken or (step is not None and step.perturbed):
+            self.broken = True
             try:
                 self.store.restore()
+                self.broken = False
             except RuntimeError as e:
                 error = e
         if step is not None:
@@ -257,7 +258,7 @@ class Engine:
                 for flat in self.store.flats:
                     flat.mask = None
         torch.clear_autocast_cache()
-        self.broken = error is not None
+        self.step = None
         if error is not None:
             raise error
 
@@ -276,7 +277,8 @@ class Step:
 
     Attributes:
         perturbed: whether weights may be perturbed: the kernels know which.
-        before: by flat, the gradients of before the step.
+        aside: by flat, the gradients of before the step, and the same in memory that nobody else writes to; None where they
+            are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
     """
 
@@ -287,9 +289,8 @@ class Step:
         self.clear = clear
         self.perturbed = False
         self.chose_mask = False
-        self.before: list[Optionals] = []
+        self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
-        self._aside: list[list[Tensor]] = []  # the same in memory of their own
         self._scores = scores
         self._i = 0  # the micro-batch under way
         self._held: list[Vectors] = []  # its gradients of earlier passes, the latest first
@@ -299,9 +300,9 @@ class Step:
     def __enter__(self) -> Step:
         try:
             before = self.store.current_grads()
-            if any(before):
-                self._aside = own_memory_of_lists(before, whole=True)  # type: ignore[arg-type]
-                self.before = before
+            there = any(before)
+            self.aside = list(zip(before, own_memory_of_lists(before, whole=True) if there else before, strict=True))
+            if there:
                 self.store.set_grads(None)
             return self
         except BaseException:
@@ -318,19 +319,24 @@ class Step:
         else:
             self.engine.step = None
 
+    @property
+    def had_gradients(self) -> bool:
+        """Whether any were set aside."""
+        return any(before for before, _ in self.aside or ())
+
     def drop_before(self) -> None:
         """The user has cleared the gradients: those of before the step too."""
-        self.before = self._aside = []
+        self.aside = [([], []) for _ in self.store.flats]
 
     def give_back_grads(self) -> None:
         """What was set aside is in ``p.grad`` again, the same tensors with the same values."""
-        if not self.clear:
+        if self.aside is None:  # nothing was set aside
             return
-        for before, aside in zip(self.before, self._aside, strict=True):
-            for old, values in zip(before, aside, strict=True):
-                if old is not None and old is not values:
+        for before, own in self.aside:
+            for old, values in zip(before, own, strict=True):
+                if old is not None and values is not None and old is not values:
                     old.copy_(values)
-        self.store.set_grads(self.before)
+        self.store.set_grads([before for before, _ in self.aside])
 
     def turns(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(turn, part): every micro-batch as often as the plan says, with the kernels' work in between.
@@ -438,7 +444,7 @@ class Step:
     def end_in_grads(self) -> None:
         """The last descent: weights back, the mean added to the gradients of before the step, as ``backward()`` would."""
         descent = self._descent()
-        before = self._before() if self.before else None
+        before = self._before() if self.had_gradients else None
         single = len(self.shares) == 1
         if before is not None and single and self.plan.reuses is None:
             descent.add(before, PLAIN)
@@ -563,7 +569,7 @@ class Step:
     def _before(self) -> Vectors:
         """They as the kernels take them."""
         lists, absent = [], 0
-        for flat, grads in zip(self.store.flats, self._aside, strict=True):
+        for flat, (_, grads) in zip(self.store.flats, self.aside or (), strict=True):
             pairs = zip(flat.params, grads or [None] * len(flat.params), strict=True)
             lists.append([flat.absent if g is None else regular_gradient(p, g) for p, g in pairs])
             absent += sum(g is flat.absent for g in lists[-1])
@@ -573,7 +579,7 @@ class Step:
         """The mean into ``p.grad``; where a gradient was there before, into its own tensor."""
         assert self._mean is not None
         lists = self.store.optionals(self._mean)
-        for before, grads in zip(self.before, lists, strict=False):
+        for (before, _), grads in zip(self.aside or (), lists, strict=False):
             for i, old in enumerate(before):
                 new = grads[i]
                 if old is not None and new is not None:
