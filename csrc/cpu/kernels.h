@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of the CPU kernels and the table of their builds, one per instruction set. Knows no torch.
+// Arguments of the CPU kernels, and tables of the kernels by instruction set and storage type. Knows no torch.
 #pragma once
 
 #include "../segments.h"
@@ -56,9 +56,8 @@ struct Update : Restore {  // acc is only read here
   float* step = nullptr;  // [segments]
 };
 
-// Each works on chunks [first, last).
+// Of one instruction set and one storage type. Each works on chunks [first, last).
 struct Kernels {
-  const char* instruction_set;
   void (*inner_products)(const InnerProducts&, int64_t first, int64_t last);
   void (*perturb)(const Perturb&, int64_t first, int64_t last);
   void (*dots)(const Dots&, int64_t first, int64_t last);
@@ -67,8 +66,9 @@ struct Kernels {
   void (*adam)(const Update&, int64_t first, int64_t last);
 };
 
-// The build for the widest instruction set that this processor has, or for the one that MSAM_KERNELS_ISA (baseline, avx2,
-// avx512) names; throws where that is not there.
-const Kernels& kernels();
+// Those for the widest instruction set that this processor has, or for the one that MSAM_KERNELS_ISA (baseline, avx2, avx512)
+// names; throws where that is not there.
+const Kernels& kernels(Storage storage);
+const char* instruction_set();
 
 }  // namespace msam::cpu

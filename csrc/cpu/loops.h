@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops: load -> function of update_math.h -> store. No include guard: kernels.cpp includes this file once per
-// instruction set, inside a namespace of its own. Blocks of kBlock elements pass through arrays that stay in L1; where
-// storage and arithmetic type agree, loads and ordinary stores touch memory directly.
+// The loops: load -> function of update_math.h -> store. Part of unit.h, which includes this file inside a namespace. Blocks
+// of kBlock elements pass through arrays that stay in L1; where storage and arithmetic type agree, loads and ordinary stores
+// touch memory directly.
 
 // ---- storage ----------------------------------------------------------------------------------------------------
 
@@ -665,26 +665,3 @@ void adam(const Update& a, int64_t first, int64_t last) {
   }
   finish_streaming(a.large);
 }
-
-// ---- one entry per kernel ---------------------------------------------------------------------------------------
-
-#define MSAM_ENTRY(name, Args)                                           \
-  inline void name##_entry(const Args& a, int64_t first, int64_t last) { \
-    switch (a.storage) {                                                 \
-      case Storage::kFloat:                                              \
-        return name<float>(a, first, last);                              \
-      case Storage::kDouble:                                             \
-        return name<double>(a, first, last);                             \
-      case Storage::kBFloat16:                                           \
-        return name<bf16>(a, first, last);                               \
-      case Storage::kHalf:                                               \
-        return name<half>(a, first, last);                               \
-    }                                                                    \
-  }
-MSAM_ENTRY(inner_products, InnerProducts)
-MSAM_ENTRY(perturb, Perturb)
-MSAM_ENTRY(dots, Dots)
-MSAM_ENTRY(restore, Restore)
-MSAM_ENTRY(sgd, Update)
-MSAM_ENTRY(adam, Update)
-#undef MSAM_ENTRY

@@ -134,7 +134,7 @@ class Call {
 Tensor norm_sq_of(const Call& call, InnerProducts& a) {
   const Tensor partials = at::empty({call.size()}, at::kDouble);
   a.partials = partials.mutable_data_ptr<double>();
-  call.run([&](int64_t first, int64_t last) { kernels().inner_products(a, first, last); });
+  call.run([&](int64_t first, int64_t last) { kernels(a.storage).inner_products(a, first, last); });
   Tensor norm_sq = at::empty({1}, at::kDouble);
   *norm_sq.mutable_data_ptr<double>() = total(partials);
   return norm_sq;
@@ -143,7 +143,7 @@ Tensor norm_sq_of(const Call& call, InnerProducts& a) {
 void perturb_by(const Call& call, Perturb& a, const Tensor& norm_sq, const Tensor& achieved_sq) {
   a.norm_sq = total(norm_sq);
   // After inner_products backwards: the gradient's end, which it read last, may still be in cache.
-  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); }, !a.origin);
+  call.run([&](int64_t first, int64_t last) { kernels(a.storage).perturb(a, first, last); }, !a.origin);
   achieved_sq.unsafeGetTensorImpl()->bump_version();  // tells that the weights were saved
 }
 
@@ -188,7 +188,7 @@ Tensor dots(TensorList x, TensorList y, TensorList z, const Tensor& chunks) {
   const int products = a.z ? 6 : 3;
   const Tensor partials = at::empty({products, call.size()}, at::kDouble);
   for (int r = 0; r < products; ++r) a.partials[r] = partials.mutable_data_ptr<double>() + r * call.size();
-  call.run([&](int64_t first, int64_t last) { kernels().dots(a, first, last); });
+  call.run([&](int64_t first, int64_t last) { kernels(a.storage).dots(a, first, last); });
   Tensor sums = at::empty({products, 1}, at::kDouble);
   for (int r = 0; r < products; ++r) sums.mutable_data_ptr<double>()[r] = total(partials[r]);
   return sums;
@@ -201,7 +201,7 @@ void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor&
   TORCH_CHECK(grads.empty() || !acc.empty(), "grads are added to acc, which is missing");
   Restore a;
   gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  call.run([&](int64_t first, int64_t last) { kernels().restore(a, first, last); });
+  call.run([&](int64_t first, int64_t last) { kernels(a.storage).restore(a, first, last); });
 }
 
 void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
@@ -215,7 +215,7 @@ void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chu
   for (int64_t k = 0; k < call.size(); ++k)
     TORCH_CHECK(momentum_buffer || a.hyper[call.chunk(k).group * a.hyper_stride + kSgdMomentum] == 0,
                 "momentum needs a momentum_buffer");
-  call.run([&](int64_t first, int64_t last) { kernels().sgd(a, first, last); });
+  call.run([&](int64_t first, int64_t last) { kernels(a.storage).sgd(a, first, last); });
 }
 
 void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
@@ -231,7 +231,7 @@ void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& ch
                 "amsgrad needs max_exp_avg_sq");
   for (int64_t k = 0; k < call.size(); ++k)
     if (call.chunk(k).begin == 0) a.step[call.chunk(k).segment] += 1;
-  call.run([&](int64_t first, int64_t last) { kernels().adam(a, first, last); });
+  call.run([&](int64_t first, int64_t last) { kernels(a.storage).adam(a, first, last); });
 }
 
 }  // namespace
