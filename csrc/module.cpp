@@ -41,7 +41,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "unknown";
 #endif
-  info["instruction_set"] = msam::cpu::kernels().instruction_set;
+  info["instruction_set"] = msam::cpu::instruction_set();
 #if defined(_OPENMP)
   info["threads"] = "openmp";
 #else
