@@ -262,7 +262,7 @@ class Typed {
 };
 
 template <class Result, class... Args, class... Extra>
-void bind(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
+void define(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
   m.def(std::strchr(name, ':') + 2, Typed<Result, Args...>(name), extra...);
 }
 
@@ -282,16 +282,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto none = [](const char* name) { return arg(name) = py::none(); };
   const py::kw_only kw_only;
   using Types = msam::Operators<msam::Call>;
-#define MSAM_BIND(name, ...) bind(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
-  MSAM_BIND(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
-  MSAM_BIND(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
+#define MSAM_DEFINE(name, ...) define(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
+  MSAM_DEFINE(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
+  MSAM_DEFINE(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
             arg("status"), arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
-  MSAM_BIND(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("status"),
+  MSAM_DEFINE(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("status"),
             arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
-  MSAM_BIND(gram, arg("terms"), arg("table"), kw_only, arg("count"));
-  MSAM_BIND(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),
+  MSAM_DEFINE(gram, arg("terms"), arg("table"), kw_only, arg("count"));
+  MSAM_DEFINE(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),
             arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"), arg("last") = true, none("out_sq"));
-  MSAM_BIND(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
+  MSAM_DEFINE(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
             none("step"), arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"));
-#undef MSAM_BIND
+#undef MSAM_DEFINE
 }
