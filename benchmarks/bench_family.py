@@ -360,13 +360,13 @@ def main(argv=None) -> int:
     print(
         f"{args.shape}: {where['tensors']} tensors, {size(gradients.numel)} parameters; SGD momentum, one micro-batch"
     )
-    bar = measure.progress(len(args.methods), "methods")
+    bar = measure.Progress(len(args.methods), "methods")
     for name in args.methods:
-        run_method(results, name, gradients, where, args, bar.set_postfix_str)
+        run_method(results, name, gradients, where, args, bar.say)
         bar.update()
         if args.csv:  # whatever may come
             results.write(args.csv)
-    bar.close()
+    bar.clear()
     print_results(results)
     measure.conclude(results, others, args.csv)
     return 0

@@ -871,7 +871,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method in args.methods
         for m in args.micro_batches
     ]
-    bar = measure.progress(len(cases), "cases")
+    bar = measure.Progress(len(cases), "cases")
     for (shape, dtype), group in itertools.groupby(cases, key=lambda case: (case.shape, case.dtype)):
         if limit.over:
             results.note(f"{shape}, {str(dtype)[6:]}: left out, the time limit was reached.")
@@ -883,9 +883,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gradients = Gradients(shapes, dtype, args.device, sets)
         where = {"shape": shape, "dtype": str(dtype)[6:], "numel": gradients.numel, "tensors": len(gradients.weights)}
         if not (args.no_kernels or args.peers_only):
-            run_kernels(
-                results, where, gradients, args, lambda text, s=shape: bar.set_postfix_str(f"{s}, kernels, {text}")
-            )
+            run_kernels(results, where, gradients, args, lambda text, s=shape: bar.say(f"{s}, kernels, {text}"))
         before = None
         for case in () if args.no_steps else group:
             what = f"{shape}, {METHOD_NAMES[case.method]}, {case.base}, {case.micro_batches} micro-batches"
@@ -897,9 +895,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.compiler.reset()
             before = case.base
             try:
-                run_case(
-                    results, case, where, gradients, args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}")
-                )
+                run_case(results, case, where, gradients, args, lambda text, w=what: bar.say(f"{w}: {text}"))
             except Unequal as error:
                 bar.clear()
                 print(f"\n{error}", flush=True)
@@ -912,7 +908,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bar.clear()
         print_shape(results, shape, where["dtype"])
         sys.stdout.flush()
-    bar.close()
+    bar.clear()
     print_goals(results)
     measure.conclude(results, others, args.csv)
     if args.plot:

@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [
         Case(model, base, m, args.backend) for model in args.models for base in args.base for m in args.micro_batches
     ]
-    bar = measure.progress(len(cases), "cases")
+    bar = measure.Progress(len(cases), "cases")
     before, unequal = None, []
     for case in cases:
         what = f"{case.model}, {case.base}, {case.micro_batches} micro-batches"
@@ -351,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = case.model
         bar.clear()
         try:
-            run_case(results, case, tasks[case.model], args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}"))
+            run_case(results, case, tasks[case.model], args, lambda text, w=what: bar.say(f"{w}: {text}"))
         except Unequal as error:
             print(f"\n{error}", flush=True)
             unequal.append(what)
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bar.update()
         if args.csv:  # whatever may come
             results.write(args.csv)
-    bar.close()
+    bar.clear()
     print_goals(results)
     measure.conclude(results, others, args.csv)
     if unequal:

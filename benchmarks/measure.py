@@ -13,8 +13,10 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -232,13 +234,14 @@ def machine(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    def git(*args):
-        return subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+def commit(checkout: Path | None = None) -> str:
+    """Of ``checkout``, or of this one, which ``MSAM_KERNELS_COMMIT`` names where it came without its history."""
 
-    if named := os.environ.get("MSAM_KERNELS_COMMIT"):  # where the checkout came without its history
+    def git(*args):
+        folder = checkout or Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    if checkout is None and (named := os.environ.get("MSAM_KERNELS_COMMIT")):
         return named
     try:
         return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
@@ -367,18 +370,31 @@ def conclude(results: Results, others: Others, csv: Path | None) -> None:
         print(f"\nmeasurements: {csv}")
 
 
-class _Quiet:
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+class Progress:
+    """How far a benchmark is: one line on a terminal that is written over, elsewhere a line every ``every`` seconds."""
 
+    def __init__(self, total: int, what: str, every: float = 20.0):
+        self.total, self.what, self.every = total, what, every
+        self.done, self.begun = 0, time.monotonic()
+        self.said = self.begun
+        self.terminal = sys.stderr.isatty()
 
-def progress(total: int, what: str):
-    """A bar on the terminal, where there is one and tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _Quiet()
-    return tqdm(total=total, desc=what, disable=None, dynamic_ncols=True, leave=False)
+    def say(self, text: str) -> None:
+        line = f"{self.done}/{self.total} {self.what}, {time.monotonic() - self.begun:.0f} s: {text}"
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.said > self.every:
+            self.said = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    def update(self) -> None:
+        self.done += 1
+
+    def clear(self) -> None:
+        """Before anything else is printed."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 class TimeLimit:
