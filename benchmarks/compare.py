@@ -18,7 +18,6 @@ of 0.9 says that the second checkout takes 10 % less time. Only the public inter
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import math
@@ -26,21 +25,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import contest
 import measure
-from gradients import Backward, Gradients
-from measure import Others, Results, Timing, number, print_table, size
+from contest import FAMILY, OURS, PASSES, PERIOD
+from gradients import Backward, Gradients, Steps
+from measure import Clock, Failed, Results, Say, Timing, number, print_table, size
 from shapes import CPU_SHAPES, SHAPES
 
-PERIOD = 5  # steps
-WAYS = ("closure", "passes")
-METHODS = {"SAM": "SAM", "F-SAM": "FriendlySAM", "GSAM": "GapSAM", "LookSAM": "LookSAM"}
+WAYS = {"closure": OURS, "passes": PASSES}
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -57,77 +57,51 @@ class Case(NamedTuple):
 class Child:
     """Takes steps of a case, and tells what they cost."""
 
-    def __init__(self, device: torch.device, backend: str):
-        self.device, self.backend = device, backend
-        self.shape: str | None = None
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.clock = args, Clock(args.device)
+        self.shape = ""
 
-    def begin(self, shape: str, method: str, way: str, micro_batches: int) -> dict[str, Any]:
+    def begin(self, *case: Any) -> dict[str, float]:
         """Another case: how far the first period moves the weights, and the seconds that the second one takes in all."""
-        from msam_kernels import MicroBatchSAM, methods
-
-        self.step = None
-        gc.collect()
+        shape, method, way, m = case
+        self.steps = None
         if shape != self.shape:
-            self.gradients = Gradients(SHAPES[shape](), torch.float32, self.device, sets=2)
+            self.gradients = Gradients(SHAPES[shape](), torch.float32, self.args.device)
             self.shape = shape
-        params = self.gradients.parameters()
-        base = torch.optim.SGD(params, lr=1e-3, momentum=0.9, weight_decay=5e-4)
-        rule = getattr(methods, METHODS[method])()
-        opt = MicroBatchSAM(base, rho=0.05, method=rule, num_micro_batches=micro_batches, backend=self.backend)
-        backward = Backward(self.gradients, params)
-        samples = torch.zeros(micro_batches)
-
-        def passes() -> None:
-            for _ in opt.passes(samples):
-                backward()
-            opt.step()
-            opt.zero_grad()
-
-        def closure() -> None:
-            opt.step(backward if micro_batches == 1 else [backward] * micro_batches)
-
-        self.backward, self.step, self.bodies = backward, {"passes": passes, "closure": closure}[way], 2 * micro_batches
-        self._period()
-        weights = zip(params, self.gradients.weights, strict=True)
-        way_walked = math.sqrt(sum((p.detach() - w).double().square().sum().item() for p, w in weights))
+        case = contest.Case(shape, method, "sgd", torch.float32, m, self.args.backend)
+        ours = contest.make_ours(WAYS[way], case, self.gradients)
+        backward = Backward(self.gradients, ours.params)
+        self.steps = Steps(ours.step, backward, case.bodies * m * PERIOD // case.period, PERIOD)
+        self.clock(self.steps)
+        weights = zip(ours.params, self.gradients.weights, strict=True)
+        walked = math.sqrt(sum((p.detach() - w).double().square().sum().item() for p, w in weights))
         start = time.perf_counter()
-        self._period()
-        return {"wall": time.perf_counter() - start, "walked": way_walked}
+        self.clock(self.steps)
+        return {"wall": time.perf_counter() - start, "walked": walked}
 
     def round(self, periods: int) -> float:
         """Seconds of a step: the median of some periods."""
         with measure.no_collector():
-            return Timing([self._period() for _ in range(periods)]).median
-
-    def _period(self) -> float:
-        """Seconds of a step, without the making of gradients."""
-        seconds = 0.0
-        for _ in range(PERIOD):
-            self.backward.prepare(self.bodies)
-            self._synchronize()
-            start = time.perf_counter()
-            self.step()
-            self._synchronize()
-            seconds += time.perf_counter() - start - self.backward.seconds
-        return seconds / PERIOD
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            return Timing([self.clock(self.steps) / PERIOD for _ in range(periods)]).median
 
 
-def serve(checkout: Path, threads: int, device: torch.device, backend: str) -> None:
+def serve(args: argparse.Namespace) -> None:
     """Answers every line on stdin, a request as JSON, by a line on stdout."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
+    measure.keep_freed_memory()
     import msam_kernels
 
-    if checkout not in Path(msam_kernels.__file__).resolve().parents:
-        raise SystemExit(f"{checkout} has no package msam_kernels that could be imported")
-    child = Child(device, backend)
+    if args.child.resolve() not in Path(msam_kernels.__file__).resolve().parents:
+        raise SystemExit(f"{args.child} has no package msam_kernels that could be imported")
+    child = Child(args)
     for line in sys.stdin:
         request, *arguments = json.loads(line)
-        print(json.dumps(getattr(child, request)(*arguments)), file=answers, flush=True)
+        try:
+            answer = {"answer": getattr(child, request)(*arguments)}
+        except Exception as error:
+            answer = {"error": contest.first_line(error)}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 class Checkout:
@@ -137,23 +111,28 @@ class Checkout:
         self.path = path
         command = [sys.executable, __file__, "--child", str(path), "--threads", str(args.threads)]
         command += ["--device", str(args.device), "--backend", args.backend]
-        environment = {**os.environ, "PYTHONPATH": str(path)}
-        # What a step frees is handed out again instead of being given back to the system: less noise.
-        environment |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(path)}, **pipes)
 
     def ask(self, request: str, *arguments: object) -> Any:
-        """The answer; raises ``SystemExit`` where the process died, whose own words are on stderr."""
+        """The answer.
+
+        Raises:
+            Failed: the checkout raised an exception.
+            SystemExit: its process died; its own words are on stderr.
+        """
         try:
             self.process.stdin.write(json.dumps([request, *arguments]) + "\n")
             self.process.stdin.flush()
-            answer = self.process.stdout.readline()
+            line = self.process.stdout.readline()
         except BrokenPipeError:
-            answer = ""
-        if not answer:
+            line = ""
+        if not line:
             raise SystemExit(f"the process of {self.path} died; it was asked to {request} {arguments}")
-        return json.loads(answer)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Failed(f"{self.path}: {answer['error']}")
+        return answer["answer"]
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -171,10 +150,10 @@ class Pair:
 
     @property
     def ratio(self) -> Timing:
-        return Timing([b / a for a, b in zip(self.before.seconds, self.after.seconds, strict=True)])
+        return Timing([b / a for a, b in zip(self.before.seconds, self.after.seconds, strict=False)])
 
 
-def take_rounds(pair: Pair, checkouts: Sequence[Checkout], case: Case, args: argparse.Namespace, say: Callable) -> None:
+def take_rounds(pair: Pair, checkouts: Sequence[Checkout], case: Case, args: argparse.Namespace, say: Say) -> None:
     """Some rounds of ``case``, each as long as ``args.seconds`` for all of them allow, but one period at least."""
     say("begins")
     begun = [checkout.ask("begin", *case) for checkout in checkouts]
@@ -193,18 +172,10 @@ def take_rounds(pair: Pair, checkouts: Sequence[Checkout], case: Case, args: arg
 
 def add_result(results: Results, case: Case, pair: Pair) -> None:
     numel = sum(math.prod(s) for s in SHAPES[case.shape]())
-    ratio = pair.ratio
-    results.add(
-        **case._asdict(),
-        numel=numel,
-        before_ms=pair.before.median * 1e3,
-        before_iqr_ms=pair.before.iqr * 1e3,
-        after_ms=pair.after.median * 1e3,
-        after_iqr_ms=pair.after.iqr * 1e3,
-        ratio=ratio.median,
-        ratio_iqr=ratio.iqr,
-        rounds=len(ratio.seconds),
-    )
+    row = {**case._asdict(), "numel": numel}
+    for name, timing in (("before", pair.before), ("after", pair.after)):
+        row |= {f"{name}_ms": timing.median * 1e3, f"{name}_iqr_ms": timing.iqr * 1e3}
+    results.add(**row, ratio=pair.ratio.median, ratio_iqr=pair.ratio.iqr, rounds=len(pair.ratio.seconds))
     before, after = pair.walked
     if not abs(after / before - 1) < 1e-4:
         results.note(f"{case}: the weights moved by {before:.6g} before and by {after:.6g} after: not the same step")
@@ -216,26 +187,37 @@ def print_results(results: Results) -> None:
         what = f"{row['shape']} ({size(row['numel'])}), {row['method']}, {row['way']}, m = {row['micro_batches']}"
         before, after = (f"{number(row[k + '_ms'])} ± {number(row[k + '_iqr_ms'], 2)}" for k in ("before", "after"))
         rows.append((what, before, after, f"{row['ratio']:.3f}", f"± {row['ratio_iqr']:.3f}"))
+    if not rows:
+        return
+    print()
     print_table(("one step, ms", "before", "after", "ratio", "iqr"), rows)
 
 
+def jobs(results: Results, args: argparse.Namespace, paths: list[Path]):
+    cases = [Case(*c) for c in itertools.product(args.shapes, args.methods, args.ways, args.micro_batches)]
+    pairs = {case: Pair() for case in cases}
+    for turn in range(args.turns):
+        checkouts = [Checkout(path, args) for path in paths]
+        try:
+            for case in cases:
+                what = f"turn {turn + 1} of {args.turns}, {', '.join(map(str, case))}"
+                yield what, partial(take_rounds, pairs[case], checkouts, case, args)
+                if turn == args.turns - 1 and pairs[case].ratio.seconds:
+                    add_result(results, case, pairs[case])
+        finally:
+            for checkout in checkouts:
+                checkout.close()
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = measure.parser(__doc__, seconds=6.0, rounds=10, unit="case and turn")
     parser.add_argument("before", type=Path, nargs="?", help="a checkout, built")
     parser.add_argument("after", type=Path, nargs="?", default=HERE, help="another one")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(CPU_SHAPES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=FAMILY, default=["SAM", "F-SAM", "GSAM", "LookSAM"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[1])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10, help="of each checkout and case, in every turn")
     parser.add_argument("--turns", type=int, default=2, help="pairs of processes")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for a case in a turn; no round is cut short")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--backend", default="auto", help="of msam_kernels")
-    parser.add_argument("--csv", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not (args.before or args.child):
@@ -246,38 +228,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.child:
-        serve(args.child.resolve(), args.threads, args.device, args.backend)
+        serve(args)
         return 0
     paths = [path.resolve() for path in (args.before, args.after)]
-    commits = [measure.commit(path) for path in paths]
-    facts = {**measure.where(args.device), "threads": args.threads, "backend": args.backend}
-    facts |= {"before": commits[0], "after": commits[1], "date": measure.now()}
-    results, others = Results(facts), Others()
-    print(
-        f"Steps of two checkouts, {facts['date'][:10]}: before is {paths[0]} ({commits[0]}), after {paths[1]} ({commits[1]})"
-    )
-    print(f"{facts['machine']}; {facts['device']}, {args.threads} threads, torch {facts['torch']}\n")
-    cases = [Case(*c) for c in itertools.product(args.shapes, args.methods, args.ways, args.micro_batches)]
-    pairs = {case: Pair() for case in cases}
-    progress = measure.Progress(len(cases) * args.turns, "cases")
-    for turn in range(args.turns):
-        checkouts = [Checkout(path, args) for path in paths]
-        try:
-            for case in cases:
-                what = f"turn {turn + 1}/{args.turns}, {', '.join(map(str, case))}"
-                take_rounds(pairs[case], checkouts, case, args, lambda text, w=what: progress.say(f"{w}: {text}"))
-                progress.update()
-                if turn == args.turns - 1:
-                    add_result(results, case, pairs[case])
-                    if args.csv:  # whatever may come
-                        results.write(args.csv)
-        finally:
-            for checkout in checkouts:
-                checkout.close()
-    progress.clear()
+    commits = {name: measure.commit(path) for name, path in zip(("before", "after"), paths, strict=True)}
+    results = measure.begin(args, f"{paths[0]} and after it {paths[1]}", backend=args.backend, **commits)
+    total = len(args.shapes) * len(args.methods) * len(args.ways) * len(args.micro_batches) * args.turns
+    failed = measure.run(jobs(results, args, paths), total, results, args)
     print_results(results)
-    measure.conclude(results, others, args.csv)
-    return 0
+    return measure.conclude(results, args, failed)
 
 
 if __name__ == "__main__":
