@@ -46,22 +46,25 @@ from gradients import Gradients
 from measure import Clock, EventClock, Say, interleave, number, print_table, size
 from shapes import CPU_SHAPES, GPU_SHAPES, SHAPES
 
-# What the goals are stated against; compile has a goal of its own, the rest is shown for completeness.
+# What the first goal is stated against; compile has a goal of its own, the rest is shown for completeness.
 GOAL_PEERS = ("loop", "foreach", "pytorch_optimizer")
-# ours / best of GOAL_PEERS, ours / compile, passes loop / best of GOAL_PEERS; SGD momentum, fp32, one micro-batch.
-GOALS = {"cnn": (5.0, 4.0, 4.0), "resnet18": (1.9, 1.15, 1.6), "transformer100m": (2.2, 1.4, 1.8)}
-# Each kernel alone, in shares of the bandwidth of copy_, by what its name contains.
-KERNEL_GOALS = {"transformer100m": {"perturb": 1.4, "sgd": 1.4, "adamw": 1.4, "": 1.0}}
-# On a GPU. Of the worst case over dtypes, methods, base optimizers and micro-batches:
+# How many times faster: ours than the best of GOAL_PEERS, ours than compile, the passes loop than the best of GOAL_PEERS.
+# On the CPU with SGD, fp32 and one micro-batch; on a GPU of the worst case over everything.
+GOALS = {
+    "cnn": (5.0, 4.0, 4.0),
+    "resnet18": (1.9, 1.15, 1.6),
+    "transformer100m": (2.2, 1.4, 1.8),
+}
 GPU_GOALS = {
-    "resnet18": 5.0,
-    "resnet50": 5.0,
-    "transformer350m": 1.8,
-    "transformer1_3b": 1.8,
-}  # best of GOAL_PEERS / ours
-GPU_COMPILE_GOAL = 1.0  # any compiled peer / ours, everywhere
-GPU_KERNEL_GOAL = 0.9  # of copy_, from 100M parameters on
-GPU_ASCEND_GOAL = 1.0  # of copy_, for norm + perturb up to 15M parameters in fp32: part of it is read from L2
+    "resnet18": (5.0, 1.0, None),
+    "resnet50": (5.0, 1.0, None),
+    "transformer350m": (1.8, 1.0, None),
+    "transformer1_3b": (1.8, 1.0, None),
+}
+# Each kernel alone, in shares of the bandwidth of copy_: on the CPU at 100M parameters, by what its name contains.
+KERNEL_GOALS = {"perturb": 1.4, "sgd": 1.4, "adamw": 1.4, "": 1.0}
+GPU_KERNEL_GOAL = 0.9  # from 100M parameters on
+GPU_ASCEND_GOAL = 1.0  # for norm + perturb up to 15M parameters in fp32: part of it is read from L2
 GPU_HOST_GOAL = 100.0  # µs per micro-batch, ResNet-50
 GPU_LAUNCH_GOAL = 3  # per micro-batch
 
@@ -70,12 +73,13 @@ GPU_LAUNCH_GOAL = 3  # per micro-batch
 
 def kernel_goal(row: dict, gpu: bool) -> float:
     """The share of ``copy_``'s bandwidth that a kernel should reach; 0 where none was set."""
-    shape, name = row["shape"], row["contestant"]
+    name = row["contestant"]
     if gpu:
         small = name == "ascend" and row["numel"] <= 15e6 and row["dtype"] == "float32"
         return GPU_ASCEND_GOAL if small else GPU_KERNEL_GOAL if row["numel"] >= 1e8 else 0.0
-    goals = KERNEL_GOALS.get(shape, {})
-    return next((goal for part, goal in goals.items() if part in name), 0.0) if goals else 0.0
+    if row["shape"] != "transformer100m":
+        return 0.0
+    return next(goal for part, goal in KERNEL_GOALS.items() if part in name)
 
 
 CASE_KEYS = ("shape", "dtype", "method", "base", "micro_batches")
@@ -152,9 +156,9 @@ def print_case(results: Results, rows: list[dict]) -> None:
     print_table(header + (("device ms", "host µs", "launches") if results.on_gpu else ()), lines)
 
 
-def gpu_goals(results: Results) -> list[tuple[str, str, str, str]]:
+def goals(results: Results) -> list[tuple[str, str, str, str]]:
     """(what, measured in the worst case, goal, verdict) of everything that was set and measured."""
-    lines = []
+    lines, gpu = [], results.on_gpu
 
     def judge(what: str, rows: list[dict], key: str, goal: float, text: Callable[[float], str], *, least: bool) -> None:
         rows = [row for row in rows if row.get(key) is not None]
@@ -166,45 +170,29 @@ def gpu_goals(results: Results) -> list[tuple[str, str, str, str]]:
         measured = f"{text(worst[key])} ({worst['dtype']}, {where})"
         lines.append((what, measured, f"{'≥' if least else '≤'} {text(goal)}", "reached" if reached else "not reached"))
 
-    ours = results.select(kind="step", contestant=OURS)
+    def times(what: str, rows: list[dict], key: str, goal: float | None) -> None:
+        if goal is not None:
+            judge(what, rows, key, goal, "{:.2f}x".format, least=True)
+
+    chosen = {} if gpu else {"dtype": "float32", "base": "sgd", "micro_batches": 1}
+    steps = [row for row in results.select(kind="step", **chosen) if row["method"] in ("SAM", "F-SAM")]
     for shape in dict.fromkeys(row["shape"] for row in results.rows if row["kind"] in ("kernel", "step")):
-        here = [row for row in ours if row["shape"] == shape]
-        if shape in GPU_GOALS:
-            what = f"{shape}: times faster than the best of {', '.join(GOAL_PEERS)}"
-            judge(what, here, "best_peer_over_this", GPU_GOALS[shape], lambda x: f"{x:.2f}x", least=True)
-        what = f"{shape}: times faster than the best compiled"
-        judge(what, here, "compile_over_this", GPU_COMPILE_GOAL, lambda x: f"{x:.2f}x", least=True)
-        kernels = [row for row in results.select(kind="kernel", shape=shape) if kernel_goal(row, results.on_gpu)]
-        for goal in sorted({kernel_goal(row, results.on_gpu) for row in kernels}):
-            rows = [row for row in kernels if kernel_goal(row, results.on_gpu) == goal]
-            what = f"{shape}: share of copy_, {'slowest kernel' if goal == GPU_KERNEL_GOAL else 'norm + perturb'}"
-            judge(what, rows, "share_of_copy", goal, lambda x: f"{x:.0%}", least=True)
+        best, compiled, loop = (GPU_GOALS if gpu else GOALS).get(shape, (None, 1.0 if gpu else None, None))
+        of = {name: [r for r in steps if r["shape"] == shape and r["contestant"] == name] for name in (OURS, PASSES)}
+        peers = ", ".join(GOAL_PEERS)
+        times(f"{shape}: times faster than the best of {peers}", of[OURS], "best_peer_over_this", best)
+        times(f"{shape}: times faster than the best compiled", of[OURS], "compile_over_this", compiled)
+        times(f"{shape}, passes loop: than the best of {peers}", of[PASSES], "best_peer_over_this", loop)
+        kernels: dict[float, list[dict]] = {}
+        for row in results.select(kind="kernel", shape=shape):
+            kernels.setdefault(kernel_goal(row, gpu), []).append(row)
+        for goal in sorted(goal for goal in kernels if goal):
+            what = "norm + perturb" if gpu and goal == GPU_ASCEND_GOAL else "slowest kernel"
+            judge(f"{shape}: share of copy_, {what}", kernels[goal], "share_of_copy", goal, "{:.0%}".format, least=True)
+    ours = results.select(kind="step", contestant=OURS)
     at_resnet50 = [row for row in ours if row["shape"] == "resnet50"]
     judge("resnet50: host time per micro-batch", at_resnet50, "host_us", GPU_HOST_GOAL, "{:.0f} µs".format, least=False)
     judge("launches per micro-batch", ours, "launches", GPU_LAUNCH_GOAL, "{:.3g}".format, least=False)
-    return lines
-
-
-def cpu_goals(results: Results) -> list[tuple[str, str, str, str, str]]:
-    """(what, than whom, how many times faster, goal, verdict): SGD momentum, fp32, one micro-batch."""
-    lines = []
-
-    def judge(row: dict, against: str, key: str, goal: float) -> None:
-        if row[key] is not None:
-            verdict = "reached" if row[key] >= goal else f"{1 - row[key] / goal:.0%} short"
-            what = f"{row['shape']}, {row['method']}, {row['contestant']}"
-            lines.append((what, against, f"{row[key]:.2f}x", f"{goal:g}x", verdict))
-
-    for row in results.select(kind="step", dtype="float32", base="sgd", micro_batches=1):
-        if row["shape"] not in GOALS or row["method"] not in ("SAM", "F-SAM"):
-            continue
-        best_goal, compile_goal, passes_goal = GOALS[row["shape"]]
-        best = "best of " + ", ".join(GOAL_PEERS)
-        if row["contestant"] == PASSES:
-            judge(row, best, "best_peer_over_this", passes_goal)
-        elif row["contestant"] == OURS:
-            judge(row, best, "best_peer_over_this", best_goal)
-            judge(row, "compile", "compile_over_this", compile_goal)
     return lines
 
 
@@ -228,12 +216,9 @@ def losses(results: Results) -> list[str]:
 
 def print_goals(results: Results) -> None:
     """The project's goals, each with what was measured, and where we lose."""
-    if results.on_gpu and (lines := gpu_goals(results)):
+    if lines := goals(results):
         print("\n== goals: whole steps and kernels, each with its worst case ==\n")
         print_table(("", "measured", "goal", ""), lines)
-    elif not results.on_gpu and (lines := cpu_goals(results)):
-        print("\n== goals: SGD momentum, fp32, one micro-batch; how many times faster ==\n")
-        print_table(("", "than", "measured", "goal", ""), lines)
     if results.select(contestant=OURS):
         print("\nWhere we lose:" + ("".join(f"\n  {line}" for line in losses(results)) or " nowhere in this run."))
 
@@ -307,18 +292,15 @@ def run_kernels(results: Results, where: dict, gradients: Gradients, args: argpa
     from kernels import kernel_calls
 
     on_gpu = args.device.type == "cuda"
-    calls, passes = kernel_calls(gradients, args.backend), {}
-    for name, (p, _) in calls.items():
-        passes[name] = p
-    timed = {name: call for name, (_, call) in calls.items()}
+    kernels = kernel_calls(gradients, args.backend)
     if not on_gpu:
-        timed["copy_"] = contest.copy_call(gradients)
+        kernels["copy_"] = 2, contest.copy_call(gradients)
     clock = EventClock(args.device) if on_gpu else Clock(args.device)
     with torch.no_grad():
-        timings = interleave(timed, measure.effort(args), clock, say=say)
+        timings = interleave({n: call for n, (_, call) in kernels.items()}, measure.effort(args), clock, say=say)
     for name, timing in timings.items():
         kind = "copy" if name == "copy_" else "kernel"
-        contest.add_timing(results, gradients, timing, passes.get(name, 2), kind=kind, contestant=name, **where)
+        contest.add_timing(results, gradients, timing, kernels[name][0], kind=kind, contestant=name, **where)
 
 
 def jobs(results: Results, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Say], None]]]:

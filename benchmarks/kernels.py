@@ -1,96 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel on its own: the operators as ``MicroBatchSAM`` calls them. All that the benchmarks know of operators is here."""
+"""Every operator on its own, as a step calls it. All that the benchmarks know of operators is here."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
+from msam_kernels.backends import reference
+from torch import Tensor
 
 from gradients import Gradients
 from measure import Call
-from msam_kernels import ops
+from msam_kernels import backends, methods
 from msam_kernels.flat import Flat
 
-SIGMA, LMBDA = 1.0, 0.9
+UNTOUCHED, SAVED, PERTURBED = reference.UNTOUCHED, reference.SAVED, reference.PERTURBED
+SIGMA, LMBDA, ETA = 1.0, 0.9, 0.01
 
 
 def chosen_backend(name: str, device: torch.device) -> str:
     """What "auto" stands for on ``device``."""
     if name != "auto":
         return name
-    chosen = ops.get_backend(name, device)
-    for name in ops.BACKENDS:
+    chosen = backends.get_backend(name, device)
+    for name in backends.BACKENDS:
         # One that is not there, or is not for this device, says so by raising.
         with contextlib.suppress(RuntimeError):
-            if ops.get_backend(name, device) is chosen:
+            if backends.get_backend(name, device) is chosen:
                 break
     return name
 
 
+class From(Call):
+    """Calls of ``run(status=...)`` that find all rows of the table in the same state."""
+
+    def __init__(self, state: int, run: Callable[..., object], flat: Flat):
+        super().__init__(run)
+        self.state, self.flat = state, flat
+        self.ready: list[Tensor] = []
+
+    def prepare(self, count: int) -> None:
+        self.ready = list(torch.full((count, self.flat.rows), self.state, dtype=torch.uint8, device=self.flat.device))
+
+    def __call__(self) -> None:
+        self.run(status=self.ready.pop())
+
+
+class Kernels:
+    """The buffers of a problem, and the operators on them. ``grads`` is the gradient at w."""
+
+    def __init__(self, gradients: Gradients, backend: str):
+        params = gradients.parameters()
+        self.k = backends.get_backend(backend, params[0].device)
+        self.flat = flat = Flat(params, [0] * len(params), flatten=True, backend=self.k)
+        self.table, self.w = flat.table, flat.weights
+        self.grads, self.at_e, self.total = ([g.clone() for g in master] for master in gradients.masters)
+        self.saved, self.ema, self.first, self.second = (flat.new_buffer() for _ in range(4))
+        self.saved.copy_(self.w[0])
+        self.step = torch.zeros(len(params) + 1, device=flat.device)
+        self.radii = self.settings(gradients.rho)[0]
+        self.norm_sq = self.k.norm(self.w, self.grads, self.table)
+
+    def settings(self, *values: float) -> Tensor:
+        return torch.tensor([values], dtype=torch.float64, device=self.flat.device)
+
+    def ascend(self, name: str = "ascend", state: int = UNTOUCHED, **options) -> Call:
+        """Or, by its name, ``perturb``."""
+        if name == "perturb":
+            options["norm_sq"] = self.norm_sq
+        achieved_sq = torch.empty(self.flat.rows, dtype=torch.float64, device=self.flat.device)
+        options |= {"radii": self.radii, "saved": self.saved, "achieved_sq": achieved_sq}
+        operator = getattr(self.k, name)
+        return From(state, lambda status: operator(self.w, self.grads, self.table, status=status, **options), self.flat)
+
+    def norm(self, **options) -> Call:
+        return Call(lambda: self.k.norm(self.w, self.grads, self.table, **options))
+
+    def gram(self, *vectors: list[Tensor]) -> Call:
+        terms = [t for vector in vectors for t in vector]
+        return Call(lambda: self.k.gram(terms, self.table, count=len(vectors)))
+
+    def combination(self, method: methods.SAM | None, *vectors: list[Tensor]) -> tuple[list[Tensor], dict]:
+        """Terms and options: the vectors as ``method`` combines them, or with equal parts."""
+        terms = [t for vector in vectors for t in vector]
+        if method is None:
+            share = 1.0 / len(vectors)
+            return terms, {"coefs": methods.Coefficient().row(share) * len(vectors), "sums": []}
+        plan = method.full
+        coefs = [number for coefficient in plan.descent for number in coefficient.row()]
+        sums = self.k.gram(terms[: plan.products * len(self.grads)], self.table, count=plan.products)
+        return terms, {"coefs": coefs, "sums": [sums]}
+
+    def descend(self, out: list[Tensor], *vectors: list[Tensor], method: methods.SAM | None = None) -> Call:
+        terms, options = self.combination(method, *vectors)
+        options |= {"saved": self.saved, "norm_sq": self.norm_sq, "last": False}
+        return From(
+            PERTURBED,
+            lambda status: self.k.descend(self.w, out, terms, self.table, status=status, **options),
+            self.flat,
+        )
+
+    def look(self) -> Call:
+        """LookSAM's v."""
+        terms, options = self.combination(None, self.at_e, self.grads)
+        out, out_sq = (
+            self.flat.parts(self.ema),
+            torch.empty(self.flat.rows, dtype=torch.float64, device=self.flat.device),
+        )
+        return Call(lambda: self.k.descend([], out, terms, self.table, out_sq=out_sq, **options))
+
+    def update(
+        self, rule: int, *vectors: list[Tensor], state: int = PERTURBED, method: methods.SAM | None = None
+    ) -> Call:
+        if rule == reference.SGD:
+            states, settings = [self.first], self.settings(1e-3, 0.9, 0, 5e-4, 0, 0)
+        else:
+            states, settings = [self.first, self.second], self.settings(1e-4, 0.9, 0.999, 1e-8, 0.01, 0, 0, 1)
+        terms, options = self.combination(method, *vectors)
+        options |= {"rule": rule, "settings": settings, "step": self.step, "saved": self.saved}
+        return From(
+            state, lambda status: self.k.update(self.w, states, terms, self.table, status=status, **options), self.flat
+        )
+
+
 def kernel_calls(gradients: Gradients, backend: str) -> dict[str, tuple[float, Call]]:
     """P and the call of every kernel, by name."""
-    params = gradients.parameters()
-    k = ops.get_backend(backend, params[0].device)
-    flat = Flat(params, [0] * len(params), flatten=True, backend=k)
-    table, w = flat.chunks(), flat.weights
-    acc, g, other = ([t.clone() for t in master] for master in gradients.masters)
-    saved, ema, m, v = (flat.new_buffer() for _ in range(4))
-    saved.copy_(w[0])
-    v_parts = flat.aliases(ema)
-    mask = torch.full((flat.size // 8,), 255, dtype=torch.uint8, device=flat.device)
-    step = torch.zeros(len(params) + 1, device=flat.device)
-
-    def row(*values):
-        return torch.tensor([values], dtype=torch.float64, device=flat.device)
-
-    sgd = dict(hyper=row(gradients.rho, 1e-3, 0.9, 0, 5e-4, 0, 0), momentum_buffer=m)
-    adam = dict(hyper=row(gradients.rho, 1e-4, 0.9, 0.999, 1e-8, 0.01, 0, 0, 1), exp_avg=m, exp_avg_sq=v, step=step)
-    norm_sq = torch.full((1,), float(gradients.numel) * 1e-2, dtype=torch.float64, device=flat.device)
-    achieved_sq, acc_sq = (torch.empty(len(table), dtype=torch.float64, device=flat.device) for _ in range(2))
-    outputs = dict(hyper=sgd["hyper"], achieved_sq=achieved_sq)
-    ascent = dict(norm_sq=norm_sq, **outputs)
-    friendly, moving = dict(ema=ema, sigma=SIGMA), dict(ema=ema, sigma=SIGMA, lmbda=LMBDA)
-    two, three = (row(0.7, 0.2, -0.4)[0, :n].contiguous() for n in (2, 3))
-    back, mean = dict(saved=saved, norm_sq=norm_sq), dict(saved=saved, norm_sq=norm_sq, c_acc=0.5, c=0.5)
-    calls = [
-        ("inner_products", 1, lambda: k.inner_products(w, g, table)),
-        ("inner_products friendly", 2, lambda: k.inner_products(w, g, table, **friendly)),
-        ("inner_products adaptive", 2, lambda: k.inner_products(w, g, table, eta=0.01)),
-        ("perturb first", 4, lambda: k.perturb(w, [], g, table, saved=saved, **ascent)),
-        ("perturb later", 3, lambda: k.perturb(w, [], g, table, **ascent)),
-        ("perturb first friendly", 6, lambda: k.perturb(w, [], g, table, saved=saved, **ascent, **moving)),
-        ("perturb later friendly", 5, lambda: k.perturb(w, [], g, table, **ascent, **moving)),
-        ("perturb first adaptive", 4, lambda: k.perturb(w, [], g, table, saved=saved, **ascent, eta=0.01)),
-        ("ascend", 5, lambda: k.ascend(w, g, table, saved=saved, **outputs)),
-        ("ascend friendly", 8, lambda: k.ascend(w, g, table, saved=saved, **outputs, **moving)),
-        ("restore", 2, lambda: k.restore(w, [], [], table, saved=saved)),
-        ("restore + accumulate", 5, lambda: k.restore(w, acc, g, table, **back)),
-        ("sgd", 5, lambda: k.sgd(w, [], g, table, **sgd)),
-        ("restore + sgd", 5, lambda: k.sgd(w, [], g, table, **sgd, **back)),
-        ("restore + accumulate + sgd", 6, lambda: k.sgd(w, acc, g, table, **sgd, **mean)),
-        ("adamw", 7, lambda: k.adam(w, [], g, table, **adam)),
-        ("restore + adamw", 7, lambda: k.adam(w, [], g, table, **adam, **back)),
-        ("restore + accumulate + adamw", 8, lambda: k.adam(w, acc, g, table, **adam, **mean)),
-        (
-            "perturb first masked",
-            4 + mask.nbytes / saved.nbytes,
-            lambda: k.perturb(w, [], g, table, saved=saved, **ascent, mask=mask),
-        ),
-        ("perturb to the other side", 3, lambda: k.perturb(w, [], g, table, origin=saved, **ascent)),
-        (
-            "perturb to the other side, adding",
-            5,
-            lambda: k.perturb(w, acc, g, table, origin=saved, acc_sq=acc_sq, **ascent),
-        ),
-        ("dots of two", 2, lambda: k.dots(g, acc, [], table)),
-        ("dots of three", 3, lambda: k.dots(g, acc, other, table)),
-        ("v of LookSAM", 3, lambda: k.restore([], v_parts, [*g, *acc], table, coefs=two, c_acc=0.0)),
-        ("restore + sgd, two combined", 6, lambda: k.sgd(w, [], [*g, *acc], table, **sgd, **back, coefs=two)),
-        (
-            "restore + sgd, three combined",
-            7,
-            lambda: k.sgd(w, [], [*g, *acc, *other], table, **sgd, **back, coefs=three),
-        ),
-    ]
-    return {name: (passes, Call(run)) for name, passes, run in calls}
+    k = Kernels(gradients, backend)
+    g, at_e, total, sgd, adam = k.grads, k.at_e, k.total, reference.SGD, reference.ADAM
+    friendly = {"ema": k.ema, "sigma": SIGMA}
+    moving = {**friendly, "lmbda": LMBDA}
+    mask = torch.full((k.flat.size // 8,), 255, dtype=torch.uint8, device=k.flat.device)
+    bits = mask.nbytes / k.saved.nbytes
+    gap, bilateral = methods.GapSAM(), methods.BilateralSAM()
+    return {
+        "norm": (1, k.norm()),
+        "norm, friendly": (2, k.norm(**friendly)),
+        "norm, adaptive": (2, k.norm(eta=ETA)),
+        "perturb, first": (4, k.ascend("perturb")),
+        "perturb, later": (3, k.ascend("perturb", SAVED)),
+        "perturb to the other side": (3, k.ascend("perturb", PERTURBED)),
+        "perturb, first, friendly": (6, k.ascend("perturb", **moving)),
+        "perturb, later, friendly": (5, k.ascend("perturb", SAVED, **moving)),
+        "perturb, first, adaptive": (4, k.ascend("perturb", eta=ETA)),
+        "perturb, first, masked": (4 + bits, k.ascend("perturb", mask=mask)),
+        "ascend": (5, k.ascend()),
+        "ascend, friendly": (8, k.ascend(**moving)),
+        "gram of two": (2, k.gram(at_e, g)),
+        "gram of three": (3, k.gram(total, at_e, g)),
+        "descend, first": (2, k.descend(at_e, at_e)),
+        "descend, accumulating": (5, k.descend(total, at_e, total)),
+        "descend, two combined": (5, k.descend(at_e, at_e, g, method=gap)),
+        "descend, v of LookSAM": (3, k.look()),
+        "sgd": (5, k.update(sgd, at_e, state=UNTOUCHED)),
+        "restore + sgd": (5, k.update(sgd, at_e)),
+        "restore + sgd, accumulating": (6, k.update(sgd, at_e, total)),
+        "restore + sgd, two combined": (6, k.update(sgd, at_e, g, method=gap)),
+        "restore + sgd, three combined": (7, k.update(sgd, total, at_e, g, method=bilateral)),
+        "adamw": (7, k.update(adam, at_e, state=UNTOUCHED)),
+        "restore + adamw": (7, k.update(adam, at_e)),
+        "restore + adamw, accumulating": (8, k.update(adam, at_e, total)),
+    }

@@ -478,6 +478,9 @@ def parser(doc: str, *, seconds: float, rounds: int, unit: str = "case") -> argp
         "--seconds", type=float, default=seconds, help=f"time per {unit}; at least five rounds are taken"
     )
     parser.add_argument("--limit", type=float, default=math.inf, help="begin nothing more after so many seconds")
+    parser.add_argument(
+        "--peer-seconds", type=float, default=120, help="leave a peer out whose first steps take longer"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--backend", default="auto", help="of msam_kernels: auto, cuda, triton, cpu or reference")
     parser.add_argument("--csv", type=Path)
