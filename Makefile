@@ -35,6 +35,7 @@ help:
 	@echo "VENV=/path              the environment; default: .venv. One that exists already keeps what it has: its own"
 	@echo "                        torch is used, and only packages that are absent are added"
 	@echo "MSAM_KERNELS_CPP=0      leave the C++ kernels out; =1: stop if there is no compiler"
+	@echo "MSAM_KERNELS_ISA=baseline   (or avx2, avx512) the CPU kernels' instruction set; default: the processor's widest"
 	@echo "ARGS='...'              options for the command behind demo, family, test, bench and gpu"
 	@echo "JOBS=2                  test processes"
 	@echo "GPU_PYTHON=python3      whose torch, nvcc, ninja, pybind11 and pytest make gpu uses; it installs nothing"

@@ -14,32 +14,15 @@ struct half {
   uint16_t bits;
 };
 
-// One row of `chunks` (int64, built by flat.py): a run of at most CHUNK elements of one parameter.
+// One row of the table (int64, built by flat.py): a run of at most CHUNK elements of one parameter.
 struct Chunk {
   int64_t segment;  // index into the gradient list
   int64_t begin;    // first element, counted within the parameter
   int64_t offset;   // first element, counted within a flat buffer
   int64_t numel;
-  int64_t group;  // row of `hyper`
+  int64_t group;  // parameter group
 };
 constexpr int64_t kChunkColumns = 5;
 static_assert(sizeof(Chunk) == kChunkColumns * sizeof(int64_t), "a chunk is one row of the table");
-
-// Vectors that a descent may combine with the gradient, and lists of tensors that an operator may get: weights, acc, grads and
-// those.
-constexpr int kMore = 2;
-constexpr int kMostLists = 3 + kMore;
-
-// A list of tensors by segment, or one flat buffer.
-struct Pointers {
-  void* const* data = nullptr;
-  bool flat = false;
-
-  explicit operator bool() const { return data != nullptr; }
-  template <class S>
-  S* at(const Chunk& c) const {
-    return flat ? static_cast<S*>(data[0]) + c.offset : static_cast<S*>(data[c.segment]) + c.begin;
-  }
-};
 
 }  // namespace msam

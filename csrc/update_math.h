@@ -17,10 +17,15 @@
 
 namespace msam {
 
-// Columns of `hyper`, the fp64 table with one row per parameter group (mirrored in reference.py).
-enum HyperColumn { kRho = 0, kLr = 1 };
-enum SgdColumn { kSgdMomentum = 2, kDampening, kSgdWeightDecay, kNesterov, kSgdMaximize, kSgdColumns };
-enum AdamColumn { kBeta1 = 2, kBeta2, kEps, kAdamWeightDecay, kAdamAmsgrad, kAdamMaximize, kDecoupled, kAdamColumns };
+// What `status` says of a row's weights.
+enum Status : uint8_t { kUntouched = 0, kSaved = 1, kPerturbed = 2 };
+
+// Rules of an update, and the columns of their `settings`, the fp64 table with one row per parameter group (mirrored in
+// reference.py).
+enum Rule { kSgd = 0, kAdam = 1 };
+enum SgdColumn { kSgdLr = 0, kMomentum, kDampening, kSgdWeightDecay, kNesterov, kSgdMaximize, kSgdColumns };
+enum AdamColumn { kAdamLr = 0, kBeta1, kBeta2, kEps, kAdamWeightDecay, kAmsgrad, kAdamMaximize, kDecoupled, kAdamColumns };
+constexpr int kStates = 3;  // flat buffers that a rule keeps, at most
 
 MSAM_FN bool is_finite(double x) { return x - x == 0; }
 
@@ -65,37 +70,89 @@ MSAM_FN T perturbed(T w, T d, T scale, T eta, bool adaptive) {
   return w + d * scale;
 }
 
-// Weighted sum of descent gradients: c g, and c_acc acc + c g. Where c_acc is 0 the caller leaves acc out, as in BLAS.
-template <class T>
-MSAM_FN T weighted(T g, T c) {
-  return c * g;
-}
-template <class T>
-MSAM_FN T accumulated(T acc, T g, T c_acc, T c) {
-  return c_acc * acc + weighted(g, c);
+// ---- the linear combination of a descent: c[0] x[0] + c[1] x[1] + ... -------------------------------------------------
+
+constexpr int kTerms = 4;    // of a combination, at most
+constexpr int kVectors = 3;  // of a Gram matrix, at most
+constexpr int kSums = 3;     // tensors of sums, at most
+constexpr int kRows = 8;     // of all of them together, at most
+
+// scale (a + b ratio), ratio = S[p] / (S[q] + eps), or sqrt(S[p]) / (sqrt(S[q]) + eps) with `root`.
+struct Coefficient {
+  double scale = 0, a = 0, b = 0, eps = 0;
+  int p = 0, q = 0;
+  bool root = false;
+};
+constexpr int kCoefficientColumns = 7;  // of an operator's argument: scale, a, b, p, q, root, eps
+
+struct Combination {
+  Coefficient of[kTerms];
+  int count = 0;
+  int gram = 0;      // the first so many terms have their Gram matrix at the head of the sums
+  int rescale = -1;  // the sum whose root is the length that those are given
+};
+
+// A ratio whose denominator is 0 or not finite counts 0.
+MSAM_FN double coefficient(const Coefficient& c, const double* sums) {
+  if (c.b == 0) return c.a;
+  const double above = c.root ? std::sqrt(sums[c.p]) : sums[c.p];
+  const double below = (c.root ? std::sqrt(sums[c.q]) : sums[c.q]) + c.eps;
+  return c.a + c.b * (below == 0 || !is_finite(below) ? 0. : above / below);
 }
 
-// The updates choose by value (?:), not by branch, so that their loops become vector code.
+// The coefficients of a combination from `sums`, in which each row has been summed up. All are NaN where the Gram matrix or
+// norm_sq is not finite.
+MSAM_FN void coefficients(const Combination& combination, const double* sums, double norm_sq, double* out) {
+  const int n = combination.gram;
+  double poison = norm_sq - norm_sq;
+  for (int k = 0; k < combination.count; ++k) out[k] = coefficient(combination.of[k], sums);
+  if (combination.rescale >= 0) {
+    double square = 0;
+    for (int v = 0; v < n; ++v)
+      for (int u = 0; u <= v; ++u) square += out[u] * out[v] * sums[v * (v + 1) / 2 + u] * (u == v ? 1 : 2);
+    const double factor = std::sqrt(sums[combination.rescale]) / (std::sqrt(square < 0 ? 0. : square) + 1e-12);
+    for (int k = 0; k < n; ++k) out[k] *= factor;
+  }
+  for (int r = 0; r < n * (n + 1) / 2; ++r) poison += sums[r] - sums[r];
+  for (int k = 0; k < combination.count; ++k) out[k] = (out[k] + poison) * combination.of[k].scale;
+}
 
-// torch.optim.SGD for one group. `fresh`: the momentum buffer begins with this gradient.
-template <class T, bool kMomentum>
+// The first term that is there, and what each further one adds. A term whose coefficient is 0 the caller leaves out, as in
+// BLAS.
+template <class T>
+MSAM_FN T weighted(T x, T c) {
+  return c * x;
+}
+template <class T>
+MSAM_FN T plus_weighted(T sum, T x, T c) {
+  return sum + weighted(x, c);
+}
+
+// The rules of an update, all alike: Rule(a group's row of settings, the update's number for the parameter, counted from 1),
+// and rule(w, g, state) for an element, which has `states` numbers. They choose by value (?:), not by branch, so that their
+// loops become vector code.
+
+// torch.optim.SGD. The momentum buffer begins with the first gradient.
+template <class T, bool with_momentum>
 struct Sgd {
+  static constexpr int states = with_momentum ? 1 : 0;
   T lr, momentum, one_minus_dampening, weight_decay;
   bool nesterov, maximize, fresh;
 
-  MSAM_FN Sgd(const double* row, bool fresh_)
-      : lr(T(row[kLr])),
-        momentum(T(row[kSgdMomentum])),
+  MSAM_FN Sgd(const double* row, int64_t step)
+      : lr(T(row[kSgdLr])),
+        momentum(T(row[kMomentum])),
         one_minus_dampening(T(1 - row[kDampening])),
         weight_decay(T(row[kSgdWeightDecay])),
         nesterov(row[kNesterov] != 0),
         maximize(row[kSgdMaximize] != 0),
-        fresh(fresh_) {}
+        fresh(step == 1) {}
 
-  MSAM_FN void operator()(T& w, T g, T& momentum_buffer) const {
+  MSAM_FN void operator()(T& w, T g, T* state) const {
     g = maximize ? -g : g;
     g = weight_decay != 0 ? g + weight_decay * w : g;
-    if (kMomentum) {
+    if (with_momentum) {
+      T& momentum_buffer = state[0];
       momentum_buffer = fresh ? g : momentum * momentum_buffer + one_minus_dampening * g;
       g = nesterov ? g + momentum * momentum_buffer : momentum_buffer;
     }
@@ -103,9 +160,10 @@ struct Sgd {
   }
 };
 
-// torch.optim.Adam and AdamW (decoupled) for one group at the given step number, counted from 1.
-template <class T, bool kAmsgrad>
+// torch.optim.Adam and AdamW (decoupled).
+template <class T, bool amsgrad>
 struct Adam {
+  static constexpr int states = amsgrad ? 3 : 2;
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt;
   bool maximize, coupled, small;
 
@@ -116,14 +174,15 @@ struct Adam {
         one_minus_beta2(T(1 - row[kBeta2])),
         eps(T(row[kEps])),
         weight_decay(T(row[kAdamWeightDecay])),
-        decay(row[kDecoupled] != 0 ? T(1 - row[kLr] * row[kAdamWeightDecay]) : T(1)),
-        step_size(T(row[kLr] / (1 - integer_power(row[kBeta1], step)))),
+        decay(row[kDecoupled] != 0 ? T(1 - row[kAdamLr] * row[kAdamWeightDecay]) : T(1)),
+        step_size(T(row[kAdamLr] / (1 - integer_power(row[kBeta1], step)))),
         bias_correction2_sqrt(T(std::sqrt(1 - integer_power(row[kBeta2], step)))),
         maximize(row[kAdamMaximize] != 0),
         coupled(row[kDecoupled] == 0 && row[kAdamWeightDecay] != 0),
         small(1 - row[kBeta1] < 0.5) {}
 
-  MSAM_FN void operator()(T& w, T g, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
+  MSAM_FN void operator()(T& w, T g, T* state) const {
+    T &exp_avg = state[0], &exp_avg_sq = state[1];
     g = maximize ? -g : g;
     g = coupled ? g + weight_decay * w : g;
     w = w * decay;
@@ -132,7 +191,8 @@ struct Adam {
     exp_avg = small ? from_average : from_g;
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g);
     T v = exp_avg_sq;
-    if (kAmsgrad) {
+    if (amsgrad) {
+      T& max_exp_avg_sq = state[2];
       v = v <= max_exp_avg_sq ? max_exp_avg_sq : v;  // a NaN in exp_avg_sq, which stays there, wins as in torch.maximum
       max_exp_avg_sq = v;
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import hypothesis
 import pytest
 import torch
 
-from msam_kernels import ops
+from msam_kernels import backends
 from plain import BACKENDS, DEVICE
 
 if DEVICE.type == "cpu":  # Triton's kernels are then interpreted; it looks when they are defined, in test_triton.py
@@ -29,9 +30,37 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini("timeout", "seconds for a test; needs pytest-timeout")
 
 
+# Under this name a report carries what its test compared, from a process of pytest-xdist too.
+COVERED = "instruction set"
+
+
+@pytest.fixture
+def covers_instruction_set(record_property) -> Callable[[str], None]:
+    """For a test that compares an instruction set's bits with those of baseline: puts its name into the last lines."""
+    return partial(record_property, COVERED)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which instruction sets of the CPU kernels the run covered: a processor may lack some."""
+    if config.option.collectonly:
+        return
+
+    def named(outcome: str) -> list[str]:
+        reports = [r for r in terminalreporter.getreports(outcome) if isinstance(r, pytest.TestReport)]
+        return sorted({value for r in reports for name, value in r.user_properties if name == COVERED})
+
+    there = backends.available_backends()["cpu"] is None
+    whole = backends.extension.build_info()["instruction_set"] if there else "none of them"
+    compared = ["baseline", *named("passed")]
+    words = [f"whole run as {whole}", "bits compared: " + (", ".join(compared) if compared[1:] else "none")]
+    if lacking := named("skipped"):
+        words.append("not on this processor: " + ", ".join(lacking))
+    terminalreporter.write_line("instruction sets of the CPU kernels: " + "; ".join(words))
+
+
 def require_extension() -> None:
     """Fail without the compiled kernels. Only who set MSAM_KERNELS_CPP=0, and so asked for no build, gets a skip."""
-    missing = ops.available_backends()["cpu"]
+    missing = backends.available_backends()["cpu"]
     if missing is None:
         return
     if os.environ.get("MSAM_KERNELS_CPP") == "0":

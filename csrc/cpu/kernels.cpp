@@ -3,10 +3,10 @@
 // run time. All give the same bits.
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -72,7 +72,7 @@ namespace avx512 {
 #endif
 
 #define MSAM_BUILD(isa) \
-  Kernels { #isa, isa::inner_products_entry, isa::perturb_entry, isa::dots_entry, isa::restore_entry, isa::sgd_entry, isa::adam_entry }
+  Kernels { #isa, isa::norm_entry, isa::perturb_entry, isa::gram_entry, isa::descend_entry, isa::update_entry }
 
 Kernels choose() {
   const char* asked = std::getenv("MSAM_KERNELS_ISA");

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators, declared once, and the choice of a backend.
+
+Every backend is a namespace with the functions below, called alike:
+
+    norm(weights, grads, table, *, ema, sigma, eta) -> norm_sq
+    perturb(weights!, grads, table, *, norm_sq, radii, saved!, status!, achieved_sq!, ema!, mask, sigma, lmbda, eta)
+    ascend(weights!, grads, table, *, radii, saved!, status!, achieved_sq!, ema!, mask, sigma, lmbda, eta) -> norm_sq
+    gram(terms, table, *, count) -> sums
+    descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!)
+    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!)
+
+``!`` marks what is mutated. Shapes, with P parameters (segments) and K rows of the table:
+
+* ``weights``: one flat buffer, or P tensors; empty where no weights take part. ``grads``, ``out``: P tensors, dense in memory,
+  in the order of the weights' memory. ``terms``: several such lists, one after the other. An empty tensor in a list stands
+  for a parameter that is absent from it.
+* ``table``: int64 ``[K, 5]``, rows (segment, begin, offset, numel, group): what the call works on. See ``flat.py``.
+* ``saved``, ``ema``, ``states``: flat buffers of the weights' dtype. An element of ``ema`` that is NaN has not begun; without
+  ``lmbda`` it is only read.
+* ``status``: uint8 ``[K]``, how it stands with a row's weights: 0 untouched, 1 saved, 2 perturbed.
+* ``mask``: uint8 ``[⌈size / 8⌉]`` for flat buffers of ``size`` elements; element 8·j + k is perturbed where bit k of byte j
+  is set.
+* ``radii``: float64 ``[groups]``. ``settings``: float64 ``[groups, columns]``, columns as in ``reference.py``.
+* ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
+  ``[K]``, the terms of ‖e‖² as it was stored. ``out_sq``: float64 ``[K]``, the terms of ‖out‖².
+* ``coefs``: 7 numbers for each of the 1 to 4 terms, ``sums``: up to 3 float64 tensors ``[rows, n]`` or ``[n]``, 8 rows in all;
+  ``rescale``: one of those rows, or -1. See ``reference.coefficients``. ``gram`` returns such a tensor, of 1, 3 or 6 rows.
+* ``step``: float32 ``[P + 1]``; the last element, zero between calls, is where GPU kernels count the blocks that are done.
+
+What each computes stands in ``reference.py``, the specification.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+#: The compiled module; None where the package was installed without a compiler.
+extension: ModuleType | None
+try:
+    extension = importlib.import_module("msam_kernels._C")
+except ImportError as error:  # installed without a compiler
+    extension = None
+    _missing_extension: ImportError | None = error
+else:
+    _missing_extension = None
+
+_DIRECTION = "Tensor? mask=None, float sigma=0., float? lmbda=None, float? eta=None"
+_COMBINATION = "float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None, Tensor? saved=None"
+_SCHEMAS = (
+    "norm(Tensor[] weights, Tensor[] grads, Tensor table, *, Tensor? ema=None, float sigma=0., float? eta=None) -> Tensor",
+    "perturb(Tensor(a!)[] weights, Tensor[] grads, Tensor table, *, Tensor norm_sq, Tensor radii, Tensor(b!) saved, "
+    f"Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? ema=None, {_DIRECTION}) -> ()",
+    "ascend(Tensor(a!)[] weights, Tensor[] grads, Tensor table, *, Tensor radii, Tensor(b!) saved, "
+    f"Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? ema=None, {_DIRECTION}) -> Tensor",
+    "gram(Tensor[] terms, Tensor table, *, int count) -> Tensor",
+    f"descend(Tensor(a!)[] weights, Tensor(b!)[] out, Tensor[] terms, Tensor table, *, {_COMBINATION}, "
+    "Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None) -> ()",
+    "update(Tensor(a!)[] weights, Tensor(b!)[] states, Tensor[] terms, Tensor table, *, int rule, Tensor settings, "
+    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None) -> ()",
+)
+OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
+
+_library = torch.library.Library("msam_kernels", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+
+
+def _terms(table: Tensor) -> Any:
+    return 1 if table.device.type == "cpu" else torch.library.get_ctx().new_dynamic_size()
+
+
+def _fake_norm(weights: list[Tensor], grads: list[Tensor], table: Tensor, **_: Any) -> Tensor:
+    return table.new_empty((_terms(table),), dtype=torch.float64)
+
+
+def _fake_gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
+    return table.new_empty((count * (count + 1) // 2, _terms(table)), dtype=torch.float64)
+
+
+def _fake_nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+_FAKES = {"norm": _fake_norm, "ascend": _fake_norm, "gram": _fake_gram}
+for _name in OPERATORS:
+    torch.library.register_fake(f"msam_kernels::{_name}", _FAKES.get(_name, _fake_nothing), lib=_library)
+
+
+class Backend(Protocol):
+    """A namespace of the operators."""
+
+    norm: Callable[..., Tensor]
+    perturb: Callable[..., None]
+    ascend: Callable[..., Tensor]
+    gram: Callable[..., Tensor]
+    descend: Callable[..., None]
+    update: Callable[..., None]
+
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+def _missing_cuda() -> str | None:
+    rebuild = "rebuild with `FORCE_CUDA=1 pip install --no-build-isolation -e .`"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA: install a build that does (https://pytorch.org), then {rebuild}"
+    if extension is None:
+        return f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler and nvcc, and {rebuild}"
+    if extension.CUDA is None:
+        return (
+            f"the extension was built without it: install the CUDA toolkit {torch.version.cuda} (nvcc), and {rebuild}"
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no GPU: `nvidia-smi` tells whether there is one and its driver runs"
+    return None
+
+
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton` (it comes with torch's builds for GPUs on Linux)"
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    if not interpreted and not torch.cuda.is_available() and not torch.xpu.is_available():
+        return "torch sees no GPU; on the CPU it runs in Triton's interpreter, slowly: set TRITON_INTERPRET=1 before the start"
+    return None
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backends by name, fastest first: None where usable, else a sentence that says what is missing and how to get it."""
+    cpu = None
+    if extension is None:
+        cpu = (
+            f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler (g++ or clang++) and "
+            "rebuild with `pip install --no-build-isolation -e .`"
+        )
+    else:
+        try:
+            extension.build_info()
+        except RuntimeError as error:  # an instruction set was asked for that this processor has not
+            cpu = str(error)
+    return {"cuda": _missing_cuda(), "triton": _missing_triton(), "cpu": cpu, "reference": None}
+
+
+def get_backend(name: str, device: torch.device) -> Backend:
+    """The namespace of functions for tensors on ``device``.
+
+    Args:
+        name: "auto" (the fastest that is there for the device) or one of ``BACKENDS``.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that is not there, or that does not serve ``device``; the message says how to get it.
+    """
+    missing = available_backends()
+    if name == "auto":
+        if device.type == "cpu":
+            name = "cpu" if extension is not None else "reference"
+        elif device.type == "cuda" and missing["cuda"] is None:
+            name = "cuda"
+        else:
+            name = "triton" if device.type in ("cuda", "xpu") and missing["triton"] is None else "reference"
+    if name not in missing:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+    if missing[name] is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
+    if name == "reference":
+        return cast(Backend, reference)
+    if name == "triton":
+        kernels = importlib.import_module(".triton_kernels", __package__)
+        served = ("cpu",) if kernels.INTERPRETED else ("cuda", "xpu")
+        if device.type not in served:
+            raise RuntimeError(
+                f"backend 'triton' needs parameters on a GPU (cuda, xpu), or on the CPU with TRITON_INTERPRET=1 set before "
+                f"the start; got {device} and TRITON_INTERPRET={int(kernels.INTERPRETED)}: use backend='auto'"
+            )
+        return cast(Backend, kernels)
+    if device.type != name:
+        where = "the CPU" if name == "cpu" else "a CUDA device"
+        raise RuntimeError(f"backend {name!r} needs parameters on {where}, got {device}: use backend='auto'")
+    # It has the operators by name, without torch.ops's parsing of lists, which would take longer than they do.
+    return cast(Backend, extension)

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification of the operators in plain torch: the same signatures as the kernels, any device, no compiler.
+
+With w the weights, g the gradient at w, ĝ the one at w + e, and all norms global (one L2 norm over every parameter of
+every group):
+
+    norm        ‖d‖²,   d = g − sigma·ema (F-SAM), d = T_w·d with T_w = |w| + eta (ASAM)
+    perturb     w ← w + e,   e = radius·d / (‖d‖ + 1e-12), or radius·T_w²·d / (‖T_w·d‖ + 1e-12)
+                with ``mask`` e is 0 where the bit is 0
+                ema ← lmbda·ema + (1 − lmbda)·g, after its old value was used
+    ascend      norm, then perturb
+    gram        the inner products of several vectors: x·x, x·y, y·y, x·z, y·z, z·z
+    descend     w ← saved where w is perturbed;   out ← Σ cₖ xₖ
+    update      torch.optim.SGD / Adam / AdamW on Σ cₖ xₖ, starting from ``saved`` where w is perturbed
+
+A parameter whose tensor in a list is empty is absent from it: a gradient that is absent perturbs nothing and is no term.
+
+``status``, one byte per row of the table, says how it stands with a row's weights: UNTOUCHED (nothing is saved), SAVED (they
+are what ``saved`` holds) or PERTURBED (``saved`` holds what they were). ``perturb`` saves what it finds UNTOUCHED, and starts
+from ``saved`` what it finds PERTURBED; ``descend`` and ``update`` bring back what is PERTURBED and nothing else.
+
+An element of the ema that is NaN has not begun: its first gradient is its d and its next value. A non-finite ‖d‖ means
+e = 0, an unchanged ema and NaN in place of Σ cₖ xₖ. A term whose coefficient is 0 is left out, whatever it holds, as in
+BLAS. Arithmetic is fp32 (fp64 for fp64 storage): values are rounded to the storage type only when stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12  # added to a norm that divides
+UNTOUCHED, SAVED, PERTURBED = 0, 1, 2  # values of ``status``
+# Columns of one coefficient: scale · (a + b · ratio), see `coefficients`.
+COEFFICIENT = ("scale", "a", "b", "p", "q", "root", "eps")
+SGD, ADAM = 0, 1  # values of ``rule``
+# Columns of `settings`, by rule, as in csrc/update_math.h.
+SGD_COLUMNS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+ADAM_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled")
+
+
+class _Row(NamedTuple):
+    """A row of the table: a run of one parameter's elements."""
+
+    k: int
+    segment: int
+    begin: int
+    offset: int
+    numel: int
+    group: int
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Its part of a list of tensors, as a 1-d view; None where the parameter is absent."""
+        tensor = tensors[self.segment] if tensors else None
+        if tensor is None or tensor.numel() == 0:
+            return None
+        return tensor.as_strided((tensor.numel(),), (1,))[self.begin : self.begin + self.numel]
+
+    def within(self, buffer: Tensor) -> Tensor:
+        """Its part of a flat buffer."""
+        return buffer[self.offset : self.offset + self.numel]
+
+    def weights(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Its part of one flat buffer, or of a list; the only tensor of a list is either."""
+        if len(weights) != 1:
+            return self.of(weights)
+        return self.within(weights[0].as_strided((weights[0].numel(),), (1,)))
+
+    def bits(self, mask: Tensor) -> Tensor:
+        """Bit k of byte j is that of element 8·j + k of a flat buffer."""
+        k = torch.arange(self.offset, self.offset + self.numel, device=mask.device)
+        return (mask[k // 8] >> (k % 8)) & 1 != 0
+
+
+def _rows(table: Tensor) -> Iterator[_Row]:
+    for k, row in enumerate(table.tolist()):
+        yield _Row(k, *row)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the arithmetic type."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _direction(g: Tensor, ema: Tensor | None, sigma: float) -> Tensor:
+    return g if ema is None else torch.where(ema.isnan(), g, g - _wide(ema) * sigma)
+
+
+def _ema_next(ema: Tensor, g: Tensor, lmbda: float) -> Tensor:
+    return torch.where(ema.isnan(), g, _wide(ema) * lmbda + g * (1 - lmbda))
+
+
+def _stretch(w: Tensor, eta: float) -> Tensor:
+    return w.abs() + eta
+
+
+def norm(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    table: Tensor,
+    *,
+    ema: Tensor | None = None,
+    sigma: float = 0.0,
+    eta: float | None = None,
+) -> Tensor:
+    """``‖d‖²`` as float64 ``[1]``."""
+    total = torch.zeros(1, dtype=torch.float64, device=table.device)
+    for row in _rows(table):
+        g = row.of(grads)
+        if g is None:
+            continue
+        d = _direction(_wide(g), None if ema is None else row.within(ema), sigma)
+        if eta is not None:
+            w = row.weights(weights)
+            assert w is not None
+            d = _stretch(_wide(w), eta) * d
+        total += d.double().square().sum()
+    return total
+
+
+def perturb(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    table: Tensor,
+    *,
+    norm_sq: Tensor,
+    radii: Tensor,
+    saved: Tensor,
+    status: Tensor,
+    achieved_sq: Tensor,
+    ema: Tensor | None = None,
+    mask: Tensor | None = None,
+    sigma: float = 0.0,
+    lmbda: float | None = None,
+    eta: float | None = None,
+) -> None:
+    """Weights to w + e, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by row.
+
+    Changes ``saved`` and ``status`` as the module says; nothing of a row whose gradient is absent but its achieved_sq,
+    which becomes 0.
+    """
+    norm_sq = norm_sq.sum()
+    finite = norm_sq.isfinite()
+    for row in _rows(table):
+        weight, g = row.weights(weights), row.of(grads)
+        achieved_sq[row.k] = 0
+        if weight is None or g is None:
+            continue
+        g, kept, before = _wide(g), row.within(saved), status[row.k].clone()
+        kept.copy_(torch.where(before == UNTOUCHED, weight, kept))
+        w = _wide(kept).clone()
+        average = None if ema is None else row.within(ema)
+        d = _direction(g, average, sigma)
+        if average is not None and lmbda is not None:
+            average.copy_(torch.where(finite, _ema_next(average, g, lmbda), _wide(average)))
+        if eta is not None:
+            d = _stretch(w, eta).square() * d
+        scale = (radii[row.group] / (norm_sq.sqrt() + EPS)).to(w.dtype)
+        moves = finite if mask is None else finite & row.bits(mask)
+        status[row.k] = PERTURBED  # from here on the weights can be brought back, also after an interruption
+        weight.copy_(torch.where(moves, w + d * scale, w))
+        after, old = weight.double(), w.double()
+        achieved_sq[row.k] = torch.where(finite & (after != old), (after - old).square(), 0.0).sum()  # inf - inf is NaN
+
+
+def ascend(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    table: Tensor,
+    *,
+    radii: Tensor,
+    saved: Tensor,
+    status: Tensor,
+    achieved_sq: Tensor,
+    ema: Tensor | None = None,
+    mask: Tensor | None = None,
+    sigma: float = 0.0,
+    lmbda: float | None = None,
+    eta: float | None = None,
+) -> Tensor:
+    """``norm``, then ``perturb`` by what it returned; returns it too."""
+    norm_sq = norm(weights, grads, table, ema=ema, sigma=sigma, eta=eta)
+    perturb(
+        weights,
+        grads,
+        table,
+        norm_sq=norm_sq,
+        radii=radii,
+        saved=saved,
+        status=status,
+        achieved_sq=achieved_sq,
+        ema=ema,
+        mask=mask,
+        sigma=sigma,
+        lmbda=lmbda,
+        eta=eta,
+    )
+    return norm_sq
+
+
+def _lists(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
+    """``count`` lists that stand one after the other in one."""
+    size = len(tensors) // count if count else 0
+    return [tensors[k * size : (k + 1) * size] for k in range(count)]
+
+
+def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
+    """The inner products of ``count`` vectors, float64 ``[count·(count + 1)/2, 1]``; row v·(v + 1)/2 + u is x_u·x_v, u ≤ v."""
+    lists = _lists(terms, count)
+    total = torch.zeros(count * (count + 1) // 2, 1, dtype=torch.float64, device=table.device)
+    for row in _rows(table):
+        vectors = [row.of(tensors) for tensors in lists]
+        for v, y in enumerate(vectors):
+            for u, x in enumerate(vectors[: v + 1]):
+                if x is not None and y is not None:
+                    total[v * (v + 1) // 2 + u] += (x.double() * y.double()).sum()
+    return total
+
+
+def coefficients(coefs: list[float], sums: list[Tensor], rescale: int, norm_sq: Tensor | None) -> list[float] | Tensor:
+    """The coefficients cₖ of Σ cₖ xₖ: numbers, or float64 ``[terms]`` where they depend on sums.
+
+    A row (scale, a, b, p, q, root, eps) of ``coefs`` is one term's: c = scale·(a + b·ratio), ratio = S_p / (S_q + eps), and
+    with ``root`` √S_p / (√S_q + eps). S are the rows of all ``sums``, one tensor after the other, each row summed up. A
+    ratio whose denominator is 0 or not finite counts 0.
+
+    ``sums[0]`` is the Gram matrix of the first n terms. Where ``rescale`` ≥ 0 they are made as long as √S_rescale: each a + b·
+    ratio of them times √S_rescale / (‖Σ (a + b·ratio) x‖ + 1e-12).
+
+    All are NaN where the Gram matrix or ``norm_sq`` is not finite.
+    """
+    width = len(COEFFICIENT)
+    rows = [coefs[k : k + width] for k in range(0, len(coefs), width)]
+    if not sums and norm_sq is None:
+        return [scale * a for scale, a, *_ in rows]
+    s = torch.cat([t.sum(-1).reshape(-1) for t in sums]) if sums else None
+    c, like = [], norm_sq if s is None else s
+    for _, a, b, p, q, root, eps in rows:
+        value = like.new_tensor(a)
+        if b:
+            above, below = (s[int(p)].sqrt(), s[int(q)].sqrt()) if root else (s[int(p)], s[int(q)])
+            below = below + eps
+            value = a + b * torch.where((below == 0) | ~below.isfinite(), 0.0, above / below)
+        c.append(value)
+    if sums:
+        head = sums[0].shape[0] if sums[0].dim() == 2 else 1  # rows of the Gram matrix
+        n = (math.isqrt(8 * head + 1) - 1) // 2
+        if rescale >= 0:
+            square = sum(
+                c[u] * c[v] * s[v * (v + 1) // 2 + u] * (1 if u == v else 2) for v in range(n) for u in range(v + 1)
+            )
+            factor = s[rescale].sqrt() / (square.clamp(min=0).sqrt() + EPS)
+            c[:n] = [x * factor for x in c[:n]]
+        poison = s[:head].sum()
+        c = [x + (poison - poison) for x in c]
+    if norm_sq is not None:
+        poison = norm_sq.sum()
+        c = [x + (poison - poison) for x in c]
+    return torch.stack([x * scale for x, (scale, *_) in zip(c, rows, strict=True)])
+
+
+def _combination(row: _Row, lists: list[list[Tensor]], c: list[float] | Tensor) -> Tensor | None:
+    """Σ cₖ xₖ in the arithmetic type, in the order of the terms; None where every term is absent."""
+    total = None
+    for tensors, value in zip(lists, c, strict=True):
+        x = row.of(tensors)
+        if x is None:
+            continue
+        x = _wide(x)
+        value = torch.as_tensor(value, dtype=torch.float64, device=x.device).to(x.dtype)
+        # The first term that counts is no addition to zero, which would lose the sign of a negative zero.
+        if total is None:
+            total, begun = torch.where(value == 0, torch.zeros_like(x), x * value), value != 0
+        else:
+            total = torch.where(value == 0, total, torch.where(begun, total + x * value, x * value))
+            begun = begun | (value != 0)
+    return total
+
+
+def descend(
+    weights: list[Tensor],
+    out: list[Tensor],
+    terms: list[Tensor],
+    table: Tensor,
+    *,
+    coefs: list[float],
+    sums: list[Tensor],
+    rescale: int = -1,
+    norm_sq: Tensor | None = None,
+    saved: Tensor | None = None,
+    status: Tensor | None = None,
+    last: bool = True,
+    out_sq: Tensor | None = None,
+) -> None:
+    """``w ← saved`` where it is perturbed, and ``out ← Σ cₖ xₖ``; either part is left out where its list is empty.
+
+    Where every term is absent, ``out`` becomes 0. ``out`` may be one of the terms. ``out_sq``: ‖out‖² by row. What was saved
+    is good for the next micro-batch of the same step, unless this was the ``last``: then ``status`` becomes UNTOUCHED.
+    """
+    lists = _lists(terms, len(coefs) // len(COEFFICIENT))
+    c = coefficients(coefs, sums, rescale, norm_sq)
+    for row in _rows(table):
+        weight = row.weights(weights) if weights else None
+        if weight is not None and saved is not None and status is not None:
+            weight.copy_(torch.where(status[row.k] == PERTURBED, row.within(saved), weight))
+            status[row.k] = UNTOUCHED if last else status[row.k].clamp(max=SAVED)
+        total = row.of(out)
+        if total is not None:
+            x = _combination(row, lists, c)
+            total.copy_(torch.zeros_like(total) if x is None else x)
+        if out_sq is not None:
+            out_sq[row.k] = 0 if total is None else total.double().square().sum()
+
+
+def update(
+    weights: list[Tensor],
+    states: list[Tensor],
+    terms: list[Tensor],
+    table: Tensor,
+    *,
+    rule: int,
+    settings: Tensor,
+    step: Tensor | None = None,
+    coefs: list[float],
+    sums: list[Tensor],
+    rescale: int = -1,
+    norm_sq: Tensor | None = None,
+    saved: Tensor | None = None,
+    status: Tensor | None = None,
+) -> None:
+    """One step of ``rule`` on Σ cₖ xₖ, for every row that has a term; ``status`` becomes UNTOUCHED in any case.
+
+    SGD is ``torch.optim.SGD``, columns ``SGD_COLUMNS``, states [momentum_buffer] or none; ADAM is ``torch.optim.Adam`` or, where
+    decoupled, ``AdamW``, columns ``ADAM_COLUMNS``, states [exp_avg, exp_avg_sq] and with amsgrad max_exp_avg_sq. ``step``
+    counts every parameter's updates; a momentum buffer begins with the gradient where it is still 0.
+    """
+    lists = _lists(terms, len(coefs) // len(COEFFICIENT))
+    c = coefficients(coefs, sums, rescale, norm_sq)
+    one = {SGD: _sgd, ADAM: _adam}[rule]
+    rows = settings.tolist()
+    updated = set()
+    for row in _rows(table):
+        weight, g = row.weights(weights), _combination(row, lists, c)
+        if weight is None:
+            continue
+        start = weight
+        if saved is not None and status is not None:
+            start = torch.where(status[row.k] == PERTURBED, row.within(saved), weight)
+        if g is None:
+            weight.copy_(start)
+        else:
+            count = None if step is None else step[row.segment]
+            weight.copy_(one(_wide(start).clone(), g, [row.within(s) for s in states], rows[row.group], count))
+            updated.add(row.segment)
+        if status is not None:
+            status[row.k] = UNTOUCHED
+    if step is not None:
+        for segment in updated:
+            step[segment] += 1
+
+
+def _sgd(w: Tensor, g: Tensor, states: list[Tensor], row: list[float], count: Tensor | None) -> Tensor:
+    lr, momentum, dampening, weight_decay, nesterov, maximize = row[: len(SGD_COLUMNS)]
+    g = -g if maximize else g
+    if weight_decay:
+        g = g + w * weight_decay
+    if momentum:
+        assert count is not None, "momentum needs step"
+        buffer = states[0]
+        following = torch.where(count == 0, g, _wide(buffer) * momentum + g * (1 - dampening))
+        buffer.copy_(following)
+        g = g + following * momentum if nesterov else following
+    return w - g * lr
+
+
+def _integer_power(x: float, n: int) -> float:
+    """x^n by repeated squaring, in the order of the kernels: not every pow rounds alike."""
+    result = 1.0
+    while n > 0:
+        if n & 1:
+            result *= x
+        n >>= 1
+        x *= x
+    return result
+
+
+def _adam(w: Tensor, g: Tensor, states: list[Tensor], row: list[float], count: Tensor | None) -> Tensor:
+    lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled = row[: len(ADAM_COLUMNS)]
+    assert count is not None, "Adam needs step"
+    t = int(count) + 1
+    g = -g if maximize else g
+    if weight_decay and decoupled:
+        w = w * (1 - lr * weight_decay)
+    elif weight_decay:
+        g = g + w * weight_decay
+    m, v = states[0], states[1]
+    first = _wide(m)
+    first = first + (g - first) * (1 - beta1) if 1 - beta1 < 0.5 else g - (g - first) * beta1
+    second = _wide(v) * beta2 + g * g * (1 - beta2)
+    m.copy_(first)
+    v.copy_(second)
+    if amsgrad:
+        largest = states[2]
+        second = torch.maximum(_wide(largest), second)
+        largest.copy_(second)
+    step_size, correction = lr / (1 - _integer_power(beta1, t)), math.sqrt(1 - _integer_power(beta2, t))
+    return w - first / (second.sqrt() / correction + eps) * step_size
