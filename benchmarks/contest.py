@@ -271,9 +271,6 @@ def enter(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the extra memory of a step")
-    parser.add_argument(
-        "--peer-seconds", type=float, default=120.0, help="leave a peer out whose first steps take longer"
-    )
 
 
 def copy_call(gradients: Gradients) -> Call:

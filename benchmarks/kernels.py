@@ -7,12 +7,12 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from msam_kernels.backends import reference
 from torch import Tensor
 
 from gradients import Gradients
 from measure import Call
 from msam_kernels import backends, methods
+from msam_kernels.backends import reference
 from msam_kernels.flat import Flat
 
 UNTOUCHED, SAVED, PERTURBED = reference.UNTOUCHED, reference.SAVED, reference.PERTURBED
