@@ -30,24 +30,7 @@ from msam_kernels import methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
-from training import (
-    FUSED,
-    GRID,
-    MARK,
-    PLAIN,
-    QUICK,
-    SHARPNESS_SAMPLES,
-    TASKS,
-    Contestant,
-    Cost,
-    Effort,
-    Row,
-    Task,
-    Timed,
-    kernels_missing,
-    logarithmic,
-    spread_of,
-)
+from training import QUICK, SHARPNESS_SAMPLES, TASKS, Contestant, Cost, Effort, Row, Task, Timed
 
 # Import name: name on PyPI.
 PACKAGES = {"sklearn": "scikit-learn", "mnist1d": "mnist1d", "matplotlib": "matplotlib"}
@@ -93,17 +76,15 @@ def check_equal(timed: dict[str, Timed]) -> None:
 # -- what came out -----------------------------------------------------------------------------------------------------
 
 
-def our_name() -> str:
-    return "reference" if kernels_missing() else "fused"
-
-
 def table(task: Task, rows: list[Row]) -> str:
     cells = []
     for row in rows:
         own = row.cost.get("fused") or row.cost["plain"]
         shares = [f"{row.cost[kind].optimizer:.3f}" if kind in row.cost else "–" for kind in ("fused", "plain")]
         cells.append((f"{own.step:.2f}", *shares))
-    return training.table(task, rows, ("step, ms", f"{our_name()}, ms", "plain, ms"), cells, "of that, optimizer")
+    return training.table(
+        task, rows, ("step, ms", f"{training.our_name()}, ms", "plain, ms"), cells, "of that, optimizer"
+    )
 
 
 NOTES = f"""\
@@ -111,71 +92,6 @@ In parentheses: the number of micro-batches. Mean ± standard deviation over the
 Sharpness: top eigenvalue of the Hessian of the training loss at the end, in eval mode, on {SHARPNESS_SAMPLES:,} samples
 at most. Step: median milliseconds of a training step on one thread. Optimizer: the part of it that is neither forward
 nor backward; plain is the same method as a PyTorch loop over the parameters (benchmarks/peers.py)."""
-
-
-def draw(tasks: tuple[Task, ...], rows: list[list[Row]], path: Path) -> None:
-    """One line of panels per task: accuracy, sharpness, the optimizer's time; contestants from top to bottom."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
-    fig = Figure(figsize=(13.5, 8.6), layout="constrained", facecolor="white")
-    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    *parts, foot = fig.subfigures(len(tasks) + 1, 1, height_ratios=[1] * len(tasks) + [0.09])
-    for part, task, lines in zip(parts, tasks, rows, strict=True):
-        part.suptitle(str(task), fontsize=13, fontweight="bold", x=0.01, ha="left")
-        panels = part.subplots(1, 3, sharey=True)
-        heights = range(len(lines))
-        for panel in panels:
-            panel.spines[["top", "right", "left"]].set_visible(False)
-            panel.tick_params(axis="y", length=0)
-            panel.tick_params(axis="both", labelsize=10)
-            panel.grid(axis="x", color=GRID, linewidth=0.7)
-            panel.set_axisbelow(True)
-            for height in heights:
-                panel.axhline(height, color=GRID, linewidth=0.7, zorder=0)
-        panels[0].set_yticks(heights, [line.contestant.label for line in lines])
-        panels[0].set_ylim(len(lines) - 0.4, -0.6)
-
-        for panel, values in zip(panels, ([r.accuracy for r in lines], [r.sharpness for r in lines]), strict=False):
-            for height, seeds in zip(heights, values, strict=True):
-                style = {"fmt": "o", "color": FUSED, "markersize": 7, "capsize": 4, "zorder": 3}
-                panel.errorbar(statistics.fmean(seeds), height, xerr=spread_of(seeds), **style)
-                panel.plot(seeds, [height] * len(seeds), "o", color=MARK, markersize=2.5, zorder=4)
-            panel.axvline(statistics.fmean(values[0]), color=MARK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        # Room for the ratio at the right.
-        panels[2].margins(x=0.16)
-        panels[0].set_xlabel("test accuracy, %")
-        panels[0].xaxis.set_major_locator(MaxNLocator(6))
-        panels[1].set_xlabel("sharpness: top Hessian eigenvalue")
-        panels[2].set_xlabel("optimizer's part of a step, ms")
-
-        cost = panels[2]
-        for height, line in zip(heights, lines, strict=True):
-            kinds = {kind: line.cost[kind].optimizer for kind in ("plain", "fused") if kind in line.cost}
-            cost.plot(list(kinds.values()), [height] * len(kinds), color=GRID, linewidth=4, solid_capstyle="round")
-            for kind, milliseconds in kinds.items():
-                cost.plot(milliseconds, height, "o", color=FUSED if kind == "fused" else PLAIN, markersize=8, zorder=3)
-            if len(kinds) == 2:
-                ratio = f"{kinds['plain'] / kinds['fused']:.1f}×"
-                cost.annotate(ratio, (max(kinds.values()), height), (9, 0), textcoords="offset points", va="center")
-        for panel, ticks in zip(panels[1:], ((1, 2, 3, 5, 7), (1, 2, 5)), strict=True):
-            panel.set_xscale("log")
-            logarithmic(panel.xaxis, ticks)
-
-    def dot(color: str, size: float, **options) -> Line2D:
-        return Line2D([], [], marker="o", color=color, markersize=size, **{"linestyle": "none", **options})
-
-    key = {
-        "mean ± standard deviation": dot(FUSED, 7, linestyle="-"),
-        "one seed": dot(MARK, 3),
-        "SGD": Line2D([], [], color=MARK, linewidth=0.9, linestyle=(0, (4, 3))),
-        f"optimizer, {our_name()}": dot(FUSED, 8),
-        "optimizer, plain PyTorch": dot(PLAIN, 8),
-        "(4): four micro-batches": Line2D([], [], linestyle="none"),
-    }
-    foot.legend(key.values(), key.keys(), loc="center", ncols=len(key), frameon=False, fontsize=10)
-    fig.savefig(path, dpi=130)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -196,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     for task, lines in zip(tasks, rows, strict=True):
         print("\n" + table(task, lines))
     print("\n" + NOTES)
-    draw(tasks, rows, args.output)
+    training.draw(tasks, rows, args.output)
     print(f"\nPicture: {args.output}   ({time.perf_counter() - begin:.0f} s)")
 
 

@@ -387,12 +387,12 @@ class Row(NamedTuple):
 
 
 def mean_std(values: list[float], digits: int) -> str:
-    spread = f" ± {spread_of(values):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def spread_of(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def our_name() -> str:
+    return "reference" if kernels_missing() else "fused"
 
 
 def table(task: Task, rows: list[Row], header: Sequence[str], cells: Sequence[Sequence[str]], group: str = "") -> str:
@@ -410,13 +410,84 @@ def table(task: Task, rows: list[Row], header: Sequence[str], cells: Sequence[Se
 FUSED, PLAIN, MARK, GRID = "#1f6feb", "#8b949e", "#24292f", "#d8dee4"
 
 
-def logarithmic(axis: Any, ticks: Sequence[float]) -> None:
-    """The axis of a plot in powers of ten, with these multiples of them as plain numbers."""
+def draw(tasks: Sequence[Task], rows: list[list[Row]], path: Path) -> None:
+    """One line of panels per task: accuracy, sharpness, the optimizer's time; contestants from top to bottom."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    heights = [0.8 + 0.42 * len(lines) for lines in rows]
+    fig = Figure(figsize=(13.5, 0.9 + sum(heights)), layout="constrained", facecolor="white")
+    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    *parts, foot = fig.subfigures(len(tasks) + 1, 1, height_ratios=[*heights, 0.35])
+    for part, task, lines in zip(parts, tasks, rows, strict=True):
+        part.suptitle(str(task), fontsize=13, fontweight="bold", x=0.01, ha="left")
+        panels = part.subplots(1, 3, sharey=True)
+        for panel in panels:
+            panel.spines[["top", "right", "left"]].set_visible(False)
+            panel.tick_params(axis="y", length=0)
+            panel.grid(color=GRID, linewidth=0.7)
+            panel.set_axisbelow(True)
+        panels[0].set_yticks(range(len(lines)), [line.contestant.label for line in lines])
+        panels[0].set_ylim(len(lines) - 0.4, -0.6)
+        draw_results(panels[0], [line.accuracy for line in lines], "test accuracy, %")
+        panels[0].xaxis.set_major_locator(MaxNLocator(6))
+        draw_results(panels[1], [line.sharpness for line in lines], "sharpness: top Hessian eigenvalue")
+        logarithmic(panels[1], (1, 2, 3, 5, 7))
+        draw_costs(panels[2], [line.cost for line in lines])
+        logarithmic(panels[2], (1, 2, 5))
+    legend(foot)
+    fig.savefig(path, dpi=130)
+
+
+def draw_results(panel: Any, values: list[list[float]], what: str) -> None:
+    """A line per contestant: its seeds, their mean and deviation; the first one's mean also across all."""
+    style = {"fmt": "o", "color": FUSED, "markersize": 7, "capsize": 4, "zorder": 3}
+    for height, seeds in enumerate(values):
+        spread = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
+        panel.errorbar(statistics.fmean(seeds), height, xerr=spread, **style)
+        panel.plot(seeds, [height] * len(seeds), "o", color=MARK, markersize=2.5, zorder=4)
+    panel.axvline(statistics.fmean(values[0]), color=MARK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    panel.set_xlabel(what)
+
+
+def draw_costs(panel: Any, costs: list[dict[str, Cost]]) -> None:
+    panel.margins(x=0.16)  # Room for the ratio at the right.
+    panel.set_xlabel("optimizer's part of a step, ms")
+    for height, cost in enumerate(costs):
+        kinds = {kind: cost[kind].optimizer for kind in ("plain", "fused") if kind in cost}
+        panel.plot(list(kinds.values()), [height] * len(kinds), color=GRID, linewidth=4, solid_capstyle="round")
+        for kind, milliseconds in kinds.items():
+            panel.plot(milliseconds, height, "o", color=FUSED if kind == "fused" else PLAIN, markersize=8, zorder=3)
+        if len(kinds) == 2:
+            ratio = f"{kinds['plain'] / kinds['fused']:.1f}×"
+            panel.annotate(ratio, (max(kinds.values()), height), (9, 0), textcoords="offset points", va="center")
+
+
+def logarithmic(panel: Any, ticks: Sequence[float]) -> None:
+    """Along x, with these multiples of the powers of ten as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=ticks))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def legend(foot: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    def dot(color: str, size: float, **options) -> Line2D:
+        return Line2D([], [], marker="o", color=color, markersize=size, **{"linestyle": "none", **options})
+
+    key = {
+        "mean ± standard deviation": dot(FUSED, 7, linestyle="-"),
+        "one seed": dot(MARK, 3),
+        "SGD": Line2D([], [], color=MARK, linewidth=0.9, linestyle=(0, (4, 3))),
+        f"optimizer, {our_name()}": dot(FUSED, 8),
+        "optimizer, plain PyTorch": dot(PLAIN, 8),
+        "(4): four micro-batches": Line2D([], [], linestyle="none"),
+    }
+    foot.legend(key.values(), key.keys(), loc="center", ncols=len(key), frameon=False, fontsize=10)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
