@@ -29,7 +29,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ import measure
 import peers
 from contest import FAMILY, LR, OURS, PASSES, TOLERANCE, Case, count_of, dtype_name
 from gradients import Gradients
-from measure import Clock, EventClock, Say, interleave, number, print_table, size
+from measure import Clock, EventClock, Job, Say, interleave, number, print_table, size
 from shapes import CPU_SHAPES, GPU_SHAPES, SHAPES
 
 # What the first goal is stated against; compile has a goal of its own, the rest is shown for completeness.
@@ -303,22 +303,24 @@ def run_kernels(results: Results, where: dict, gradients: Gradients, args: argpa
         contest.add_timing(results, gradients, timing, kernels[name][0], kind=kind, contestant=name, **where)
 
 
-def jobs(results: Results, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Say], None]]]:
+def jobs(results: Results, args: argparse.Namespace) -> Generator[Job, None, None]:
     """Shape by shape, whose results are printed when its last job is done."""
     names = [*([] if args.peers_only else [OURS, PASSES]), *args.peers]
     for shape, dtype in itertools.product(args.shapes, (getattr(torch, name) for name in args.dtype)):
         gradients = Gradients(SHAPES[shape](), dtype, args.device)
         where = contest.where(shape, gradients)
-        if not (args.no_kernels or args.peers_only):
-            yield f"{shape}, {dtype_name(dtype)}, kernels", partial(run_kernels, results, where, gradients, args)
-        for base in [] if args.no_steps else args.base:
-            # Compiled functions serve all methods and micro-batches of one shape; those of others only cost guards.
-            torch.compiler.reset()
-            for method, m in itertools.product(args.methods, args.micro_batches):
-                case = Case(shape, method, base, dtype, m, args.backend)
-                yield str(case), partial(contest.run_case, results, case, where, gradients, names, args)
-        del gradients
-        print_shape(results, shape, dtype_name(dtype))
+        try:
+            if not (args.no_kernels or args.peers_only):
+                yield f"{shape}, {dtype_name(dtype)}, kernels", partial(run_kernels, results, where, gradients, args)
+            for base in [] if args.no_steps else args.base:
+                # Compiled functions serve all methods and micro-batches of one shape; those of others only cost guards.
+                torch.compiler.reset()
+                for method, m in itertools.product(args.methods, args.micro_batches):
+                    case = Case(shape, method, base, dtype, m, args.backend)
+                    yield str(case), partial(contest.run_case, results, case, where, gradients, names, args)
+        finally:
+            del gradients
+            print_shape(results, shape, dtype_name(dtype))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

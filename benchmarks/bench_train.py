@@ -24,7 +24,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure
 import peers
 from contest import count_of, first_line
-from measure import Call, Clock, Failed, Results, Say, interleave, number, print_table, size
+from measure import Call, Clock, Failed, Job, Results, Say, interleave, number, print_table, size
 
 OURS, CAPTURED, COMPILED = "ours", "ours, captured", ", compiled model"
 PEERS = ("loop", "foreach", "compile")
@@ -268,6 +268,8 @@ def enter(
 
 def print_case(results: Results, case: Case, parameters: int, samples: int) -> None:
     rows = results.select(kind="train", **vars(case))
+    if not rows:
+        return
     best = max((r["samples_per_s"] for r in rows if r["contestant"] in EAGER_PEERS), default=None)
     lines = []
     for row in sorted(rows, key=lambda row: row["ms"]):
@@ -312,7 +314,7 @@ def run_case(results: Results, case: Case, task: Task, args: argparse.Namespace,
         results.add(kind="train", **vars(case), contestant=name, samples_per_s=rate, **timing.as_row())
 
 
-def jobs(results: Results, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Say], None]]]:
+def jobs(results: Results, args: argparse.Namespace) -> Generator[Job, None, None]:
     tasks = GPU_TASKS if args.device.type == "cuda" else CPU_TASKS
     for model in args.models:
         torch.compiler.reset()

@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ import contest
 import measure
 from contest import FAMILY, OURS, PASSES, PERIOD
 from gradients import Backward, Gradients, Steps
-from measure import Clock, Failed, Results, Say, Timing, number, print_table, size
+from measure import Clock, Failed, Job, Results, Say, Timing, number, print_table, size
 from shapes import CPU_SHAPES, SHAPES
 
 WAYS = {"closure": OURS, "passes": PASSES}
@@ -193,7 +193,7 @@ def print_results(results: Results) -> None:
     print_table(("one step, ms", "before", "after", "ratio", "iqr"), rows)
 
 
-def jobs(results: Results, args: argparse.Namespace, paths: list[Path]):
+def jobs(results: Results, args: argparse.Namespace, paths: list[Path]) -> Generator[Job, None, None]:
     cases = [Case(*c) for c in itertools.product(args.shapes, args.methods, args.ways, args.micro_batches)]
     pairs = {case: Pair() for case in cases}
     for turn in range(args.turns):

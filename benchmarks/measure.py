@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -463,6 +463,9 @@ class Progress:
 # -- run ---------------------------------------------------------------------------------------------------------------
 
 
+Job = tuple[str, Callable[[Say], object]]
+
+
 class Failed(Exception):
     """A case that cannot be measured, for a reason that the message gives."""
 
@@ -504,13 +507,14 @@ def begin(args: argparse.Namespace, title: str, kind: type[Results] = Results, *
     return results
 
 
-def run(jobs: Iterable[tuple[str, Callable[[Say], object]]], total: int, results: Results, args) -> list[str]:
+def run(jobs: Generator[Job, None, None], total: int, results: Results, args: argparse.Namespace) -> list[str]:
     """Run every (name, job) as it comes, write the CSV after each, and return the names of those that failed."""
     progress, end, failed = Progress(total, "cases"), time.monotonic() + args.limit, []
     for name, job in jobs:
         if time.monotonic() > end:
-            results.note(f"{name}: left out, the time limit was reached.")
-            continue
+            results.note(f"{name} and all that follows is left out, the time limit was reached.")
+            jobs.close()
+            break
         try:
             job(lambda text, name=name: progress.say(f"{name}: {text}"))
         except Failed as error:
