@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +35,29 @@ OURS, PASSES = "ours", "ours (passes loop)"
 PERIOD = 5  # steps, of which LookSAM perturbs in one
 LR = {"sgd": 0.1, "adamw": 1e-2}
 
-# By name: the class in ``methods``, and how many P a step moves beyond SAM's with one micro-batch: the mean gradient in
-# norm and perturb, say. LookSAM moves (16 + 4 · 7) / 5 with SGD.
+
+class Method(NamedTuple):
+    """A method of the family, by its class in ``methods``; what it moves beyond SAM, in P per micro-batch.
+
+    ``ascent``: in norm and perturb, for a second perturbation, and for inner products; ``held``: gradients that the descent
+    reads besides the last one; ``mixed``: whether the descent changes even a single gradient.
+    """
+
+    kind: str
+    ascent: float = 0
+    held: int = 0
+    mixed: bool = False
+
+
 FAMILY = {
-    "SAM": ("SAM", 0),
-    "ASAM": ("AdaptiveSAM", 1),
-    "F-SAM": ("FriendlySAM", 3),
-    "Stable SAM": ("StableSAM", 1),
-    "Sparse SAM": ("SparseSAM", 1 / 32),
-    "LookSAM": ("LookSAM", -1.2),
-    "Bilateral SAM": ("BilateralSAM", 7),
-    "GSAM": ("GapSAM", 3),
+    "SAM": Method("SAM"),
+    "ASAM": Method("AdaptiveSAM", ascent=1),
+    "F-SAM": Method("FriendlySAM", ascent=3),
+    "Stable SAM": Method("StableSAM", ascent=1, mixed=True),
+    "Sparse SAM": Method("SparseSAM", ascent=1 / 32),
+    "LookSAM": Method("LookSAM", ascent=2),
+    "Bilateral SAM": Method("BilateralSAM", ascent=5, held=2, mixed=True),
+    "GSAM": Method("GapSAM", ascent=2, held=1, mixed=True),
 }
 
 # Relative L2 error of the way walked, ours and the peers'. In fp32 a rounding of w costs 6e-8 * |w| / |way| per step,
@@ -104,17 +117,22 @@ class Case:
             "GSAM": {"alpha": 0.4},
         }.get(self.method, {})
 
-    def passes(self, *, passes_loop: bool = False) -> float | None:
-        """P of a fused step: how often it must read or write all parameters, gradients or state. None: not counted."""
-        m, more = self.micro_batches, FAMILY[self.method][1]
+    def passes(self, *, passes_loop: bool = False) -> float:
+        """P of a fused step: how often it must read or write all parameters, gradients or state."""
+        m, method = self.micro_batches, FAMILY[self.method]
         update = 5 if self.base == "sgd" else 7
-        if m == 1:
-            return 5 + more + update + (2 if passes_loop else 0)
-        if self.method not in ("SAM", "ASAM", "F-SAM", "Sparse SAM"):
-            return None
-        ascent = m * (4 + more) + 1
-        # Restore alone after the first micro-batch, restore + accumulate, and both fused with the update after the last.
-        return ascent + 2 + 5 * (m - 1) + update if passes_loop else ascent + 2 + 5 * (m - 2) + update + 1
+        # The first descent is left where it is, unless it is mixed; the others are added to it.
+        descents = [2 + method.mixed * (2 + method.held)] + [5 + method.held] * (m - 1)
+        ascents = m * (4 + method.ascent) + 1
+        if passes_loop:
+            total = ascents + sum(descents) + update
+        else:
+            total = ascents + sum(descents[:-1]) + method.held + (m > 1) + update
+        if self.method != "LookSAM":
+            return total
+        # Its v in the step that perturbs; in the others the mean, its norm, and v in the update or added to the mean.
+        between = 3 * (m - 1) + 1 + (3 if passes_loop else 1) + update
+        return (total + 4 * m - 1 + (PERIOD - 1) * between) / PERIOD
 
 
 # -- contestants -------------------------------------------------------------------------------------------------------
@@ -160,7 +178,7 @@ def make_ours(name: str, case: Case, gradients: Gradients) -> Contestant:
     params, count = gradients.parameters(), case.micro_batches
     sparse = case.method == "Sparse SAM"
     settings = {"update_every": None} if sparse else case.settings(gradients.rho)
-    method = getattr(methods, FAMILY[case.method][0])(**settings)
+    method = getattr(methods, FAMILY[case.method].kind)(**settings)
     options = {"num_micro_batches": count, "method": method, "backend": case.backend}
     opt = MicroBatchSAM(torch_base(params, case.base), rho=gradients.rho, **options)
     if sparse:
@@ -279,9 +297,9 @@ def copy_call(gradients: Gradients) -> Call:
     return Call(lambda: target.copy_(source))
 
 
-def add_timing(results: Results, gradients: Gradients, timing: Timing, passes: float | None, **row) -> dict:
+def add_timing(results: Results, gradients: Gradients, timing: Timing, passes: float, **row) -> dict:
     """A row with the bandwidth of so many passes over all parameters."""
-    speed = passes * gradients.nbytes / timing.median / 1e9 if passes else None
+    speed = passes * gradients.nbytes / timing.median / 1e9
     return results.add(**row, **timing.as_row(), passes=passes, gb_per_s=speed)
 
 

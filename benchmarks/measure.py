@@ -191,14 +191,23 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    error = TimeoutError(f"did not end within {seconds:g} s")
+    over = False
+
     def stop(*_: object) -> None:
-        raise TimeoutError(f"did not end within {seconds:g} s")
+        nonlocal over
+        over = True
+        raise error
 
     before = signal.signal(signal.SIGALRM, stop)
     # Again and again, for the case that something catches it.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
+    except Exception:
+        if over:  # whatever became of it on its way
+            raise error from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -273,6 +273,18 @@ def test_two_checkouts_are_compared(load, tmp_path, capsys):
     assert all(0.1 < float(row["ratio"]) < 10 for row in rows)
 
 
+def test_bytes_of_a_step_are_those_of_the_contract(load):
+    contest = load("contest")
+
+    def passes(method, m=1, base="sgd", **options):
+        return contest.Case("cnn", method, base, torch.float32, m).passes(**options)
+
+    one = {"SAM": 10, "ASAM": 11, "F-SAM": 13, "Stable SAM": 11, "Bilateral SAM": 17, "GSAM": 13, "LookSAM": 8.6}
+    assert {method: passes(method) for method in one} == one
+    assert passes("SAM", base="adamw") == passes("SAM", passes_loop=True) == 12
+    assert passes("SAM", 4) == 4 * 4 + 1 + 2 + 5 + 5 + 6
+
+
 # ---- peers -----------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
@@ -325,7 +337,7 @@ def test_a_peer_takes_the_steps_of_the_yardstick(name, method, count, load):
 
     def make_yardstick(params):
         options = {"update_every": 1000} if sparse else settings
-        plain = PlainSAM(sgd(params), rho=0.3, method=getattr(methods, contest.FAMILY[method][0])(**options))
+        plain = PlainSAM(sgd(params), rho=0.3, method=getattr(methods, contest.FAMILY[method].kind)(**options))
         if sparse:
             plain.mask = dict(zip(params, contest.half(params), strict=True))
         return plain
