@@ -41,7 +41,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "unknown";
 #endif
-  info["instruction_set"] = msam::cpu::kernels().instruction_set;
+  info["instruction_set"] = msam::cpu::instruction_set();
 #if defined(_OPENMP)
   info["threads"] = "openmp";
 #else
@@ -131,7 +131,7 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   }
   for (size_t i = 0; regular && i < n; ++i) {
     const at::Tensor& param = THPVariable_Unpack(params[i].ptr());
-    if (grads[i].is(placeholder)) continue;
+    if (grads[i].ptr() == placeholder.ptr()) continue;
     param.unsafeGetTensorImpl()->bump_version();
     if (clear) param.mutable_grad().reset();
   }

@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return sorted({value for r in reports for name, value in r.user_properties if name == COVERED})
 
     there = backends.available_backends()["cpu"] is None
-    whole = backends._C.build_info()["instruction_set"] if there else "none of them"
+    whole = backends.extension.build_info()["instruction_set"] if there else "none of them"
     compared = ["baseline", *named("passed")]
     words = [f"whole run as {whole}", "bits compared: " + (", ".join(compared) if compared[1:] else "none")]
     if lacking := named("skipped"):

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of the CPU kernels' builds, one per instruction set. Knows no torch.
+// Tables of the CPU kernels by instruction set and storage type. Knows no torch.
 #pragma once
 
 #include "../arguments.h"
@@ -17,8 +17,7 @@ struct Context {
 // Each works on rows [first, last) of the table.
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, const Context&, int64_t first, int64_t last);
-struct Kernels {
-  const char* instruction_set;
+struct Kernels {  // of one instruction set and one storage type
   Kernel<Norm> norm;
   Kernel<Perturb> perturb;
   Kernel<Gram> gram;
@@ -26,8 +25,9 @@ struct Kernels {
   Kernel<Update> update;
 };
 
-// The build for the widest instruction set that this processor has, or for the one that MSAM_KERNELS_ISA (baseline, avx2,
-// avx512) names; throws where that is not there.
-const Kernels& kernels();
+// Those for the widest instruction set that this processor has, or for the one that MSAM_KERNELS_ISA (baseline, avx2, avx512)
+// names; throws where that is not there.
+const Kernels& kernels(Storage storage);
+const char* instruction_set();
 
 }  // namespace msam::cpu

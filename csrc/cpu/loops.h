@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops: load -> function of update_math.h -> store. No include guard: kernels.cpp includes this file once per
-// instruction set, inside a namespace of its own. Blocks of kBlock elements pass through arrays that stay in L1; where
-// storage and arithmetic type agree, loads and ordinary stores touch memory directly.
+// The loops: load -> function of update_math.h -> store. Part of unit.h, which includes this file inside a namespace. Blocks
+// of kBlock elements pass through arrays that stay in L1; where storage and arithmetic type agree, loads and ordinary stores
+// touch memory directly.
 
 // ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -456,7 +456,11 @@ struct Terms {
   }
   // The combination is one term as it is.
   bool is_plain() const { return live == 1 && coefficients[0] == 1; }
-  bool reads(const S* p) const { return std::find(from, from + live, p) != from + live; }
+  bool reads(const S* p) const {
+    bool found = false;
+    for (int k = 0; k < live; ++k) found = found || from[k] == p;
+    return found;
+  }
   void add_to(Ahead<S>& ahead) const {
     for (int k = 0; k < live; ++k) ahead.add(from[k]);
   }
@@ -535,7 +539,7 @@ void descend(const Descend& a, const Context& x, int64_t first, int64_t last) {
     const Chunk& c = a.table[k];
     if (S* weights = at<S>(x, a.weights, c)) {
       if (a.status[k] == kPerturbed) copy(at<S>(a.saved, c), weights, c.numel, x.large);
-      a.status[k] = a.last ? kUntouched : std::min<uint8_t>(a.status[k], kSaved);
+      if (a.last || a.status[k] == kPerturbed) a.status[k] = a.last ? kUntouched : kSaved;
     }
     S* outs = at<S>(x, a.out, c);
     const double square = outs ? combine(Terms<S>(a, x, c), outs, c.numel, x.large, a.out_sq) : 0;
@@ -609,25 +613,3 @@ void update(const Update& a, const Context& x, int64_t first, int64_t last) {
   }
   finish_streaming(x.large);
 }
-
-// ---- one entry per kernel ---------------------------------------------------------------------------------------
-
-#define MSAM_ENTRY(name, Args)                                                             \
-  inline void name##_entry(const Args& a, const Context& x, int64_t first, int64_t last) { \
-    switch (a.storage) {                                                                   \
-      case Storage::kFloat:                                                                \
-        return name<float>(a, x, first, last);                                             \
-      case Storage::kDouble:                                                               \
-        return name<double>(a, x, first, last);                                            \
-      case Storage::kBFloat16:                                                             \
-        return name<bf16>(a, x, first, last);                                              \
-      case Storage::kHalf:                                                                 \
-        return name<half>(a, x, first, last);                                              \
-    }                                                                                      \
-  }
-MSAM_ENTRY(norm, Norm)
-MSAM_ENTRY(perturb, Perturb)
-MSAM_ENTRY(gram, Gram)
-MSAM_ENTRY(descend, Descend)
-MSAM_ENTRY(update, Update)
-#undef MSAM_ENTRY

@@ -44,28 +44,28 @@ class Device : public Call {
   }
 
   Tensor run(Norm& a) {
-    const Tensor norm_sq = summed(a, kernels().norm, {1});
+    const Tensor norm_sq = summed(a, kernels(a.storage).norm, {1});
     context_.norm_sq = *norm_sq.const_data_ptr<double>();
     return norm_sq;
   }
-  Tensor run(Gram& a) { return summed(a, kernels().gram, {a.count * (a.count + 1) / 2, 1}); }
+  Tensor run(Gram& a) { return summed(a, kernels(a.storage).gram, {a.count * (a.count + 1) / 2, 1}); }
   void run(Perturb& a) {
     context_.norm_sq = total(a.norm_sq);
     // Backwards: the end of the gradient, which norm read last, may still be in cache.
-    share(a, kernels().perturb, true);
+    share(a, kernels(a.storage).perturb, true);
   }
   Tensor ascend(Perturb& a) {
     const Tensor norm_sq = run(static_cast<Norm&>(a));
-    share(a, kernels().perturb, true);
+    share(a, kernels(a.storage).perturb, true);
     return norm_sq;
   }
   void run(Descend& a) {
     evaluate(a);
-    share(a, kernels().descend);
+    share(a, kernels(a.storage).descend);
   }
   void run(Update& a) {
     evaluate(a);
-    share(a, kernels().update);
+    share(a, kernels(a.storage).update);
     for (int64_t k = 0; a.step && k < a.rows; ++k)
       if (a.table[k].begin == 0 && has_term(a, a.table[k].segment)) a.step[a.table[k].segment] += 1;
   }
