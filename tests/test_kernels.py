@@ -66,13 +66,10 @@ CPU = torch.device("cpu")
 ISAS = ("baseline", "avx2", "avx512")
 STREAMED = (9 << 20) + 12  # bytes; from 8 MiB on the kernels store past the cache
 STREAMED_CASES = [
-    ("perturb", "plain"),
     ("perturb", "any status, friendly"),
     ("perturb", "any status, masked, friendly and adaptive"),
-    ("descend", "weights and mean"),
     ("descend", "mean, anew"),
-    ("descend", "out, four terms"),
-    ("update", "sgd, not counted"),
+    ("descend", "copied"),
     ("update", "sgd, mean"),
     ("update", "adam, everything"),
 ]
@@ -428,9 +425,9 @@ def test_large_buffers_that_are_stored_past_the_cache_give_the_same_bits(operato
     assert_matches(make(operator, variant, dtype, (STREAMED // dtype.itemsize, 257), groups=2))
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_misaligned_large_buffers_give_the_same_bits(dtype):
-    for operator, variant in (("perturb", "plain"), ("descend", "weights"), ("update", "sgd, not counted")):
+    for operator, variant in (("perturb", "any status"), ("descend", "weights"), ("update", "sgd, not counted")):
         assert_matches(make(operator, variant, dtype, (STREAMED // dtype.itemsize, 257), shift=1, flat=False))
 
 
@@ -1125,7 +1122,7 @@ if __name__ == "__main__":
         if report["missing"] is None:
             prints = fingerprint(CASES, lambda _: (0, 1, 3, 4, 5, 31, 33, 255, 257, 4097, CHUNK + 1))
             prints.update(fingerprint(STREAMED_CASES[1::2], lambda itemsize: (STREAMED // itemsize, 257)))
-            report |= {"isa": backends._C.build_info()["instruction_set"], "conversions": conversion_errors()}
+            report |= {"isa": backends.extension.build_info()["instruction_set"], "conversions": conversion_errors()}
             report |= {"fingerprint": prints}
         print(json.dumps(report))
     elif sys.argv[1] == "errors":
