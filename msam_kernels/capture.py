@@ -135,7 +135,8 @@ class CapturedStep:
 
     def _recorded(self) -> Tensor:
         closures = self._micro_batches()
-        return mean(self._opt.engine.run(closures, closures.shares), closures.shares)  # type: ignore[no-any-return]
+        loss: Tensor = mean(self._opt.engine.run(closures, closures.shares), closures.shares)
+        return loss
 
     def _micro_batches(self) -> MicroBatches:
         return self._opt.micro_batches(self._loss_fn, tree_unflatten(self._inputs, self._structure))

@@ -296,6 +296,7 @@ class SparseSAM(SAM):
 
     def share_dropped(self, step: int) -> float:
         """Of a dynamic mask, at a step: drop_rate / 2 · (1 + cos(π·step / total_steps))."""
+        assert self.total_steps is not None, "a dynamic mask has total_steps"
         return self.drop_rate / 2 * (1 + math.cos(math.pi * min(step / self.total_steps, 1)))
 
 

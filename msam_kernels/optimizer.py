@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -272,7 +272,7 @@ class MicroBatchSAM(Optimizer):
         """
         return self.engine.stats()
 
-    def passes(self, *batch: Any) -> Iterator[Any]:
+    def passes(self, *batch: Any) -> Generator[Any, None, None]:
         """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
 
         ``batch``: tensors, or dicts, tuples and lists of them, that share dim 0. Several arguments are yielded as a tuple,

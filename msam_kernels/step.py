@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -180,7 +180,7 @@ class Engine:
 
     # -- steps ------------------------------------------------------------------------------------------------------------
 
-    def passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
+    def passes(self, parts: list[Any], shares: list[float]) -> Generator[Any, None, None]:
         """The loop of one step without the update: each micro-batch as often as the plan says."""
         self.check_idle("passes()")
         with self.begin(shares) as step:
