@@ -23,6 +23,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
+    "LIKE_NEW",
     "InstanceNorm",
     "TreeSpec",
     "buffers_of",
@@ -41,6 +42,10 @@ __all__ = [
 ]
 
 
+#: What ``Optimizer.__init__`` leaves in an optimizer beside its groups, state and hooks.
+LIKE_NEW = {"_warned_capturable_if_run_uncaptured": True}
+
+
 def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], dict[int, Any]]:
     """The hooks around ``step`` that were registered on this very optimizer."""
     return optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
@@ -49,10 +54,7 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], dict[i
 def has_listeners(optimizer: torch.optim.Optimizer) -> bool:
     """Whether anybody wants to know of this optimizer's steps."""
     return bool(
-        profiler_enabled()
-        or any(step_hooks(optimizer))
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
+        profiler_enabled() or any(step_hooks(optimizer)) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     )
 
 

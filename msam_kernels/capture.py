@@ -187,7 +187,8 @@ class CapturedStep:
 
 
 def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:
-    assert graph.replay is not None and graph.loss is not None
+    assert graph.replay is not None
+    assert graph.loss is not None
     graph.replay()
     engine = opt.engine
     for flat in engine.store.flats:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ._checks import check_integer, check_number
@@ -365,9 +365,7 @@ class BilateralSAM(SAM):
 
     def change(self, plan: Plan) -> Plan:
         coefficient = Coefficient(0.0, -1.0, p=dot(1, 1), q=dot(0, 0), root=True)
-        return replace(
-            plan, opposite=self.rho_min, holds=2, descent=(coefficient, Coefficient(), Coefficient())
-        )
+        return replace(plan, opposite=self.rho_min, holds=2, descent=(coefficient, Coefficient(), Coefficient()))
 
 
 @dataclass(frozen=True)
@@ -448,4 +446,3 @@ class Composition(SAM):
         for part in self.parts:
             plan = part.change(plan)
         return plan
-

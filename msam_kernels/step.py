@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class Stats:
     grad_norm: Tensor
     perturbation_norm: Tensor
     nonfinite: Tensor
+
+
+#: By base optimizer: the groups whose rho a wrapper put there.
+RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
 class Engine:
@@ -85,14 +90,25 @@ class Engine:
     def adopt(self) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho."""
         self.store.adopt(self.check_idle)
-        put_there = set(getattr(self.base, "_msam_groups", ()))
+        put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
                 group["rho"] = self.radii.default
                 put_there.add(g)
-        self.base._msam_groups = put_there  # type: ignore[attr-defined]
         self.radii.take_schedules(self.steps)
         self.tables.forget()
+
+    def take_over(self) -> None:
+        """``adopt`` for the first time: a rho that an earlier wrapper put into a group is not the user's."""
+        groups = self.base.param_groups
+        earlier = [groups[g] for g in RHO_OF_OURS.get(self.base, ()) if "rho" in groups[g]]
+        radii = [group.pop("rho") for group in earlier]
+        try:
+            self.adopt()
+        except BaseException:
+            for group, rho in zip(earlier, radii, strict=True):
+                group["rho"] = rho
+            raise
 
     def follow(self) -> None:
         """Notice parameters that somebody re-pointed since the last look."""

@@ -338,9 +338,9 @@ def update(
 ) -> None:
     """One step of ``rule`` on Σ cₖ xₖ, for every row that has a term; ``status`` becomes UNTOUCHED in any case.
 
-    SGD is ``torch.optim.SGD``, columns ``SGD_COLUMNS``, states [momentum_buffer] or none; ADAM is ``torch.optim.Adam`` or, where
-    decoupled, ``AdamW``, columns ``ADAM_COLUMNS``, states [exp_avg, exp_avg_sq] and with amsgrad max_exp_avg_sq. ``step``
-    counts every parameter's updates; a momentum buffer begins with the gradient where it is still 0.
+    SGD is ``torch.optim.SGD``, columns ``SGD_COLUMNS``, states [momentum_buffer] or none; ADAM is ``torch.optim.Adam`` or,
+    where decoupled, ``AdamW``, columns ``ADAM_COLUMNS``, states [exp_avg, exp_avg_sq] and with amsgrad max_exp_avg_sq.
+    ``step`` counts every parameter's updates; a momentum buffer begins with the gradient where it is still 0.
     """
     lists = _lists(terms, len(coefs) // len(COEFFICIENT))
     c = coefficients(coefs, sums, rescale, norm_sq)
