@@ -318,9 +318,8 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("step()")
         if closure is None:
             return self.engine.update()
-        if callable(closure):
-            return self.engine.run([closure], [1.0])[0]
-        closures = list(closure)
+        single = callable(closure)
+        closures = [closure] if single else list(closure)
         shares = closure.shares if isinstance(closure, MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
         wanted = self.num_micro_batches
         if not closures or (wanted and len(closures) != wanted):
@@ -330,6 +329,8 @@ class MicroBatchSAM(Optimizer):
                 else "step takes one closure per micro-batch, got an empty sequence"
             )
         values = self.engine.run(closures, shares)
+        if single:
+            return values[0]
         return None if any(v is None for v in values) else batches.mean(values, shares)
 
     _profiled_step = Optimizer.profile_hook_step(step_without_hooks)
