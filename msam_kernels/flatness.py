@@ -298,7 +298,7 @@ class _Evaluations:
         loss = self.loss(i)
         grads: Optionals = []
         if loss.requires_grad:
-            grads = torch.autograd.grad(loss, self.params, create_graph=create_graph, allow_unused=True)
+            grads = list(torch.autograd.grad(loss, self.params, create_graph=create_graph, allow_unused=True))
         if all(g is None for g in grads):
             raise ValueError(
                 f"loss_fn returned {loss.detach().item():g}, which depends on no parameter of model that requires a "

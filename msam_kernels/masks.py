@@ -29,7 +29,7 @@ Scores = Sequence[Sequence[Tensor]]
 Place = tuple[Flat, int]  # a slice of a flat buffer: where it begins
 
 
-def add_up(scores: Sequence[Tensor] | None, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+def add_up(scores: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
     """The root of the sum of the squares so far: it orders as the sum does, and neither over- nor underflows in 16 bits.
 
     ``scores`` are changed in place; an empty one has no gradient yet.

@@ -318,8 +318,7 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("step()")
         if closure is None:
             return self.engine.update()
-        single = callable(closure)
-        closures = [closure] if single else list(closure)
+        closures: list[Callable[[], Any]] = [closure] if callable(closure) else list(closure)
         shares = closure.shares if isinstance(closure, MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
         wanted = self.num_micro_batches
         if not closures or (wanted and len(closures) != wanted):
@@ -329,7 +328,7 @@ class MicroBatchSAM(Optimizer):
                 else "step takes one closure per micro-batch, got an empty sequence"
             )
         values = self.engine.run(closures, shares)
-        if single:
+        if callable(closure):
             return values[0]
         return None if any(v is None for v in values) else batches.mean(values, shares)
 

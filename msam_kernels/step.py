@@ -238,7 +238,7 @@ class Engine:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
         self.prepare()
         plan = self.plan()
-        scores = [] if self.chooses_mask(plan) else None
+        scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
             self.store.check_not_capturing("the mask")
         self.norms_sq = []
@@ -430,7 +430,7 @@ class Step:
 
     def add_scores(self, grads: Vectors) -> None:
         """What a mask is chosen by: the gradients so far."""
-        scores = self._scores or [None] * len(grads.lists)
+        scores: Sequence[list[Tensor] | None] = self._scores or [None] * len(grads.lists)
         lists = [own_memory(tensors) for tensors in grads.lists]
         self._scores = [masks.add_up(*pair) for pair in zip(scores, lists, strict=True)]
 
