@@ -261,7 +261,7 @@ class Flat:
         if not self.flatten:
             for i in moved:
                 self._check_unflattened(self.params[i])
-        elif all(self._places[i].expired() for i in moved):  # type: ignore[no-untyped-call]
+        elif all(self._places[i].expired() for i in moved):
             self._move_in(moved)
         else:
             self.weights = [self.new_buffer()]

@@ -296,6 +296,7 @@ class SparseSAM(SAM):
 
     def share_dropped(self, step: int) -> float:
         """Of a dynamic mask, at a step: drop_rate / 2 · (1 + cos(π·step / total_steps))."""
+        assert self.total_steps is not None, "a dynamic mask has total_steps"
         return self.drop_rate / 2 * (1 + math.cos(math.pi * min(step / self.total_steps, 1)))
 
 
@@ -364,9 +365,7 @@ class BilateralSAM(SAM):
 
     def change(self, plan: Plan) -> Plan:
         coefficient = Coefficient(0.0, -1.0, p=dot(1, 1), q=dot(0, 0), root=True)
-        return replace(
-            plan, opposite=self.rho_min, holds=2, descent=(coefficient, Coefficient(), Coefficient())
-        )
+        return replace(plan, opposite=self.rho_min, holds=2, descent=(coefficient, Coefficient(), Coefficient()))
 
 
 @dataclass(frozen=True)
@@ -437,4 +436,3 @@ class Composition(SAM):
         for part in self.parts:
             plan = part.change(plan)
         return plan
-
