@@ -140,7 +140,7 @@ class Radii:
                 self.of(g, group, steps)
 
     def kept_in(self, state_dict: dict[str, Any], steps: int) -> dict[str, Any]:
-        """``state_dict`` with today's rho in groups that bring none, as in a plain optimizer's, and in those with a schedule."""
+        """``state_dict`` with the rho of today in groups that bring none, as a plain optimizer's, or have a schedule."""
         self.take_schedules(steps)
         groups = []
         for g, (mine, theirs) in enumerate(zip(self.base.param_groups, state_dict["param_groups"], strict=False)):

@@ -298,9 +298,7 @@ class Step:
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
     """
 
-    def __init__(
-        self, engine: Engine, plan: Plan, shares: list[float], scores: list[list[Tensor]] | None, clear: bool
-    ):
+    def __init__(self, engine: Engine, plan: Plan, shares: list[float], scores: list[list[Tensor]] | None, clear: bool):
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.clear = clear
         self.perturbed = False

@@ -211,9 +211,7 @@ class Store:
             flat.backend.perturb(flat.weights, g, flat.table, norm_sq=_moved(norm_sq, flat.device), **options)
 
     @staticmethod
-    def _perturbation(
-        flat: Flat, plan: Plan, tables: Tables, radii: str, i: int | None, renew: bool
-    ) -> dict[str, Any]:
+    def _perturbation(flat: Flat, plan: Plan, tables: Tables, radii: str, i: int | None, renew: bool) -> dict[str, Any]:
         achieved = torch.empty(flat.rows, dtype=torch.float64, device=flat.device) if i is None else flat.achieved_sq(i)
         options: dict[str, Any] = {
             "radii": tables.on(radii, flat.device),
