@@ -129,7 +129,7 @@ class Call {
     begin(a);
     a.grads = list(grads, "grads");
     a.weights = weights(weights_);
-    TORCH_CHECK(!eta || a.weights, "eta needs the weights, and the list of weights is empty");
+    TORCH_CHECK(!eta || !weights_.empty(), "eta needs the weights, and the list of weights is empty");
     a.ema = flat(ema, {"ema"});
     a.sigma = sigma;
     a.adaptive = eta.has_value();

@@ -370,7 +370,7 @@ def update(
 def _sgd(w: Tensor, g: Tensor, states: list[Tensor], row: list[float], count: Tensor | None) -> Tensor:
     lr, momentum, dampening, weight_decay, nesterov, maximize = row[: len(SGD_COLUMNS)]
     g = -g if maximize else g
-    if weight_decay:
+    if w.new_tensor(weight_decay):  # which may be 0 in the arithmetic type
         g = g + w * weight_decay
     if momentum:
         assert count is not None, "momentum needs step"
