@@ -110,7 +110,7 @@ MSAM_FN void coefficients(const Combination& combination, const double* sums, do
     double square = 0;
     for (int v = 0; v < n; ++v)
       for (int u = 0; u <= v; ++u) square += out[u] * out[v] * sums[v * (v + 1) / 2 + u] * (u == v ? 1 : 2);
-    const double factor = std::sqrt(sums[combination.rescale]) / (std::sqrt(square > 0 ? square : 0.) + 1e-12);
+    const double factor = std::sqrt(sums[combination.rescale]) / (std::sqrt(square < 0 ? 0. : square) + 1e-12);
     for (int k = 0; k < n; ++k) out[k] *= factor;
   }
   for (int r = 0; r < n * (n + 1) / 2; ++r) poison += sums[r] - sums[r];

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from msam_kernels import ops
+from msam_kernels import backends
 from plain import BACKENDS, DEVICE
 
 if DEVICE.type == "cpu":  # Triton's kernels are then interpreted; it looks when they are defined, in test_triton.py
@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def require_extension() -> None:
     """Fail without the compiled kernels. Only who set MSAM_KERNELS_CPP=0, and so asked for no build, gets a skip."""
-    missing = ops.available_backends()["cpu"]
+    missing = backends.available_backends()["cpu"]
     if missing is None:
         return
     if os.environ.get("MSAM_KERNELS_CPP") == "0":

@@ -244,14 +244,15 @@ def coefficients(coefs: list[float], sums: list[Tensor], rescale: int, norm_sq: 
             value = a + b * torch.where((below == 0) | ~below.isfinite(), 0.0, above / below)
         c.append(value)
     if sums:
-        n = (math.isqrt(8 * len(sums[0]) + 1) - 1) // 2
+        head = sums[0].shape[0] if sums[0].dim() == 2 else 1  # rows of the Gram matrix
+        n = (math.isqrt(8 * head + 1) - 1) // 2
         if rescale >= 0:
             square = sum(
                 c[u] * c[v] * s[v * (v + 1) // 2 + u] * (1 if u == v else 2) for v in range(n) for u in range(v + 1)
             )
             factor = s[rescale].sqrt() / (square.clamp(min=0).sqrt() + EPS)
             c[:n] = [x * factor for x in c[:n]]
-        poison = s[: len(sums[0])].sum()
+        poison = s[:head].sum()
         c = [x + (poison - poison) for x in c]
     if norm_sq is not None:
         poison = norm_sq.sum()

@@ -1,0 +1,649 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of every operator, in every variant, for the tests of every backend; and how their results are compared.
+
+``make`` builds a call from ``VARIANTS``. Each tensor of it is a part of an arena of its own, which beside the tensor is filled
+with signalling NaNs: what is read there by mistake shows in the results, and what is written there shows because arithmetic
+makes a quiet NaN of a signalling one. What an operator only writes, or may not read, begins as an ordinary NaN.
+
+``assert_matches`` runs a call on one backend and on another (the specification, unless told) and compares all arenas.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from msam_kernels import backends
+from msam_kernels.backends import reference
+from msam_kernels.backends.reference import ADAM, PERTURBED, SAVED, SGD, UNTOUCHED
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+HALF_ULP = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+EXPONENT = {  # the bits of infinity; a signalling NaN has others below the highest of the mantissa
+    **{torch.float32: 0x7F80 << 16, torch.float64: 0x7FF0 << 48, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+}
+QUIET = {torch.float32: 1 << 22, torch.float64: 1 << 51, torch.bfloat16: 1 << 6, torch.float16: 1 << 9}
+CHUNK = 16384  # elements of a row of the table, as flat.py makes them
+ALIGNMENT = 128  # bytes
+# Around the vector widths, the kernels' block of 256, their lanes of 32, and a chunk.
+SIZES = (0, 1, 3, 4, 5, 31, 32, 33, 255, 256, 257, 4097, CHUNK - 1, CHUNK, CHUNK + 1, 40000)
+# What each list lacks. Of the terms' parameters, 3 is in none of them but in out, 4 is in no list, 6 not in out.
+ABSENT = {
+    "grads": (3, 12),
+    "out": (4, 6),
+    "terms 0": (3, 4, 9),
+    "terms 1": (3, 4, 12),
+    "terms 2": (3, 4, 8, 9),
+    "terms 3": (3, 4, 9, 12),
+}
+GUARD = 64  # elements on both sides of everything
+SUMS = ("achieved_sq", "out_sq")  # sums by row, which backends add in orders of their own
+NAN, INF = math.nan, math.inf
+MIXED = (PERTURBED, UNTOUCHED, SAVED)  # a status for each row in turn
+
+# ---- the variants ------------------------------------------------------------------------------------------------------
+
+_DIRECTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "friendly": {"sigma": 1.0, "lmbda": 0.6},
+    "friendly, some fresh": {"sigma": 0.7, "lmbda": 0.9, "fresh": True},
+    "friendly, ema only read": {"sigma": 0.7, "fresh": True},
+    "adaptive": {"eta": 0.01},
+    "friendly and adaptive": {"sigma": 0.3, "lmbda": 0.95, "eta": 0.0},
+    "masked": {"mask": True},
+    "masked, friendly": {"mask": True, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
+    "masked, friendly and adaptive": {"mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01},
+    "masked, infinite beside the mask": {"mask": True, "infinite": True},
+    "saved": {"status": (SAVED,)},
+    "perturbed": {"status": (PERTURBED,)},
+    "perturbed, masked and adaptive": {"status": (PERTURBED,), "mask": True, "eta": 0.01},
+    "any status": {"status": MIXED},
+    "any status, friendly": {"status": MIXED, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
+    "any status, masked, friendly and adaptive": {
+        **{"status": MIXED, "mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01}
+    },
+    "not finite": {"sigma": 1.0, "lmbda": 0.9, "fresh": True, "norm_sq": (0.25, NAN)},
+    "not finite, any status, masked": {"status": MIXED, "mask": True, "norm_sq": (INF,)},
+    "not finite, infinite weights": {"infinite": True, "norm_sq": (INF, 0.25)},
+}
+# Coefficients from sums: 0 is x·x, 1 is x·y, 2 is y·y of the first two terms; 3 a squared norm of something else.
+_PROJECTED = ({"a": 1.3, "b": -0.4, "p": 1, "q": 2}, {"a": -0.3, "b": 0.25, "p": 1, "q": 0, "eps": 1e-12})
+_BALANCED = ({"a": 1.0}, {"b": -1.0, "p": 0, "q": 2, "root": 1, "eps": 1e-12}, {"scale": 0.3, "a": 0.7})
+_COMBINATIONS: dict[str, dict[str, Any]] = {
+    "two terms": {"terms": (1.3, -0.4)},
+    "three terms": {"terms": (0.7, 0.2, -0.4), "norm_sq": (2.0, 1.0)},
+    "four terms": {"terms": (0.7, {"scale": 0.3, "a": -2.0}, 1.0, -0.4)},
+    "zero coefficients": {"terms": (0.0, 0.2, 0.0, 0.7), "unread": (0, 2)},
+    "nothing but zero coefficients": {"terms": (0.0, {"scale": 0.0, "a": 2.0}), "unread": (0, 1)},
+    "ratios": {"terms": _PROJECTED, "sums": ((3, 5),)},
+    "ratios of roots": {"terms": _BALANCED, "sums": ((3, 1), (1, 7))},
+    "rescaled": {"terms": ({"scale": 0.3, "a": 1.0},), "sums": ((1, 4), (1, 2)), "rescale": 1, "norm_sq": (0.5,)},
+    "combined and rescaled": {"terms": (*_PROJECTED, {"scale": 0.7, "a": 1.0}), "sums": ((3, 2), (1, 1)), "rescale": 3},
+    "many sums": {
+        "terms": ({"a": 1.0, "b": 0.3, "p": 7, "q": 6}, 0.2, {"scale": -2.0, "b": 0.1, "p": 4, "q": 7, "root": 1}, 1.0),
+        "sums": ((6, 3), (1, 300), (1, 1)),
+        "rescale": 0,
+        "norm_sq": (0.5, 0.25),
+    },
+    "denominators that do not count": {
+        "terms": ({"a": 0.5, "b": 2.0, "p": 0, "q": 1}, {"a": 0.3, "b": 2.0, "p": 0, "q": 2, "root": 1}),
+        "sums": ((1, 2), (1, 1), (1, 2)),
+        "values": {1: 0.0, 2: INF},
+    },
+    "not finite": {"terms": (1.0, 0.3), "norm_sq": (1.0, INF)},
+    "a Gram matrix that is not finite": {"terms": _PROJECTED, "sums": ((3, 5),), "values": {0: NAN}},
+    # It makes the first term's coefficient NaN, so also the length, and by that the second's.
+    "another sum that is not finite": {
+        **{"terms": ({"a": 1.0, "b": 0.5, "p": 3, "q": 0}, 0.3), "sums": ((3, 2), (1, 2)), "rescale": 0},
+        **{"values": {1: NAN}},
+    },
+}
+_SGD = {"rule": SGD}
+_ADAM = {"rule": ADAM}
+_EVERYTHING = {
+    "momentum": 0.9,
+    "dampening": 0.1,
+    "nesterov": 1.0,
+    "maximize": 1.0,
+    "weight_decay": 0.01,
+    "amsgrad": 1.0,
+    "decoupled": 1.0,
+    "status": MIXED,
+}
+
+# operator -> variant -> options of `make`
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "norm": {
+        "plain": {},
+        "friendly": {"sigma": 0.7},
+        "friendly, some fresh": {"sigma": 0.7, "fresh": True},
+        "adaptive": {"eta": 0.01},
+        "friendly and adaptive": {"sigma": 1.0, "eta": 0.0},
+    },
+    "perturb": _DIRECTIONS,
+    # The norm is of the weights as they are: of perturbed ones nobody asks for an adaptive one.
+    "ascend": {
+        variant: {"overflow": "norm_sq" in options, **{k: v for k, v in options.items() if k != "norm_sq"}}
+        for variant, options in _DIRECTIONS.items()
+        if not ("eta" in options and PERTURBED in options.get("status", ()))
+    },
+    "gram": {"one": {"count": 1}, "two": {"count": 2}, "three": {"count": 3}},
+    "descend": {
+        "weights": {"status": MIXED},
+        "weights, not the last": {"status": MIXED, "last": False},
+        "first micro-batch": {"status": MIXED, "terms": (1.0,), "alias": 0, "last": False, "norm_sq": (2.0, 0.5)},
+        "first micro-batch, not finite": {"status": (PERTURBED,), "terms": (1.0,), "alias": 0, "norm_sq": (NAN, 1.0)},
+        "first micro-batch, scaled": {
+            "status": MIXED,
+            "terms": ({"scale": 0.3, "a": 1.0},),
+            "alias": 0,
+            "out_sq": True,
+        },
+        "weights and mean": {"status": (PERTURBED,), "terms": (0.25, 0.3), "alias": 0},
+        "mean": {"terms": (2 / 3, 1 / 3), "alias": 0, "norm_sq": (2.0,), "out_sq": True},
+        "mean, anew": {"status": MIXED, "terms": (0.0, 0.3), "alias": 0, "unread": (0,)},
+        "mean in the first tensor there": {"status": MIXED, "terms": (1.0, 0.3), "alias": "first"},
+        "as it was": {"terms": (1.0, 0.0), "alias": 0, "unread": (1,), "out_sq": True},
+        "out": {"terms": (0.7,), "out_sq": True},
+        "copied": {"status": MIXED, "terms": (1.0,), "out_sq": True},
+        **{f"out, {name}": options for name, options in _COMBINATIONS.items()},
+        "weights and mean, combined and rescaled": {
+            **{"status": MIXED, "alias": 2, "last": False, "out_sq": True},
+            **_COMBINATIONS["combined and rescaled"],
+        },
+    },
+    "update": {
+        "sgd": {**_SGD},
+        "sgd, not counted": {**_SGD, "step": None, "weight_decay": 0.01, "status": (PERTURBED,)},
+        "sgd, scaled": {**_SGD, "terms": (0.3,), "status": MIXED, "norm_sq": (2.0, 0.5)},
+        "sgd, momentum": {**_SGD, "momentum": 0.9},
+        "sgd, momentum, first step": {**_SGD, "momentum": 0.9, "step": 0, "dampening": 0.3, "status": (PERTURBED,)},
+        "sgd, momentum, dampening": {**_SGD, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
+        "sgd, mean": {**_SGD, "momentum": 0.9, "status": (PERTURBED,), "terms": (0.25, 0.3)},
+        "sgd, nesterov, maximize": {**_SGD, "momentum": 0.9, "nesterov": 1.0, "maximize": 1.0},
+        "sgd, everything": {**_SGD, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,)},
+        "adam": {**_ADAM},
+        "adam, first step": {**_ADAM, "step": 0, "status": MIXED},
+        "adam, mean": {**_ADAM, "status": (PERTURBED,), "terms": (0.25, 0.3)},
+        "adam, weight decay": {**_ADAM, "weight_decay": 0.01, "status": (PERTURBED,), "norm_sq": (2.0, 0.5)},
+        "adam, decoupled": {**_ADAM, "weight_decay": 0.01, "decoupled": 1.0, "status": MIXED},
+        "adam, amsgrad": {**_ADAM, "amsgrad": 1.0},
+        "adam, small beta1, maximize": {**_ADAM, "beta1": 0.3, "maximize": 1.0, "terms": (0.7,)},
+        "adam, everything": {**_ADAM, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,)},
+        **{f"sgd, {name}": {**_SGD, "momentum": 0.9, **options} for name, options in _COMBINATIONS.items()},
+        **{f"adam, {name}": {**_ADAM, "status": MIXED, **options} for name, options in _COMBINATIONS.items()},
+    },
+}
+CASES = [(operator, variant) for operator, variants in VARIANTS.items() for variant in variants]
+FINITE_CASES = [case for case in CASES if "not finite" not in case[1]]
+# Variants that use most arguments.
+LARGEST = [
+    ("norm", "friendly and adaptive"),
+    ("perturb", "friendly, some fresh"),
+    ("perturb", "any status, masked, friendly and adaptive"),
+    ("ascend", "any status, friendly"),
+    ("ascend", "masked, friendly and adaptive"),
+    ("gram", "three"),
+    ("descend", "weights and mean, combined and rescaled"),
+    ("descend", "out, many sums"),
+    ("update", "sgd, everything"),
+    ("update", "sgd, many sums"),
+    ("update", "adam, everything"),
+    ("update", "adam, combined and rescaled"),
+]
+each_case = pytest.mark.parametrize(("operator", "variant"), CASES, ids=lambda v: v)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+POSITIONAL = {
+    **dict.fromkeys(("norm", "perturb", "ascend"), ("weights", "grads", "table")),
+    "gram": ("terms", "table"),
+    "descend": ("weights", "out", "terms", "table"),
+    "update": ("weights", "states", "terms", "table"),
+}
+
+
+# ---- a call ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """The arguments of one operator by name, and the memory behind each tensor among them."""
+
+    operator: str
+    arguments: dict[str, Any]
+    arenas: dict[str, Tensor] = field(default_factory=dict)
+
+    def args(self) -> tuple[list, dict]:
+        names = POSITIONAL[self.operator]
+        return [self.arguments[n] for n in names], {n: v for n, v in self.arguments.items() if n not in names}
+
+    def run(self, backend: Any = "cpu") -> Tensor | None:
+        """``backend``: a name, of a backend for the CPU, or a namespace of operators."""
+        if isinstance(backend, str):
+            backend = backends.get_backend(backend, torch.device("cpu"))
+        args, kwargs = self.args()
+        return getattr(backend, self.operator)(*args, **kwargs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All memory, by name."""
+        return self.arenas
+
+    def to(self, device: torch.device | str) -> Call:
+        """The same call there, in memory of its own: what was shared stays shared, what was misaligned is so again."""
+        storages: dict[int, Tensor] = {}
+
+        def moved(value):
+            if isinstance(value, list):
+                return [moved(v) for v in value]
+            if not isinstance(value, Tensor):
+                return value
+            place = value.untyped_storage().data_ptr()
+            if place not in storages:
+                whole = torch.empty(0, dtype=value.dtype, device=value.device)
+                storages[place] = whole.set_(value.untyped_storage()).to(device, copy=True)
+            return storages[place].as_strided(value.size(), value.stride(), value.storage_offset())
+
+        arguments, arenas = ({n: moved(v) for n, v in d.items()} for d in (self.arguments, self.arenas))
+        return Call(self.operator, arguments, arenas)
+
+    def in_double(self) -> Call:
+        """The same call on fp64 storage; ``step`` is fp32 in every call."""
+
+        def widened(name, value):
+            if isinstance(value, list):
+                return [widened(name, v) for v in value]
+            if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
+                return same.setdefault(value.data_ptr() if value.numel() else id(value), value.double())
+            return copy.deepcopy(value)
+
+        same: dict[int, Tensor] = {}  # out may be one of the terms
+        return Call(self.operator, {name: widened(name, value) for name, value in self.arguments.items()})
+
+
+def each_tensor(one: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors of two arguments of the same name."""
+    pairs = zip(one, other, strict=True) if isinstance(one, list) else [(one, other)]
+    return (pair for pair in pairs if isinstance(pair[0], Tensor))
+
+
+# ---- building one ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _noise() -> Tensor:
+    return torch.randn(65537, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def values(start: int, n: int, scale: float = 1.0) -> Tensor:
+    """``n`` random numbers, the same for the same ``start``, with zeros of both signs among them."""
+    noise = _noise()
+    start %= len(noise)
+    whole = noise[start:] if start + n <= len(noise) else noise.roll(-start).repeat(n // len(noise) + 1)
+    v = whole[:n] * scale
+    v[::7], v[5::11] = 0.0, -0.0
+    return v
+
+
+def table(
+    sizes: Sequence[int], itemsize: int = 4, *, groups: int = 1, chunk: int = CHUNK
+) -> tuple[Tensor, list[int], int]:
+    """(the table, the offset of each segment, the size of a flat buffer), independent of ``flat.py``."""
+    rows, offsets, size = [], [], 0
+    for i, n in enumerate(sizes):
+        offsets.append(size)
+        rows += [(i, b, size + b, min(chunk, n - b), i % groups) for b in range(0, n, chunk)]
+        size += -(-n * itemsize // ALIGNMENT) * ALIGNMENT // itemsize
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5), offsets, size
+
+
+def coefs(terms: Sequence[float | Mapping[str, float]]) -> list[float]:
+    """The argument of that name: a number is a coefficient that does not depend on sums."""
+    rows = [{"scale": 1.0, **(t if isinstance(t, Mapping) else {"a": t})} for t in terms]
+    return [float(row.get(column, 0.0)) for row in rows for column in reference.COEFFICIENT]
+
+
+class _Maker:
+    """Builds one call; see ``make``."""
+
+    def __init__(self, operator, options, dtype, sizes, *, flat, shift, absent, groups, chunk, seed):
+        self.o, self.dtype, self.sizes, self.flat, self.shift, self.groups = options, dtype, sizes, flat, shift, groups
+        self.absent = absent if isinstance(absent, Mapping) else dict.fromkeys(ABSENT, tuple(absent))
+        self.seed, self.start = seed, itertools.count(seed, 1237)
+        self.call = Call(operator, {})
+        self.table, self.offsets, self.size = table(sizes, dtype.itemsize, groups=groups, chunk=chunk)
+        self.rows = [
+            SimpleNamespace(segment=r[0], begin=r[1], at=slice(r[2], r[2] + r[3])) for r in self.table.tolist()
+        ]
+        self.put("table", self.table)
+
+    def arena(self, name: str, shape: Sequence[int], dtype: torch.dtype, shift: int = 0) -> Tensor:
+        """A tensor of NaNs, or of zeros, in memory of its own with guards around it."""
+        n, number = math.prod(shape), 1 + len(self.call.arenas) % 60
+        memory = torch.empty(GUARD + shift + n + GUARD, dtype=dtype)
+        if dtype in BITS:
+            memory.view(BITS[dtype]).fill_(EXPONENT[dtype] | number)
+        else:
+            memory.fill_(0xA5 if dtype == torch.uint8 else -(2**62) - number)
+        self.call.arenas[name] = memory
+        return memory[GUARD + shift : GUARD + shift + n].view(shape)
+
+    def put(self, name: str, value: Tensor) -> None:
+        """An argument that is no tensor of parameters."""
+        tensor = self.arena(name, value.shape, value.dtype)
+        tensor.copy_(value)
+        self.call.arguments[name] = tensor
+
+    def tensors(self, name: str, scale: float = 1.0, *, poisoned: bool = False) -> list[Tensor]:
+        """A list by segment, empty where the list lacks it."""
+        out = []
+        for i, n in enumerate(self.sizes):
+            start = next(self.start)
+            if i in self.absent.get(name, ()):
+                out.append(torch.empty(0, dtype=self.dtype))
+                continue
+            out.append(self.arena(f"{name}[{i}]", (n,), self.dtype, self.shift))
+            out[-1].copy_(values(start, n, scale) * (NAN if poisoned else 1))
+        return out
+
+    def buffer(self, name: str, scale: float = 1.0, *, positive: bool = False) -> Tensor:
+        """A flat buffer, with guards for padding."""
+        out = self.arena(name, (self.size,), self.dtype, self.shift)
+        for offset, n in zip(self.offsets, self.sizes, strict=True):
+            v = values(next(self.start), n, scale)
+            out[offset : offset + n] = v.abs() + 1e-3 if positive else v
+        return out
+
+    def weights(self) -> None:
+        a = self.call.arguments
+        a["weights"] = [self.buffer("weights")] if self.flat else self.tensors("weights")
+
+    def status(self, status: Sequence[int]) -> None:
+        """``saved`` is NaN where it is to be written, the weights are where they come from saved ones."""
+        a = self.call.arguments
+        a["saved"] = self.buffer("saved")
+        self.put("status", torch.tensor([status[k % len(status)] for k in range(len(self.rows))], dtype=torch.uint8))
+        for row, value in zip(self.rows, a["status"].tolist(), strict=True):
+            begin = row.at.start if self.flat else row.begin
+            weights = a["weights"][0 if self.flat else row.segment][begin : begin + row.at.stop - row.at.start]
+            saved = a["saved"][row.at]
+            if value == SAVED:
+                saved.copy_(weights)
+            else:
+                (saved if value == UNTOUCHED else weights).fill_(NAN)
+            if "infinite" in self.o and row.begin == 0:  # the first of every parameter, which is not perturbed
+                for t in (weights, saved):
+                    t[0] = t[0] if t[0].isnan() else INF
+
+    def direction(self) -> None:
+        o, a = self.o, self.call.arguments
+        self.weights()
+        a["grads"] = self.tensors("grads", 0.1)
+        if o.get("overflow"):
+            for g in a["grads"]:
+                g[:1] = INF
+        if "sigma" in o:
+            a["ema"], a["sigma"] = self.buffer("ema", 0.1), o["sigma"]
+            if "fresh" in o:
+                for offset, n in list(zip(self.offsets, self.sizes, strict=True))[1::2]:
+                    a["ema"][offset : offset + n] = NAN
+        a.update({name: o[name] for name in ("lmbda", "eta") if name in o})
+
+    def perturbation(self) -> None:
+        o, a = self.o, self.call.arguments
+        if self.call.operator == "perturb":
+            self.put("norm_sq", torch.tensor(o.get("norm_sq", (0.25, 0.0625, 0.0625)), dtype=torch.float64))
+        self.put("radii", torch.tensor([0.05 * (g + 1) for g in range(self.groups)], dtype=torch.float64))
+        self.status(o.get("status", (UNTOUCHED,)))
+        self.put("achieved_sq", torch.full((len(self.rows),), NAN, dtype=torch.float64))
+        if "mask" in o:
+            generator = torch.Generator().manual_seed(self.seed)
+            self.put("mask", torch.randint(0, 256, (-(-self.size // 8),), dtype=torch.uint8, generator=generator))
+            if "infinite" in o:
+                for row in self.rows:
+                    if row.begin == 0:
+                        a["mask"][row.at.start // 8] &= 0xFE
+
+    def combination(self, terms: Sequence[float | Mapping[str, float]]) -> list[list[Tensor]]:
+        o, a = self.o, self.call.arguments
+        unread = o.get("unread", ())
+        lists = [self.tensors(f"terms {k}", 0.1, poisoned=k in unread) for k in range(len(terms))]
+        a["terms"], a["coefs"], a["sums"] = list(itertools.chain(*lists)), coefs(terms), []
+        for k, (rows, n) in enumerate(o.get("sums", ())):
+            self.put(f"sums {k}", self.sums(k, rows, n, o.get("values", {}).get(k)))
+            a["sums"].append(a.pop(f"sums {k}"))
+        if "rescale" in o:
+            a["rescale"] = o["rescale"]
+        if "norm_sq" in o:
+            self.put("norm_sq", torch.tensor(o["norm_sq"], dtype=torch.float64))
+        return lists
+
+    def sums(self, k: int, rows: int, n: int, value: float | None) -> Tensor:
+        """Inner products of vectors of ``n`` small whole numbers: their sums are exact in every order."""
+        vectors = torch.randint(-9, 10, (3, n), generator=torch.Generator().manual_seed(self.seed + k)).double() / 16
+        vectors[0] += 1
+        products = torch.stack([vectors[u] * vectors[v] for v in range(3) for u in range(v + 1)])[:rows]
+        if value is not None:
+            products[-1] = value
+        return products[0] if rows == 1 else products
+
+    def norm(self) -> None:
+        self.direction()
+
+    def perturb(self) -> None:
+        self.direction()
+        self.perturbation()
+
+    ascend = perturb
+
+    def gram(self) -> None:
+        count = self.o["count"]
+        lists = [self.tensors(f"terms {k}", 0.1 * (k + 1)) for k in range(count)]
+        self.call.arguments.update(terms=list(itertools.chain(*lists)), count=count)
+
+    def descend(self) -> None:
+        o, a = self.o, self.call.arguments
+        if "status" in o:
+            self.weights()
+            self.status(o["status"])
+        else:
+            a["weights"] = []
+        lists, alias = self.combination(o.get("terms", ())), o.get("alias")
+        a["out"] = self.tensors("out", poisoned=True) if lists else []
+        for i, out in enumerate(a["out"]):
+            aliases = lists if alias == "first" else [] if alias is None else [lists[alias]]
+            a["out"][i] = next((t[i] for t in aliases if t[i].numel()), out)
+        if "last" in o:
+            a["last"] = o["last"]
+        if "out_sq" in o:
+            self.put("out_sq", torch.full((len(self.rows),), NAN, dtype=torch.float64))
+
+    def update(self) -> None:
+        o, a = self.o, self.call.arguments
+        self.weights()
+        if "status" in o:
+            self.status(o["status"])
+        self.combination(o.get("terms", (1.0,)))
+        a["rule"] = o["rule"]
+        columns = reference.SGD_COLUMNS if o["rule"] == SGD else reference.ADAM_COLUMNS
+        asked = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, **o}
+        # The second group has another lr and no flag; momentum, amsgrad and kin are a group's own business.
+        plain = {"lr": 0.03, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6}
+        rows = [[float((plain if g == 1 else asked).get(c, 0.0)) for c in columns] for g in range(self.groups)]
+        self.put("settings", torch.tensor(rows, dtype=torch.float64))
+        steps = [i % 5 if o.get("step", True) is True else o["step"] for i in range(len(self.sizes))]
+        if o.get("step", True) is not None:
+            self.put("step", torch.tensor([*map(float, steps), 0.0]))
+        if o["rule"] == SGD:
+            a["states"] = [self.buffer("momentum_buffer", 0.1)] if "momentum" in o else []
+        else:
+            a["states"] = [self.buffer("exp_avg", 0.1), self.buffer("exp_avg_sq", 0.02, positive=True)]
+            if "amsgrad" in o:
+                a["states"].append(self.buffer("max_exp_avg_sq", 0.02, positive=True))
+        for i, (offset, n) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            if o["rule"] == SGD and a["states"] and steps[i] == 0 and i % self.groups != 1:
+                a["states"][0][offset : offset + n] = NAN  # begins with the gradient
+
+
+def make(
+    operator: str,
+    variant: str | Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    sizes: Sequence[int] = SIZES,
+    *,
+    flat: bool = True,
+    shift: int = 0,
+    absent: Sequence[int] | Mapping[str, Sequence[int]] = (),
+    groups: int = 3,
+    chunk: int = CHUNK,
+    seed: int = 0,
+) -> Call:
+    """A call with data that are the same for every layout.
+
+    Args:
+        operator: one of ``VARIANTS``.
+        variant: its name there, or options of its own:
+            ``sigma``, ``lmbda``, ``eta``, ``norm_sq``, ``rescale``, ``last``, ``rule``, ``count`` and the columns of
+            ``settings`` (for all groups but the second) are passed on; ``mask`` and ``out_sq`` ask for the argument;
+            ``fresh``: every other parameter's ema is NaN; ``infinite``: so are weights that are not perturbed;
+            ``overflow``: so are gradients; ``status``: of the rows in turn, none without it where it is optional;
+            ``terms``: their coefficients (see ``coefs``), ``unread``: those that hold NaN; ``sums``: rows and terms of each,
+            ``values``: what the last row of some holds; ``alias``: the term that ``out`` is, or "first", the first of them
+            that is there; ``step``: of all parameters, None for no such argument.
+        sizes: elements of each parameter.
+        flat: weights in one buffer, or listed.
+        shift: elements by which all memory of parameters is misaligned.
+        absent: parameters that every list lacks, or those that a list lacks by its name, as in ``ABSENT``.
+        groups: parameter groups, which the parameters belong to in turn.
+        chunk: elements of a row of the table.
+        seed: of all numbers.
+    """
+    options = VARIANTS[operator][variant] if isinstance(variant, str) else dict(variant)
+    layout = {"flat": flat, "shift": shift, "absent": absent, "groups": groups, "chunk": chunk, "seed": seed}
+    maker = _Maker(operator, options, dtype, sizes, **layout)
+    getattr(maker, operator)()
+    return maker.call
+
+
+# ---- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def _signalling(t: Tensor) -> Tensor:
+    return t.isnan() & (t.view(BITS[t.dtype]) & QUIET[t.dtype] == 0)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Any quiet NaN is like another; a signalling one is a guard, which nothing may replace."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    bits = BITS.get(actual.dtype, actual.dtype)
+    same = actual.view(bits) == expected.view(bits)
+    if actual.dtype in BITS:
+        same |= actual.isnan() & expected.isnan() & ~_signalling(expected)
+    if not same.all():
+        place = (~same).nonzero()[0].tolist()
+        found = f"{actual[tuple(place)].item()!r}, not {expected[tuple(place)].item()!r}"
+        raise AssertionError(f"{what}: {int((~same).sum())} of {same.numel()} differ, first at {place}: {found}")
+
+
+def assert_same_memory(one: Call, other: Call, *, apart_from: Sequence[str] = ()) -> None:
+    for name, tensor in one.tensors().items():
+        if name not in apart_from:
+            assert_same_bits(tensor.cpu(), other.tensors()[name].cpu(), name)
+
+
+def gram_scales(sums: Tensor) -> Tensor:
+    """Of each sum of ``gram`` what the lengths of its vectors multiply to: the products of x·y may cancel."""
+    lengths = [sums[v * (v + 3) // 2].sqrt() for v in range(math.isqrt(2 * len(sums)))]
+    return torch.stack([b * a for i, b in enumerate(lengths) for a in lengths[: i + 1]])
+
+
+def assert_close_sums(actual: Tensor, expected: Tensor, rtol: float = 1e-12) -> None:
+    """What ``norm``, ``ascend`` or ``gram`` returned: terms, to be summed up."""
+    actual, expected = actual.cpu().sum(-1), expected.sum(-1)
+    if expected.dim():
+        scales = gram_scales(expected)
+        torch.testing.assert_close(actual / scales, expected / scales, rtol=0, atol=rtol, equal_nan=True)
+    else:
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+def _root(t: Tensor) -> Tensor:
+    return torch.from_numpy(np.asarray(np.sqrt(t.numpy())))
+
+
+def expect(call: Call, norm_sq: Tensor | None = None, oracle: Any = "reference") -> Tensor | None:
+    """Runs the call on the ``oracle`` and returns its result; ``ascend`` perturbs by ``norm_sq``, the norm under test."""
+    # torch's own root of a long vector, out of MKL, is off by an ulp for one value in five; the kernels' is exact.
+    with mock.patch.object(Tensor, "sqrt", _root):
+        if call.operator != "ascend":
+            return call.run(oracle)
+        a = call.arguments
+        direction = {n: v for n, v in a.items() if n in ("weights", "grads", "table", "ema", "sigma", "eta")}
+        wanted = Call("norm", direction).run(oracle)
+        Call("perturb", {**a, "norm_sq": norm_sq}).run(oracle)
+        return wanted
+
+
+def assert_matches(
+    call: Call,
+    backend: Any = "cpu",
+    oracle: Any = "reference",
+    *,
+    device: torch.device | str = "cpu",
+    total: Callable[[Tensor], Tensor] = lambda terms: terms,
+    same: Callable[[Tensor, Tensor, str], None] = assert_same_bits,
+    rtol: float = 1e-12,
+) -> None:
+    """A copy of the call on ``device`` and ``backend`` leaves what the call itself does with the ``oracle``.
+
+    Args:
+        call: on the CPU; holds what is expected afterwards.
+        backend: a name or a namespace of operators, as is ``oracle``.
+        device: of the backend.
+        total: the sum of the terms of ``norm_sq``, in the backend's order.
+        same: compares two arenas.
+        rtol: of sums, which are added in different orders.
+    """
+    if isinstance(backend, str):
+        backend = backends.get_backend(backend, torch.device(device))
+    ours = call.to(device)
+    result = ours.run(backend)
+    wanted = expect(call, None if result is None else total(result.cpu()), oracle)
+    for name, tensor in ours.tensors().items():
+        actual, expected = tensor.cpu(), call.tensors()[name]
+        if name not in SUMS:
+            same(actual, expected, name)
+            continue
+        inside = slice(GUARD, -GUARD)
+        torch.testing.assert_close(actual[inside], expected[inside], rtol=rtol, atol=0, equal_nan=True, msg=name)
+        for guard in (slice(GUARD), slice(-GUARD, None)):
+            assert_same_bits(actual[guard], expected[guard], name)
+    assert (result is None) == (wanted is None)
+    if result is not None:
+        assert_close_sums(result, wanted, rtol)
+
+
+# ---- exact sums --------------------------------------------------------------------------------------------------------
+
+
+def exact_sum_of_squares(t: Tensor) -> float:
+    return float(sum(Fraction(v) ** 2 for v in t.tolist()))
+
+
+def spread(n: int, dtype: torch.dtype, decades: float) -> Tensor:
+    """Values over many orders of magnitude."""
+    exponents = (2 * torch.rand(n, dtype=torch.float64) - 1) * decades
+    return (torch.randn(n, dtype=torch.float64) * 10**exponents).to(dtype)
