@@ -5,103 +5,83 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <optional>
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <ostream>
 
 #include "segments.h"
 
 namespace msam {
 
-inline void check_table(const at::Tensor& chunks) {
-  TORCH_CHECK(chunks.dim() == 2 && chunks.size(1) == kChunkColumns && chunks.scalar_type() == at::kLong &&
-                  chunks.is_contiguous(),
-              "chunks must be a contiguous int64 tensor of shape [n, ", kChunkColumns, "], got ", chunks.scalar_type(),
-              " of shape ", chunks.sizes());
+// An argument in a message: its name, or name[index] for a tensor of a list.
+struct Label {
+  const char* name;
+  int64_t index = -1;
+};
+inline std::ostream& operator<<(std::ostream& out, const Label& label) {
+  out << label.name;
+  return label.index < 0 ? out : out << "[" << label.index << "]";
 }
 
-inline void check_dense(const at::Tensor& t, const char* name, at::ScalarType dtype, at::Device device) {
-  TORCH_CHECK(t.layout() == at::kStrided, name, " must be strided, got ", t.layout());
-  TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", dtype, " like the weights, got ", t.scalar_type());
-  TORCH_CHECK(t.device() == device, name, " must be on ", device, " like the weights, got ", t.device());
-  TORCH_CHECK(t.is_non_overlapping_and_dense(), name, " must be dense in memory, got strides ", t.strides());
-}
+// How far the rows of a table reach. The host cannot look at a table on a GPU, so that there nothing is checked against it.
+struct Reach {
+  const Chunk* rows = nullptr;
+  int64_t count = 0;     // of the rows that the host can look at
+  int64_t segments = 0;  // each of these four is one more than the largest index
+  int64_t groups = 0;
+  int64_t flat = 0;      // elements of a flat buffer
+  int64_t elements = 0;  // of all rows together
+};
 
-inline void check_device(const at::Tensor& t, const char* name, at::Device device) {
-  TORCH_CHECK(t.device() == device, name, " must be on ", device, " like the weights, got ", t.device());
-}
-
-// `chunks` are the n rows of the table that the host can look at: none on a GPU.
-
-// One tensor per segment, or a single flat buffer, long enough for every chunk.
-inline void check_list(at::TensorList list, const char* name, const Chunk* chunks, int64_t n, bool flat) {
-  for (int64_t k = 0; k < n; ++k) {
-    const Chunk& c = chunks[k];
-    const int64_t index = flat ? 0 : c.segment, begin = flat ? c.offset : c.begin;
-    // No sums: begin + numel can wrap round.
-    TORCH_CHECK(c.segment >= 0 && begin >= 0 && c.numel >= 0 && index < int64_t(list.size()) &&
-                    begin <= list[index].numel() && c.numel <= list[index].numel() - begin,
-                "chunk ", k, " reaches past ", name, "[", index, "]");
+inline Reach check_table(const at::Tensor& table) {
+  TORCH_CHECK(table.dim() == 2 && table.size(1) == kChunkColumns && table.scalar_type() == at::kLong && table.is_contiguous(),
+              "table must be a contiguous int64 tensor of shape [rows, ", kChunkColumns, "], got ", table.scalar_type(),
+              " of shape ", table.sizes());
+  Reach reach;
+  if (!table.is_cpu()) return reach;
+  reach.rows = reinterpret_cast<const Chunk*>(table.const_data_ptr<int64_t>());
+  reach.count = table.size(0);
+  for (int64_t k = 0; k < reach.count; ++k) {
+    const Chunk& c = reach.rows[k];
+    const int64_t room = std::numeric_limits<int64_t>::max() - std::max<int64_t>(c.numel, 0);  // no sum may wrap round
+    TORCH_CHECK(c.segment >= 0 && c.group >= 0 && c.numel >= 0 && c.begin >= 0 && c.offset >= 0 && c.begin <= room &&
+                    c.offset <= room && c.numel <= room - reach.elements,
+                "row ", k, " of the table, (segment ", c.segment, ", begin ", c.begin, ", offset ", c.offset, ", numel ",
+                c.numel, ", group ", c.group, "), has a negative number or one too large");
+    reach.segments = std::max(reach.segments, c.segment + 1);
+    reach.groups = std::max(reach.groups, c.group + 1);
+    reach.flat = std::max(reach.flat, c.offset + c.numel);
+    reach.elements += c.numel;
   }
+  return reach;
 }
 
-inline void check_flat(const std::optional<at::Tensor>& t, const char* name, const Chunk* chunks, int64_t n,
-                       at::ScalarType dtype, at::Device device) {
-  if (!t) return;
-  check_dense(*t, name, dtype, device);
-  check_list(*t, name, chunks, n, true);
+// A tensor of weights, gradients and what is like them.
+inline void check_dense(const at::Tensor& t, Label label, at::ScalarType dtype, at::Device device) {
+  TORCH_CHECK(t.layout() == at::kStrided, label, " must be strided, got ", t.layout());
+  TORCH_CHECK(t.scalar_type() == dtype, label, " must be ", dtype, " like the others, got ", t.scalar_type());
+  TORCH_CHECK(t.device() == device, label, " must be on ", device, " like the table, got ", t.device());
+  TORCH_CHECK(t.is_non_overlapping_and_dense(), label, " must be dense in memory, got strides ", t.strides());
 }
 
-// A bit for every element of a flat buffer.
-inline void check_mask(const std::optional<at::Tensor>& t, const Chunk* chunks, int64_t n) {
-  if (!t) return;
-  TORCH_CHECK(t->dim() == 1 && t->scalar_type() == at::kByte && t->is_contiguous(), "mask must be a contiguous 1-d uint8 ",
-              "tensor, got ", t->scalar_type(), " of shape ", t->sizes());
-  for (int64_t k = 0; k < n; ++k)
-    TORCH_CHECK((chunks[k].offset + chunks[k].numel + 7) / 8 <= t->numel(), "chunk ", k, " reaches past mask, which has ",
-                t->numel(), " bytes");
+// A tensor of plain numbers.
+inline void check_plain(const at::Tensor& t, Label label, at::ScalarType dtype, at::Device device, int64_t dim) {
+  TORCH_CHECK(t.layout() == at::kStrided && t.dim() == dim && t.scalar_type() == dtype && t.is_contiguous(), label,
+              " must be a contiguous ", dim, "-d ", dtype, " tensor, got ", t.scalar_type(), " of shape ", t.sizes());
+  TORCH_CHECK(t.device() == device, label, " must be on ", device, " like the table, got ", t.device());
 }
 
-inline void check_hyper(const at::Tensor& hyper, int64_t columns, const Chunk* chunks, int64_t n) {
-  TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) >= columns && hyper.scalar_type() == at::kDouble && hyper.is_contiguous(),
-              "hyper must be a contiguous float64 tensor of shape [groups, >= ", columns, "], got ", hyper.scalar_type(),
-              " of shape ", hyper.sizes());
-  for (int64_t k = 0; k < n; ++k)
-    TORCH_CHECK(chunks[k].group >= 0 && chunks[k].group < hyper.size(0), "chunk ", k, " names group ", chunks[k].group,
-                ", hyper has ", hyper.size(0), " rows");
-}
-
-// [segments], indexed by the chunks' segment.
-inline void check_per_segment(const std::optional<at::Tensor>& t, const char* name, at::ScalarType dtype,
-                              const Chunk* chunks, int64_t n) {
-  if (!t) return;
-  TORCH_CHECK(t->dim() == 1 && t->scalar_type() == dtype && t->is_contiguous(), name, " must be a contiguous 1-d ",
-              dtype, " tensor, got ", t->scalar_type(), " of shape ", t->sizes());
-  for (int64_t k = 0; k < n; ++k)
-    TORCH_CHECK(chunks[k].segment < t->numel(), "chunk ", k, " names segment ", chunks[k].segment, ", ", name, " has ",
-                t->numel());
-}
-
-// The lists that grads holds, one for each of coefs.
-inline int64_t check_coefs(const std::optional<at::Tensor>& coefs, at::TensorList grads, int64_t most) {
-  if (!coefs) return 1;
-  TORCH_CHECK(coefs->dim() == 1 && coefs->scalar_type() == at::kDouble && coefs->is_contiguous() &&
-                  coefs->numel() >= 1 && coefs->numel() <= most,
-              "coefs must be a contiguous float64 tensor of 1 to ", most, " values, got ", coefs->scalar_type(),
-              " of shape ", coefs->sizes());
-  TORCH_CHECK(!grads.empty() && grads.size() % coefs->numel() == 0, "grads must hold a list of tensors for each of ",
-              coefs->numel(), " coefs, got ", grads.size(), " tensors");
-  return coefs->numel();
-}
-
-inline void check_per_chunk(const at::Tensor& t, const char* name, int64_t n) {
-  TORCH_CHECK(t.dim() == 1 && t.numel() == n && t.scalar_type() == at::kDouble && t.is_contiguous(), name,
-              " must be a contiguous float64 tensor of shape [", n, "], one value per chunk, got ", t.scalar_type(),
-              " of shape ", t.sizes());
-}
-
-// The terms of a sum, at least one.
-inline void check_sum(const at::Tensor& t, const char* name) {
-  TORCH_CHECK(t.dim() == 1 && t.numel() > 0 && t.scalar_type() == at::kDouble && t.is_contiguous(), name,
-              " must be a contiguous 1-d float64 tensor, got ", t.scalar_type(), " of shape ", t.sizes());
+// One tensor per segment, long enough for every row of the table; an empty one is absent.
+inline void check_list(at::TensorList list, const char* name, int64_t first, const Reach& reach) {
+  TORCH_CHECK(int64_t(list.size()) >= reach.segments, name, " has ", list.size(), " tensors, the table names segment ",
+              reach.segments - 1);
+  for (int64_t k = 0; k < reach.count; ++k) {
+    const Chunk& c = reach.rows[k];
+    const int64_t size = list[c.segment].numel();
+    TORCH_CHECK(size == 0 || c.begin + c.numel <= size, "row ", k, " of the table reaches element ", c.begin + c.numel,
+                " of ", Label{name, first + c.segment}, ", which has ", size);
+  }
 }
 
 }  // namespace msam

@@ -1,19 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the operators of every device do alike with their arguments, once they are checked.
+// From the arguments of an operator to those of its kernels: checks, and pointers that live as long as the call. The same for
+// every device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/SmallVector.h>
 
 #include <optional>
 
+#include "arguments.h"
 #include "checks.h"
-#include "update_math.h"
 
 namespace msam {
 
 using at::Tensor;
 using at::TensorList;
 using MaybeTensor = std::optional<Tensor>;
+using MaybeDouble = std::optional<double>;
 
 inline Storage storage_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -30,101 +34,200 @@ inline Storage storage_of(at::ScalarType dtype) {
   }
 }
 
-template <class T = void>
-inline T* pointer(const MaybeTensor& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-}
-
+// Of the first tensor that is there.
 inline at::ScalarType dtype_of(TensorList first, TensorList second, const char* names) {
-  TORCH_CHECK(!first.empty() || !second.empty(), names, " are empty");
+  TORCH_CHECK(!first.empty() || !second.empty(), names, " missing: the lists are empty");
   return (first.empty() ? second : first)[0].scalar_type();
 }
 
-// What the direction d is made of.
-template <class Call, class Arguments>
-void gather_direction(Call& call, Arguments& a, TensorList weights, TensorList grads, const MaybeTensor& ema, double sigma,
-                      std::optional<double> eta) {
-  call.begin(a);
-  a.grads = call.list(grads, "grads");
-  a.weights = call.list(weights, "weights", weights.size() == 1);
-  TORCH_CHECK(!eta || a.weights, "eta needs the weights");
-  call.flat(ema, "ema");
-  a.ema = pointer(ema);
-  a.sigma = sigma;
-  a.adaptive = eta.has_value();
-  a.eta = eta.value_or(0);
-}
+class Call {
+ public:
+  Call(const Tensor& table, at::ScalarType dtype) : table_(table), dtype_(dtype), reach_(check_table(table)) {}
+  Call(const Call&) = delete;  // kernels hold pointers into it
 
-// And what w + e is made of: the same for the perturbation alone and together with its norm.
-template <class Call, class Arguments>
-void gather_perturbation(Call& call, Arguments& a, TensorList weights, TensorList acc, TensorList grads, const Tensor& hyper,
-                         const Tensor& achieved_sq, const MaybeTensor& acc_sq, const MaybeTensor& saved,
-                         const MaybeTensor& origin, const MaybeTensor& ema, const MaybeTensor& mask, double sigma,
-                         std::optional<double> lmbda, std::optional<double> eta) {
-  TORCH_CHECK(!weights.empty() && !grads.empty(), "perturb needs weights and grads");
-  TORCH_CHECK(acc.empty() == !acc_sq, "acc and acc_sq go together: give both or neither");
-  TORCH_CHECK(!saved || !origin, "weights that are perturbed from origin are not saved: give saved or origin");
-  gather_direction(call, a, weights, grads, ema, sigma, eta);
-  call.hyper(hyper, 1, a);
-  call.flat(saved, "saved");
-  call.flat(origin, "origin");
-  call.mask(mask);
-  call.per_chunk(achieved_sq, "achieved_sq");
-  a.achieved_sq = achieved_sq.data_ptr<double>();
-  a.acc = call.list(acc, "acc");
-  if (acc_sq) call.per_chunk(*acc_sq, "acc_sq");
-  a.acc_sq = pointer<double>(acc_sq);
-  a.saved = pointer(saved);
-  a.origin = pointer(origin);
-  a.mask = pointer<uint8_t>(mask);
-  a.ema_out = lmbda ? pointer(ema) : nullptr;
-  a.lmbda = lmbda.value_or(0);
-  a.one_minus_lmbda = 1 - lmbda.value_or(0);
-}
+  at::Device device() const { return table_.device(); }
+  int64_t rows() const { return table_.size(0); }
+  const Reach& reach() const { return reach_; }
+  const Lists& lists() const { return lists_; }
 
-// saved -> weights, and c_acc acc + c grads -> acc, poisoned where the ascent gradient was not finite. With coefs, grads holds
-// a list of tensors for each of them. Returns how many tensors a list has.
-template <class Call, class Arguments>
-int64_t gather_descent(Call& call, Arguments& a, TensorList weights, TensorList acc, TensorList grads,
-                       const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc,
-                       double c) {
-  call.begin(a);
-  a.weights = call.list(weights, "weights", weights.size() == 1);
-  a.acc = call.list(acc, "acc");
-  const int64_t terms = check_coefs(coefs, grads, 1 + kMore), segments = int64_t(grads.size()) / terms;
-  if (coefs) check_device(*coefs, "coefs", call.device());
-  a.coefs = pointer<double>(coefs);
-  a.grads = call.list(grads.slice(0, segments), "grads");
-  for (int64_t k = 1; k < terms; ++k) a.more[k - 1] = call.list(grads.slice(k * segments, segments), "grads");
-  call.flat(saved, "saved");
-  a.saved = pointer(saved);
-  a.c_acc = c_acc;
-  a.c = c;
-  call.norm_sq(norm_sq, a);  // may replace a.c
-  return segments;
-}
+  void begin(Common& a) const {
+    a.storage = storage_of(dtype_);
+    a.table = reinterpret_cast<const Chunk*>(table_.const_data_ptr<int64_t>());
+    a.rows = rows();
+  }
 
-template <class Call, class Arguments>
-void gather_sgd(Call& call, Arguments& a, const Tensor& hyper, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh) {
-  call.hyper(hyper, kSgdColumns, a);
-  call.flat(momentum_buffer, "momentum_buffer");
-  call.per_segment(fresh, "fresh", at::kByte);
-  a.momentum_buffer = pointer(momentum_buffer);
-  a.fresh = pointer<uint8_t>(fresh);
-}
+  // One tensor per parameter; `first`: the index of this part of a longer list.
+  Place list(TensorList tensors, const char* name, int64_t first = 0) {
+    if (tensors.empty()) return {};
+    const int64_t size = int64_t(tensors.size());
+    TORCH_CHECK(lists_.count == 0 || lists_.segments == size, name, " has ", size, " tensors, another list ", lists_.segments,
+                ": every list has one per parameter");
+    TORCH_INTERNAL_ASSERT(lists_.count < kLists);
+    auto& pointers = pointers_[lists_.count];
+    pointers.reserve(size);
+    for (int64_t k = 0; k < size; ++k) {
+      check_dense(tensors[k], {name, first + k}, dtype_, device());
+      pointers.push_back(tensors[k].numel() ? tensors[k].data_ptr() : nullptr);
+    }
+    check_list(tensors, name, first, reach_);
+    lists_.segments = size;
+    lists_.data[lists_.count] = pointers.data();
+    return {nullptr, lists_.count++};
+  }
+  // `terms` has `count` lists, one after the other.
+  void terms(TensorList tensors, int64_t count, Place* out) {
+    TORCH_CHECK(count ? tensors.size() % count == 0 && !tensors.empty() : tensors.empty(),
+                "terms must be as many lists of tensors, one after the other, as there are coefficients, ", count, "; got ",
+                tensors.size(), " tensors");
+    const int64_t size = count ? int64_t(tensors.size()) / count : 0;
+    for (int64_t k = 0; k < count; ++k) out[k] = list(tensors.slice(k * size, size), "terms", k * size);
+  }
+  // A buffer of the weights' dtype.
+  void* flat(const Tensor& t, Label label) const {
+    check_dense(t, label, dtype_, device());
+    TORCH_CHECK(t.numel() >= reach_.flat, label, " has ", t.numel(), " elements, the table reaches ", reach_.flat);
+    return t.data_ptr();
+  }
+  void* flat(const MaybeTensor& t, Label label) const { return t ? flat(*t, label) : nullptr; }
+  // One flat buffer, or a tensor per parameter.
+  Place weights(TensorList tensors) {
+    return tensors.size() == 1 ? Place{flat(tensors[0], {"weights"}), -1} : list(tensors, "weights");
+  }
 
-template <class Call, class Arguments>
-void gather_adam(Call& call, Arguments& a, const Tensor& hyper, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                 const Tensor& step, const MaybeTensor& max_exp_avg_sq) {
-  call.hyper(hyper, kAdamColumns, a);
-  call.flat(exp_avg, "exp_avg");
-  call.flat(exp_avg_sq, "exp_avg_sq");
-  call.flat(max_exp_avg_sq, "max_exp_avg_sq");
-  call.per_segment(step, "step", at::kFloat);
-  a.exp_avg = exp_avg.data_ptr();
-  a.exp_avg_sq = exp_avg_sq.data_ptr();
-  a.max_exp_avg_sq = pointer(max_exp_avg_sq);
-  a.step = step.data_ptr<float>();
-}
+  template <class T>
+  T* per_row(const Tensor& t, const char* name) const {
+    check_plain(t, {name}, c10::CppTypeToScalarType<T>::value, device(), 1);
+    TORCH_CHECK(t.numel() == rows(), name, " must have one element per row of the table, ", rows(), ", got ", t.numel());
+    return t.mutable_data_ptr<T>();
+  }
+  template <class T>
+  T* per_row(const MaybeTensor& t, const char* name) const {
+    return t ? per_row<T>(*t, name) : nullptr;
+  }
+  const uint8_t* mask(const MaybeTensor& t) const {
+    if (!t) return nullptr;
+    check_plain(*t, {"mask"}, at::kByte, device(), 1);
+    const int64_t bytes = reach_.flat / 8 + (reach_.flat % 8 != 0);
+    TORCH_CHECK(t->numel() >= bytes, "mask has ", t->numel(), " bytes, the table reaches ", bytes);
+    return t->const_data_ptr<uint8_t>();
+  }
+  // One row, or one number, per group.
+  const double* per_group(const Tensor& t, const char* name, int64_t dim) const {
+    check_plain(t, {name}, at::kDouble, device(), dim);
+    TORCH_CHECK(t.size(0) >= reach_.groups, name, " has ", t.size(0), " groups, the table names group ", reach_.groups - 1);
+    return t.const_data_ptr<double>();
+  }
+  Sums sums(const Tensor& t, Label label) const {
+    const int64_t dim = t.dim() == 2 ? 2 : 1;
+    check_plain(t, label, at::kDouble, device(), dim);
+    TORCH_CHECK(t.numel() > 0, label, " is empty, of shape ", t.sizes());
+    return {t.const_data_ptr<double>(), dim == 2 ? t.size(0) : 1, t.size(-1)};
+  }
+
+  // What the direction d is made of.
+  void direction(Norm& a, TensorList weights_, TensorList grads, const MaybeTensor& ema, double sigma, MaybeDouble eta) {
+    begin(a);
+    a.grads = list(grads, "grads");
+    a.weights = weights(weights_);
+    TORCH_CHECK(!eta || a.weights, "eta needs the weights, and the list of weights is empty");
+    a.ema = flat(ema, {"ema"});
+    a.sigma = sigma;
+    a.adaptive = eta.has_value();
+    a.eta = eta.value_or(0);
+  }
+  // And what w + e is made of, but for the norm.
+  void perturbation(Perturb& a, TensorList weights_, TensorList grads, const Tensor& radii, const Tensor& saved,
+                    const Tensor& status, const Tensor& achieved_sq, const MaybeTensor& ema, const MaybeTensor& mask_,
+                    double sigma, MaybeDouble lmbda, MaybeDouble eta) {
+    TORCH_CHECK(!weights_.empty() && !grads.empty(), "a perturbation needs weights and grads, and one of the lists is empty");
+    direction(a, weights_, grads, ema, sigma, eta);
+    a.radii = per_group(radii, "radii", 1);
+    a.saved = flat(saved, {"saved"});
+    a.status = per_row<uint8_t>(status, "status");
+    a.achieved_sq = per_row<double>(achieved_sq, "achieved_sq");
+    a.mask = mask(mask_);
+    a.ema_out = lmbda && ema ? flat(ema, {"ema"}) : nullptr;
+    a.lmbda = lmbda.value_or(0);
+    a.one_minus_lmbda = 1 - lmbda.value_or(0);
+  }
+
+  // The weights' return, and the linear combination.
+  void descent(Descent& a, TensorList weights_, TensorList terms_, at::ArrayRef<double> coefs, TensorList sums_,
+               int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved, const MaybeTensor& status) {
+    begin(a);
+    TORCH_CHECK(saved.has_value() == status.has_value(), "saved and status go together: give both or neither");
+    a.weights = weights(weights_);
+    a.saved = flat(saved, {"saved"});
+    a.status = per_row<uint8_t>(status, "status");
+    TORCH_CHECK(coefs.size() % kCoefficientColumns == 0 && coefs.size() <= kTerms * kCoefficientColumns, "coefs must be ",
+                kCoefficientColumns, " numbers for each of at most ", kTerms, " terms, got ", coefs.size());
+    a.combination.count = int(coefs.size()) / kCoefficientColumns;
+    terms(terms_, a.combination.count, a.terms);
+    const int64_t rows = sums_of(a, sums_);
+    combination(a.combination, coefs, rows, rescale);
+    if (norm_sq) a.norm_sq = sums(*norm_sq, {"norm_sq"});
+    TORCH_CHECK(a.norm_sq.rows <= 1, "norm_sq must be one row, got ", a.norm_sq.rows);
+  }
+  void rule(Update& a, TensorList states, int64_t rule, const Tensor& settings, const MaybeTensor& step) {
+    TORCH_CHECK(rule == kSgd || rule == kAdam, "rule must be ", int(kSgd), " (SGD) or ", int(kAdam), " (Adam), got ", rule);
+    a.rule = Rule(rule);
+    a.settings = per_group(settings, "settings", 2);
+    a.columns = settings.size(1);
+    const int64_t columns = rule == kSgd ? int64_t(kSgdColumns) : int64_t(kAdamColumns);
+    TORCH_CHECK(a.columns >= columns, "settings must have ", columns, " columns for this rule, got ", a.columns);
+    const int64_t count = int64_t(states.size()), few = rule == kSgd ? 0 : 2;
+    TORCH_CHECK(count == few || count == few + 1, rule == kSgd ? "SGD has states [] or [momentum_buffer], got "
+                    : "Adam has states [exp_avg, exp_avg_sq] or [exp_avg, exp_avg_sq, max_exp_avg_sq], got ", count);
+    for (int64_t k = 0; k < count; ++k) a.states[k] = flat(states[k], {"states", k});
+    TORCH_CHECK(count == 0 || step, "states need step, which is missing");
+    if (step) {
+      check_plain(*step, {"step"}, at::kFloat, device(), 1);
+      const int64_t least = std::max(lists_.segments, reach_.segments) + 1;
+      TORCH_CHECK(lists_.count ? step->numel() == least : step->numel() >= least,
+                  "step must have one element per parameter and one more, ", least, ", got ", step->numel());
+      a.step = step->mutable_data_ptr<float>();
+    }
+    for (int64_t k = 0; k < reach_.count; ++k) {
+      const double* row = a.settings + reach_.rows[k].group * a.columns;
+      TORCH_CHECK(count > few || row[rule == kSgd ? int(kMomentum) : int(kAmsgrad)] == 0,
+                  rule == kSgd ? "momentum needs states [momentum_buffer]" : "amsgrad needs a third state, max_exp_avg_sq");
+    }
+  }
+
+ private:
+  // Into the first places of a.sums; how many rows they are in all.
+  int64_t sums_of(Descent& a, TensorList tensors) const {
+    TORCH_CHECK(tensors.size() <= kSums, "sums must be at most ", kSums, " tensors, got ", tensors.size());
+    int64_t rows = 0;
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      a.sums[k] = sums(tensors[k], {"sums", int64_t(k)});
+      rows += a.sums[k].rows;
+    }
+    TORCH_CHECK(rows <= kRows, "sums must be at most ", kRows, " rows in all, got ", rows);
+    while (a.combination.gram * (a.combination.gram + 1) / 2 < a.sums[0].rows) ++a.combination.gram;
+    const int n = a.combination.gram;
+    TORCH_CHECK(n * (n + 1) / 2 == a.sums[0].rows && n <= kVectors && n <= a.combination.count,
+                "sums[0] must be the Gram matrix of the first terms, 1, 3 or 6 rows for 1, 2 or 3 of ", a.combination.count,
+                ", got ", a.sums[0].rows, " rows");
+    return rows;
+  }
+  static void combination(Combination& out, at::ArrayRef<double> coefs, int64_t rows, int64_t rescale) {
+    for (int k = 0; k < out.count; ++k) {
+      const double* row = coefs.data() + k * kCoefficientColumns;
+      const double p = row[3], q = row[4];
+      const bool there = p >= 0 && p < double(rows) && q >= 0 && q < double(rows);
+      TORCH_CHECK(there || row[2] == 0, "coefs name the sums ", p, " and ", q, " for term ", k, ", there are ", rows);
+      out.of[k] = {row[0], row[1], row[2], row[6], there ? int(p) : 0, there ? int(q) : 0, row[5] != 0};
+    }
+    TORCH_CHECK(rescale >= -1 && rescale < rows, "rescale must be -1 or one of the ", rows, " sums, got ", rescale);
+    out.rescale = int(rescale);
+  }
+
+  const Tensor& table_;
+  at::ScalarType dtype_;
+  Reach reach_;
+  Lists lists_;
+  c10::SmallVector<void*, 64> pointers_[kLists];
+};
 
 }  // namespace msam

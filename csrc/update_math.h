@@ -128,27 +128,31 @@ MSAM_FN T plus_weighted(T sum, T x, T c) {
   return sum + weighted(x, c);
 }
 
-// The updates choose by value (?:), not by branch, so that their loops become vector code.
+// The rules of an update, all alike: Rule(a group's row of settings, the update's number for the parameter, counted from 1),
+// and rule(w, g, state) for an element, which has `states` numbers. They choose by value (?:), not by branch, so that their
+// loops become vector code.
 
-// torch.optim.SGD for one group. `fresh`: the momentum buffer begins with this gradient.
-template <class T, bool kMomentum>
+// torch.optim.SGD. The momentum buffer begins with the first gradient.
+template <class T, bool with_momentum>
 struct Sgd {
+  static constexpr int states = with_momentum ? 1 : 0;
   T lr, momentum, one_minus_dampening, weight_decay;
   bool nesterov, maximize, fresh;
 
-  MSAM_FN Sgd(const double* row, bool fresh_)
+  MSAM_FN Sgd(const double* row, int64_t step)
       : lr(T(row[kSgdLr])),
         momentum(T(row[kMomentum])),
         one_minus_dampening(T(1 - row[kDampening])),
         weight_decay(T(row[kSgdWeightDecay])),
         nesterov(row[kNesterov] != 0),
         maximize(row[kSgdMaximize] != 0),
-        fresh(fresh_) {}
+        fresh(step == 1) {}
 
-  MSAM_FN void operator()(T& w, T g, T& momentum_buffer) const {
+  MSAM_FN void operator()(T& w, T g, T* state) const {
     g = maximize ? -g : g;
     g = weight_decay != 0 ? g + weight_decay * w : g;
-    if (kMomentum) {
+    if (with_momentum) {
+      T& momentum_buffer = state[0];
       momentum_buffer = fresh ? g : momentum * momentum_buffer + one_minus_dampening * g;
       g = nesterov ? g + momentum * momentum_buffer : momentum_buffer;
     }
@@ -156,9 +160,10 @@ struct Sgd {
   }
 };
 
-// torch.optim.Adam and AdamW (decoupled) for one group at the given step number, counted from 1.
-template <class T, bool kAmsgrad>
+// torch.optim.Adam and AdamW (decoupled).
+template <class T, bool amsgrad>
 struct Adam {
+  static constexpr int states = amsgrad ? 3 : 2;
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt;
   bool maximize, coupled, small;
 
@@ -176,7 +181,8 @@ struct Adam {
         coupled(row[kDecoupled] == 0 && row[kAdamWeightDecay] != 0),
         small(1 - row[kBeta1] < 0.5) {}
 
-  MSAM_FN void operator()(T& w, T g, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
+  MSAM_FN void operator()(T& w, T g, T* state) const {
+    T &exp_avg = state[0], &exp_avg_sq = state[1];
     g = maximize ? -g : g;
     g = coupled ? g + weight_decay * w : g;
     w = w * decay;
@@ -185,7 +191,8 @@ struct Adam {
     exp_avg = small ? from_average : from_g;
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g);
     T v = exp_avg_sq;
-    if (kAmsgrad) {
+    if (amsgrad) {
+      T& max_exp_avg_sq = state[2];
       v = v <= max_exp_avg_sq ? max_exp_avg_sq : v;  // a NaN in exp_avg_sq, which stays there, wins as in torch.maximum
       max_exp_avg_sq = v;
     }

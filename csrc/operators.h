@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operators that backends/__init__.py declares, once for every device: their C++ signatures, and their arguments' way to
+// the kernels. Device is a Call that runs them:
+//
+//   Device(table, dtype);
+//   Tensor run(Norm&), ascend(Perturb&), run(Gram&);      // the terms of the sums, which they allocate
+//   void run(Perturb&), run(Descend&), run(Update&);
+#pragma once
+
+#include <torch/library.h>
+
+#include "gather.h"
+
+namespace msam {
+
+template <class Device>
+struct Operators {
+  static Tensor norm(TensorList weights, TensorList grads, const Tensor& table, const MaybeTensor& ema, double sigma,
+                     MaybeDouble eta) {
+    Device call(table, dtype_of(grads, {}, "grads"));
+    Norm a;
+    call.direction(a, eta ? weights : TensorList(), grads, ema, sigma, eta);
+    return call.run(a);
+  }
+
+  static void perturb(TensorList weights, TensorList grads, const Tensor& table, const Tensor& norm_sq, const Tensor& radii,
+                      const Tensor& saved, const Tensor& status, const Tensor& achieved_sq, const MaybeTensor& ema,
+                      const MaybeTensor& mask, double sigma, MaybeDouble lmbda, MaybeDouble eta) {
+    Device call(table, dtype_of(weights, {}, "weights"));
+    Perturb a;
+    call.perturbation(a, weights, grads, radii, saved, status, achieved_sq, ema, mask, sigma, lmbda, eta);
+    a.norm_sq = call.sums(norm_sq, {"norm_sq"});
+    TORCH_CHECK(a.norm_sq.rows == 1, "norm_sq must be one row, got ", a.norm_sq.rows);
+    call.run(a);
+  }
+
+  static Tensor ascend(TensorList weights, TensorList grads, const Tensor& table, const Tensor& radii, const Tensor& saved,
+                       const Tensor& status, const Tensor& achieved_sq, const MaybeTensor& ema, const MaybeTensor& mask,
+                       double sigma, MaybeDouble lmbda, MaybeDouble eta) {
+    Device call(table, dtype_of(weights, {}, "weights"));
+    Perturb a;
+    call.perturbation(a, weights, grads, radii, saved, status, achieved_sq, ema, mask, sigma, lmbda, eta);
+    return call.ascend(a);
+  }
+
+  static Tensor gram(TensorList terms, const Tensor& table, int64_t count) {
+    TORCH_CHECK(count >= 1 && count <= kVectors, "count must be 1 to ", kVectors, ", got ", count);
+    Device call(table, dtype_of(terms, {}, "terms"));
+    Gram a;
+    call.begin(a);
+    call.terms(terms, count, a.terms);
+    a.count = int(count);
+    return call.run(a);
+  }
+
+  static void descend(TensorList weights, TensorList out, TensorList terms, const Tensor& table, at::ArrayRef<double> coefs,
+                      TensorList sums, int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved,
+                      const MaybeTensor& status, bool last, const MaybeTensor& out_sq) {
+    Device call(table, dtype_of(weights, out, "weights and out"));
+    Descend a;
+    call.descent(a, weights, terms, coefs, sums, rescale, norm_sq, saved, status);
+    TORCH_CHECK(weights.empty() || saved, "weights are brought back from saved, which is missing");
+    a.out = call.list(out, "out");
+    a.last = last;
+    a.out_sq = call.template per_row<double>(out_sq, "out_sq");
+    call.run(a);
+  }
+
+  static void update(TensorList weights, TensorList states, TensorList terms, const Tensor& table, int64_t rule,
+                     const Tensor& settings, const MaybeTensor& step, at::ArrayRef<double> coefs, TensorList sums,
+                     int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved, const MaybeTensor& status) {
+    Device call(table, dtype_of(weights, {}, "weights"));
+    Update a;
+    call.descent(a, weights, terms, coefs, sums, rescale, norm_sq, saved, status);
+    call.rule(a, states, rule, settings, step);
+    call.run(a);
+  }
+
+  static void implement(torch::Library& library) {
+    library.impl("norm", &norm);
+    library.impl("perturb", &perturb);
+    library.impl("ascend", &ascend);
+    library.impl("gram", &gram);
+    library.impl("descend", &descend);
+    library.impl("update", &update);
+  }
+};
+
+}  // namespace msam
