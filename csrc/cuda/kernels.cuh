@@ -61,10 +61,7 @@ template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
 template <class S, Rule rule, bool combined>
-constexpr int kUpdateBlocks = rule == kSgd                                            ? kBlocks<S>
-                              : sizeof(S) == 8 || (sizeof(S) == 2 && combined) ? 2
-                              : sizeof(S) == 4 && !combined                    ? 4
-                                                                               : 3;
+constexpr int kUpdateBlocks = kBlocks<S> - (sizeof(S) == 2 && combined) - (rule == kAdam && (sizeof(S) != 4 || combined));
 
 template <class S, int N>
 struct PackOf {
@@ -242,7 +239,7 @@ MSAM_DEVICE double norm_sq_of(const Perturb& a, Shared& shared) {
 
 // Made by one thread: doubles are slow on many GPUs, and a group's constants take dozens of operations on them.
 template <class Constants, class Make>
-MSAM_DEVICE Constants shared_constants(Shared& shared, Make&& make) {
+MSAM_DEVICE const Constants& shared_constants(Shared& shared, Make&& make) {
   static_assert(sizeof(Constants) <= sizeof shared.constants, "constants outgrew their place");
   __syncthreads();  // the last ones have been read
   if (threadIdx.x == 0) new (shared.constants) Constants(make());
@@ -444,38 +441,37 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, double norm_sq, Shared& shar
   const auto& a = p.args;
   const Chunk c = a.table[k];
   if (!is_here(a, c)) return;
-  S* weights = at<S>(p, a.weights, c);
   const S* grads = at<S>(p, a.grads, c);
+  if (!grads) {
+    if (threadIdx.x == 0) a.achieved_sq[k] = 0;
+    return;
+  }
+  const uint8_t before = a.status[k];
+  S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
+  const S* base = before == kPerturbed ? saved : weights;
   double sum = 0;
-  if (grads) {
-    const uint8_t before = a.status[k];
-    S* saved = at<S>(a.saved, c);
-    const S* base = before == kPerturbed ? saved : weights;
-    if (is_finite(norm_sq)) {
-      const T scale = shared_constants<T>(shared, [&] { return T(ascent_scale(norm_sq, a.radii[c.group])); });
-      PerturbOp<S, friendly, adaptive> op{weights,
-                                          base,
-                                          grads,
-                                          at<S>(a.ema, c),
-                                          before == kUntouched ? saved : nullptr,
-                                          at<S>(a.ema_out, c),
-                                          a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
-                                          scale,
-                                          as<T>(a.sigma),
-                                          as<T>(a.lmbda),
-                                          as<T>(a.one_minus_lmbda),
-                                          as<T>(a.eta),
-                                          {}};
-      walk(op, int(c.numel));
-      sum = op.sum.total();
-    } else if (before != kSaved) {  // no perturbation, and an EMA that stays usable
-      copy(base, before == kPerturbed ? weights : saved, int(c.numel));
-    }
+  if (is_finite(norm_sq)) {
+    const T scale = shared_constants<T>(shared, [&] { return T(ascent_scale(norm_sq, a.radii[c.group])); });
+    PerturbOp<S, friendly, adaptive> op{weights,
+                                        base,
+                                        grads,
+                                        at<S>(a.ema, c),
+                                        before == kUntouched ? saved : nullptr,
+                                        at<S>(a.ema_out, c),
+                                        a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
+                                        scale,
+                                        as<T>(a.sigma),
+                                        as<T>(a.lmbda),
+                                        as<T>(a.one_minus_lmbda),
+                                        as<T>(a.eta),
+                                        {}};
+    walk(op, int(c.numel));
+    sum = op.sum.total();
+  } else if (before != kSaved) {  // no perturbation, and an EMA that stays usable
+    copy(base, before == kPerturbed ? weights : saved, int(c.numel));
   }
   sum = block_sum(sum, shared);  // from its barriers on nobody reads the status
-  if (threadIdx.x != 0) return;
-  a.achieved_sq[k] = sum;
-  if (grads) a.status[k] = kPerturbed;
+  if (threadIdx.x == 0) a.achieved_sq[k] = sum, a.status[k] = kPerturbed;
 }
 
 template <class S, bool friendly, bool adaptive, class P>
@@ -533,16 +529,14 @@ struct GramOp {
   MSAM_DEVICE void apply(const In<N>& in, int) {
     T x[vectors][N];
 #pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-      if (!from[v]) continue;
-      Convert<S, N>::widen(in.x[v], x[v]);
+    for (int v = 0; v < vectors; ++v) Convert<S, N>::widen(in.x[v], x[v]);
 #pragma unroll
-      for (int u = 0; u <= v; ++u) {
-        if (!from[u]) continue;
+    for (int j = 0; j < N; ++j)
 #pragma unroll
-        for (int j = 0; j < N; ++j) sums[v * (v + 1) / 2 + u].add(j, x[u][j], x[v][j]);
-      }
-    }
+      for (int v = 0; v < vectors; ++v)
+#pragma unroll
+        for (int u = 0; u <= v; ++u)
+          if (from[u] && from[v]) sums[v * (v + 1) / 2 + u].add(j, x[u][j], x[v][j]);
   }
 };
 
@@ -583,16 +577,15 @@ struct Terms {
 // All rows of a descent's sums to shared.sums, norm_sq last, each in the order of block_sum. Returns how many there are.
 MSAM_DEVICE int add_up(const Descent& a, Shared& shared) {
   int rows = 0;
-  const auto add = [&](const Sums& s) {
+#pragma unroll 1
+  for (int i = 0; i <= kSums; ++i) {
+    const Sums& s = i < kSums ? a.sums[i] : a.norm_sq;
 #pragma unroll 1
     for (int64_t r = 0; r < s.rows; ++r, ++rows) {
       const double x = warp_sum(share_of(s.data + r * s.terms, s.terms));
       if (threadIdx.x % 32 == 0) shared.warps[rows][threadIdx.x / 32] = x;
     }
-  };
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) add(a.sums[i]);
-  add(a.norm_sq);
+  }
   if (rows == 0) return 0;
   __syncthreads();
   if (threadIdx.x < rows) shared.sums[threadIdx.x] = added_up(shared.warps[threadIdx.x]);
@@ -609,7 +602,7 @@ MSAM_DEVICE void find_terms(const P& p, const Chunk& c, bool known, Terms<S>& te
   if (threadIdx.x == 0) {
     const double norm_sq = a.norm_sq.data ? shared.sums[rows - 1] : 0;
     coefficients(a.combination, shared.sums, known ? norm_sq : NAN, terms.wide);
-    terms.count = 0, terms.any = false;
+    terms.count = 0, terms.any = false, terms.coefs[0] = 0;
 #pragma unroll 1
     for (int k = 0; k < a.combination.count; ++k) {
       const S* from = at<S>(p, a.terms[k], c);
@@ -629,13 +622,14 @@ struct Gradient {
   using S = S_;
   using T = typename Traits<S>::T;
   static constexpr int kMost = combined ? kTerms : 1;
-  const S* from[kMost];  // null from `count` on
+  const S* from[kMost];  // null where there are fewer
   const T* coefs;        // shared: registers are short
-  int count;
 
-  explicit MSAM_DEVICE Gradient(const Terms<S>& terms) : coefs(terms.coefs), count(terms.count) {
+  // The first term is read in any case. Where there is none `instead` is, and does not count.
+  MSAM_DEVICE Gradient(const Terms<S>& terms, const S* instead) : coefs(terms.coefs) {
+    from[0] = terms.count > 0 ? terms.from[0] : instead;
 #pragma unroll
-    for (int k = 0; k < kMost; ++k) from[k] = k < count ? terms.from[k] : nullptr;
+    for (int k = 1; k < kMost; ++k) from[k] = k < terms.count ? terms.from[k] : nullptr;
   }
 
   template <int N>
@@ -653,19 +647,20 @@ struct Gradient {
   MSAM_DEVICE void load(In<N>& in, int i) const {
 #pragma unroll
     for (int k = 0; k < kMost; ++k)
-      if (k < count) in.x[k] = load_last<N>(from[k] + i);
+      if (k == 0 || from[k]) in.x[k] = load_last<N>(from[k] + i);
   }
   template <int N>
   MSAM_DEVICE void sum(const In<N>& in, T* g) const {
+    Convert<S, N>::widen(in.x[0], g);
 #pragma unroll
-    for (int j = 0; j < N; ++j) g[j] = 0;
+    for (int j = 0; j < N; ++j) g[j] = coefs[0] == 0 ? T(0) : weighted(g[j], coefs[0]);
 #pragma unroll
-    for (int k = 0; k < kMost; ++k) {
-      if (k >= count) break;
+    for (int k = 1; k < kMost; ++k) {
+      if (!from[k]) break;
       T x[N];
       Convert<S, N>::widen(in.x[k], x);
 #pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = k == 0 ? weighted(x[j], coefs[k]) : plus_weighted(g[j], x[j], coefs[k]);
+      for (int j = 0; j < N; ++j) g[j] = plus_weighted(g[j], x[j], coefs[k]);
     }
   }
 };
@@ -738,7 +733,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) descend_kernel(const __g
   if (out) find_terms(p, c, true, terms, shared);
   const bool stays = !out || (terms.count == 1 && terms.from[0] == out && terms.coefs[0] == 1 && !a.out_sq);
   if (!stays) {
-    DescendOp<S, combined> op{base, weights, out, Gradient<S, combined>(terms), a.out_sq != nullptr, {}};
+    DescendOp<S, combined> op{base, weights, out, Gradient<S, combined>(terms, out), a.out_sq != nullptr, {}};
     walk(op, int(c.numel));
     sum = op.sum.total();
   } else if (base) {
@@ -753,53 +748,41 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) descend_kernel(const __g
 
 // ---- update -----------------------------------------------------------------------------------------------------
 
-// A rule with or without its option, momentum or amsgrad: the states that it then keeps, and its formula.
+// A rule with or without its option, momentum or amsgrad.
 template <class T, Rule rule, bool option>
-struct Formula;
-template <class T, bool momentum>
-struct Formula<T, kSgd, momentum> : Sgd<T, momentum> {
-  static constexpr int kKept = momentum ? 1 : 0;
-  MSAM_DEVICE Formula(const double* settings, float step) : Sgd<T, momentum>(settings, step == 0) {}
-  MSAM_DEVICE void apply(T& w, T g, T& momentum_buffer, T&, T&) const { (*this)(w, g, momentum_buffer); }
-};
-template <class T, bool amsgrad>
-struct Formula<T, kAdam, amsgrad> : Adam<T, amsgrad> {
-  static constexpr int kKept = amsgrad ? 3 : 2;
-  MSAM_DEVICE Formula(const double* settings, float step) : Adam<T, amsgrad>(settings, int64_t(step) + 1) {}
-  MSAM_DEVICE void apply(T& w, T g, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
-    (*this)(w, g, exp_avg, exp_avg_sq, max_exp_avg_sq);
-  }
-};
+using Formula = std::conditional_t<rule == kSgd, Sgd<T, option>, Adam<T, option>>;
 
 template <class S_, Rule rule, bool option, bool combined>
 struct UpdateOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  using Formula = cuda::Formula<T, rule, option>;
-  static constexpr int kUnroll = rule == kSgd && !combined ? 2 : 1;
+  static constexpr int kUnroll = rule == kSgd && !combined ? 2 : 1, states = Formula<T, rule, option>::states;
   const S* base;
   S* weights;
-  S* states[kStates];
+  void* const* flat;  // the states; not as pointers of the row's own: registers are short
+  int64_t offset;
   Gradient<S, combined> gradient;
-  Formula formula;
+  // Adam's dozen constants stay in shared memory.
+  std::conditional_t<rule == kSgd, Formula<T, rule, option>, const Formula<T, rule, option>&> formula;
 
   template <int N>
   struct In {
-    Pack<S, N> w, states[kStates];
+    Pack<S, N> w, state[kStates];
     typename Gradient<S, combined>::template In<N> g;
   };
   MSAM_DEVICE uintptr_t addresses() const {
     uintptr_t all = address(base) | address(weights) | gradient.addresses();
 #pragma unroll
-    for (int v = 0; v < Formula::kKept; ++v) all |= address(states[v]);
+    for (int v = 0; v < states; ++v) all |= address(state(v));
     return all;
   }
+  MSAM_DEVICE S* state(int v) const { return static_cast<S*>(flat[v]) + offset; }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
 #pragma unroll
-    for (int v = 0; v < Formula::kKept; ++v) in.states[v] = load_last<N>(states[v] + i);
-    in.w = load_last<N>(base + i);
+    for (int v = 0; v < states; ++v) in.state[v] = load_last<N>(state(v) + i);
+    in.w = load_last<N>((base ? base : weights) + i);
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) const {
@@ -807,11 +790,18 @@ struct UpdateOp {
     Convert<S, N>::widen(in.w, w);
     gradient.template sum<N>(in.g, g);
 #pragma unroll
-    for (int v = 0; v < Formula::kKept; ++v) Convert<S, N>::widen(in.states[v], x[v]);
+    for (int v = 0; v < states; ++v) Convert<S, N>::widen(in.state[v], x[v]);
 #pragma unroll
-    for (int j = 0; j < N; ++j) formula.apply(w[j], g[j], x[0][j], x[1][j], x[2][j]);
+    for (int j = 0; j < N; ++j) {
+      T one[kStates];
 #pragma unroll
-    for (int v = 0; v < Formula::kKept; ++v) store_last<N>(states[v] + i, Convert<S, N>::narrow(x[v]));
+      for (int v = 0; v < states; ++v) one[v] = x[v][j];
+      formula(w[j], g[j], one);
+#pragma unroll
+      for (int v = 0; v < states; ++v) x[v][j] = one[v];
+    }
+#pragma unroll
+    for (int v = 0; v < states; ++v) store_last<N>(state(v) + i, Convert<S, N>::narrow(x[v]));
     store<N>(weights + i, Convert<S, N>::narrow(w));
   }
 };
@@ -819,13 +809,12 @@ struct UpdateOp {
 template <class S, Rule rule, bool option, bool combined, class P>
 MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights, const Terms<S>& terms, Shared& shared) {
   using Op = UpdateOp<S, rule, option, combined>;
+  using Made = Formula<typename Op::T, rule, option>;
   const auto& a = p.args;
-  const auto formula = shared_constants<typename Op::Formula>(shared, [&] {
-    return typename Op::Formula(a.settings + c.group * a.columns, a.step ? a.step[c.segment] : 0);
+  const Made& formula = shared_constants<Made>(shared, [&] {
+    return Made(a.settings + c.group * a.columns, 1 + (a.step ? int64_t(a.step[c.segment]) : 0));
   });
-  Op op{base ? base : weights, weights, {}, Gradient<S, combined>(terms), formula};
-#pragma unroll
-  for (int v = 0; v < Op::Formula::kKept; ++v) op.states[v] = a.states[v] ? at<S>(a.states[v], c) : weights;
+  Op op{base, weights, a.states, c.offset, Gradient<S, combined>(terms, weights), formula};
   walk(op, int(c.numel));
 }
 
@@ -862,10 +851,10 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
     S* weights = at<S>(p, a.weights, c);
     const S* base = base_of<S>(a, k, c);
     const bool option = a.settings[c.group * a.columns + (rule == kSgd ? int(kMomentum) : int(kAmsgrad))] != 0;
-    // The host cannot see that a group has the option: where its state is missing, the weights say so.
-    const bool known = !option || (a.step && a.states[rule == kSgd ? 0 : 2]);
-    find_terms(p, c, known, terms, shared);
-    if (terms.any && option)
+    // The host cannot see that a group has the option. Where the state for it is missing, the weights become NaN.
+    const bool missing = option && !a.states[rule == kSgd ? 0 : 2];
+    find_terms(p, c, !missing, terms, shared);
+    if (terms.any && option && !missing)
       update_row<S, rule, true, combined>(p, c, base, weights, terms, shared);
     else if (terms.any)
       update_row<S, rule, false, combined>(p, c, base, weights, terms, shared);
@@ -873,7 +862,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
       copy(base, weights, int(c.numel));
     settle(a, k, true);
   }
-  if (a.step) count_steps(p, shared);
+  if (a.step && a.combination.count) count_steps(p, shared);
 }
 
 }  // namespace msam::cuda
