@@ -11,7 +11,7 @@ PARTS ?=
 WHEELS ?=
 
 PY := $(VENV)/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 # Tests, demo and benchmark run this checkout, whatever else the environment has installed.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -35,6 +35,7 @@ help:
 	@echo "VENV=/path              the environment; default: .venv. One that exists already keeps what it has: its own"
 	@echo "                        torch is used, and only packages that are absent are added"
 	@echo "MSAM_KERNELS_CPP=0      leave the C++ kernels out; =1: stop if there is no compiler"
+	@echo "MSAM_KERNELS_ISA=baseline   (or avx2, avx512) the CPU kernels' instruction set; default: the processor's widest"
 	@echo "ARGS='...'              options for the command behind demo, family, test, bench and gpu"
 	@echo "JOBS=2                  test processes"
 	@echo "GPU_PYTHON=python3      whose torch, nvcc, ninja, pybind11 and pytest make gpu uses; it installs nothing"
@@ -59,7 +60,7 @@ lint: build/environment
 	@missing=$$(grep -L 'SPDX-License-Identifier: Apache-2.0' $(LICENSED)); \
 	test -z "$$missing" || { echo "no SPDX-License-Identifier: Apache-2.0 in:" $$missing >&2; exit 1; }
 
-LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildcard csrc/*.* csrc/*/*.*) \
+LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) \
 	$(wildcard msam_kernels/*.py tests/*.py benchmarks/*.py examples/*.py)
 
 bench: build

@@ -26,6 +26,11 @@ TORCH_AT_LEAST = (2, 6)
 CUDA_AT_LEAST = (12, 1)  # kernel parameters of more than 4 KiB
 # No contraction, as on the CPU, and nothing that --use_fast_math would bring.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-lineinfo")
+# What the files of csrc/cpu/units are compiled with on x86, by the instruction set that their names begin with.
+INSTRUCTION_SETS = {
+    "avx2": ("-mavx2", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512"),
+}
 COMPILER_REMEDY = (
     "install a C++17 compiler (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select "
     "--install) and build again with `pip install --no-build-isolation -e .`"
@@ -52,6 +57,28 @@ class Build(BuildExtension):
         super().finalize_options()
         # Ninja sees headers and flags change; setuptools would only look at its own list of files.
         self.force = True
+
+    def build_extensions(self):
+        """Gives each file the flags of its instruction set, where torch has one list for all C++ files.
+
+        They join the command where it is made: without ninja that is _compile of setuptools' compiler, which torch wraps,
+        and with it the file that torch writes for ninja. A file that does not get them stops with an error of its own.
+        """
+        compile_one, write = self.compiler._compile, cpp_extension._maybe_write
+        flags_of = flags_by_file(shlex.split(os.environ["CXX"]))
+
+        def compile_with_flags(obj, src, ext, cc_args, flags, pp_opts):
+            compile_one(obj, src, ext, cc_args, [*flags, *flags_of(src)], pp_opts)
+
+        def with_flags(build):
+            flags = flags_of(build[1])
+            return f"{build[0]}\n  post_cflags = $post_cflags {' '.join(flags)}" if flags else build[0]
+
+        def write_with_flags(path, text):
+            write(path, re.sub(r"^build .*: compile (.*)", with_flags, text, flags=re.MULTILINE))
+
+        self.compiler._compile, cpp_extension._maybe_write = compile_with_flags, write_with_flags
+        super().build_extensions()
 
 
 def put_ninja_on_path():
@@ -92,6 +119,24 @@ def find_compiler():
 
 def is_clang(compiler):
     return "clang" in subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+
+
+def flags_by_file(compiler):
+    """A function from a C++ file to the flags that it has beyond those of all."""
+    flags = INSTRUCTION_SETS
+    if sys.platform == "darwin":  # where one command may compile for both architectures, or for the other one alone
+        flags = {isa: [word for f in own for word in ("-Xarch_x86_64", f)] for isa, own in flags.items()}
+        flags = {isa: [*own, "-Wno-unused-command-line-argument"] for isa, own in flags.items()}
+    else:
+        probe = subprocess.run([*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+        if "__x86_64__" not in probe.stdout:
+            flags = {}
+
+    def flags_of(file):
+        path = Path(file)
+        return flags.get(path.name.split("_")[0], []) if path.parent.name == "units" else []
+
+    return flags_of
 
 
 def openmp_flags(compiler):

@@ -10,14 +10,20 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "operators.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using msam::MaybeTensor;
+using msam::Tensor;
+using msam::TensorList;
 
 // Toolkit and targets of the CUDA kernels, if they were built.
 #if defined(MSAM_CUDA)
@@ -35,7 +41,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "unknown";
 #endif
-  info["instruction_set"] = msam::cpu::kernels().instruction_set;
+  info["instruction_set"] = msam::cpu::instruction_set();
 #if defined(_OPENMP)
   info["threads"] = "openmp";
 #else
@@ -75,7 +81,7 @@ bool is_shared(const at::Tensor& grad) {
   return grad.storage().use_count() > (lone ? 2 : 1);
 }
 
-// Whether no two gradients are the same memory, and with `whole` no other tensor holds that of any; None is none.
+// Whether no two gradients are the same memory, and with `whole` no other tensor holds that of any; Nones are ignored.
 bool owns_memory(const py::list& grads, bool whole) {
   c10::SmallVector<const void*, 64> places;
   for (py::handle g : grads) {
@@ -104,18 +110,19 @@ void set_grads(const py::list& params, const py::list& grads) {
   }
 }
 
-// Every p.grad, with a placeholder for None; whether all are regular; the indices of those that are None. Where all are
-// regular, counts the parameters as modified in place and, with `clear`, makes every p.grad None.
+// Every p.grad, with a placeholder for None; whether all are regular; how many are None. Where all are regular, counts the
+// parameters that have one as modified in place and, with `clear`, makes every p.grad None.
 py::tuple collect_grads(const py::list& params, py::handle placeholder, bool clear) {
   const size_t n = params.size();
-  py::list grads(n), absent;
+  py::list grads(n);
+  size_t absent = 0;
   bool regular = true;
   for (size_t i = 0; i < n; ++i) {
     TORCH_CHECK(THPVariable_Check(params[i].ptr()), "collect_grads takes tensors");
     const at::Tensor& param = THPVariable_Unpack(params[i].ptr());
     const at::Tensor& grad = param.grad();
     if (!grad.defined()) {
-      absent.append(i);
+      ++absent;
       grads[i] = placeholder;
       continue;
     }
@@ -124,10 +131,21 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   }
   for (size_t i = 0; regular && i < n; ++i) {
     const at::Tensor& param = THPVariable_Unpack(params[i].ptr());
+    if (grads[i].ptr() == placeholder.ptr()) continue;
     param.unsafeGetTensorImpl()->bump_version();
     if (clear) param.mutable_grad().reset();
   }
-  return py::make_tuple(std::move(grads), regular, py::tuple(absent));
+  return py::make_tuple(std::move(grads), regular, absent);
+}
+
+// Whether the same parameters are absent from two lists.
+bool same_absence(const py::list& a, const py::list& b) {
+  TORCH_CHECK(a.size() == b.size(), "same_absence takes lists of one length, got ", a.size(), " and ", b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    TORCH_CHECK(THPVariable_Check(a[i].ptr()) && THPVariable_Check(b[i].ptr()), "same_absence takes tensors");
+    if ((THPVariable_Unpack(a[i].ptr()).numel() == 0) != (THPVariable_Unpack(b[i].ptr()).numel() == 0)) return false;
+  }
+  return true;
 }
 
 // What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out.
@@ -148,10 +166,6 @@ py::bytes memory_layout(const py::list& groups) {
   return {reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t)};
 }
 
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using MaybeDouble = std::optional<double>;
-
 // The tensors of a list that nobody changes during the call: owning each costs more than a small kernel.
 class Borrowed {
  public:
@@ -166,7 +180,7 @@ class Borrowed {
   ~Borrowed() {
     for (Tensor& t : tensors_) Traits::destroyBorrow(t);
   }
-  operator at::TensorList() const { return tensors_; }
+  operator TensorList() const { return tensors_; }
 
  private:
   using Traits = c10::MaybeOwnedTraits<Tensor>;
@@ -174,82 +188,82 @@ class Borrowed {
   std::vector<Tensor> tensors_;
 };
 
-// An operator of ops.py as torch.ops would call it under no_grad, but typed, and past autograd's fallback: both would box
-// the lists, which takes longer than a kernel on a small model.
-template <class Signature, class... Args>
-auto dispatch(const c10::TypedOperatorHandle<Signature>& op, Args&&... args) {
-  py::gil_scoped_release no_gil;
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  return op.call(std::forward<Args>(args)...);
-}
+class Numbers {
+ public:
+  explicit Numbers(const py::list& list) {
+    for (py::handle x : list) numbers_.push_back(x.cast<double>());
+  }
+  operator at::ArrayRef<double>() const { return numbers_; }
 
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
+ private:
+  c10::SmallVector<double, msam::kTerms * msam::kCoefficientColumns> numbers_;
+};
 
-Tensor inner_products(const py::list& weights, const py::list& grads, const Tensor& chunks, const MaybeTensor& ema,
-                      double sigma, const MaybeDouble& eta) {
-  static const auto op = find<Tensor(at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&, double,
-                                     MaybeDouble)>("msam_kernels::inner_products");
-  return dispatch(op, Borrowed(weights), Borrowed(grads), chunks, ema, sigma, eta);
-}
+// What an operator's argument is in Python, and what keeps it during the call.
+template <class T>
+struct Argument {
+  using Python = T;
+  using Kept = T;
+};
+template <>
+struct Argument<TensorList> {
+  using Python = const py::list&;
+  using Kept = Borrowed;
+};
+template <>
+struct Argument<at::ArrayRef<double>> {
+  using Python = const py::list&;
+  using Kept = Numbers;
+};
 
-void perturb(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks,
-             const Tensor& norm_sq, const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& acc_sq,
-             const MaybeTensor& saved, const MaybeTensor& origin, const MaybeTensor& ema, const MaybeTensor& mask,
-             double sigma, const MaybeDouble& lmbda, const MaybeDouble& eta) {
-  static const auto op =
-      find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double,
-                MaybeDouble, MaybeDouble)>("msam_kernels::perturb");
-  dispatch(op, Borrowed(weights), Borrowed(acc), Borrowed(grads), chunks, norm_sq, hyper, achieved_sq, acc_sq, saved, origin,
-           ema, mask, sigma, lmbda, eta);
-}
+// Refuses what the dispatcher would take to another device: a meta tensor among others to the operator's fake, which does
+// nothing.
+struct OneDevice {
+  std::optional<at::Device> device;
 
-Tensor ascend(const py::list& weights, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
-              const Tensor& achieved_sq, const MaybeTensor& saved, const MaybeTensor& ema, const MaybeTensor& mask,
-              double sigma, const MaybeDouble& lmbda, const MaybeDouble& eta) {
-  static const auto op =
-      find<Tensor(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
-                  const MaybeTensor&, const MaybeTensor&, double, MaybeDouble, MaybeDouble)>("msam_kernels::ascend");
-  return dispatch(op, Borrowed(weights), Borrowed(grads), chunks, hyper, achieved_sq, saved, ema, mask, sigma, lmbda, eta);
-}
+  void operator()(const Tensor& t) {
+    TORCH_CHECK(!device || t.device() == *device, "the tensors of a call must be on one device, got ", *device, " and ",
+                t.device());
+    device = t.device();
+  }
+  void operator()(const MaybeTensor& t) {
+    if (t) (*this)(*t);
+  }
+  void operator()(const Borrowed& list) {
+    for (const Tensor& t : TensorList(list)) (*this)(t);
+  }
+  template <class Other>
+  void operator()(const Other&) {}
+};
 
-Tensor dots(const py::list& x, const py::list& y, const py::list& z, const Tensor& chunks) {
-  static const auto op =
-      find<Tensor(at::TensorList, at::TensorList, at::TensorList, const Tensor&)>("msam_kernels::dots");
-  return dispatch(op, Borrowed(x), Borrowed(y), Borrowed(z), chunks);
-}
+// An operator of backends/__init__.py as torch.ops would call it under no_grad, but typed, and past autograd's fallback: both
+// would box the lists, which takes longer than a kernel on a small model.
+template <class Result, class... Args>
+class Typed {
+ public:
+  explicit Typed(const char* name) : name_(name) {}
 
-void restore(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks,
-             const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs,
-             double c_acc, double c) {
-  static const auto op =
-      find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const MaybeTensor&, const MaybeTensor&,
-                const MaybeTensor&, double, double)>("msam_kernels::restore");
-  dispatch(op, Borrowed(weights), Borrowed(acc), Borrowed(grads), chunks, saved, norm_sq, coefs, c_acc, c);
-}
+  Result operator()(typename Argument<Args>::Python... args) {
+    if (!found_) found_ = c10::Dispatcher::singleton().findSchemaOrThrow(name_, "").typed<Result(Args...)>();
+    return call(typename Argument<Args>::Kept(args)...);
+  }
 
-void sgd(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
-         const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
-         const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
-  static const auto op =
-      find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const MaybeTensor&,
-                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double)>("msam_kernels::sgd");
-  dispatch(op, Borrowed(weights), Borrowed(acc), Borrowed(grads), chunks, hyper, saved, momentum_buffer, fresh, norm_sq,
-           coefs, c_acc, c);
-}
+ private:
+  Result call(const typename Argument<Args>::Kept&... args) {
+    OneDevice check;
+    (check(args), ...);
+    py::gil_scoped_release no_gil;
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    return found_->call(args...);
+  }
 
-void adam(const py::list& weights, const py::list& acc, const py::list& grads, const Tensor& chunks, const Tensor& hyper,
-          const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
-          const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs,
-          double c_acc, double c) {
-  static const auto op =
-      find<void(at::TensorList, at::TensorList, at::TensorList, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, double)>("msam_kernels::adam");
-  dispatch(op, Borrowed(weights), Borrowed(acc), Borrowed(grads), chunks, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq, saved,
-           norm_sq, coefs, c_acc, c);
+  const char* name_;
+  std::optional<c10::TypedOperatorHandle<Result(Args...)>> found_;  // the schemas are defined after this module is loaded
+};
+
+template <class Result, class... Args, class... Extra>
+void bind(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
+  m.def(std::strchr(name, ':') + 2, Typed<Result, Args...>(name), extra...);
 }
 
 }  // namespace
@@ -262,24 +276,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
   m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, of any other tensor");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
+  m.def("same_absence", &same_absence, "(tensors, tensors) -> whether the same ones are empty in both lists");
   m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
   using py::arg;
-  const py::object none = py::none();
-  m.def("inner_products", &inner_products, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("ema") = none,
-        arg("sigma") = 0.0, arg("eta") = none);
-  m.def("perturb", &perturb, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("norm_sq"),
-        arg("hyper"), arg("achieved_sq"), arg("acc_sq") = none, arg("saved") = none, arg("origin") = none, arg("ema") = none,
-        arg("mask") = none, arg("sigma") = 0.0, arg("lmbda") = none, arg("eta") = none);
-  m.def("ascend", &ascend, arg("weights"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"), arg("achieved_sq"),
-        arg("saved") = none, arg("ema") = none, arg("mask") = none, arg("sigma") = 0.0, arg("lmbda") = none,
-        arg("eta") = none);
-  m.def("dots", &dots, arg("x"), arg("y"), arg("z"), arg("chunks"));
-  m.def("restore", &restore, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("saved") = none,
-        arg("norm_sq") = none, arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
-  m.def("sgd", &sgd, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"),
-        arg("saved") = none, arg("momentum_buffer") = none, arg("fresh") = none, arg("norm_sq") = none,
-        arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
-  m.def("adam", &adam, arg("weights"), arg("acc"), arg("grads"), arg("chunks"), py::kw_only(), arg("hyper"),
-        arg("exp_avg"), arg("exp_avg_sq"), arg("step"), arg("max_exp_avg_sq") = none, arg("saved") = none,
-        arg("norm_sq") = none, arg("coefs") = none, arg("c_acc") = 1.0, arg("c") = 1.0);
+  const auto none = [](const char* name) { return arg(name) = py::none(); };
+  const py::kw_only kw_only;
+  using Types = msam::Operators<msam::Call>;
+#define MSAM_BIND(name, ...) bind(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
+  MSAM_BIND(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
+  MSAM_BIND(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
+            arg("status"), arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
+  MSAM_BIND(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("status"),
+            arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
+  MSAM_BIND(gram, arg("terms"), arg("table"), kw_only, arg("count"));
+  MSAM_BIND(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),
+            arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"), arg("last") = true, none("out_sq"));
+  MSAM_BIND(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
+            none("step"), arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"));
+#undef MSAM_BIND
 }

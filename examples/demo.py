@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from msam_kernels import MicroBatchSAM, flatness, methods, ops
+from msam_kernels import MicroBatchSAM, backends, flatness, methods
 
 # Import name: name on PyPI.
 PACKAGES = {"sklearn": "scikit-learn", "mnist1d": "mnist1d", "matplotlib": "matplotlib", "tqdm": "tqdm"}
@@ -458,7 +458,7 @@ def describe(task: Task) -> str:
 
 def kernels_missing() -> str | None:
     """None where the compiled kernels run, else why they do not. Then what is timed is the reference, which is slow."""
-    return ops.available_backends()["cpu"]
+    return backends.available_backends()["cpu"]
 
 
 def our_name() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, ops
+from . import __version__, backends
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"bench": Path("benchmarks", "bench_step.py"), "demo": Path("examples", "demo.py")}
@@ -24,7 +24,7 @@ def info() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"Python {platform.python_version()}, {platform.platform()}")
     print("backends, fastest first:")
-    for name, missing in ops.available_backends().items():
+    for name, missing in backends.available_backends().items():
         if missing:
             print(f"  {name}: not available: {missing}")
         else:
@@ -34,9 +34,8 @@ def info() -> None:
 def _facts(backend: str) -> str:
     if backend != "cpu":
         return ""
-    from . import _C
-
-    return "".join(f"; {key.replace('_', ' ')}: {value}" for key, value in _C.build_info().items())
+    facts = backends.extension.build_info() if backends.extension else {}
+    return "".join(f"; {key.replace('_', ' ')}: {value}" for key, value in facts.items())
 
 
 def run_script(command: str, argv: list[str]) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import methods
+from ._torch import mark_stepped
 from .optimizer import MicroBatchSAM
 
 
@@ -66,16 +67,18 @@ class SAM(MicroBatchSAM):
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """w + e from the gradients in ``p.grad``."""
-        self._check_idle("first_step()")
-        self._prepare()
-        self._begin_turns()
-        if self._perturbs():
-            try:
-                self._ascend(first=True, clear=False)
-                self._freeze_statistics()
-            except BaseException:
-                self.restore()
-                raise
+        engine = self.engine
+        engine.check_idle("first_step()")
+        step = engine.begin([1.0], clear=False)
+        try:
+            if step.plan.perturbs:
+                step.ascend()
+                engine.statistics.freeze()
+            else:
+                engine.step = None
+        except BaseException:
+            self.restore()
+            raise
         if zero_grad:
             self.zero_grad()
 
@@ -86,22 +89,26 @@ class SAM(MicroBatchSAM):
         Raises:
             RuntimeError: without a ``first_step`` before it.
         """
-        if not self._perturbed and self._perturbs():
-            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
+        engine = self.engine
+        step = engine.step
+        if step is None:
+            if engine.plan().perturbs:
+                raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
+            step = engine.begin([1.0], clear=False)
         try:
-            self._thaw_statistics()
-            self._descend_and_update([1.0], 0, clear=False)
+            engine.statistics.thaw()
+            step.update()
         except BaseException:
             self.restore()
             raise
-        self._end_step()
-        self._count_step()
-        self._opt_called = True  # what schedulers look at
+        engine.step = None
+        engine.count_step()
+        mark_stepped(self)
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:  # type: ignore[override]
         """Both steps; ``closure`` runs forward and backward at w + e. A sequence of closures is ``MicroBatchSAM.step``'s.
 
         Returns:

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flat buffers and the segment table.
+"""Flat buffers and the table of segments.
 
-A ``Flat`` holds the parameters of one device and dtype. Weights, saved weights, EMA and optimizer state are flat buffers
-with the same layout: every parameter starts on 128 bytes, padding is zero. Gradients stay where autograd put them and are
-named by segment. ``chunks`` tells the kernels what to work on.
+A ``Flat`` holds the parameters of one device and dtype. Weights, saved weights, what methods remember and optimizer state are
+flat buffers with the same layout: every parameter starts on 128 bytes, padding is zero. Gradients stay where autograd put
+them and are named by segment. ``table`` tells the kernels what to work on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import masks, ops
+from .backends import Backend
 
 CHUNK = 16384  # elements of one row of the table; the unit of work and of the deterministic reductions
 ALIGNMENT = 128  # bytes
@@ -83,22 +82,29 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         end, owner, device = last, name, on
 
 
-Gradients = tuple[list[Tensor], tuple[int, ...]]  # by parameter, and the indices of those that have none
+class Memory:
+    """A vector that a method remembers from step to step, as a flat buffer.
 
+    Attributes:
+        buffer: flat, at one address for good: captured graphs read it there.
+        parts: the same by parameter.
+        square: float64 ``[K]``, the terms of its squared norm, where a kernel has written them.
+    """
 
-def _matched(*several: Gradients) -> tuple[list[list[Tensor]], tuple[int, ...]]:
-    """(the lists, the indices of the parameters without any gradient), with zeros where only others have one."""
-    absents = [absent for _, absent in several]
-    if all(absent == absents[0] for absent in absents):
-        return [grads for grads, _ in several], absents[0]
-    nowhere = set(absents[0]).intersection(*absents)
-    lists = []
-    for grads, absent in several:
-        there = list(grads)
-        for i in set(absent) - nowhere:
-            there[i] = torch.zeros_like(next(other[i] for other, gone in several if i not in gone))
-        lists.append(there)
-    return lists, tuple(sorted(nowhere))
+    def __init__(self, flat: Flat, begin: float):
+        self.begin = begin
+        self.buffer = flat.new_buffer().fill_(begin) if begin else flat.new_buffer()
+        self.parts = flat.parts(self.buffer)
+        self.square = torch.zeros(flat.rows, dtype=torch.float64, device=flat.device)
+
+    def begun(self, flat: Flat) -> list[bool]:
+        """By parameter: whether it holds anything. One that begins as NaN has begun where it is a number."""
+        if not math.isnan(self.begin):
+            return [True] * len(flat.params)
+        filled = [i for i, p in enumerate(flat.params) if p.numel()]
+        first = torch.tensor([flat.offsets[i] for i in filled], dtype=torch.int64, device=flat.device)
+        begun = dict(zip(filled, (~self.buffer[first].isnan()).tolist(), strict=True))
+        return [begun.get(i, False) for i in range(len(flat.params))]
 
 
 class Flat:
@@ -109,46 +115,53 @@ class Flat:
         groups: for each, the index of its parameter group.
         flatten: re-point every ``p.data``, once, into one flat buffer of weights. Without it, and for parameters in
             shared memory, which must stay where other processes see them, weights are reached by segment.
-        backend: the namespace of operators, see ``ops``.
+        backend: the namespace of operators, see ``backends``.
+
+    Attributes:
+        table: int64 ``[K, 5]``, see csrc/segments.h.
+        weights: what the operators take as weights: [the flat buffer], or every parameter's memory.
+        status: uint8 ``[K]``, what the kernels know about each row's weights, see ``backends``.
+        saved: the weights of before the step, a flat buffer; None until a step perturbs.
+        memories: what methods remember, by name.
+        mask: Sparse SAM's, uint8: bit k of byte j is that of element 8·j + k.
+        state: the base optimizer's, by its names.
+        absent: stands in a list for a parameter that is absent from it.
     """
 
-    def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool, backend: Any):
+    def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool, backend: Backend):
         self.params, self.groups, self.backend = params, groups, backend
         self.device, self.dtype = params[0].device, params[0].dtype
         step = ALIGNMENT // params[0].element_size()
-        self.offsets, size = [], 0
+        self.offsets: list[int] = []
+        self.size = 0
         for p in params:
-            self.offsets.append(size)
-            size += _round_up(p.numel(), step)
-        self.size = size
+            self.offsets.append(self.size)
+            self.size += _round_up(p.numel(), step)
+        rows = [
+            (i, begin, self.offsets[i] + begin, min(CHUNK, p.numel() - begin), groups[i])
+            for i, p in enumerate(params)
+            for begin in range(0, p.numel(), CHUNK)
+        ]
+        self.rows = len(rows)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
+        self.table = table.to(self.device, non_blocking=True)
+        self.status = torch.zeros(self.rows, dtype=torch.uint8, device=self.device)
+        self.absent = torch.empty(0, dtype=self.dtype, device=self.device)
         self.flatten = flatten and not any(p.is_shared() for p in params if p.device.type == "cpu")
-        self._tables: dict[tuple[int, ...], Tensor] = {}
-        self._captured_tables: dict[tuple[int, ...], Tensor] = {}  # CUDA graphs hold their addresses
-        self._absent_grad = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.weights: list[Tensor] = []
         if self.flatten:
-            self._weights = [self.new_buffer()]
+            self.weights = [self.new_buffer()]
             self._move_in(range(len(params)))
         else:
             for p in params:
                 self._check_unflattened(p)
         self._remember()
-        # Kept from step to step, made when first needed.
         self.saved: Tensor | None = None
-        self.ema: Tensor | None = None
-        self.v: Tensor | None = None  # LookSAM's
-        self.v_parts: list[Tensor] = []
-        self.mask: Tensor | None = None  # Sparse SAM's, uint8: bit k of byte j is that of element 8·j + k
-        self.state: dict[str, Tensor] = {}  # the base optimizer's, by its names
-        self._bound: tuple | None = None
-        # Of the step under way.
-        self._saved_absent: tuple[int, ...] = ()
-        self.perturbed: Tensor | None = None  # the table of what is perturbed now
-        self.perturbed_absent: tuple[int, ...] = ()
-        self.norm_sq: Tensor | None = None
-        self.achieved_sq: Tensor | None = None
-        self.kept: list[Gradients] = []  # of the micro-batch's earlier passes, the latest first
-        self.acc: list[Tensor] | None = None  # running mean of the descent gradients
-        self.acc_absent: tuple[int, ...] = ()
+        self.memories: dict[str, Memory] = {}
+        self.mask: Tensor | None = None
+        self.state: dict[str, Tensor] = {}
+        self._bound: _Bound | None = None
+        self._achieved: list[Tensor] = []
 
     def _check_unflattened(self, p: Tensor) -> None:
         if not _is_dense(p):
@@ -162,18 +175,19 @@ class Flat:
         """Parameters into the flat buffer of weights: their values, and their ``.data``."""
         for i in which:
             if self.params[i].numel():
-                alias = self.alias(self._weights[0], i)
+                alias = self.alias(self.weights[0], i)
                 alias.copy_(self.params[i])
                 self.params[i].data = alias
 
     def _remember(self) -> None:
+        """How the parameters lie in memory now."""
         if self.flatten:
             self._places = [StorageWeakRef(p.untyped_storage()) for p in self.params]
+        else:
+            self.weights = [p.detach() for p in self.params]
         self._pointers = list(map(Tensor.data_ptr, self.params))
         self._strides = [p.stride() for p in self.params]
         self._shapes = [p.shape for p in self.params]
-        if not self.flatten:
-            self._weights = [p.detach() for p in self.params]
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
@@ -181,22 +195,26 @@ class Flat:
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     def alias(self, buffer: Tensor, i: int) -> Tensor:
+        """A parameter's part of a flat buffer, in its shape and memory order."""
         return _alias(buffer, self.offsets[i], self.params[i])
 
-    def kept_of(self, buffer: Tensor, i: int) -> Tensor:
-        """A parameter's part of what is kept, in the memory order that it had at the last look."""
-        like = torch.empty_strided(self._shapes[i], self._strides[i], dtype=self.dtype, device="meta")
-        return _alias(buffer, self.offsets[i], like)
+    def parts(self, buffer: Tensor) -> list[Tensor]:
+        """The same of every parameter, in the memory order that it had at the last look."""
+        orders = zip(self._shapes, self._strides, strict=True)
+        likes = [torch.empty_strided(*order, dtype=self.dtype, device="meta") for order in orders]
+        return [_alias(buffer, offset, like) for offset, like in zip(self.offsets, likes, strict=True)]
 
-    def aliases(self, buffer: Tensor) -> list[Tensor]:
-        """Per-parameter tensors over a flat buffer, in the shapes and memory orders of the parameters."""
-        return [self.alias(buffer, i) for i in range(len(self.params))]
+    def achieved_sq(self, i: int) -> Tensor:
+        """Where micro-batch i's ‖e‖² goes, by row: float64 ``[K]``, the same memory in every step."""
+        while len(self._achieved) <= i:
+            self._achieved.append(torch.zeros(self.rows, dtype=torch.float64, device=self.device))
+        return self._achieved[i]
 
     def is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def check_not_capturing(self, what: str) -> None:
-        """What is new has to be copied from the host, which no CUDA graph can do.
+        """What is new has to be made or copied from the host, which no CUDA graph can do.
 
         Raises:
             RuntimeError: while the current stream is being captured.
@@ -207,34 +225,14 @@ class Flat:
                 "capture, as torch's CUDA graphs ask for anyway"
             )
 
-    def chunks(self, absent: tuple[int, ...] = ()) -> Tensor:
-        """The segment table without the parameters ``absent``: int64 ``[K, 5]``, see csrc/segments.h."""
-        table = self._tables.get(absent)
-        if table is None:
-            self.check_not_capturing("which parameters get a gradient")
-            gone = set(absent)
-            rows = [
-                (i, begin, self.offsets[i] + begin, min(CHUNK, p.numel() - begin), self.groups[i])
-                for i, p in enumerate(self.params)
-                if i not in gone
-                for begin in range(0, p.numel(), CHUNK)
-            ]
-            table = (
-                torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5).to(self.device, non_blocking=True)
-            )
-            if len(self._tables) >= 32:  # gradients that come and go at random must not fill the memory
-                self._tables = dict(self._captured_tables)
-            self._tables[absent] = table
-        if self.is_capturing():
-            self._captured_tables[absent] = table
-        return table
+    def save_buffer(self) -> Tensor:
+        """``saved``, made when first needed."""
+        if self.saved is None:
+            self.check_not_capturing("the buffer of saved weights")
+            self.saved = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        return self.saved
 
-    # -- per call -----------------------------------------------------------------------------------------------------
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """What the operators take as weights: [the flat buffer], or every parameter's memory."""
-        return self._weights
+    # -- parameters that somebody moved -----------------------------------------------------------------------------------
 
     def take_back(self) -> None:
         """Take back parameters that somebody re-pointed; refuse those that moved away.
@@ -265,108 +263,54 @@ class Flat:
         elif all(self._places[i].expired() for i in moved):
             self._move_in(moved)
         else:
-            self._weights = [self.new_buffer()]
+            self.weights = [self.new_buffer()]
             self._move_in(range(len(self.params)))
         for i in moved:
             if self.params[i].stride() != self._strides[i]:
                 self._reorder(i)
         self._remember()
-        if moved and self.v is not None:
-            self.v_parts = self.aliases(self.v)
 
     def _reorder(self, i: int) -> None:
         """Bring what is kept for a parameter into its new memory order, e.g. after ``.to(memory_format=...)``."""
         p, offset = self.params[i], self.offsets[i]
         bits = None if self.mask is None else self.mask_of(i)
-        for name, buffer in (("saved", self.saved), ("ema", self.ema), ("v", self.v), *self.state.items()):
-            if buffer is None or name == "step":
+        buffers = [self.saved, *(memory.buffer for memory in self.memories.values())]
+        buffers += [buffer for name, buffer in self.state.items() if name != "step"]
+        for buffer in buffers:
+            if buffer is None:
                 continue
             values = buffer.as_strided(p.size(), self._strides[i], offset).clone()
             buffer.as_strided(p.size(), p.stride(), offset).copy_(values)
-            for view in self._bound[-1] if self._bound else ():
+            for view in self._bound.views if self._bound else ():
                 if view.data_ptr() == buffer[offset:].data_ptr() and view.shape == p.shape:
                     view.as_strided_(p.size(), p.stride())
+        for memory in self.memories.values():
+            memory.parts[i] = self.alias(memory.buffer, i)
         self._strides[i] = p.stride()
         if bits is not None:
             self.set_mask(i, bits)
 
-    def collect_grads(self, *, clear: bool) -> Gradients:
-        """Every ``p.grad``, dense and in the memory order of its parameter, and the indices that have none.
+    # -- what methods keep --------------------------------------------------------------------------------------------
 
-        With ``clear``, every ``p.grad`` is then None. The parameters count as modified in place, which every caller goes
-        on to do: a graph that still needs the old values raises instead of using wrong ones.
+    def memory(self, name: str, begin: float) -> Memory:
+        """The memory of that name, made when first needed, filled with ``begin``."""
+        memory = self.memories.get(name)
+        if memory is None:
+            self.check_not_capturing(f"the method's {name}")
+            memory = self.memories[name] = Memory(self, begin)
+        return memory
 
-        Raises:
-            TypeError: a sparse gradient, or one of another dtype than its parameter.
-        """
-        if ops.collect_grads is not None:
-            grads, regular, absent = ops.collect_grads(self.params, self._absent_grad, clear)
-        else:
-            grads, regular = [p.grad for p in self.params], False
-            absent = [i for i, g in enumerate(grads) if g is None]
-        if not regular:
-            grads = [self._absent_grad if p.grad is None else self._regular(p, p.grad) for p in self.params]
-            increment_version(self.params)
-            if clear:
-                self.set_grads([])
-        return grads, tuple(absent)
-
-    @staticmethod
-    def _regular(p: Tensor, g: Tensor) -> Tensor:
-        if g.layout != torch.strided:
-            raise TypeError(
-                f"a parameter of shape {tuple(p.shape)} has a gradient of layout {g.layout}: sharpness-aware steps need "
-                "dense gradients, e.g. nn.Embedding(..., sparse=False)"
-            )
-        if g.dtype != p.dtype:
-            raise TypeError(
-                f"a {p.dtype} parameter of shape {tuple(p.shape)} has a gradient of {g.dtype}, which the kernels would round: "
-                "leave grad_dtype at the parameter's own"
-            )
-        g = g.detach()
-        same_order = all(a == b for a, b, n in zip(g.stride(), p.stride(), p.size(), strict=True) if n != 1)
-        if g.device == p.device and same_order:
-            return g
-        return torch.empty_like(p).copy_(g)
-
-    def set_grads(self, grads: list[Tensor | None]) -> None:
-        """``p.grad`` by parameter; None for all where ``grads`` is empty."""
-        ops.set_grads(self.params, grads)
-
-    # -- the step under way -------------------------------------------------------------------------------------------
-
-    def save(self, absent: tuple[int, ...], *, again: bool) -> bool:
-        """Whether ``perturb`` must save the weights: at the first micro-batch, and when parameters turn up later."""
-        if self.saved is None:
-            self.saved = torch.empty(self.size, dtype=self.dtype, device=self.device)
-        # Between micro-batches the weights are what they were, so saving all of them once more is harmless.
-        if again or not set(self._saved_absent) <= set(absent):
-            self._saved_absent = absent
-            return True
-        return False
-
-    def start_ema(self) -> None:
-        """None of it has begun."""
-        self.check_not_capturing("the method's average")
-        self.ema = (self.new_buffer() if self.ema is None else self.ema).fill_(math.nan)
-
-    def start_v(self) -> None:
-        """All of it is zero."""
-        if self.v is None:
-            self.check_not_capturing("the method's direction")
-            self.v = self.new_buffer()
-            self.v_parts = [self.kept_of(self.v, i) for i in range(len(self.params))]
-        else:
-            self.v.zero_()
-
-    def _bits(self, i: int) -> Tensor:
-        """A parameter's part of the mask, as bools in the order of its memory."""
-        n, first = self.params[i].numel(), self.offsets[i] // 8
-        return masks.unpack(self.mask[first : first + -(-n // 8)])[:n]
+    def measure(self, memory: Memory) -> None:
+        """The terms of a memory's squared norm, by the kernel and in the order that they have when it is written."""
+        one = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+        self.backend.descend([], memory.parts, memory.parts, self.table, coefs=one, sums=[], out_sq=memory.square)
 
     def mask_of(self, i: int) -> Tensor:
         """A parameter's part of the mask, as bools in its shape and memory order."""
-        return self._bits(i).as_strided(self._shapes[i], self._strides[i])
+        assert self.mask is not None
+        n, first = self.params[i].numel(), self.offsets[i] // 8
+        bits = unpack(self.mask[first : first + -(-n // 8)])[:n]
+        return bits.as_strided(self._shapes[i], self._strides[i])
 
     def set_mask(self, i: int, bits: Tensor) -> None:
         """``bits``: bools in the shape of the parameter."""
@@ -375,78 +319,44 @@ class Flat:
         n = self.params[i].numel()
         padded = torch.zeros(_round_up(n, 8), dtype=torch.bool, device=self.device)
         padded[:n].as_strided(self._shapes[i], self._strides[i]).copy_(bits)
-        self.mask[self.offsets[i] // 8 :][: len(padded) // 8] = masks.pack(padded)
-
-    def begun(self) -> list[bool]:
-        """By parameter: whether its EMA has begun."""
-        filled = [i for i, p in enumerate(self.params) if p.numel()]
-        first = torch.tensor([self.offsets[i] for i in filled], dtype=torch.int64, device=self.device)
-        begun = dict(zip(filled, (~self.ema[first].isnan()).tolist(), strict=True))
-        return [begun.get(i, False) for i in range(len(self.params))]
-
-    def start_from(self, grads: Sequence[Tensor | None]) -> None:
-        """The mean of the descent gradients begins with gradients that were there before the step."""
-        if grads:
-            pairs = zip(self.params, grads, strict=True)
-            self.acc = [self._absent_grad if g is None else self._regular(p, g) for p, g in pairs]
-            self.acc_absent = tuple(i for i, g in enumerate(grads) if g is None)
-
-    def is_uniform(self, absent: tuple[int, ...]) -> bool:
-        """Whether what was perturbed, what has a gradient now, and what had one in earlier micro-batches are the same."""
-        same_as_perturbed = self.perturbed is None or absent == self.perturbed_absent
-        return same_as_perturbed and (self.acc is None or absent == self.acc_absent)
-
-    def matched(self, grads: list[Tensor], absent: tuple[int, ...]) -> tuple[list[list[Tensor]], tuple[int, ...]]:
-        """([acc, grads], absent) with zeros where only the other has a gradient."""
-        return _matched((self.acc, self.acc_absent), (grads, absent))
-
-    def with_kept(self, grads: list[Tensor], absent: tuple[int, ...]) -> tuple[list[list[Tensor]], tuple[int, ...]]:
-        """([grads, those kept of earlier passes …], absent) with zeros where only others have a gradient."""
-        return _matched((grads, absent), *self.kept)
-
-    def means(self) -> list[Tensor | None]:
-        """The mean descent gradients, None where a parameter got none."""
-        if not self.acc_absent:
-            return self.acc
-        absent = set(self.acc_absent)
-        return [None if i in absent else g for i, g in enumerate(self.acc)]
+        self.mask[self.offsets[i] // 8 :][: len(padded) // 8] = pack(padded)
 
     # -- optimizer state ----------------------------------------------------------------------------------------------
 
-    def bind(self, state: dict, keys: Sequence[tuple[str, ...]], absent: tuple[int, ...]) -> Tensor | None:
+    def bind(
+        self, state: State, names: Sequence[tuple[str, ...]], counts: bool, grads: list[Tensor] | None
+    ) -> list[Tensor]:
         """Make the base optimizer's per-parameter tensors views of flat buffers, and keep them so.
 
-        Tensors that were loaded or made elsewhere are copied in; missing ones begin as zeros.
+        Tensors that were loaded or made elsewhere are copied in; missing ones begin as zeros, and ``state["step"]`` of their
+        parameters as 0.
 
         Args:
             state: the base optimizer's ``state``, by parameter; entries are replaced.
-            keys: per group, the state that its parameters need, e.g. ``("step", "exp_avg", "exp_avg_sq")``.
-            absent: parameters that take no part in this step, and get no state.
+            names: per group, the state that its parameters need, e.g. ``("step", "exp_avg", "exp_avg_sq")``.
+            counts: whether the rule keeps a "step" that torch does not know: 0 where a parameter's state is missing, at least
+                1 where it was loaded.
+            grads: of this step; the parameters that are absent take no part in it, and get no state. None: all take part.
 
         Returns:
-            uint8 ``[P]``, set where state was missing; None where nothing was.
+            The flat buffers, in the order of the names.
         """
-        if self._bound is not None:
-            key, entries, dicts, names, views = self._bound
-            # load_state_dict replaces the entries, and anybody may replace them, or the tensors in them, by hand.
-            if (
-                key == (keys, absent, len(state))
-                and all(map(is_, state.values(), entries))
-                and all(map(is_, map(dict.get, dicts, names), views))
-            ):
-                return None
+        absent = () if grads is None else tuple(i for i, g in enumerate(grads) if g is self.absent)
+        key = (tuple(names), absent, len(state))
+        if self._bound is not None and self._bound.is_current(key, state):
+            return self._bound.buffers
         self.check_not_capturing("the optimizer's state")
-        fresh = torch.zeros(len(self.params), dtype=torch.uint8, device="cpu")
-        dicts, names, views = [], [], []
-        gone = set(absent)
+        bound = _Bound(key)
+        missing: list[int] = []
+        loaded: list[int] = []
         for i, p in enumerate(self.params):
-            if i in gone:
+            if i in absent or not names[self.groups[i]]:
                 continue
-            entry = state[p] if keys[self.groups[i]] else None
-            for name in keys[self.groups[i]]:
+            entry = state[p]
+            for name in names[self.groups[i]]:
                 buffer = self._state_buffer(name)
                 old = entry.get(name)
-                known = (
+                known = bool(
                     old is not None and old.data_ptr() == buffer.data_ptr() + self._state_offset(name, i) and p.numel()
                 )
                 # A view in an older memory order shows what is in place already, wrongly: it is only made anew.
@@ -454,25 +364,43 @@ class Flat:
                 view = old if current else self._state_view(name, buffer, i)
                 if old is None:
                     view.zero_()
-                    fresh[i] = 1
+                    missing.append(i)
                 elif not known:
                     view.copy_(old)
+                    loaded.append(i)
                 entry[name] = view
-                dicts.append(entry), names.append(name), views.append(view)
-        self._bound = ((keys, absent, len(state)), list(state.values()), dicts, names, views)
-        return fresh.to(self.device, non_blocking=True) if fresh.any() else None
+                bound.add(entry, name, view)
+        if counts and (missing or loaded):
+            step = self._state_buffer("step")
+            step[torch.tensor(missing, dtype=torch.int64, device=self.device)] = 0
+            step[torch.tensor(loaded, dtype=torch.int64, device=self.device)] = 1
+        bound.entries = list(state.values())
+        longest = max((names[g] for g in set(self.groups)), key=len)
+        bound.buffers = [self._state_buffer(name) for name in longest if name != "step"]
+        if counts and longest:
+            self._state_buffer("step")
+        self._bound = bound
+        return bound.buffers
 
-    def rebind(self, state: dict, keys: Sequence[tuple[str, ...]]) -> bool:
-        """``bind`` for the parameters of the last one; whether all had state."""
-        return self._bound is None or self.bind(state, keys, self._bound[0][1]) is None
+    def rebind(self, state: State) -> bool:
+        """Bring what was loaded into the state to where the kernels of the last ``bind`` work; False where any is missing."""
+        if self._bound is None:
+            return True
+        (names, absent, _), there = self._bound.key, set(map(id, state))
+        for i, p in enumerate(self.params):
+            wanted = names[self.groups[i]]
+            if i not in absent and wanted and not (id(p) in there and all(name in state[p] for name in wanted)):
+                return False
+        grads = [self.absent if i in absent else p for i, p in enumerate(self.params)]
+        self.bind(state, names, "step" in self.state and not any("step" in n for n in names), grads)
+        return True
 
     def _state_buffer(self, name: str) -> Tensor:
         if name not in self.state:
-            self.state[name] = (
-                torch.zeros(len(self.params) + 1, dtype=torch.float32, device=self.device)
-                if name == "step"
-                else self.new_buffer()
-            )
+            if name == "step":
+                self.state[name] = torch.zeros(len(self.params) + 1, dtype=torch.float32, device=self.device)
+            else:
+                self.state[name] = self.new_buffer()
         return self.state[name]
 
     def _state_offset(self, name: str, i: int) -> int:
@@ -482,3 +410,47 @@ class Flat:
         if name == "step":
             return torch.from_dlpack(buffer[i : i + 1]).view(())
         return self.alias(buffer, i)
+
+
+State = dict[Tensor, dict[str, Any]]  # torch's: what an optimizer keeps, by parameter
+
+
+class _Bound:
+    """The tensors that a ``bind`` left in the base optimizer's state."""
+
+    def __init__(self, key: tuple[tuple[tuple[str, ...], ...], tuple[int, ...], int]):
+        self.key = key
+        self.entries: list[dict[str, Any]] = []  # all of the state
+        self.dicts: list[dict[str, Any]] = []  # for every view, the entry that it is in, and its name there
+        self.names: list[str] = []
+        self.views: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+
+    def add(self, entry: dict[str, Any], name: str, view: Tensor) -> None:
+        self.dicts.append(entry)
+        self.names.append(name)
+        self.views.append(view)
+
+    def is_current(self, key: tuple[Any, ...], state: State) -> bool:
+        """Whether they are there still: ``load_state_dict`` replaces the entries, and anybody may replace what is in them."""
+        get: Callable[[dict[str, Any], str], Any] = dict.get
+        return (
+            self.key == key
+            and all(map(is_, state.values(), self.entries))
+            and all(map(is_, map(get, self.dicts, self.names), self.views))
+        )
+
+
+# -- masks: one bit per element ---------------------------------------------------------------------------------------
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Bools, a multiple of eight of them, as uint8: the k-th is bit k % 8 of byte k // 8."""
+    places = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=bits.device)
+    return (bits.view(-1, 8) * places).sum(1, dtype=torch.uint8)
+
+
+def unpack(mask: Tensor) -> Tensor:
+    """The bools of ``pack``."""
+    places = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=mask.device)
+    return (mask[:, None] & places != 0).view(-1)

@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import methods as _methods
 from ._checks import check_integer, check_number
+from .batches import split
 from .flat import check_parameters
 from .optimizer import MicroBatchSAM
 
@@ -259,7 +260,7 @@ class _Evaluations:
 
     def __init__(self, loss_fn, data: tuple, params: list[Tensor], opt: MicroBatchSAM, rewind: Callable, devices: set):
         self.loss_fn, self.params, self.opt = loss_fn, params, opt
-        self.parts, self.shares = opt._split(data)
+        self.parts, self.shares = split(data, opt.split.sizes)
         self._unpack = len(data) > 1
         self._rewind, self._devices = rewind, devices
         self._random: dict[int, Any] = {}  # by micro-batch: what its first evaluation began with
@@ -494,7 +495,7 @@ def _perturb(passes: Iterator, params: list[Tensor], grads: list[Tensor | None],
         raise ValueError(
             f"method {opt.method} perturbs nothing in its first step: give one that does, e.g. methods.SAM()"
         )
-    opt._mask_is_new = False  # the loop is going to be given up, and the other micro-batches take the same mask
+    opt.engine.keep_mask()  # the loop is going to be given up, and the other micro-batches take the same mask
 
 
 def _ascent(evaluations: _Evaluations, backend: str) -> list[Tensor]:

@@ -11,26 +11,22 @@ import math
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .flat import Flat, pack, unpack
+from .methods import SparseSAM
 
 SLICE = 1 << 20  # elements looked at together
 RUN = 1 << 16  # random numbers drawn together
 _DIGIT = 16  # bits of a key that are looked at together
 
 
-def pack(bits: Tensor) -> Tensor:
-    """Bools, a multiple of eight of them, as uint8: the k-th is bit k % 8 of byte k // 8."""
-    places = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=bits.device)
-    return (bits.view(-1, 8) * places).sum(1, dtype=torch.uint8)
-
-
-def unpack(mask: Tensor) -> Tensor:
-    """The bools of ``pack``."""
-    places = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=mask.device)
-    return (mask[:, None] & places != 0).view(-1)
+#: By flat and parameter: a tensor in the memory order of the parameter, of which the absolute value counts; an empty one
+#: counts as zeros.
+Scores = Sequence[Sequence[Tensor]]
+Place = tuple[Flat, int]  # a slice of a flat buffer: where it begins
 
 
 def add_up(scores: Sequence[Tensor] | None, grads: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -46,7 +42,7 @@ def add_up(scores: Sequence[Tensor] | None, grads: Sequence[Tensor]) -> Sequence
     ]
 
 
-def choose(flats: Sequence[Any], scores: Sequence[Sequence[Tensor]], sparse: Any, step: int) -> None:
+def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) -> None:
     """Give every flat its new ``mask``, after ``methods.SparseSAM``'s rule: the first one to all, if any has none yet.
 
     Args:
@@ -111,7 +107,7 @@ def _bytes(mask: Tensor, place: tuple) -> Tensor:
     return mask[begin // 8 : (begin + SLICE) // 8]
 
 
-def _parts(flat: Any, begin: int) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
+def _parts(flat: Flat, begin: int) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
     """Keys of a slice of a flat buffer, all 0; for every parameter in it: index, what of its memory, the place of its keys."""
     end = min(begin + SLICE, flat.size)
     keys = torch.zeros(end - begin, dtype=torch.int64, device=flat.device)
@@ -126,7 +122,7 @@ def _parts(flat: Any, begin: int) -> tuple[Tensor, Iterator[tuple[int, slice, Te
     return keys, parts()
 
 
-def _keys(flat: Any, begin: int, scores: Sequence[Tensor], wide: bool) -> Tensor:
+def _keys(flat: Flat, begin: int, scores: Sequence[Tensor], wide: bool) -> Tensor:
     """Of a slice of a flat buffer, int64 that are ordered as the scores: 0 for padding, more for every parameter's element."""
     keys, parts = _parts(flat, begin)
     for i, part, place in parts:
@@ -140,7 +136,7 @@ def _keys(flat: Any, begin: int, scores: Sequence[Tensor], wide: bool) -> Tensor
     return keys
 
 
-def _random_keys(flat: Any, begin: int, first: int, seed: str) -> Tensor:
+def _random_keys(flat: Flat, begin: int, first: int, seed: str) -> Tensor:
     """The same at random; ``first``: the number of the flat's first parameter."""
     keys, parts = _parts(flat, begin)
     generator = torch.Generator(flat.device)

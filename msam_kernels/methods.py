@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The family of methods: small frozen dataclasses, one per method, that say what a step consists of.
+"""The family of methods: small frozen dataclasses, one per method, that say what a step consists of: a ``Plan``.
 
-They add up, where that means something::
+Methods compose with ``+``, where that means something::
 
     methods.FriendlySAM() + methods.SparseSAM(sparsity=0.8) + methods.StableSAM()
 
@@ -14,22 +14,99 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 from ._checks import check_integer, check_number
-from ._numbers import Number, at_least_0, sqrt
-from .reference import EPS
+from .backends.reference import EPS
 
 
-def _coefs(values: list[Number], known: Number) -> Tensor:
-    """float64 ``[k]``; NaN where ``known``, sums over the gradients, is not finite: the kernels leave a 0 out."""
-    if isinstance(known, Tensor):
-        values = [v if isinstance(v, Tensor) else known.new_full((), v) for v in values]
-        return torch.stack(values) + (known - known)
-    return torch.tensor([v + (known - known) for v in values], dtype=torch.float64, device="cpu")
+@dataclass(frozen=True)
+class Coefficient:
+    """What a term of a descent counts: a + b·ratio, ratio = S_p / (S_q + eps), and with ``root`` √S_p / (√S_q + eps).
+
+    S are sums over all parameters: first the inner products of the plan's vectors, ``dot(u, v)`` says which, and after them
+    what else the step knows. A ratio whose denominator is 0 or not finite counts 0.
+    """
+
+    a: float = 1.0
+    b: float = 0.0
+    p: int = 0
+    q: int = 0
+    root: bool = False
+    eps: float = EPS
+
+    def row(self, scale: float = 1.0) -> list[float]:
+        """As the operators take it, see ``backends``: ``scale`` times this coefficient."""
+        return [scale, self.a, self.b, self.p, self.q, float(self.root), self.eps]
+
+
+def dot(u: int, v: int) -> int:
+    """The place of x_u·x_v, u ≤ v, in the Gram matrix of several vectors."""
+    return v * (v + 1) // 2 + u
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step does. The default is the base optimizer's own step.
+
+    A micro-batch has a pass at w, and one more after each perturbation. Its vectors are the gradient of its last pass, ĝ, and
+    the ``holds`` gradients of the passes before that, the latest first.
+
+    Attributes:
+        perturbs: whether there is a pass at w + e, with e of the length rho of the parameter's group.
+        opposite: the radius of one more perturbation, to the other side of w, or a function of the step that gives it; None
+            without one. A group whose rho is 0 is perturbed to neither side.
+        sigma, eta, lmbda: the direction, see ``backends.reference``; ``lmbda`` is the decay of the method's "ema", None without
+            one.
+        sparse: the method whose mask says what is perturbed.
+        holds: gradients that are held for the descent.
+        descent: the coefficients of the vectors.
+        rescale: whether the descent gets the length of the gradient at w.
+        keeps: what a micro-batch adds to the method's "v", as coefficients of the vectors, times its share of the batch.
+        reuses: the coefficient of "v" in the descent: S are ‖g‖² of the step's mean gradient, and ‖v‖².
+    """
+
+    perturbs: bool = False
+    opposite: float | Callable[[int], float] | None = None
+    sigma: float = 0.0
+    eta: float | None = None
+    lmbda: float | None = None
+    sparse: SparseSAM | None = None
+    holds: int = 0
+    descent: tuple[Coefficient, ...] = (Coefficient(),)
+    rescale: bool = False
+    keeps: tuple[Coefficient, ...] = ()
+    reuses: Coefficient | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the direction is the gradient itself, so that its norm is that of the ascent."""
+        return self.lmbda is None and self.eta is None
+
+    @cached_property
+    def uses_products(self) -> bool:
+        """Whether the descent's coefficients depend on inner products of the vectors."""
+        return self.rescale or any(c.b for c in self.descent)
+
+    @cached_property
+    def products(self) -> int:
+        """How many vectors the inner products are needed of, for the descent or for "v"."""
+        if self.rescale:
+            return len(self.descent)
+        used = [place for c in (*self.descent, *self.keeps) if c.b for place in (c.p, c.q)]
+        return 1 + max(v for v in range(3) if dot(0, v) <= max(used)) if used else 0
+
+    @cached_property
+    def length(self) -> int:
+        """The sum whose root is the length that a descent is given; -1 where it keeps its own."""
+        if not self.rescale:
+            return -1
+        return dot(self.holds, self.holds) if self.holds else 1  # or the ascent's norm, which follows ĝ·ĝ
+
+
+#: The base optimizer's own step.
+BASE = Plan()
 
 
 @dataclass(frozen=True)
@@ -43,7 +120,7 @@ class SAM:
 
     start: int = field(default=0, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_integer("start", self.start, 0)
 
     def __add__(self, other: SAM) -> SAM:
@@ -64,48 +141,40 @@ class SAM:
         whole = told[0] if len(told) == 1 else Composition(tuple(told))
         return replace(whole, start=starts[0] if starts else 0)
 
-    # What the optimizer asks. A method answers what it does otherwise than SAM.
+    # What a method says. ``change`` is all that most have to say.
 
-    #: Decay of the mean gradient that the direction leaves out; None for methods that keep none.
-    ema_decay = None
-    #: The part that perturbs only what a mask names, a ``SparseSAM``.
-    sparse = None
-    #: The part that reuses what it found for some steps, a ``LookSAM``.
-    look = None
-    #: Radius of a second perturbation, to the other side, with a pass of its own: a number or a function of the step.
-    rho_min = None
-    #: How many gradients from before the last pass the descent takes in: they are kept until there.
-    kept = 0
-    #: Whether the two that are kept may be added up: their coefficients are equal, and no coefficient needs more of the first
-    #: than its norm, or anything of the second.
-    adds_kept = False
-    #: Whether every step that perturbs leaves a direction, v, to the steps after it.
-    keeps_v = False
-    #: Whether the descent gets the length of g, the gradient at w.
-    rescales = False
+    def change(self, plan: Plan) -> Plan:
+        """``plan`` of a step that perturbs, with what this method does otherwise than SAM."""
+        return plan
 
     @property
-    def direction(self) -> dict[str, float]:
-        """Options of the kernels ``inner_products`` and ``perturb`` that make this method's direction."""
-        return {}
+    def period(self) -> int:
+        """Steps from one that perturbs to the next."""
+        return 1
 
-    def combination(self, dots: list[Number]) -> list[Number]:
-        """Coefficients of the last pass's gradient and of those kept, the latest first.
+    @property
+    def between(self) -> Plan:
+        """The plan of the steps between those."""
+        return BASE
 
-        ``dots``: the sums of the operator of that name, of these vectors; where those kept were added up, 0 for x·y.
-        """
-        return [1.0]
+    @cached_property
+    def full(self) -> Plan:
+        """The plan of a step that perturbs."""
+        plan = self.change(Plan(perturbs=True))
+        if plan.rescale and not plan.is_plain and not plan.holds:
+            # The gradient at w is held for its length alone: with a coefficient of 0 it is not read.
+            plan = replace(plan, holds=1, descent=(*plan.descent, Coefficient(0.0)))
+        return plan
 
-    def descent_coefs(self, dots: list[Number], grad_norm_sq: Number) -> Tensor:
-        """The same, float64 ``[k]``, as long as g where the method rescales. ``grad_norm_sq``: g·g."""
-        coefs = self.combination(dots)
-        if self.rescales:
-            # The length of the combination: each dot counts once on the diagonal and twice beside it.
-            pairs = [(u, v) for v in range(len(coefs)) for u in range(v + 1)]
-            terms = [coefs[u] * coefs[v] * dot * (1 + (u != v)) for (u, v), dot in zip(pairs, dots, strict=False)]
-            factor = sqrt(grad_norm_sq) / (sqrt(at_least_0(sum(terms))) + EPS)
-            coefs = [coef * factor for coef in coefs]
-        return _coefs(coefs, sum(dots, grad_norm_sq))
+    def plan(self, steps: int, has_v: Callable[[], bool]) -> Plan:
+        """The plan of the next step, after ``steps`` of them. ``has_v``: whether there is a "v" to reuse."""
+        since = steps - self.start
+        if since < 0:
+            return BASE
+        if since % self.period == 0:
+            return self.full
+        between = self.between
+        return between if between.reuses is None or has_v() else self.full
 
 
 @dataclass(frozen=True)
@@ -122,13 +191,12 @@ class AdaptiveSAM(SAM):
 
     eta: float = 0.01
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_number("eta", self.eta, 0)
 
-    @property
-    def direction(self) -> dict[str, float]:
-        return {"eta": float(self.eta)}
+    def change(self, plan: Plan) -> Plan:
+        return replace(plan, eta=float(self.eta))
 
 
 @dataclass(frozen=True)
@@ -154,18 +222,13 @@ class FriendlySAM(SAM):
     sigma: float = 1.0
     lmbda: float = 0.9
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_number("sigma", self.sigma, 0)
         check_number("lmbda", self.lmbda, 0, 1)
 
-    @property
-    def direction(self) -> dict[str, float]:
-        return {"sigma": float(self.sigma)}
-
-    @property
-    def ema_decay(self) -> float:
-        return float(self.lmbda)
+    def change(self, plan: Plan) -> Plan:
+        return replace(plan, sigma=float(self.sigma), lmbda=float(self.lmbda))
 
 
 @dataclass(frozen=True)
@@ -177,7 +240,8 @@ class StableSAM(SAM):
     Source: Tan et al., 2401.07250.
     """
 
-    rescales = True
+    def change(self, plan: Plan) -> Plan:
+        return replace(plan, rescale=True)
 
 
 @dataclass(frozen=True)
@@ -211,7 +275,7 @@ class SparseSAM(SAM):
     total_steps: int | None = None
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_number("sparsity", self.sparsity, 0, 1)
         check_number("drop_rate", self.drop_rate, 0, 1)
@@ -227,9 +291,8 @@ class SparseSAM(SAM):
             )
         check_integer("seed", self.seed, 0)
 
-    @property
-    def sparse(self) -> SparseSAM:
-        return self
+    def change(self, plan: Plan) -> Plan:
+        return replace(plan, sparse=self)
 
     def share_dropped(self, step: int) -> float:
         """Of a dynamic mask, at a step: drop_rate / 2 · (1 + cos(π·step / total_steps))."""
@@ -255,29 +318,26 @@ class LookSAM(SAM):
     k: int = 5
     alpha: float = 0.7
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("k", self.k, 1)
         check_number("alpha", self.alpha, 0)
 
     @property
-    def look(self) -> LookSAM:
-        return self
+    def period(self) -> int:
+        return self.k
 
-    @property
-    def keeps_v(self) -> bool:
-        return self.k > 1 and self.alpha != 0
+    @cached_property
+    def between(self) -> Plan:
+        if self.alpha == 0:
+            return BASE
+        return Plan(reuses=Coefficient(0.0, self.alpha, p=0, q=1, root=True))
 
-    @staticmethod
-    def v_coefs(dots: list[Number]) -> Tensor:
-        """What a micro-batch adds to v: coefs[0]·ĝ + coefs[1]·g; ``dots``: ĝ·ĝ, ĝ·g and g·g."""
-        return _coefs([1.0, -(dots[1] / (dots[2] + EPS))], sum(dots))
-
-    def reuse_coefs(self, grad_norm_sq: Number, v_norm_sq: Tensor) -> Tensor:
-        """What a step between uses: coefs[0]·g + coefs[1]·v."""
-        weight = self.alpha * sqrt(grad_norm_sq) / (v_norm_sq.sqrt() + EPS)
-        weight = torch.where(v_norm_sq.isfinite(), weight, 0.0)
-        return torch.stack([torch.ones_like(weight), weight])
+    def change(self, plan: Plan) -> Plan:
+        if self.k == 1 or self.alpha == 0:
+            return plan
+        v = (Coefficient(), Coefficient(0.0, -1.0, p=dot(0, 1), q=dot(1, 1)))
+        return replace(plan, holds=1, keeps=v)
 
 
 @dataclass(frozen=True)
@@ -297,16 +357,16 @@ class BilateralSAM(SAM):
 
     rho_min: float | Callable[[int], float] = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not callable(self.rho_min):
             check_number("rho_min", self.rho_min, 0)
 
-    kept = 2
-    adds_kept = True
-
-    def combination(self, dots: list[Number]) -> list[Number]:
-        return [-(sqrt(dots[2]) / (sqrt(dots[0]) + EPS)), 1.0, 1.0]
+    def change(self, plan: Plan) -> Plan:
+        coefficient = Coefficient(0.0, -1.0, p=dot(1, 1), q=dot(0, 0), root=True)
+        return replace(
+            plan, opposite=self.rho_min, holds=2, descent=(coefficient, Coefficient(), Coefficient())
+        )
 
 
 @dataclass(frozen=True)
@@ -323,54 +383,68 @@ class GapSAM(SAM):
 
     alpha: float = 0.4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_number("alpha", self.alpha, 0)
 
-    @property
-    def kept(self) -> int:
-        return int(self.alpha != 0)
-
-    def combination(self, dots: list[Number]) -> list[Number]:
+    def change(self, plan: Plan) -> Plan:
         if self.alpha == 0:
-            return super().combination(dots)
-        along = dots[1] / (dots[0] + (dots[0] == 0))  # 0 where ĝ is
-        return [1 + self.alpha * along, -self.alpha]
+            return plan
+        along = Coefficient(1.0, self.alpha, p=dot(0, 1), q=dot(0, 0), eps=0.0)
+        return replace(plan, holds=1, descent=(along, Coefficient(-self.alpha)))
+
+
+#: Attributes of a plan that one method alone can change, and what it thereby says.
+_SAID = {
+    "holds": "say which gradients the descent is made of",
+    "eta": "say how the weights stretch the direction",
+    "lmbda": "say which mean the direction leaves out",
+    "sparse": "choose what is perturbed",
+    "rescale": "set the length of the descent",
+}
 
 
 @dataclass(frozen=True)
 class Composition(SAM):
-    """Several methods at once: made by ``+``. Each question is answered by the part that has something to say to it."""
+    """Several methods at once: made by ``+``. The plan is that of SAM, changed by each of them."""
 
     parts: tuple[SAM, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         kinds = [type(part) for part in self.parts]
         for kind in set(kinds):
             if kinds.count(kind) > 1:
                 raise ValueError(f"{self} has {kind.__name__} {kinds.count(kind)} times: take one of them")
-        descents = [part for part in self.parts if isinstance(part, (LookSAM, BilateralSAM, GapSAM))]
-        if len(descents) > 1:
+        plain = Plan()
+        for name, what in _SAID.items():
+            saying = [part for part in self.parts if getattr(part.change(plain), name) != getattr(plain, name)]
+            if len(saying) > 1:
+                raise ValueError(f"{' and '.join(map(repr, saying))} each {what}: take one of them")
+        if self.alternating and any(isinstance(part, StableSAM) for part in self.parts):
             raise ValueError(
-                f"{' and '.join(map(repr, descents))} each say which gradients the descent is made of: take one of them"
-            )
-        for name in ("ema_decay", "sparse", "look", "rho_min", "kept", "adds_kept", "keeps_v", "rescales"):
-            default = getattr(SAM, name)
-            said = (getattr(part, name) for part in self.parts)
-            object.__setattr__(self, name, next((answer for answer in said if answer != default), default))
-        if self.look and self.rescales:
-            raise ValueError(
-                f"{self.look} sets the length of its steps by alpha, and {StableSAM.__name__} would set it again: take one "
-                "of them"
+                f"{self.alternating} sets the length of its steps by alpha, and {StableSAM.__name__} would set it again: take "
+                "one of them"
             )
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.parts)) + (f" from step {self.start}" if self.start else "")
 
-    @property
-    def direction(self) -> dict[str, float]:
-        return {name: value for part in self.parts for name, value in part.direction.items()}
+    @cached_property
+    def alternating(self) -> SAM | None:
+        """The part that does not perturb in every step."""
+        return next((part for part in self.parts if isinstance(part, LookSAM)), None)
 
-    def combination(self, dots: list[Number]) -> list[Number]:
-        return next((part for part in self.parts if part.kept), SAM()).combination(dots)
+    @property
+    def period(self) -> int:
+        return self.alternating.period if self.alternating else 1
+
+    @property
+    def between(self) -> Plan:
+        return self.alternating.between if self.alternating else BASE
+
+    def change(self, plan: Plan) -> Plan:
+        for part in self.parts:
+            plan = part.change(plan)
+        return plan
+

@@ -81,8 +81,8 @@ _DIRECTIONS: dict[str, dict[str, Any]] = {
     "not finite, infinite weights": {"infinite": True, "norm_sq": (INF, 0.25)},
 }
 # Coefficients from sums: 0 is x·x, 1 is x·y, 2 is y·y of the first two terms; 3 a squared norm of something else.
-_PROJECTED = ({"a": 1.3, "b": -0.4, "p": 1, "q": 2}, {"a": -0.3, "b": 0.25, "p": 1, "q": 0, "eps": 1e-12})
-_BALANCED = ({"a": 1.0}, {"b": -1.0, "p": 0, "q": 2, "root": 1, "eps": 1e-12}, {"scale": 0.3, "a": 0.7})
+_PROJECTED = ({"a": 1.3, "b": -0.4, "p": 1, "q": 2}, {"a": -0.3, "b": 0.25, "p": 1, "q": 0, "eps": 0.5})
+_BALANCED = ({"a": 1.0}, {"b": -1.0, "p": 0, "q": 2, "root": 1, "eps": 0.25}, {"scale": 0.3, "a": 0.7})
 _COMBINATIONS: dict[str, dict[str, Any]] = {
     "two terms": {"terms": (1.3, -0.4)},
     "three terms": {"terms": (0.7, 0.2, -0.4), "norm_sq": (2.0, 1.0)},
@@ -102,7 +102,7 @@ _COMBINATIONS: dict[str, dict[str, Any]] = {
     "denominators that do not count": {
         "terms": ({"a": 0.5, "b": 2.0, "p": 0, "q": 1}, {"a": 0.3, "b": 2.0, "p": 0, "q": 2, "root": 1}),
         "sums": ((1, 2), (1, 1), (1, 2)),
-        "values": {1: 0.0, 2: INF},
+        "values": {1: 0.0, 2: NAN},
     },
     "not finite": {"terms": (1.0, 0.3), "norm_sq": (1.0, INF)},
     "a Gram matrix that is not finite": {"terms": _PROJECTED, "sums": ((3, 5),), "values": {0: NAN}},

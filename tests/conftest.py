@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import hypothesis
 import pytest
@@ -27,6 +28,34 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     """Without pytest-timeout, its setting in pyproject.toml is no mistake: there is no limit then."""
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds for a test; needs pytest-timeout")
+
+
+# Under this name a report carries what its test compared, from a process of pytest-xdist too.
+COVERED = "instruction set"
+
+
+@pytest.fixture
+def covers_instruction_set(record_property) -> Callable[[str], None]:
+    """For a test that compares an instruction set's bits with those of baseline: puts its name into the last lines."""
+    return partial(record_property, COVERED)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which instruction sets of the CPU kernels the run covered: a processor may lack some."""
+    if config.option.collectonly:
+        return
+
+    def named(outcome: str) -> list[str]:
+        reports = [r for r in terminalreporter.getreports(outcome) if isinstance(r, pytest.TestReport)]
+        return sorted({value for r in reports for name, value in r.user_properties if name == COVERED})
+
+    there = backends.available_backends()["cpu"] is None
+    whole = backends.extension.build_info()["instruction_set"] if there else "none of them"
+    compared = ["baseline", *named("passed")]
+    words = [f"whole run as {whole}", "bits compared: " + (", ".join(compared) if compared[1:] else "none")]
+    if lacking := named("skipped"):
+        words.append("not on this processor: " + ", ".join(lacking))
+    terminalreporter.write_line("instruction sets of the CPU kernels: " + "; ".join(words))
 
 
 def require_extension() -> None:

@@ -130,7 +130,19 @@ def included(path: Path) -> set[str]:
 
 # What a GPU build, or another framework's binding, compiles as well.
 @pytest.mark.parametrize(
-    "name", ["update_math.h", "segments.h", "cpu/storage.h", "cpu/loops.h", "cpu/kernels.h", "cpu/kernels.cpp"]
+    "name",
+    [
+        *(
+            "update_math.h",
+            "segments.h",
+            "cpu/storage.h",
+            "cpu/loops.h",
+            "cpu/unit.h",
+            "cpu/kernels.h",
+            "cpu/kernels.cpp",
+        ),
+        *(path.relative_to(CSRC).as_posix() for path in sorted((CSRC / "cpu" / "units").iterdir())),
+    ],
 )
 def test_kernels_include_neither_torch_nor_python(name):
     torch_headers = re.compile(r"(torch|ATen|c10|pybind11|Python)\b")
@@ -140,6 +152,7 @@ def test_kernels_include_neither_torch_nor_python(name):
 def test_the_reader_of_includes_finds_torch_where_it_is():
     assert "ATen/core/Tensor.h" in included(CSRC / "cpu" / "operators.cpp")
     assert "cstdint" in included(CSRC / "cpu" / "kernels.h")  # through segments.h
+    assert "kernels.h" in included(CSRC / "cpu" / "units" / "avx2_half.cpp")  # through avx2.h and unit.h
 
 
 # ---- every file ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 import msam_kernels
 from msam_kernels import __main__ as cli
-from msam_kernels import ops
+from msam_kernels import backends
 
 pytestmark = pytest.mark.host
 
@@ -29,8 +29,8 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
 
 def without_extension(monkeypatch) -> None:
     """As ``ops`` is where ``_C`` was not built."""
-    monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_missing_extension", ImportError("no module named msam_kernels._C"))
+    monkeypatch.setattr(backends, "extension", None)
+    monkeypatch.setattr(backends, "_missing_extension", ImportError("no module named msam_kernels._C"))
 
 
 def test_info_says_versions_and_backends():
@@ -39,7 +39,7 @@ def test_info_says_versions_and_backends():
     assert f"msam_kernels {msam_kernels.__version__}" in done.stdout
     assert f"torch {torch.__version__}" in done.stdout
     assert f"Python {sys.version.split()[0]}" in done.stdout
-    for name in ops.available_backends():
+    for name in backends.available_backends():
         assert f"  {name}: " in done.stdout
     assert "  reference: available" in done.stdout
 
@@ -88,8 +88,8 @@ def test_an_instruction_set_that_is_not_there_is_one_sentence(extension):
 def test_missing_extension_is_no_silent_fall_back(monkeypatch):
     without_extension(monkeypatch)
     with pytest.raises(RuntimeError, match=r"'cpu' is not available: .*compiler.*rebuild"):
-        ops.get_backend("cpu", torch.device("cpu"))
-    assert ops.get_backend("auto", torch.device("cpu")) is ops.get_backend("reference", torch.device("cpu"))
+        backends.get_backend("cpu", torch.device("cpu"))
+    assert backends.get_backend("auto", torch.device("cpu")) is backends.get_backend("reference", torch.device("cpu"))
 
 
 @pytest.fixture

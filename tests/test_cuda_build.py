@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msam_kernels import ops
+from msam_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -158,8 +158,8 @@ def test_the_build_says_whether_it_has_cuda():
     built = ops._C.CUDA
     if torch.version.cuda is None:
         assert built is None
-        assert "has no CUDA" in ops.available_backends()["cuda"]
+        assert "has no CUDA" in backends.available_backends()["cuda"]
         with pytest.raises(RuntimeError, match=r"'cuda' is not available: .*FORCE_CUDA=1 pip install"):
-            ops.get_backend("cuda", torch.device("cuda"))
+            backends.get_backend("cuda", torch.device("cuda"))
     elif built is not None:
         assert built.startswith(torch.version.cuda)

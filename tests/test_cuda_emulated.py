@@ -187,7 +187,7 @@ def assert_matches_cpu(emulated: Emulated, call: Call) -> None:
     if call.operator == "ascend":
         # Both perturb by the norm that the emulated kernels found.
         expected.arguments.update(norm_sq=added_up(result), acc=[])
-        wanted = sum_of_squares(ops.get_backend("cpu", torch.device("cpu")), expected)
+        wanted = sum_of_squares(backends.get_backend("cpu", torch.device("cpu")), expected)
         expected.operator = "perturb"
         expected.run("cpu")
     else:
@@ -441,7 +441,7 @@ def test_state_that_a_group_needs_and_the_call_lacks_shows(emulated):
 @pytest.mark.parametrize("flatten", [True, False], ids=["flat", "not flat"])
 @pytest.mark.parametrize(("name", "micro_batches"), GOLDEN)
 def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, flatten, way, emulated, monkeypatch):
-    monkeypatch.setattr(ops, "get_backend", lambda *_: emulated)
+    monkeypatch.setattr(backends, "get_backend", lambda *_: emulated)
     rho, method = METHODS[name]
     options = {"rho": rho, "method": method, "num_micro_batches": micro_batches, "flatten": flatten}
     problem = Problem("two scalars of two groups", **options)
@@ -451,7 +451,7 @@ def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, flatte
 
 
 def test_an_interrupted_loop_restores_the_weights(emulated, monkeypatch):
-    monkeypatch.setattr(ops, "get_backend", lambda *_: emulated)
+    monkeypatch.setattr(backends, "get_backend", lambda *_: emulated)
     model, data = mlp(), batch()
     opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.5, num_micro_batches=2)
     before = weights(model)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from msam_kernels import flatness, methods, ops
+from msam_kernels import backends, flatness, methods
 from plain import DEVICE, METHODS, PlainSAM, Zoo, batch, images, loss_of, mlp, same_bits, split, weights
 
 F64 = torch.float64
@@ -147,7 +147,7 @@ def test_nothing_is_left_behind_when_a_forward_raises(call, error):
 
 @pytest.mark.parametrize("operator", ["ascend", "restore"])
 def test_nothing_is_left_behind_when_a_kernel_raises(operator, monkeypatch):
-    real, calls = getattr(ops.reference, operator), 0
+    real, calls = getattr(backends.reference, operator), 0
 
     def broken(*args, **kwargs):
         nonlocal calls
@@ -156,7 +156,7 @@ def test_nothing_is_left_behind_when_a_kernel_raises(operator, monkeypatch):
             raise RuntimeError("out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ops.reference, operator, broken)
+    monkeypatch.setattr(backends.reference, operator, broken)
     model = everything()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="out of memory"):

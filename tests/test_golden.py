@@ -167,7 +167,7 @@ class Problem:
         self.params = [p for group in groups for p in group]
         base = torch.optim.SGD([{"params": group} for group in groups], lr=LR, momentum=MOMENTUM)
         self.opt = MicroBatchSAM(base, **options)
-        if self.opt.method.sparse:
+        if self.opt.method.full.sparse:
             bits = iter(MASK)
             self.opt.mask = [torch.tensor([next(bits) for _ in range(p.numel())]).view(p.shape) for p in self.params]
 

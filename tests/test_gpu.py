@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from msam_kernels import MicroBatchSAM, methods, ops
+from msam_kernels import MicroBatchSAM, backends, methods
 from test_kernels import (
     BITS,
     CASES,
@@ -64,7 +64,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 @pytest.fixture(scope="session", params=GPU_BACKENDS)
 def gpu(request) -> str:
-    missing = ops.available_backends()[request.param]
+    missing = backends.available_backends()[request.param]
     if request.param == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         missing = "set MSAM_TEST_DEVICE=cuda: without it Triton's kernels are interpreted"
     if missing is not None:
@@ -94,7 +94,7 @@ def on_gpu(call: Call) -> Call:
 
 def run(call: Call, backend: str):
     args, kwargs = call.args()
-    return getattr(ops.get_backend(backend, torch.device("cuda")), call.operator)(*args, **kwargs)
+    return getattr(backends.get_backend(backend, torch.device("cuda")), call.operator)(*args, **kwargs)
 
 
 def ulps(actual: torch.Tensor, expected: torch.Tensor) -> int:
@@ -122,7 +122,7 @@ def assert_like_the_cpu(call: Call, backend: str) -> None:
     if call.operator == "ascend":  # goes on by its own norm, which another order of summation rounds differently
         a = call.arguments
         options = {name: a[name] for name in ("ema", "sigma", "eta") if name in a}
-        cpu = ops.get_backend("cpu", torch.device("cpu"))
+        cpu = backends.get_backend("cpu", torch.device("cpu"))
         expected = cpu.inner_products(a["weights"], a["grads"], a["chunks"], **options)
         call = Call("perturb", {**a, "norm_sq": result.cpu(), "acc": []}, call.arenas)
         call.run()
@@ -340,7 +340,7 @@ def test_another_stream_is_followed(gpu):
 
 def call_everything(backend: str, dtypes: list[str]) -> None:
     place = (lambda call: call) if backend == "cpu" else on_gpu
-    operators = ops.get_backend(backend, torch.device("cpu" if backend == "cpu" else "cuda"))
+    operators = backends.get_backend(backend, torch.device("cpu" if backend == "cpu" else "cuda"))
     for operator, variants in VARIANTS.items():
         for variant in variants:
             for dtype in dtypes:

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from msam_kernels import MicroBatchSAM, methods
 from msam_kernels.flat import Flat
-from msam_kernels.graphs import CapturedStep
+from msam_kernels.capture import CapturedStep
 from plain import same_bits
 
 pytestmark = pytest.mark.host  # each test says where its model is

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msam_kernels import MicroBatchSAM, methods, ops
+from msam_kernels import MicroBatchSAM, backends, methods
 from msam_kernels.flat import CHUNK
 from plain import DEVICE
 from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
@@ -91,7 +91,7 @@ def moved(call: Call) -> Call:
 
 def run(call: Call) -> Tensor | None:
     args, kwargs = call.args()
-    return getattr(ops.get_backend("triton", DEVICE), call.operator)(*args, **kwargs)
+    return getattr(backends.get_backend("triton", DEVICE), call.operator)(*args, **kwargs)
 
 
 def assert_matches_the_cpu(call: Call) -> None:
@@ -137,7 +137,7 @@ def test_chunks_of_any_length(operator, variant):
 
 @each_case
 def test_more_chunks_than_programs(operator, variant):
-    with mock.patch.object(ops.get_backend("triton", DEVICE), "PROGRAMS", 3):
+    with mock.patch.object(backends.get_backend("triton", DEVICE), "PROGRAMS", 3):
         assert_matches_the_cpu(make(operator, variant, sizes=(400, 0, 333), chunk=64))
 
 
@@ -212,7 +212,7 @@ def test_achieved_sq_counts_as_changed_once_the_weights_may_be():
 
 
 def test_tables_of_pointers_are_kept_while_the_addresses_stay_and_are_few():
-    kernels = ops.get_backend("triton", DEVICE)
+    kernels = backends.get_backend("triton", DEVICE)
     kernels._tables.clear()
     call = moved(make("inner_products", "plain", sizes=(5, 40)))
     run(call), run(call)
@@ -227,7 +227,7 @@ def test_tables_of_pointers_are_kept_while_the_addresses_stay_and_are_few():
 
 
 def test_pointers_written_by_a_kernel_are_those_that_were_copied():
-    kernels = ops.get_backend("triton", DEVICE)
+    kernels = backends.get_backend("triton", DEVICE)
     call = kernels._Call(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), torch.float32)
     addresses = tuple(2**40 + 3 * i for i in range(37))
     assert call._captured(addresses)[:37].tolist() == call._copied(addresses).tolist() == list(addresses)
@@ -266,7 +266,7 @@ def test_wrong_arguments_are_refused_before_anything_is_touched(operator, change
     variants = {"ascend": "plain, saving", "perturb": "plain, saving", "restore": "weights and mean", "dots": "plain"}
     variant = variants.get(operator, "everything")
     call = moved(make(operator, variant, sizes=(5, 40)))
-    kernels = ops.get_backend("triton", DEVICE)
+    kernels = backends.get_backend("triton", DEVICE)
     kernels._tables.clear()
     before = copy.deepcopy(call.arenas)
     call.arguments.update({name: changed(call.arguments) for name, changed in change.items()})
@@ -281,18 +281,18 @@ def test_wrong_arguments_are_refused_before_anything_is_touched(operator, change
 
 def test_triton_is_a_backend_by_name():
     assert "triton" in ops.BACKENDS
-    assert ops.available_backends()["triton"] is None
+    assert backends.available_backends()["triton"] is None
     with mock.patch.object(ops.importlib.util, "find_spec", return_value=None):
         with pytest.raises(RuntimeError, match="pip install triton"):
-            ops.get_backend("triton", DEVICE)
-        assert ops.get_backend("auto", torch.device("cuda")) is not ops.get_backend("auto", torch.device("cpu"))
+            backends.get_backend("triton", DEVICE)
+        assert backends.get_backend("auto", torch.device("cuda")) is not backends.get_backend("auto", torch.device("cpu"))
 
 
 def test_interpreted_kernels_serve_the_cpu_and_compiled_ones_the_gpu():
-    kernels = ops.get_backend("triton", DEVICE)
+    kernels = backends.get_backend("triton", DEVICE)
     assert kernels.INTERPRETED != ON_GPU
     with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET.*use backend='auto'"):
-        ops.get_backend("triton", torch.device("cpu" if ON_GPU else "cuda"))
+        backends.get_backend("triton", torch.device("cpu" if ON_GPU else "cuda"))
 
 
 # ---- through the optimizer -------------------------------------------------------------------------------------------

@@ -1,7 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops: load -> function of update_math.h -> store. No include guard: kernels.cpp includes this file once per
-// instruction set, inside a namespace of its own. Blocks of kBlock elements pass through arrays that stay in L1; where
-// storage and arithmetic type agree, loads and ordinary stores touch memory directly.
+// The loops: load -> function of update_math.h -> store. Part of unit.h, which includes this file inside a namespace. Blocks
+// of kBlock elements pass through arrays that stay in L1; where storage and arithmetic type agree, loads and ordinary stores
+// touch memory directly.
+
+// ---- rows -------------------------------------------------------------------------------------------------------
+
+// A row's part of a list or of a flat buffer; null where its parameter is absent.
+template <class S>
+inline S* at(const Context& x, Place place, const Chunk& c) {
+  if (place.flat) return static_cast<S*>(place.flat) + c.offset;
+  void* p = place.list < 0 ? nullptr : x.lists->data[place.list][c.segment];
+  return p ? static_cast<S*>(p) + c.begin : nullptr;
+}
+template <class S>
+inline S* at(void* flat, const Chunk& c) {
+  return flat ? static_cast<S*>(flat) + c.offset : nullptr;
+}
+template <class S>
+inline const S* at(const void* flat, const Chunk& c) {
+  return flat ? static_cast<const S*>(flat) + c.offset : nullptr;
+}
 
 // ---- storage ----------------------------------------------------------------------------------------------------
 
@@ -80,18 +98,27 @@ struct Out {
     else
       return tmp;
   }
-  void commit(int n) const {
+  // With `back`, values() are afterwards what was stored.
+  void commit(int n, bool back = false) const {
     if constexpr (std::is_same_v<S, T>) {
       if constexpr (stream) stream_copy(tmp, p, n);
-    } else if constexpr (stream) {
-      alignas(64) S narrowed[kBlock];
-      narrow(tmp, narrowed, n);
-      stream_copy(narrowed, p, n);
     } else {
-      narrow(tmp, p, n);
+      alignas(64) S narrowed[kBlock];
+      S* to = stream ? narrowed : p;
+      narrow(tmp, to, n);
+      if constexpr (stream) stream_copy(narrowed, p, n);
+      if (back) widen(to, tmp, n);
     }
   }
 };
+
+template <class S>
+inline void copy(const S* from, S* to, int64_t n, bool stream) {
+  if (stream)
+    stream_copy(from, to, n);
+  else
+    std::memcpy(to, from, n * sizeof(S));
+}
 
 // body(i, count) for every block; count is a constant for whole blocks, and must be copied into an int before it bounds a
 // loop, or gcc drops the loop's annotation.
@@ -123,14 +150,19 @@ class Ahead {
   }
 
  private:
-  const char* from_[5 + 1 + kMore];  // AMSGrad's five, and what its gradient combines
+  const char* from_[1 + kStates + kTerms];
   int streams_ = 0;
   bool on_;
 };
 
+// In place of an Ahead where nothing is to be prefetched.
+struct InCache {
+  void operator()(int64_t) const {}
+};
+
 // body(j) for the n elements of the block at i.
-template <class S, class F>
-inline void for_elements(int64_t i, int n, const Ahead<S>& ahead, F&& body) {
+template <class A, class F>
+inline void for_elements(int64_t i, int n, const A& ahead, F&& body) {
   for (int first = 0; first < n; first += kLanes) {
     ahead(i + first);
     const int last = first + kLanes < n ? first + kLanes : n;
@@ -152,8 +184,8 @@ struct Lanes {
   Doubles8 lane[kLanes / 8] = {};
 
   // Of the n elements of the block at i; value(j) is a vector of the terms j .. j + 7.
-  template <class S, class F>
-  void add(int64_t i, int n, const Ahead<S>& ahead, F&& value) {
+  template <class A, class F>
+  void add(int64_t i, int n, const A& ahead, F&& value) {
     Doubles8 a = lane[0], b = lane[1], c = lane[2], d = lane[3];
     for (int j = 0; j < n; j += kLanes) {
       ahead(i + j);
@@ -196,17 +228,24 @@ template <class T>
 inline Eight<T> all8(T x) {
   return Eight<T>{} + x;
 }
+template <class T>
+inline Eight<T> all8(const Number& number) {
+  T x;
+  number.get(&x);
+  return all8(x);
+}
 
-// ---- inner_products ---------------------------------------------------------------------------------------------
+// ---- norm -------------------------------------------------------------------------------------------------------
 
 template <class S, bool friendly, bool adaptive>
-void inner_products_chunk(const InnerProducts& a, const Chunk& c, double* partial) {
+double norm_of(const Norm& a, const Context& x, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
-  const S* grads = a.grads.at<S>(c);
-  const S* weights = adaptive ? a.weights.at<S>(c) : nullptr;
-  const S* emas = friendly ? static_cast<const S*>(a.ema) + c.offset : nullptr;
-  const Eight<T> sigma = all8(T(a.sigma)), eta = all8(T(a.eta));
-  const Ahead<S> ahead(a.large, {grads, emas, weights});
+  const S* grads = at<S>(x, a.grads, c);
+  const S* weights = adaptive ? at<S>(x, a.weights, c) : nullptr;
+  const S* emas = friendly ? at<S>(a.ema, c) : nullptr;
+  if (!grads || (adaptive && !weights)) return 0;
+  const Eight<T> sigma = all8<T>(a.sigma), eta = all8<T>(a.eta);
+  const Ahead<S> ahead(x.large, {grads, emas, weights});
   Lanes lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
@@ -221,29 +260,27 @@ void inner_products_chunk(const InnerProducts& a, const Chunk& c, double* partia
       return doubles(d) * doubles(d);
     });
   });
-  *partial = lanes.total();
+  return lanes.total();
 }
 
 template <class S>
-void inner_products(const InnerProducts& a, int64_t first, int64_t last) {
-  const auto chunk =
-      a.ema ? (a.adaptive ? inner_products_chunk<S, true, true> : inner_products_chunk<S, true, false>)
-            : (a.adaptive ? inner_products_chunk<S, false, true> : inner_products_chunk<S, false, false>);
-  for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], a.partials + k);
+void norm(const Norm& a, const Context& x, int64_t first, int64_t last) {
+  const auto row = a.ema ? (a.adaptive ? norm_of<S, true, true> : norm_of<S, true, false>)
+                         : (a.adaptive ? norm_of<S, false, true> : norm_of<S, false, false>);
+  for (int64_t k = first; k < last; ++k) a.partials[k] = row(a, x, a.table[k]);
 }
 
-// ---- dots -------------------------------------------------------------------------------------------------------
+// ---- gram -------------------------------------------------------------------------------------------------------
 
+// The inner products of `vectors` vectors of n elements: x.x, x.y, y.y, x.z, y.z, z.z.
 template <class S, int vectors>
-void dots_chunk(const Dots& a, const Chunk& c, int64_t k) {
+void products_of(const S* const* from, int64_t numel, bool large, double* out) {
   using T = typename Arithmetic<S>::type;
   constexpr int kProducts = vectors * (vectors + 1) / 2, kTurns = kLanes / 8;
-  const S* from[vectors] = {a.x.at<S>(c), a.y.at<S>(c)};
-  if constexpr (vectors == 3) from[2] = a.z.at<S>(c);
-  Ahead<S> ahead(a.large, {});
-  for (const S* p : from) ahead.add(p);
+  Ahead<S> ahead(large, {});
+  for (int v = 0; v < vectors; ++v) ahead.add(from[v]);
   Lanes sums[kProducts];
-  for_blocks(c.numel, [&](int64_t i, auto count) {
+  for_blocks(numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T tmp[vectors][kBlock];
     const T* x[vectors];
@@ -261,13 +298,30 @@ void dots_chunk(const Dots& a, const Chunk& c, int64_t k) {
       for (int r = 0; r < kProducts; ++r) sums[r].lane[lane] = sum[r];
     }
   });
-  for (int r = 0; r < kProducts; ++r) a.partials[r][k] = sums[r].total();
+  for (int r = 0; r < kProducts; ++r) out[r] = sums[r].total();
 }
 
+// The products of the vectors that are there; those of the others are 0.
 template <class S>
-void dots(const Dots& a, int64_t first, int64_t last) {
-  const auto chunk = a.z ? dots_chunk<S, 3> : dots_chunk<S, 2>;
-  for (int64_t k = first; k < last; ++k) chunk(a, a.chunks[k], k);
+void gram(const Gram& a, const Context& x, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k) {
+    const Chunk& c = a.table[k];
+    const S* from[kVectors];
+    int which[kVectors], n = 0;
+    for (int v = 0; v < a.count; ++v)
+      if ((from[n] = at<S>(x, a.terms[v], c))) which[n++] = v;
+    double products[kVectors * (kVectors + 1) / 2];
+    if (n == 3)
+      products_of<S, 3>(from, c.numel, x.large, products);
+    else if (n == 2)
+      products_of<S, 2>(from, c.numel, x.large, products);
+    else if (n == 1)
+      products_of<S, 1>(from, c.numel, x.large, products);
+    for (int r = 0; r < a.count * (a.count + 1) / 2; ++r) a.partials[r * a.rows + k] = 0;
+    for (int v = 0; v < n; ++v)
+      for (int u = 0; u <= v; ++u)
+        a.partials[(which[v] * (which[v] + 1) / 2 + which[u]) * a.rows + k] = products[v * (v + 1) / 2 + u];
+  }
 }
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
@@ -297,62 +351,24 @@ inline Doubles8 difference_sq(V next, V old) {
   return difference * difference;
 }
 
-// acc <- acc + g, and the squared norm that acc had. The gradients are then in cache for the perturbation.
-template <class S>
-void add_chunk(const Perturb& a, const Chunk& c, double* partial) {
-  using T = typename Arithmetic<S>::type;
-  S* accs = a.acc.at<S>(c);
-  const S* grads = a.grads.at<S>(c);
-  const Ahead<S> ahead(a.large, {accs, grads});
-  Lanes lanes;
-  for_blocks(c.numel, [&](int64_t i, auto count) {
-    const int n = count;
-    alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
-    const T* acc = padded(load(accs + i, at, n), at, n);
-    const T* g = load(grads + i, gt, n);
-    lanes.add(i, whole_lanes(n), ahead, [&](int j) {
-      const Doubles8 x = doubles(load8(acc + j));
-      return x * x;
-    });
-    Out<false, S, T> out{accs + i, result};
-    T* sum = out.values();
-    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], T(1), T(1));
-    out.commit(n);
-  });
-  *partial = lanes.total();
-}
-
+// Weights of a row from `base` to w + e; returns ||e||^2 as it was stored. `saved` is null where nothing is to be saved.
 template <class S, bool friendly, bool adaptive, bool masked, bool stream>
-void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
+double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* base, S* weights, S* saved) {
   using T = typename Arithmetic<S>::type;
-  S* weights = a.weights.at<S>(c);
-  const S* origins = a.origin ? static_cast<const S*>(a.origin) + c.offset : weights;
-  const S* grads = a.grads.at<S>(c);
-  S* saved = a.saved ? static_cast<S*>(a.saved) + c.offset : nullptr;
-  const S* emas = friendly ? static_cast<const S*>(a.ema) + c.offset : nullptr;
-  S* emas_out = friendly && a.ema_out ? static_cast<S*>(a.ema_out) + c.offset : nullptr;
-  if (!is_finite(a.norm_sq)) {  // no perturbation, and an EMA that stays usable
-    if (saved) std::memcpy(saved, weights, c.numel * sizeof(S));
-    if (a.origin) std::memcpy(weights, origins, c.numel * sizeof(S));
-    *partial = 0;
-    return;
-  }
-  const Eight<T> scale = all8(T(ascent_scale(a.norm_sq, a.hyper[c.group * a.hyper_stride + kRho])));
-  const Eight<T> sigma = all8(T(a.sigma)), eta = all8(T(a.eta));
-  const Eight<T> lmbda = all8(T(a.lmbda)), one_minus_lmbda = all8(T(a.one_minus_lmbda));
-  const bool past_cache = stream && a.origin;  // weights that were not read
-  const Ahead<S> ahead(stream, {origins, grads, emas}), in_cache(false, {});
+  const S* grads = at<S>(x, a.grads, c);
+  const S* emas = friendly ? at<S>(a.ema, c) : nullptr;
+  S* emas_out = friendly ? at<S>(a.ema_out, c) : nullptr;
+  const Eight<T> scale = all8(T(ascent_scale(x.norm_sq, a.radii[c.group])));
+  const Eight<T> sigma = all8<T>(a.sigma), eta = all8<T>(a.eta);
+  const Eight<T> lmbda = all8<T>(a.lmbda), one_minus_lmbda = all8<T>(a.one_minus_lmbda);
+  const bool past_cache = stream && base != weights;  // weights that were not read
+  const Ahead<S> ahead(stream, {base, grads, emas});
   Lanes lanes;
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock];
-    if (saved) {
-      if constexpr (stream)
-        stream_copy(weights + i, saved + i, n);
-      else
-        std::memcpy(saved + i, weights + i, n * sizeof(S));
-    }
-    const T* w = padded(load(origins + i, wt, n), wt, n);
+    if (saved) copy(weights + i, saved + i, n, stream);
+    const T* w = padded(load(base + i, wt, n), wt, n);
     const T* g = padded(load(grads + i, gt, n), gt, n);
     const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
     uint8_t bits[kBlock / 8];
@@ -376,10 +392,7 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
     };
     if constexpr (std::is_same_v<S, T>) {
       lanes.add(i, whole_lanes(n), ahead, change_sq);
-      if (past_cache)
-        stream_copy(reinterpret_cast<const S*>(w_result), weights + i, n);
-      else if (!w_direct)
-        std::memcpy(weights + i, w_result, n * sizeof(S));
+      if (!w_direct) copy(reinterpret_cast<const S*>(w_result), weights + i, n, past_cache);
       if (emas_out && !direct) std::memcpy(emas_out + i, ema_result, n * sizeof(S));
     } else {  // what counts is what was stored
       Lanes unrounded;
@@ -387,304 +400,216 @@ void perturb_chunk(const Perturb& a, const Chunk& c, double* partial) {
       narrow(w_result, weights + i, n);
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
-      lanes.add(i, whole_lanes(n), in_cache, [&](int j) {
-        return difference_sq(load8(stored + j), load8(w + j));
-      });
+      lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return difference_sq(load8(stored + j), load8(w + j)); });
     }
   });
-  *partial = lanes.total();
+  return lanes.total();
 }
 
 template <class S, bool masked, bool stream>
 auto perturb_of(const Perturb& a) {
-  return a.ema ? (a.adaptive ? perturb_chunk<S, true, true, masked, stream> : perturb_chunk<S, true, false, masked, stream>)
-               : (a.adaptive ? perturb_chunk<S, false, true, masked, stream> : perturb_chunk<S, false, false, masked, stream>);
+  return a.ema ? (a.adaptive ? perturb_row<S, true, true, masked, stream> : perturb_row<S, true, false, masked, stream>)
+               : (a.adaptive ? perturb_row<S, false, true, masked, stream> : perturb_row<S, false, false, masked, stream>);
 }
 
 template <class S>
-void perturb(const Perturb& a, int64_t first, int64_t last) {
-  const auto chunk = a.mask ? (a.large ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
-                            : (a.large ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
+void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
+  const auto row = a.mask ? (x.large ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
+                          : (x.large ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
   for (int64_t k = first; k < last; ++k) {
-    if (a.acc) add_chunk<S>(a, a.chunks[k], a.acc_sq + k);
-    chunk(a, a.chunks[k], a.achieved_sq + k);
+    const Chunk& c = a.table[k];
+    S *weights = at<S>(x, a.weights, c), *saved = at<S>(a.saved, c);
+    a.achieved_sq[k] = 0;
+    if (!weights || !at<S>(x, a.grads, c)) continue;
+    const bool untouched = a.status[k] == kUntouched;
+    const S* base = a.status[k] == kPerturbed ? saved : weights;
+    if (is_finite(x.norm_sq)) {
+      a.achieved_sq[k] = row(a, x, c, base, weights, untouched ? saved : nullptr);
+    } else {  // no perturbation, and an EMA that stays usable
+      if (untouched) copy<S>(weights, saved, c.numel, x.large);
+      if (base != weights) copy(base, weights, c.numel, x.large);
+    }
+    a.status[k] = kPerturbed;
   }
-  finish_streaming(a.large);
+  finish_streaming(x.large);
 }
 
-// ---- restore ----------------------------------------------------------------------------------------------------
+// ---- the linear combination ---------------------------------------------------------------------------------------
 
-// A chunk of the gradients, or of what stands in their place: coefs[0] grads + coefs[1] more[0] + ..., without zero coefs.
+// The terms of a row that count: those that are there and have a coefficient that is not 0.
 template <class S>
-struct Gradient {
+struct Terms {
   using T = typename Arithmetic<S>::type;
-  const S* from[1 + kMore];
-  T coefs[1 + kMore];
-  int lists = 0;
-  bool combined;
+  const S* from[kTerms];
+  T coefficients[kTerms];
+  int live = 0;
+  bool any = false;  // one is there, whatever its coefficient
 
-  Gradient(const Restore& a, const Chunk& c) : combined(a.coefs) {
-    if (!a.grads) return;
-    from[0] = a.grads.at<S>(c);
-    for (int k = -1; combined && k < kMore && (k < 0 || a.more[k]); ++k) {
-      if (T(a.coefs[1 + k]) == 0) continue;
-      from[lists] = (k < 0 ? a.grads : a.more[k]).at<S>(c);
-      coefs[lists++] = T(a.coefs[1 + k]);
+  Terms(const Descent& a, const Context& x, const Chunk& c) {
+    for (int k = 0; k < a.combination.count; ++k) {
+      const S* p = at<S>(x, a.terms[k], c);
+      any = any || p;
+      if (!p || T(x.coefficients[k]) == 0) continue;
+      from[live] = p;
+      coefficients[live++] = T(x.coefficients[k]);
     }
   }
-  void add_to(Ahead<S>& ahead) const {
-    for (int k = 0; k < (combined ? lists : 1); ++k) ahead.add(from[k]);
-  }
+  // The combination is one term as it is.
+  bool is_plain() const { return live == 1 && coefficients[0] == 1; }
   bool reads(const S* p) const {
     bool found = false;
-    for (int k = 0; k < (combined ? lists : 1); ++k) found = found || from[k] == p;
+    for (int k = 0; k < live; ++k) found = found || from[k] == p;
     return found;
   }
-
-  template <int count>
-  void combine(int64_t i, T* out, int n) const {
-    alignas(64) T tmp[count + 1][kBlock];
-    const T* x[count + 1];
-    T c[count + 1];  // local copies stay in registers: stores cannot alias them
-    for (int k = 0; k < count; ++k) x[k] = load(from[k] + i, tmp[k], n), c[k] = coefs[k];
-    MSAM_VECTOR for (int j = 0; j < n; ++j) {
-      T sum = 0;
-      for (int k = 0; k < count; ++k) sum = accumulated(sum, x[k][j], T(1), c[k]);
-      out[j] = sum;
-    }
+  void add_to(Ahead<S>& ahead) const {
+    for (int k = 0; k < live; ++k) ahead.add(from[k]);
   }
-  template <class N>
-  const T* block(int64_t i, T* out, N count) const {
+
+  template <int count, class A>
+  void combine(int64_t i, T* out, int n, const A& ahead) const {
+    alignas(64) T tmp[count][kBlock];
+    const T* x[count];
+    T c[count];  // local copies stay in registers: stores cannot alias them
+    for (int k = 0; k < count; ++k) x[k] = load(from[k] + i, tmp[k], n), c[k] = coefficients[k];
+    for_elements(i, n, ahead, [&](int j) {
+      T sum = weighted(x[0][j], c[0]);
+      for (int k = 1; k < count; ++k) sum = plus_weighted(sum, x[k][j], c[k]);
+      out[j] = sum;
+    });
+  }
+  // The block at i, in `out`.
+  template <class N, class A>
+  void block(int64_t i, T* out, N count, const A& ahead) const {
     const int n = count;
-    if (!combined) return load(from[0] + i, out, n);
-    if (lists == 3)
-      combine<3>(i, out, n);
-    else if (lists == 2)
-      combine<2>(i, out, n);
-    else if (lists == 1)
-      combine<1>(i, out, n);
+    if (live == 4)
+      combine<4>(i, out, n, ahead);
+    else if (live == 3)
+      combine<3>(i, out, n, ahead);
+    else if (live == 2)
+      combine<2>(i, out, n, ahead);
+    else if (live == 1)
+      combine<1>(i, out, n, ahead);
     else
-      combine<0>(i, out, n);
-    return out;
+      std::memset(out, 0, n * sizeof(T));
   }
 };
-static_assert(kMore == 2, "block() knows so many lists");
+static_assert(kTerms == 4, "block() knows so many terms");
 
+// ---- descend ----------------------------------------------------------------------------------------------------
+
+// The combination into `outs`; returns its squared norm as stored, if asked for.
 template <class S, bool stream>
-void accumulate_chunk(const Restore& a, const Chunk& c) {
+double combine_row(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool square) {
   using T = typename Arithmetic<S>::type;
-  S* accs = a.acc.at<S>(c);
-  const T c_acc = T(a.c_acc), coef = T(a.c);
-  const Gradient<S> gradient(a, c);
-  Ahead<S> ahead(a.large, {c_acc == 0 ? nullptr : accs});
-  gradient.add_to(ahead);
-  for_blocks(c.numel, [&](int64_t i, auto count) {
-    const int n = count;
-    alignas(64) T at[kBlock], gt[kBlock], result[kBlock];
-    const T* g = gradient.block(i, gt, count);
-    Out<stream, S, T> out{accs + i, result};
-    T* sum = out.values();
-    if (c_acc == 0) {
-      for_elements(i, n, ahead, [&](int j) { sum[j] = weighted(g[j], coef); });
-    } else {
-      const T* acc = load(accs + i, at, n);
-      for_elements(i, n, ahead, [&](int j) { sum[j] = accumulated(acc[j], g[j], c_acc, coef); });
-    }
-    out.commit(n);
-  });
-}
-
-// Past the cache where acc is only written.
-template <class S>
-auto accumulate_of(const Restore& a, const Chunk& c) {
-  const bool read = typename Arithmetic<S>::type(a.c_acc) != 0 || Gradient<S>(a, c).reads(a.acc.at<S>(c));
-  return a.large && !read ? accumulate_chunk<S, true> : accumulate_chunk<S, false>;
-}
-
-template <class S>
-void poison_chunk(const Restore& a, const Chunk& c) {
-  using T = typename Arithmetic<S>::type;
-  S* accs = a.acc.at<S>(c);
-  for_blocks(c.numel, [&](int64_t i, auto count) {
+  Ahead<S> ahead(large, {});
+  terms.add_to(ahead);
+  Lanes lanes;
+  for_blocks(numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T result[kBlock];
-    Out<false, S, T> out{accs + i, result};
-    T* nan = out.values();
-    for (int j = 0; j < n; ++j) nan[j] = std::numeric_limits<T>::quiet_NaN();
-    out.commit(n);
+    const Out<stream, S, T> out{outs + i, result};
+    terms.block(i, out.values(), count, ahead);
+    out.commit(n, square);
+    if (!square) return;
+    const T* stored = padded<T>(out.values(), result, n);
+    lanes.add(i, whole_lanes(n), InCache(), [&](int j) {
+      const Doubles8 v = doubles(load8(stored + j));
+      return v * v;
+    });
   });
+  return lanes.total();
 }
 
 template <class S>
-void restore(const Restore& a, int64_t first, int64_t last) {
-  for (int64_t k = first; k < last; ++k) {
-    const Chunk& c = a.chunks[k];
-    if (a.weights) {
-      const S* saved = static_cast<const S*>(a.saved) + c.offset;
-      if (a.large)
-        stream_copy(saved, a.weights.at<S>(c), c.numel);
-      else
-        std::memcpy(a.weights.at<S>(c), saved, c.numel * sizeof(S));
-    }
-    if (a.poison && a.acc)
-      poison_chunk<S>(a, c);
-    else if (a.acc && a.grads)
-      accumulate_of<S>(a, c)(a, c);
+double combine(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool square) {
+  double products = 0;
+  if (terms.is_plain() && terms.from[0] == outs) {  // nothing changes
+    if (square) products_of<S, 1>(terms.from, numel, large, &products);
+    return products;
   }
-  finish_streaming(a.large);
+  const bool stream = large && !terms.reads(outs);  // what is only written goes past the cache
+  if (terms.is_plain() && !square) return copy(terms.from[0], outs, numel, stream), 0;
+  return stream ? combine_row<S, true>(terms, outs, numel, large, square)
+                : combine_row<S, false>(terms, outs, numel, large, square);
+}
+
+template <class S>
+void descend(const Descend& a, const Context& x, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k) {
+    const Chunk& c = a.table[k];
+    if (S* weights = at<S>(x, a.weights, c)) {
+      if (a.status[k] == kPerturbed) copy(at<S>(a.saved, c), weights, c.numel, x.large);
+      if (a.last || a.status[k] == kPerturbed) a.status[k] = a.last ? kUntouched : kSaved;
+    }
+    S* outs = at<S>(x, a.out, c);
+    const double square = outs ? combine(Terms<S>(a, x, c), outs, c.numel, x.large, a.out_sq) : 0;
+    if (a.out_sq) a.out_sq[k] = square;
+  }
+  finish_streaming(x.large);
 }
 
 // ---- update -----------------------------------------------------------------------------------------------------
 
-// The step's gradient: c g, or c_acc acc + c g.
-template <class S, class T, class N>
-inline const T* descent(const Update& a, const Gradient<S>& gradient, const S* accs, int64_t i, T* at, T* gt, T* sum, N count) {
-  const int n = count;
-  const T* g = gradient.block(i, gt, count);
-  const T c_acc = T(a.c_acc), coef = T(a.c);
-  if (accs && c_acc != 0) {
-    const T* acc = load(accs + i, at, n);
-    MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = accumulated(acc[j], g[j], c_acc, coef);
-    return sum;
-  }
-  if (a.c == 1) return g;
-  MSAM_VECTOR for (int j = 0; j < n; ++j) sum[j] = weighted(g[j], coef);
-  return sum;
-}
-
-template <class S, bool momentum, bool stream>
-void sgd_chunk(const Update& a, const Chunk& c) {
+template <class S, class Rule, bool stream>
+void update_row(const Update& a, const Context& x, const Chunk& c, const Terms<S>& terms, const S* start, S* weights) {
   using T = typename Arithmetic<S>::type;
-  S* weights = a.weights.at<S>(c);
-  const S* before = a.saved ? static_cast<const S*>(a.saved) + c.offset : weights;
-  const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
-  S* buffers = momentum ? static_cast<S*>(a.momentum_buffer) + c.offset : nullptr;
-  const Gradient<S> gradient(a, c);
-  Ahead<S> ahead(a.large, {before, a.c_acc == 0 ? nullptr : accs, buffers});
-  gradient.add_to(ahead);
-  const Sgd<T, momentum> rule(a.hyper + c.group * a.hyper_stride, a.fresh && a.fresh[c.segment]);
+  constexpr int kOwn = Rule::states;
+  S* states[kOwn + 1];  // one more, because no array may be empty
+  Ahead<S> ahead(x.large, {start});
+  terms.add_to(ahead);
+  for (int s = 0; s < kOwn; ++s) ahead.add(states[s] = at<S>(a.states[s], c));
+  const Rule rule(a.settings + c.group * a.columns, a.step ? int64_t(a.step[c.segment]) + 1 : 1);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
-    alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], result[kBlock], m_result[kBlock];
-    const auto sgd = rule;  // a local copy stays in registers: stores cannot alias it
-    const T* w = load(before + i, wt, n);
-    const T* g = descent(a, gradient, accs, i, at, gt, sum, count);
-    Out<stream, S, T> out{weights + i, result};
-    T* w_new = out.values();
-    if constexpr (momentum) {
-      const T* m = load(buffers + i, mt, n);
-      Out<false, S, T> m_out{buffers + i, m_result};
-      T* m_new = m_out.values();
-      for_elements(i, n, ahead, [&](int j) {
-        T x = w[j], buffer = m[j];
-        sgd(x, g[j], buffer);
-        w_new[j] = x, m_new[j] = buffer;
-      });
-      m_out.commit(n);
-    } else {
-      for_elements(i, n, ahead, [&](int j) {
-        T x = w[j], unused = 0;
-        sgd(x, g[j], unused);
-        w_new[j] = x;
-      });
+    alignas(64) T wt[kBlock], gt[kBlock], result[kBlock], before[kOwn + 1][kBlock], after[kOwn + 1][kBlock];
+    const Rule apply = rule;  // a local copy stays in registers: stores cannot alias it
+    const T *w = load(start + i, wt, n), *g = gt, *old[kOwn + 1];
+    if (terms.is_plain())
+      g = load(terms.from[0] + i, gt, n);
+    else
+      terms.block(i, gt, count, InCache());
+    const Out<stream, S, T> out{weights + i, result};
+    T *w_new = out.values(), *next[kOwn + 1];
+    for (int s = 0; s < kOwn; ++s) {
+      old[s] = load<S, T>(states[s] + i, before[s], n);
+      next[s] = Out<false, S, T>{states[s] + i, after[s]}.values();
     }
+    for_elements(i, n, ahead, [&](int j) {
+      T value = w[j], state[kOwn + 1];
+      for (int s = 0; s < kOwn; ++s) state[s] = old[s][j];
+      apply(value, g[j], state);
+      w_new[j] = value;
+      for (int s = 0; s < kOwn; ++s) next[s][j] = state[s];
+    });
     out.commit(n);
+    for (int s = 0; s < kOwn; ++s) Out<false, S, T>{states[s] + i, after[s]}.commit(n);
   });
 }
 
-template <class S>
-void sgd(const Update& a, int64_t first, int64_t last) {
-  const bool stream = a.large && a.saved;  // weights that were read are in cache already
-  for (int64_t k = first; k < last; ++k) {
-    const Chunk& c = a.chunks[k];
-    const bool momentum = a.hyper[c.group * a.hyper_stride + kSgdMomentum] != 0;
-    const auto chunk = momentum ? (stream ? sgd_chunk<S, true, true> : sgd_chunk<S, true, false>)
-                                : (stream ? sgd_chunk<S, false, true> : sgd_chunk<S, false, false>);
-    chunk(a, c);
-  }
-  finish_streaming(a.large);
-}
-
-template <class S, bool amsgrad, bool stream>
-void adam_chunk(const Update& a, const Chunk& c) {
+template <class S, bool stream>
+auto update_of(const Update& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
-  S* weights = a.weights.at<S>(c);
-  const S* before = a.saved ? static_cast<const S*>(a.saved) + c.offset : weights;
-  const S* accs = a.acc ? a.acc.at<S>(c) : nullptr;
-  S* exp_avgs = static_cast<S*>(a.exp_avg) + c.offset;
-  S* exp_avg_sqs = static_cast<S*>(a.exp_avg_sq) + c.offset;
-  S* max_exp_avg_sqs = amsgrad ? static_cast<S*>(a.max_exp_avg_sq) + c.offset : nullptr;
-  const Gradient<S> gradient(a, c);
-  Ahead<S> ahead(a.large, {before, a.c_acc == 0 ? nullptr : accs, exp_avgs, exp_avg_sqs, max_exp_avg_sqs});
-  gradient.add_to(ahead);
-  const Adam<T, amsgrad> rule(a.hyper + c.group * a.hyper_stride, a.step[c.segment]);
-  for_blocks(c.numel, [&](int64_t i, auto count) {
-    const int n = count;
-    alignas(64) T wt[kBlock], gt[kBlock], at[kBlock], sum[kBlock], mt[kBlock], vt[kBlock], xt[kBlock];
-    alignas(64) T result[kBlock], m_result[kBlock], v_result[kBlock], x_result[kBlock];
-    const auto adam = rule;
-    const T* w = load(before + i, wt, n);
-    const T* g = descent(a, gradient, accs, i, at, gt, sum, count);
-    const T* m = load(exp_avgs + i, mt, n);
-    const T* v = load(exp_avg_sqs + i, vt, n);
-    Out<stream, S, T> out{weights + i, result};
-    Out<false, S, T> m_out{exp_avgs + i, m_result}, v_out{exp_avg_sqs + i, v_result};
-    T *w_new = out.values(), *m_new = m_out.values(), *v_new = v_out.values();
-    if constexpr (amsgrad) {
-      const T* largest = load(max_exp_avg_sqs + i, xt, n);
-      Out<false, S, T> x_out{max_exp_avg_sqs + i, x_result};
-      T* x_new = x_out.values();
-      for_elements(i, n, ahead, [&](int j) {
-        T x = w[j], first = m[j], second = v[j], most = largest[j];
-        adam(x, g[j], first, second, most);
-        w_new[j] = x, m_new[j] = first, v_new[j] = second, x_new[j] = most;
-      });
-      x_out.commit(n);
-    } else {
-      for_elements(i, n, ahead, [&](int j) {
-        T x = w[j], first = m[j], second = v[j], unused = 0;
-        adam(x, g[j], first, second, unused);
-        w_new[j] = x, m_new[j] = first, v_new[j] = second;
-      });
-    }
-    m_out.commit(n);
-    v_out.commit(n);
-    out.commit(n);
-  });
+  const double* row = a.settings + c.group * a.columns;
+  if (a.rule == kSgd)
+    return row[kMomentum] != 0 ? update_row<S, Sgd<T, true>, stream> : update_row<S, Sgd<T, false>, stream>;
+  return row[kAmsgrad] != 0 ? update_row<S, Adam<T, true>, stream> : update_row<S, Adam<T, false>, stream>;
 }
 
 template <class S>
-void adam(const Update& a, int64_t first, int64_t last) {
-  const bool stream = a.large && a.saved;
+void update(const Update& a, const Context& x, int64_t first, int64_t last) {
   for (int64_t k = first; k < last; ++k) {
-    const Chunk& c = a.chunks[k];
-    const bool amsgrad = a.hyper[c.group * a.hyper_stride + kAdamAmsgrad] != 0;
-    const auto chunk = amsgrad ? (stream ? adam_chunk<S, true, true> : adam_chunk<S, true, false>)
-                               : (stream ? adam_chunk<S, false, true> : adam_chunk<S, false, false>);
-    chunk(a, c);
+    const Chunk& c = a.table[k];
+    S* weights = at<S>(x, a.weights, c);
+    if (!weights) continue;
+    const bool perturbed = a.status && a.status[k] == kPerturbed;
+    const bool stream = x.large && perturbed;  // weights that are read are in cache already
+    const S* start = perturbed ? at<S>(a.saved, c) : weights;
+    const Terms<S> terms(a, x, c);
+    if (terms.any)
+      (stream ? update_of<S, true>(a, c) : update_of<S, false>(a, c))(a, x, c, terms, start, weights);
+    else if (perturbed)
+      copy(start, weights, c.numel, stream);
+    if (a.status) a.status[k] = kUntouched;
   }
-  finish_streaming(a.large);
+  finish_streaming(x.large);
 }
-
-// ---- one entry per kernel ---------------------------------------------------------------------------------------
-
-#define MSAM_ENTRY(name, Args)                                           \
-  inline void name##_entry(const Args& a, int64_t first, int64_t last) { \
-    switch (a.storage) {                                                 \
-      case Storage::kFloat:                                              \
-        return name<float>(a, first, last);                              \
-      case Storage::kDouble:                                             \
-        return name<double>(a, first, last);                             \
-      case Storage::kBFloat16:                                           \
-        return name<bf16>(a, first, last);                               \
-      case Storage::kHalf:                                               \
-        return name<half>(a, first, last);                               \
-    }                                                                    \
-  }
-MSAM_ENTRY(inner_products, InnerProducts)
-MSAM_ENTRY(perturb, Perturb)
-MSAM_ENTRY(dots, Dots)
-MSAM_ENTRY(restore, Restore)
-MSAM_ENTRY(sgd, Update)
-MSAM_ENTRY(adam, Update)
-#undef MSAM_ENTRY

@@ -1,19 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU side of the operators declared in ops.py: check, gather pointers, run a kernel over torch's thread pool.
+// The operators on the CPU: their kernels run over torch's thread pool.
+#include "../operators.h"
+
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/SmallVector.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <optional>
 #include <vector>
 
-#include "../gather.h"
-#include "../update_math.h"
 #include "kernels.h"
 
 namespace msam::cpu {
@@ -25,84 +21,91 @@ constexpr int64_t kGrain = 32768;
 // Stores past the cache pay once a buffer no longer fits the one that the cores share.
 constexpr int64_t kLargeBytes = int64_t(8) << 20;
 
-// Neumaier's sum, in the order of the chunks.
-double total(const Tensor& partials) {
-  const double* p = partials.const_data_ptr<double>();
+// Neumaier's sum, in the order of the terms.
+double total(const double* terms, int64_t n) {
   double sum = 0, lost = 0;
-  for (int64_t k = 0; k < partials.numel(); ++k) {
-    const double next = sum + p[k];
-    lost += std::abs(sum) >= std::abs(p[k]) ? (sum - next) + p[k] : (p[k] - next) + sum;
+  for (int64_t k = 0; k < n; ++k) {
+    const double next = sum + terms[k];
+    lost += std::abs(sum) >= std::abs(terms[k]) ? (sum - next) + terms[k] : (terms[k] - next) + sum;
     sum = next;
   }
   // With an infinite term the correction is NaN; the sum already says what there is to say.
   return is_finite(lost) ? sum + lost : sum;
 }
 
-// What every operator shares: the table, its checks, and pointers that live as long as the call.
-class Call {
+double total(const Sums& row) { return row.data ? total(row.data, row.terms) : 0; }
+
+class Device : public Call {
  public:
-  Call(const Tensor& chunks, at::ScalarType dtype) : dtype_(dtype) {
-    check_table(chunks);
-    chunks_ = reinterpret_cast<const Chunk*>(chunks.const_data_ptr<int64_t>());
-    size_ = chunks.size(0);
-    uint64_t elements = 0;  // rows are checked later: a sum of hostile ones wraps round
-    for (int64_t k = 0; k < size_; ++k) elements += uint64_t(chunks_[k].numel);
-    elements_ = int64_t(elements);
+  Device(const Tensor& table, at::ScalarType dtype) : Call(table, dtype) {
+    TORCH_CHECK(table.is_cpu(), "table must be on the CPU, got ", table.device());
+    context_.lists = &lists();
+    context_.large = reach().elements * int64_t(c10::elementSize(dtype)) >= kLargeBytes;
   }
 
-  Pointers list(TensorList tensors, const char* name, bool flat = false) {
-    if (tensors.empty()) return {};
-    check_list(tensors, name, chunks_, size_, flat);
-    TORCH_INTERNAL_ASSERT(lists_ < kMostLists);
-    auto& out = pointers_[lists_++];
-    for (const Tensor& t : tensors) {
-      // An empty tensor stands for a parameter that the table does not name.
-      if (t.numel()) check_dense(t, name, dtype_, device());
-      out.push_back(t.data_ptr());
-    }
-    return {out.data(), flat};
+  Tensor run(Norm& a) {
+    const Tensor norm_sq = summed(a, kernels(a.storage).norm, {1});
+    context_.norm_sq = *norm_sq.const_data_ptr<double>();
+    return norm_sq;
   }
-  void flat(const MaybeTensor& t, const char* name) const { check_flat(t, name, chunks_, size_, dtype_, device()); }
-  void hyper(const Tensor& t, int64_t columns, Common& args) const {
-    check_hyper(t, columns, chunks_, size_);
-    args.hyper = t.const_data_ptr<double>();
-    args.hyper_stride = t.size(1);
+  Tensor run(Gram& a) { return summed(a, kernels(a.storage).gram, {a.count * (a.count + 1) / 2, 1}); }
+  void run(Perturb& a) {
+    context_.norm_sq = total(a.norm_sq);
+    // Backwards: the end of the gradient, which norm read last, may still be in cache.
+    share(a, kernels(a.storage).perturb, true);
   }
-  void per_segment(const MaybeTensor& t, const char* name, at::ScalarType dtype) const {
-    check_per_segment(t, name, dtype, chunks_, size_);
+  Tensor ascend(Perturb& a) {
+    const Tensor norm_sq = run(static_cast<Norm&>(a));
+    share(a, kernels(a.storage).perturb, true);
+    return norm_sq;
   }
-  // To be called when args.c is set: an ascent gradient that was not finite makes it NaN.
-  void norm_sq(const MaybeTensor& t, Restore& args) const {
-    if (!t) return;
-    check_sum(*t, "norm_sq");
-    args.poison = !is_finite(total(*t));
-    if (args.poison) args.c = std::nan("");
+  void run(Descend& a) {
+    evaluate(a);
+    share(a, kernels(a.storage).descend);
   }
-  void mask(const MaybeTensor& t) const { check_mask(t, chunks_, size_); }
-  void per_chunk(const Tensor& t, const char* name) const { check_per_chunk(t, name, size_); }
-  // Dots as well as Common.
-  template <class Args>
-  void begin(Args& args) const {
-    args.storage = storage_of(dtype_);
-    args.chunks = chunks_;
-    args.large = elements_ * int64_t(c10::elementSize(dtype_)) >= kLargeBytes;
+  void run(Update& a) {
+    evaluate(a);
+    share(a, kernels(a.storage).update);
+    for (int64_t k = 0; a.step && k < a.rows; ++k)
+      if (a.table[k].begin == 0 && has_term(a, a.table[k].segment)) a.step[a.table[k].segment] += 1;
   }
 
-  at::Device device() const { return at::kCPU; }
-  const Chunk& chunk(int64_t k) const { return chunks_[k]; }
-  int64_t size() const { return size_; }
+ private:
+  void evaluate(const Descent& a) {
+    double sums[kRows] = {};
+    int rows = 0;
+    for (const Sums& s : a.sums)
+      for (int64_t r = 0; r < s.rows; ++r) sums[rows++] = total(s.data + r * s.terms, s.terms);
+    coefficients(a.combination, sums, total(a.norm_sq), context_.coefficients);
+  }
+  bool has_term(const Update& a, int64_t segment) const {
+    const auto is_there = [&](const Place& p) { return p && lists().data[p.list][segment]; };
+    return std::any_of(a.terms, a.terms + a.combination.count, is_there);
+  }
+
+  // Runs a kernel that leaves a term for every row of the table in each row of a.partials, and adds them up.
+  template <class Arguments>
+  Tensor summed(Arguments& a, Kernel<Arguments> kernel, at::IntArrayRef sizes) {
+    c10::SmallVector<double, 256> partials(sizes[0] * rows());
+    a.partials = partials.data();
+    share(a, kernel);
+    const Tensor sums = at::detail::empty_cpu(sizes, at::kDouble);
+    for (int64_t r = 0; r < sizes[0]; ++r) sums.mutable_data_ptr<double>()[r] = total(a.partials + r * rows(), rows());
+    return sums;
+  }
 
   // Every thread has an even share of the elements, in pieces of kGrain, and then helps with what others have left: neither
   // memory nor other processes leave the cores equally fast.
-  template <class F>
-  void run(F&& kernel, bool backwards = false) const {
-    if (elements_ <= kGrain) return kernel(0, size_);
-    const int64_t threads = std::min<int64_t>(at::get_num_threads(), (elements_ + kGrain - 1) / kGrain);
-    const int64_t enough = std::min(kGrain, elements_ / threads);
-    std::vector<int64_t> pieces{0};  // where each begins, and the end
-    for (int64_t k = 0, elements = 0; k < size_; ++k) {
-      elements += chunks_[k].numel;
-      if (elements >= enough || k + 1 == size_) pieces.push_back(k + 1), elements = 0;
+  template <class Arguments>
+  void share(const Arguments& a, Kernel<Arguments> kernel, bool backwards = false) const {
+    const int64_t elements = reach().elements;
+    if (elements <= kGrain) return kernel(a, context_, 0, rows());
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), (elements + kGrain - 1) / kGrain);
+    const int64_t enough = std::min(kGrain, elements / threads);
+    c10::SmallVector<int64_t, 64> pieces{0};  // where each begins, and the end
+    for (int64_t k = 0, sum = 0; k < rows(); ++k) {
+      sum += a.table[k].numel;
+      if (sum >= enough || k + 1 == rows()) pieces.push_back(k + 1), sum = 0;
     }
     const int64_t count = int64_t(pieces.size()) - 1;
     struct alignas(64) Share {
@@ -117,133 +120,17 @@ class Call {
           Share& share = shares[(t + k) % threads];
           for (int64_t p; (p = share.taken.fetch_add(1, std::memory_order_relaxed)) < share.end - share.begin;) {
             const int64_t piece = backwards ? share.end - 1 - p : share.begin + p;
-            kernel(pieces[piece], pieces[piece + 1]);
+            kernel(a, context_, pieces[piece], pieces[piece + 1]);
           }
         }
     });
   }
 
- private:
-  at::ScalarType dtype_;
-  const Chunk* chunks_;
-  int64_t size_, elements_;
-  c10::SmallVector<void*, 64> pointers_[kMostLists];
-  int lists_ = 0;
+  Context context_;
 };
-
-Tensor norm_sq_of(const Call& call, InnerProducts& a) {
-  const Tensor partials = at::empty({call.size()}, at::kDouble);
-  a.partials = partials.mutable_data_ptr<double>();
-  call.run([&](int64_t first, int64_t last) { kernels().inner_products(a, first, last); });
-  Tensor norm_sq = at::empty({1}, at::kDouble);
-  *norm_sq.mutable_data_ptr<double>() = total(partials);
-  return norm_sq;
-}
-
-void perturb_by(const Call& call, Perturb& a, const Tensor& norm_sq, const Tensor& achieved_sq) {
-  a.norm_sq = total(norm_sq);
-  // After inner_products backwards: the gradient's end, which it read last, may still be in cache.
-  call.run([&](int64_t first, int64_t last) { kernels().perturb(a, first, last); }, !a.origin);
-  achieved_sq.unsafeGetTensorImpl()->bump_version();  // tells that the weights were saved
-}
-
-Tensor inner_products(TensorList weights, TensorList grads, const Tensor& chunks, const MaybeTensor& ema, double sigma,
-                      std::optional<double> eta) {
-  Call call(chunks, dtype_of(grads, {}, "grads"));
-  InnerProducts a;
-  gather_direction(call, a, eta ? weights : TensorList(), grads, ema, sigma, eta);
-  return norm_sq_of(call, a);
-}
-
-void perturb(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& norm_sq,
-             const Tensor& hyper, const Tensor& achieved_sq, const MaybeTensor& acc_sq, const MaybeTensor& saved,
-             const MaybeTensor& origin, const MaybeTensor& ema, const MaybeTensor& mask, double sigma,
-             std::optional<double> lmbda, std::optional<double> eta) {
-  Call call(chunks, dtype_of(weights, grads, "weights"));
-  Perturb a;
-  gather_perturbation(call, a, weights, acc, grads, hyper, achieved_sq, acc_sq, saved, origin, ema, mask, sigma, lmbda, eta);
-  check_sum(norm_sq, "norm_sq");
-  perturb_by(call, a, norm_sq, achieved_sq);
-}
-
-Tensor ascend(TensorList weights, TensorList grads, const Tensor& chunks, const Tensor& hyper, const Tensor& achieved_sq,
-              const MaybeTensor& saved, const MaybeTensor& ema, const MaybeTensor& mask, double sigma,
-              std::optional<double> lmbda, std::optional<double> eta) {
-  Call call(chunks, dtype_of(weights, grads, "weights"));
-  Perturb a;
-  gather_perturbation(call, a, weights, {}, grads, hyper, achieved_sq, {}, saved, {}, ema, mask, sigma, lmbda, eta);
-  const Tensor norm_sq = norm_sq_of(call, a);
-  perturb_by(call, a, norm_sq, achieved_sq);
-  return norm_sq;
-}
-
-Tensor dots(TensorList x, TensorList y, TensorList z, const Tensor& chunks) {
-  Call call(chunks, dtype_of(x, {}, "x"));
-  Dots a;
-  call.begin(a);
-  a.x = call.list(x, "x");
-  a.y = call.list(y, "y");
-  a.z = call.list(z, "z");
-  TORCH_CHECK(a.y, "y is empty");
-  const int products = a.z ? 6 : 3;
-  const Tensor partials = at::empty({products, call.size()}, at::kDouble);
-  for (int r = 0; r < products; ++r) a.partials[r] = partials.mutable_data_ptr<double>() + r * call.size();
-  call.run([&](int64_t first, int64_t last) { kernels().dots(a, first, last); });
-  Tensor sums = at::empty({products, 1}, at::kDouble);
-  for (int r = 0; r < products; ++r) sums.mutable_data_ptr<double>()[r] = total(partials[r]);
-  return sums;
-}
-
-void restore(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const MaybeTensor& saved,
-             const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
-  Call call(chunks, dtype_of(weights, acc, "weights and acc"));
-  TORCH_CHECK(weights.empty() || saved, "weights are restored from saved, which is missing");
-  TORCH_CHECK(grads.empty() || !acc.empty(), "grads are added to acc, which is missing");
-  Restore a;
-  gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  call.run([&](int64_t first, int64_t last) { kernels().restore(a, first, last); });
-}
-
-void sgd(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
-         const MaybeTensor& saved, const MaybeTensor& momentum_buffer, const MaybeTensor& fresh,
-         const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
-  TORCH_CHECK(!weights.empty() && !grads.empty(), "sgd needs weights and grads");
-  Call call(chunks, dtype_of(weights, grads, "weights"));
-  Update a;
-  gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  gather_sgd(call, a, hyper, momentum_buffer, fresh);
-  for (int64_t k = 0; k < call.size(); ++k)
-    TORCH_CHECK(momentum_buffer || a.hyper[call.chunk(k).group * a.hyper_stride + kSgdMomentum] == 0,
-                "momentum needs a momentum_buffer");
-  call.run([&](int64_t first, int64_t last) { kernels().sgd(a, first, last); });
-}
-
-void adam(TensorList weights, TensorList acc, TensorList grads, const Tensor& chunks, const Tensor& hyper,
-          const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step, const MaybeTensor& max_exp_avg_sq,
-          const MaybeTensor& saved, const MaybeTensor& norm_sq, const MaybeTensor& coefs, double c_acc, double c) {
-  TORCH_CHECK(!weights.empty() && !grads.empty(), "adam needs weights and grads");
-  Call call(chunks, dtype_of(weights, grads, "weights"));
-  Update a;
-  gather_descent(call, a, weights, acc, grads, saved, norm_sq, coefs, c_acc, c);
-  gather_adam(call, a, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq);
-  for (int64_t k = 0; k < call.size(); ++k)
-    TORCH_CHECK(max_exp_avg_sq || a.hyper[call.chunk(k).group * a.hyper_stride + kAdamAmsgrad] == 0,
-                "amsgrad needs max_exp_avg_sq");
-  for (int64_t k = 0; k < call.size(); ++k)
-    if (call.chunk(k).begin == 0) a.step[call.chunk(k).segment] += 1;
-  call.run([&](int64_t first, int64_t last) { kernels().adam(a, first, last); });
-}
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(msam_kernels, CPU, m) {
-  m.impl("inner_products", &inner_products);
-  m.impl("perturb", &perturb);
-  m.impl("ascend", &ascend);
-  m.impl("dots", &dots);
-  m.impl("restore", &restore);
-  m.impl("sgd", &sgd);
-  m.impl("adam", &adam);
-}
+TORCH_LIBRARY_IMPL(msam_kernels, CPU, m) { Operators<Device>::implement(m); }
 
 }  // namespace msam::cpu

@@ -36,16 +36,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from itertools import repeat
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from . import reference
 
+#: The compiled module; None where the package was installed without a compiler.
+extension: ModuleType | None
 try:
-    _C = importlib.import_module(".._C", __package__)
+    extension = importlib.import_module("msam_kernels._C")
 except ImportError as error:  # installed without a compiler
-    _C = None
+    extension = None
     _missing_extension: ImportError | None = error
 else:
     _missing_extension = None
@@ -71,19 +76,19 @@ for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
-def _terms(table):
+def _terms(table: Tensor) -> Any:
     return 1 if table.device.type == "cpu" else torch.library.get_ctx().new_dynamic_size()
 
 
-def _fake_norm(weights, grads, table, **_):
+def _fake_norm(weights: list[Tensor], grads: list[Tensor], table: Tensor, **_: Any) -> Tensor:
     return table.new_empty((_terms(table),), dtype=torch.float64)
 
 
-def _fake_gram(terms, table, *, count):
+def _fake_gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
     return table.new_empty((count * (count + 1) // 2, _terms(table)), dtype=torch.float64)
 
 
-def _fake_nothing(*_, **__):
+def _fake_nothing(*_: Any, **__: Any) -> None:
     return None
 
 
@@ -92,66 +97,16 @@ for _name in OPERATORS:
     torch.library.register_fake(f"msam_kernels::{_name}", _FAKES.get(_name, _fake_nothing), lib=_library)
 
 
-# (params, placeholder, clear) -> (grads, regular, absent); None without the extension. See Flat.collect_grads.
-collect_grads = getattr(_C, "collect_grads", None)
+class Backend(Protocol):
+    """A namespace of the operators."""
 
+    norm: Callable[..., Tensor]
+    perturb: Callable[..., None]
+    ascend: Callable[..., Tensor]
+    gram: Callable[..., Tensor]
+    descend: Callable[..., None]
+    update: Callable[..., None]
 
-def _current_grads(params):
-    grads = [p.grad for p in params]
-    return grads if any(g is not None for g in grads) else []
-
-
-# (params) -> every p.grad or None; an empty list where all are None.
-current_grads = getattr(_C, "current_grads", _current_grads)
-
-
-def _set_grads(params, grads):
-    for p, g in zip(params, grads or repeat(None), strict=False):
-        p.grad = g
-
-
-# (params, grads): p.grad by parameter, None for all where grads is empty.
-set_grads = getattr(_C, "set_grads", _set_grads)
-
-
-def own_memory(grads: list[torch.Tensor | None], *, whole: bool = True) -> list[torch.Tensor | None]:
-    """``grads``, so that each can be written to by itself.
-
-    Of those that are the same memory, as ``autograd.grad`` returns them for the operands of a sum, all but the first are
-    copied; with ``whole`` also those whose memory another tensor holds, e.g. a bucket that DDP is going to overwrite.
-    """
-    if owns_memory(grads, whole):
-        return grads
-    seen: set[int] = set()
-    out = []
-    for g in grads:
-        if g is not None and g.numel():
-            place = g.data_ptr()
-            g = g.clone() if place in seen or not owns_memory([g], whole) else g
-            seen.add(place)
-        out.append(g)
-    return out
-
-
-def _owns_memory(grads, whole):
-    there = [g for g in grads if g is not None and g.numel()]
-    holders = getattr(torch._C, "_storage_Use_Count", None)
-    # What untyped_storage() returns holds it as well. In doubt a copy is right.
-    if whole and there and (holders is None or any(holders(g.untyped_storage()._cdata) > 2 for g in there)):
-        return False
-    return len({g.data_ptr() for g in there}) == len(there)
-
-
-# (list of gradients or None, whole) -> whether each has memory of its own. See own_memory.
-owns_memory = getattr(_C, "owns_memory", _owns_memory)
-
-
-def _memory_layout(groups):
-    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in params] for params in groups]
-
-
-# (list of lists of parameters) -> a value that changes when any of them, its memory or its layout does.
-memory_layout = getattr(_C, "memory_layout", _memory_layout)
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -160,9 +115,9 @@ def _missing_cuda() -> str | None:
     rebuild = "rebuild with `FORCE_CUDA=1 pip install --no-build-isolation -e .`"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA: install a build that does (https://pytorch.org), then {rebuild}"
-    if _C is None:
+    if extension is None:
         return f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler and nvcc, and {rebuild}"
-    if _C.CUDA is None:
+    if extension.CUDA is None:
         return (
             f"the extension was built without it: install the CUDA toolkit {torch.version.cuda} (nvcc), and {rebuild}"
         )
@@ -183,20 +138,20 @@ def _missing_triton() -> str | None:
 def available_backends() -> dict[str, str | None]:
     """Backends by name, fastest first: None where usable, else a sentence that says what is missing and how to get it."""
     cpu = None
-    if _C is None:
+    if extension is None:
         cpu = (
             f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler (g++ or clang++) and "
             "rebuild with `pip install --no-build-isolation -e .`"
         )
     else:
         try:
-            _C.build_info()
+            extension.build_info()
         except RuntimeError as error:  # an instruction set was asked for that this processor has not
             cpu = str(error)
     return {"cuda": _missing_cuda(), "triton": _missing_triton(), "cpu": cpu, "reference": None}
 
 
-def get_backend(name: str, device: torch.device):
+def get_backend(name: str, device: torch.device) -> Backend:
     """The namespace of functions for tensors on ``device``.
 
     Args:
@@ -209,7 +164,7 @@ def get_backend(name: str, device: torch.device):
     missing = available_backends()
     if name == "auto":
         if device.type == "cpu":
-            name = "cpu" if _C is not None else "reference"
+            name = "cpu" if extension is not None else "reference"
         elif device.type == "cuda" and missing["cuda"] is None:
             name = "cuda"
         else:
@@ -219,7 +174,7 @@ def get_backend(name: str, device: torch.device):
     if missing[name] is not None:
         raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
     if name == "reference":
-        return reference
+        return cast(Backend, reference)
     if name == "triton":
         kernels = importlib.import_module(".triton_kernels", __package__)
         served = ("cpu",) if kernels.INTERPRETED else ("cuda", "xpu")
@@ -228,8 +183,9 @@ def get_backend(name: str, device: torch.device):
                 f"backend 'triton' needs parameters on a GPU (cuda, xpu), or on the CPU with TRITON_INTERPRET=1 set before "
                 f"the start; got {device} and TRITON_INTERPRET={int(kernels.INTERPRETED)}: use backend='auto'"
             )
-        return kernels
+        return cast(Backend, kernels)
     if device.type != name:
         where = "the CPU" if name == "cpu" else "a CUDA device"
         raise RuntimeError(f"backend {name!r} needs parameters on {where}, got {device}: use backend='auto'")
-    return _C  # has the operators by name, without torch.ops's parsing of lists, which would take longer than they do
+    # It has the operators by name, without torch.ops's parsing of lists, which would take longer than they do.
+    return cast(Backend, extension)

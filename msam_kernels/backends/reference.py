@@ -65,7 +65,10 @@ class _Row(NamedTuple):
         return buffer[self.offset : self.offset + self.numel]
 
     def weights(self, weights: Sequence[Tensor]) -> Tensor | None:
-        return self.within(weights[0]) if len(weights) == 1 else self.of(weights)
+        """Its part of one flat buffer, or of a list; the only tensor of a list is either."""
+        if len(weights) != 1:
+            return self.of(weights)
+        return self.within(weights[0].as_strided((weights[0].numel(),), (1,)))
 
     def bits(self, mask: Tensor) -> Tensor:
         """Bit k of byte j is that of element 8·j + k of a flat buffer."""

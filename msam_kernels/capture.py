@@ -4,16 +4,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._checks import check_integer
+from ._torch import has_listeners, mark_stepped, tree_flatten, tree_unflatten
+from .batches import MicroBatches
+from .methods import Plan
+from .optimizer import MicroBatchSAM
+from .rules import fused_rule
+
+
+class Recorder(Protocol):
+    """What runs steps where they can be captured, and captures them."""
+
+    device: torch.device
+
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor: ...
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]: ...
 
 
 class CudaRecorder:
@@ -48,10 +62,10 @@ class _Graph:
     """The graph of one kind of step, and what it was made for."""
 
     eager_steps: int = 0
-    addresses: Any = None
+    addresses: object = None
     replay: Callable[[], None] | None = None
     loss: Tensor | None = None  # which every replay writes
-    recorded: Any = None  # the same of the norms
+    norms_sq: list[Tensor] = field(default_factory=list)  # likewise
 
 
 class CapturedStep:
@@ -67,16 +81,23 @@ class CapturedStep:
     The graph is what ``loss_fn`` did on the device when it was captured: Python in it does not run again.
     """
 
-    def __init__(self, opt: Any, loss_fn: Callable[..., Tensor], batch: tuple, recorder: Any, warm_up: int = 3):
+    def __init__(
+        self,
+        opt: MicroBatchSAM,
+        loss_fn: Callable[..., Tensor],
+        batch: tuple[Any, ...],
+        recorder: Recorder,
+        warm_up: int = 3,
+    ):
         if not batch:
             raise ValueError("capture needs an example batch: opt.capture(loss_fn, x, y)")
         check_integer("warm_up", warm_up, 1)
-        opt._micro_batches(loss_fn, batch)  # refuses what cannot be split
+        opt.micro_batches(loss_fn, batch)  # refuses what cannot be split
         leaves, self._structure = tree_flatten(batch)
         self._opt, self._loss_fn, self._recorder, self._warm_up = opt, loss_fn, recorder, warm_up
         # The graph's inputs: their addresses stay.
         self._inputs = [t if t is None else torch.empty_like(t, device=recorder.device) for t in leaves]
-        self._graphs: dict[str, _Graph] = {}  # by kind of step
+        self._graphs: dict[Plan, _Graph] = {}  # by what the step does
 
     def __call__(self, *batch: Any) -> Tensor:
         """One step on ``batch``, of the example's structure, shapes and dtypes; the detached mean loss at w.
@@ -84,21 +105,21 @@ class CapturedStep:
         Raises:
             ValueError: a batch of another structure, shape or dtype; nothing was changed.
         """
-        opt = self._opt
+        opt, engine = self._opt, self._opt.engine
         leaves = self._checked(batch)
-        opt._check_idle("a captured step")
+        engine.check_idle("a captured step")
         for static, leaf in zip(self._inputs, leaves, strict=True):
-            if static is not None:
+            if static is not None and leaf is not None:
                 static.copy_(leaf, non_blocking=True)
-        opt._prepare()
-        kind = opt._kind_of_step()
-        if opt._chooses_mask(kind):  # looks at values, as no graph can
+        engine.prepare()
+        plan = engine.plan()
+        if engine.chooses_mask(plan):  # looks at values, as no graph can
             return self._run()
-        if kind not in self._graphs and (opt.method.look is None or "base" in self._graphs):
-            self._graphs.clear()  # kinds that do not come back keep no memory
-        graph = self._graphs.get(kind)
+        if plan not in self._graphs and plan not in (opt.method.full, opt.method.between):
+            self._graphs.clear()  # plans that do not come back keep no memory
+        graph = self._graphs.get(plan)
         if graph is None or not self._is_current(graph):
-            graph = self._graphs[kind] = _Graph()
+            graph = self._graphs[plan] = _Graph()
         if graph.eager_steps < self._warm_up:
             loss = self._run()
             graph.eager_steps += 1
@@ -106,16 +127,16 @@ class CapturedStep:
             return loss
         if graph.replay is None:
             self._capture(graph)
-        step = _listened_replay if opt._has_listeners() else _replay
+        step = _listened_replay if has_listeners(opt) else _replay
         return step(opt, graph)
 
     def _run(self) -> Tensor:
         return self._recorder.warm_up(lambda: self._opt.step(self._micro_batches()))
 
-    def _micro_batches(self) -> Any:
-        return self._opt._micro_batches(self._loss_fn, tree_unflatten(self._inputs, self._structure))
+    def _micro_batches(self) -> MicroBatches:
+        return self._opt.micro_batches(self._loss_fn, tree_unflatten(self._inputs, self._structure))
 
-    def _checked(self, batch: tuple) -> list[Tensor | None]:
+    def _checked(self, batch: tuple[Any, ...]) -> list[Tensor | None]:
         leaves, structure = tree_flatten(batch)
         if structure != self._structure:
             raise ValueError(f"the step was captured for a batch of structure {self._structure}, got {structure}")
@@ -136,35 +157,40 @@ class CapturedStep:
         return leaves
 
     def _capture(self, graph: _Graph) -> None:
-        opt = self._opt
-        steps = opt.steps
-        graph.replay, graph.loss = self._recorder.capture(lambda: opt._step(self._micro_batches()))
-        opt.steps = steps  # nothing ran yet
-        graph.recorded = opt._norms_sq, opt._achieved_sq
+        engine = self._opt.engine
+        steps = engine.steps
+        graph.replay, graph.loss = self._recorder.capture(lambda: self._opt.step(self._micro_batches()))
+        engine.steps = steps  # nothing ran yet
+        graph.norms_sq = engine.norms_sq
 
     def _is_current(self, graph: _Graph) -> bool:
         """Whether what the graph was warmed up or captured with is still there, at the same addresses."""
-        opt = self._opt
+        opt, store = self._opt, self._opt.engine.store
         # Also brings tensors that were loaded into the state to where the graph reads them.
-        kept = opt._fused() is None or all(flat.rebind(opt.state, opt._state_keys) for flat in opt._flats)
+        kept = fused_rule(opt.base_optimizer) is None or all(flat.rebind(opt.state) for flat in store.flats)
         return kept and self._current_addresses() == graph.addresses
 
-    def _current_addresses(self) -> Any:
-        opt = self._opt
-        tensors = [*opt._hyper.values(), *opt._opposite.values(), opt._v_norm_sq]
-        for flat in opt._flats:
-            tensors += [flat.saved, flat.ema, flat.v, flat.mask, *flat.state.values()]
-        addresses = [None if t is None else t.data_ptr() for t in tensors]
-        return opt._layout, opt._state_keys, opt._fused() is None, addresses
+    def _current_addresses(self) -> object:
+        engine = self._opt.engine
+        tensors = engine.tables.tensors()
+        for flat in engine.store.flats:
+            tensors += [t for t in (flat.saved, flat.mask) if t is not None]
+            tensors += [memory.buffer for memory in flat.memories.values()]
+            tensors += flat.state.values()
+        fused = fused_rule(self._opt.base_optimizer) is not None
+        return engine.store.layout, engine.tables.names, fused, [t.data_ptr() for t in tensors]
 
 
-def _replay(opt: Any, graph: _Graph) -> Tensor:
+def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:
+    assert graph.replay is not None and graph.loss is not None
     graph.replay()
-    for flat in opt._flats:
+    engine = opt.engine
+    for flat in engine.store.flats:
         increment_version(flat.params)
-    opt._norms_sq, opt._achieved_sq = graph.recorded
-    opt.steps += 1
-    opt._opt_called = opt.base_optimizer._opt_called = True  # what schedulers look at
+    engine.norms_sq = graph.norms_sq
+    engine.steps += 1
+    mark_stepped(opt)
+    mark_stepped(opt.base_optimizer)
     return graph.loss.clone()  # the next replay overwrites the graph's own
 
 

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define MSAM_STORAGE float
+#include "baseline.h"

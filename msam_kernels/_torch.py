@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private name of torch that the package uses, each with the reason."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A layer that normalises by its batch alone does not ask the flag that BatchNorm asks.
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
+
+# Hooks of all optimizers: whoever registers one there expects it to run at every step.
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+__all__ = [
+    "InstanceNorm",
+    "TreeSpec",
+    "has_listeners",
+    "is_shared",
+    "leave_to_eager",
+    "profiler_enabled",
+    "tree_flatten",
+    "tree_unflatten",
+]
+
+
+def profiler_enabled() -> bool:
+    """Torch's wrapper around ``step`` names it for the profiler, and is left out where nobody listens."""
+    return torch.autograd._profiler_enabled()  # type: ignore[no-any-return]
+
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The hooks around ``step`` that were registered on this very optimizer."""
+    return optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+
+
+def has_listeners(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anybody wants to know of this optimizer's steps."""
+    return bool(
+        profiler_enabled()
+        or any(step_hooks(optimizer))
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
+def is_shared(grad: Tensor) -> bool:
+    """Whether another tensor holds the memory. In doubt it is, and a copy is right."""
+    holders = getattr(torch._C, "_storage_Use_Count", None)
+    # What untyped_storage() returns holds it as well.
+    return holders is None or holders(grad.untyped_storage()._cdata) > 2
+
+
+@cache
+def leave_to_eager(package: str) -> None:
+    """Dynamo traces nothing of the package: to it the kernels are opaque, and it would lose what they need to know."""
+    import torch._dynamo  # torch's Optimizer has imported it already
+
+    torch._dynamo.trace_rules.add(package)
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Schedulers look at this to warn where ``scheduler.step()`` comes before ``optimizer.step()``."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods remember, in and out of state dicts. The base optimizer's state is torch's business."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from .flat import Memory
+from .rules import check_rho
+from .step import Engine
+from .store import Store
+
+KEY = "msam"  # where it stands in a state dict
+MEMORIES = {"ema": math.nan, "v": 0.0}  # by name, what they begin as
+_TENSORS = (*MEMORIES, "mask")  # by parameter, counted over all groups
+_NUMBERS = ("steps", "mask_step")
+
+
+def saved(engine: Engine) -> dict[str, Any]:
+    """``{"steps": …, "ema": {parameter: tensor}, …}``: of the methods' memories what has begun."""
+    kept: dict[str, dict[int, Tensor]] = {name: {} for name in _TENSORS}
+    for name in MEMORIES:
+        for at, memory, i, begun in _memories(engine.store, name):
+            if begun:
+                kept[name][at] = memory.parts[i]
+    for at, (flat, i) in enumerate(engine.store.places()):
+        if flat.mask is not None:
+            kept["mask"][at] = flat.mask_of(i)
+    own: dict[str, Any] = {"steps": engine.steps}
+    if kept["mask"]:
+        own["mask_step"] = engine.mask_step
+    return {**own, **{name: tensors for name, tensors in kept.items() if tensors}}
+
+
+def _memories(store: Store, name: str) -> list[tuple[int, Memory, int, bool]]:
+    """Of every parameter whose flat has that memory: its number, the memory, its place there, whether it has begun."""
+    begun = {id(flat): flat.memories[name].begun(flat) for flat in store.flats if name in flat.memories}
+    return [
+        (at, flat.memories[name], i, begun[id(flat)][i])
+        for at, (flat, i) in enumerate(store.places())
+        if id(flat) in begun
+    ]
+
+
+def load(engine: Engine, own: dict[str, Any]) -> None:
+    """What ``saved`` returned; what it does not hold begins anew."""
+    engine.steps, engine.mask_step, engine.v_step = own.get("steps", 0), own.get("mask_step", 0), -1
+    places = engine.store.places()
+    # Copies first: what is loaded may be a view of what begins anew.
+    tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
+    for flat in engine.store.flats:
+        mine = {i: at for at, (other, i) in enumerate(places) if other is flat}
+        for name, begin in MEMORIES.items():
+            there = {i: tensors[name][at] for i, at in mine.items() if at in tensors[name]}
+            if not there:
+                flat.memories.pop(name, None)
+                continue
+            memory = flat.memory(name, begin)
+            memory.buffer.fill_(begin)
+            for i, values in there.items():
+                memory.parts[i].copy_(values)
+            flat.measure(memory)
+        masks = {i: tensors["mask"][at] for i, at in mine.items() if at in tensors["mask"]}
+        flat.mask = None
+        if len(masks) == len(flat.params):
+            for i, bits in masks.items():
+                flat.set_mask(i, bits)
+
+
+def check(state_dict: Any, params: list[Tensor]) -> None:
+    """Refuse what is no state dict of these parameters.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "state_dict must be what opt.state_dict() returns, with 'state' and 'param_groups', got "
+            f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__}"
+        )
+    own = state_dict.get(KEY, {})
+    kept = [own.get(name, {}) if isinstance(own, dict) else None for name in _TENSORS]
+    if not all(isinstance(t, dict) and all(isinstance(v, Tensor) for v in t.values()) for t in kept):
+        raise ValueError(
+            f"state_dict[{KEY!r}] must be a dict whose {', '.join(map(repr, _TENSORS))} hold tensors by parameter, "
+            f"got {own!r}"
+        )
+    for name in _NUMBERS:
+        if type(own.get(name, 0)) is not int or own.get(name, 0) < 0:
+            raise ValueError(f"state_dict[{KEY!r}][{name!r}] must be an integer >= 0, got {own[name]!r}")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if "params" not in group:
+            raise ValueError(f"state_dict has no 'params' in group {i}: it was not made by an optimizer")
+        check_rho(group.get("rho", 0.0))
+    # torch names parameters by whatever stands in the groups, in order; what methods keep goes by that order.
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    ours = [
+        (name, range(len(params)), {i: {name: t} for i, t in tensors.items()})
+        for name, tensors in zip(_TENSORS, kept, strict=True)
+        if tensors is not None
+    ]
+    for where, names, entries in (("state", keys, state_dict["state"]), *ours):
+        index = {key: i for i, key in enumerate(names)}
+        for key, entry in entries.items():
+            if isinstance(entry, dict):
+                _check_entry(where, key, entry, params, index.get(key, -1))
+
+
+def _check_entry(where: str, key: Any, entry: dict[str, Any], params: list[Tensor], i: int) -> None:
+    if not 0 <= i < len(params):
+        raise ValueError(f"state_dict has {where} of parameter {key}, the optimizer has {len(params)} parameters")
+    shape = params[i].shape
+    for name, value in entry.items():
+        # Base optimizers keep numbers as 0-d tensors too.
+        shaped = isinstance(value, Tensor) and (where != "state" or (name != "step" and value.dim() > 0))
+        if shaped and value.shape != shape:
+            raise ValueError(
+                f"state_dict has {name} of shape {tuple(value.shape)} for parameter {key}, whose shape is "
+                f"{tuple(shape)}: it was saved for another model"
+            )

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parameter groups say: the rule of the base optimizer with its settings, and rho, as tables on the devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ._checks import check_number
+from ._torch import step_hooks
+from .backends import reference
+from .methods import Plan
+
+Group = dict[str, Any]
+Radius = float | Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A base optimizer whose step is a fused kernel.
+
+    Attributes:
+        number: as the operator ``update`` takes it.
+        settings: a group's row of the kernels' table, columns as in ``backends.reference``.
+        names: the state that the group's parameters need.
+        counts: whether a "step" has to be counted that torch does not keep.
+    """
+
+    number: int
+    settings: Callable[[Group], tuple[Any, ...]]
+    names: Callable[[Group], tuple[str, ...]]
+    counts: bool
+
+
+def _sgd_settings(group: Group) -> tuple[Any, ...]:
+    return tuple([group[name] for name in reference.SGD_COLUMNS])
+
+
+def _sgd_names(group: Group) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def _adam_settings(group: Group, decoupled: bool | None = None) -> tuple[Any, ...]:
+    if decoupled is None:
+        decoupled = group.get("decoupled_weight_decay", False)
+    return (
+        group["lr"],
+        *group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        group["amsgrad"],
+        group["maximize"],
+        decoupled,
+    )
+
+
+def _adamw_settings(group: Group) -> tuple[Any, ...]:
+    return _adam_settings(group, True)  # before torch 2.7 the group does not say so
+
+
+def _adam_names(group: Group) -> tuple[str, ...]:
+    names = ("step", "exp_avg", "exp_avg_sq")
+    return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
+
+
+# Exact types only, since a subclass may have a step of its own.
+RULES: dict[type[Optimizer], Rule] = {
+    SGD: Rule(reference.SGD, _sgd_settings, _sgd_names, counts=True),
+    Adam: Rule(reference.ADAM, _adam_settings, _adam_names, counts=False),
+    AdamW: Rule(reference.ADAM, _adamw_settings, _adam_names, counts=False),
+}
+
+
+def fused_rule(base: Optimizer) -> Rule | None:
+    """How to update in one kernel; None where only the base optimizer's own step will do."""
+    rule = RULES.get(type(base))
+    if rule is None:
+        return None
+    step = base.__dict__.get("step")  # patched on the instance: by a scheduler, which only counts, or by the user
+    if (
+        (step is not None and getattr(step, "__wrapped__", None) is not type(base).step)
+        or any(step_hooks(base))
+        or any(group.get("differentiable") or group.get("capturable") for group in base.param_groups)
+    ):
+        return None
+    return rule
+
+
+def check_rho(rho: Any, name: str = "rho") -> None:
+    """Refuse what is no radius.
+
+    Raises:
+        ValueError: ``rho`` is not a finite number >= 0.
+    """
+    if not isinstance(rho, Tensor):
+        check_number(name, rho, 0)
+    elif rho.numel() != 1 or not 0 <= rho < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {rho!r}")
+
+
+def rho_at(rho: Any, steps: int) -> Any:
+    """A radius, or what a function of the step gives."""
+    return rho(steps) if callable(rho) else rho
+
+
+class Radii:
+    """The rho of every group. A function that stands there is its schedule from then on; a new number ends that.
+
+    ``group["rho"]`` of a group with a schedule holds the value of the step under way.
+    """
+
+    def __init__(self, base: Optimizer, default: Radius):
+        self.base, self.default = base, default
+        self.schedules: dict[int, tuple[Callable[[int], float], Any]] = {}  # by group: with the latest value
+
+    def of(self, g: int, group: Group, steps: int) -> Any:
+        """The group's rho in the step after ``steps``."""
+        rho = group.get("rho", self.default)
+        schedule, latest = self.schedules.get(g, (None, None))
+        if callable(rho):
+            schedule = rho
+        elif schedule is None or (rho is not latest and rho != latest):
+            self.schedules.pop(g, None)
+            return rho
+        rho = schedule(steps)
+        check_rho(rho)
+        group["rho"], self.schedules[g] = rho, (schedule, rho)
+        return rho
+
+    def take_schedules(self, steps: int) -> None:
+        """Functions that were put into groups become schedules: what is saved or loaded are numbers."""
+        for g, group in enumerate(self.base.param_groups):
+            if callable(group.get("rho")):
+                self.of(g, group, steps)
+
+    def kept_in(self, state_dict: dict[str, Any], steps: int) -> dict[str, Any]:
+        """``state_dict`` with today's rho in groups that bring none, as in a plain optimizer's, and in those with a schedule."""
+        self.take_schedules(steps)
+        groups = []
+        for g, (mine, theirs) in enumerate(zip(self.base.param_groups, state_dict["param_groups"], strict=False)):
+            rho = {"rho": mine.get("rho", self.default)}
+            groups.append({**theirs, **rho} if g in self.schedules else {**rho, **theirs})
+        return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
+
+
+class Tables:
+    """The kernels' tables of radii and settings, one row per group, float64, on every device.
+
+    Each stays at one address as long as its shape does: captured graphs read it there.
+
+    Attributes:
+        names: per group, the state that the rule keeps.
+    """
+
+    def __init__(self, radii: Radii):
+        self._radii = radii
+        self._rows: object = None
+        self._on: dict[tuple[str, torch.device], Tensor] = {}
+        self.names: tuple[tuple[str, ...], ...] = ()
+
+    def refresh(self, plan: Plan, steps: int, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
+        """Bring them up to date with the groups. ``changed`` is called before anything is written, and may raise."""
+        base = self._radii.base
+        rule = RULES.get(type(base))
+        groups = base.param_groups
+        radii = [_number(self._radii.of(g, group, steps)) for g, group in enumerate(groups)]
+        opposite: list[Any] = []
+        if plan.opposite is not None:
+            rho_min = rho_at(plan.opposite, steps)
+            check_rho(rho_min, "rho_min")
+            opposite = [-float(rho_min) if rho else 0.0 for rho in radii]
+        settings = [] if rule is None else [tuple(map(_number, rule.settings(group))) for group in groups]
+        rows = (radii, opposite, settings)
+        if rows == self._rows:
+            return
+        for rho in radii:
+            check_rho(rho)
+        changed()
+        for name, values in zip(("radii", "opposite", "settings"), rows, strict=True):
+            if values:
+                table = torch.tensor(values, dtype=torch.float64, device="cpu")
+                for device in devices:
+                    self._put(name, device, table)
+        if rule is not None:
+            self.names = tuple(rule.names(group) for group in groups)
+        self._rows = rows
+
+    def forget(self) -> None:
+        """There are new groups or devices."""
+        self._rows = None
+
+    def on(self, name: str, device: torch.device) -> Tensor:
+        return self._on[name, device]
+
+    def tensors(self) -> list[Tensor]:
+        return list(self._on.values())
+
+    def _put(self, name: str, device: torch.device, table: Tensor) -> None:
+        old = self._on.get((name, device))
+        if old is not None and old.shape == table.shape:
+            old.copy_(table, non_blocking=True)
+        else:
+            self._on[name, device] = table.to(device, non_blocking=True)
+
+
+def _number(x: Any) -> Any:
+    return float(x) if isinstance(x, Tensor) else x

@@ -1,0 +1,589 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Engine``: what runs the steps of an optimizer, and keeps what lives on between them. ``Step``: one of them, under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import masks
+from ._torch import mark_stepped
+from .gradients import Optionals, Vectors, own_memory, own_memory_of_lists, regular_gradient
+from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
+from .rules import Radii, Radius, Tables, fused_rule
+from .statistics import Statistics
+from .store import Descent, Store
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the kernels recorded in the latest step, one entry per micro-batch, on the device until somebody looks.
+
+    Attributes:
+        grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64.
+        perturbation_norm: ‖e‖ as it arrived in the stored weights, float64. In 16 bits it can fall far short of rho.
+        nonfinite: True where the ascent gradient was not finite, so that nothing was perturbed.
+    """
+
+    grad_norm: Tensor
+    perturbation_norm: Tensor
+    nonfinite: Tensor
+
+
+class Engine:
+    """Runs the steps of one optimizer.
+
+    Attributes:
+        steps: taken so far.
+        enabled: whether the method takes part; without it the base optimizer works alone.
+        step: the one under way, or None.
+        norms_sq: of the latest step, by micro-batch: the terms of the direction's squared norm.
+        v_step: the step that "v", which LookSAM remembers, was made in; -1 where the next one starts it anew.
+        mask_step: the step at which the mask was first used.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        method: SAM,
+        model: nn.Module | None,
+        default_rho: Radius,
+        *,
+        flatten: bool,
+        backend: str,
+    ):
+        self.base, self.method = base, method
+        self.statistics = Statistics(model)
+        self.store = Store(lambda: base.param_groups, flatten=flatten, backend=backend)
+        self.radii = Radii(base, default_rho)
+        self.tables = Tables(self.radii)
+        self.steps, self.enabled = 0, True
+        self.v_step, self.mask_step = -1, 0
+        self.step: Step | None = None
+        self.broken = False  # weights are perturbed that could not be brought back
+        self.norms_sq: list[Tensor] = []
+
+    # -- between steps ----------------------------------------------------------------------------------------------------
+
+    def check_idle(self, what: str) -> None:
+        if self.step is None and not self.broken:
+            return
+        if self.broken or (self.step is not None and self.step.perturbed):
+            raise RuntimeError(
+                f"{what} while the weights are perturbed: finish the passes() loop first, or call opt.restore() to give it up"
+            )
+        raise RuntimeError(
+            f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up"
+        )
+
+    def adopt(self) -> None:
+        """Take in parameters that are new or were re-pointed, and groups without a rho."""
+        self.store.adopt(self.check_idle)
+        put_there = set(getattr(self.base, "_msam_groups", ()))
+        for g, group in enumerate(self.base.param_groups):
+            if "rho" not in group:
+                group["rho"] = self.radii.default
+                put_there.add(g)
+        self.base._msam_groups = put_there  # type: ignore[attr-defined]
+        self.radii.take_schedules(self.steps)
+        self.tables.forget()
+
+    def follow(self) -> None:
+        """Notice parameters that somebody re-pointed since the last look."""
+        if self.store.current_layout() != self.store.layout:
+            self.adopt()
+
+    def prepare(self) -> None:
+        """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
+        self.follow()
+        self.tables.refresh(
+            self.method.full,
+            self.steps,
+            self.store.devices,
+            lambda: self.store.check_not_capturing("hyper-parameters"),
+        )
+
+    def plan(self) -> Plan:
+        """What the next step does."""
+        if not self.enabled:
+            return BASE
+        return self.method.plan(self.steps, self.store.has_v)
+
+    def stats(self) -> Stats:
+        """What the latest step recorded.
+
+        Raises:
+            RuntimeError: no pass of a step that perturbs has ended yet.
+        """
+        if not self.norms_sq:
+            raise RuntimeError("stats are there after the first pass of a step that perturbs")
+        device = self.store.device
+        norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
+        achieved_sq = [
+            sum(flat.achieved_sq(i).sum().to(device) for flat in self.store.flats) for i in range(len(self.norms_sq))
+        ]
+        return Stats(norms_sq.sqrt(), torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())  # type: ignore[arg-type]
+
+    # -- Sparse SAM -------------------------------------------------------------------------------------------------------
+
+    def chooses_mask(self, plan: Plan) -> bool:
+        """Whether the next step, of that plan, chooses a mask: the first one for itself, later ones for the step after.
+
+        Raises:
+            RuntimeError: there is no mask, and the method does not choose one by itself.
+        """
+        if plan.sparse is None or not plan.perturbs:
+            return False
+        missing = any(flat.mask is None for flat in self.store.flats)
+        if missing and plan.sparse.update_every is None:
+            raise RuntimeError(
+                f"{plan.sparse} has no mask yet: call opt.update_mask(loss_fn, *samples), assign opt.mask, or give update_every"
+            )
+        return missing or self.mask_is_due(plan.sparse)
+
+    def mask_is_due(self, sparse: SparseSAM) -> bool:
+        return sparse.update_every is not None and self.steps + 1 - self.mask_step >= sparse.update_every
+
+    def choose_mask(self, scores: masks.Scores, sparse: SparseSAM, step: int) -> None:
+        masks.choose(self.store.flats, scores, sparse, step)
+        self.mask_step = step
+
+    def update_mask(self, closures: Sequence[Callable[[], Any]], sparse: SparseSAM) -> None:
+        """Choose a mask by the gradients that the closures leave; weights, gradients and statistics stay what they are.
+
+        Raises:
+            ValueError: a gradient is not finite; the old mask is kept.
+        """
+        self.prepare()
+        self.step = Step(self, BASE, [1.0], [], True)
+        with self.step as step:
+            for closure in closures:
+                self.statistics.freeze()
+                call(closure)
+                self.statistics.thaw()
+                step.add_scores(self.store.collect(clear=True))
+            if not all(bool(t.isfinite().all()) for tensors in step.scores for t in tensors):
+                raise ValueError("a gradient of the samples is not finite, and says nothing of the weights: use others")
+            self.choose_mask(step.scores, sparse, self.steps)
+            self.restore()
+
+    def keep_mask(self) -> None:
+        """The mask that the step under way chose stays, even if the step is given up."""
+        if self.step is not None:
+            self.step.chose_mask = False
+
+    # -- steps ------------------------------------------------------------------------------------------------------------
+
+    def passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
+        """The loop of one step without the update: each micro-batch as often as the plan says."""
+        self.check_idle("passes()")
+        with self.begin(shares) as step:
+            step.adds_to_v = step.had_gradients and self.v_step == self.steps
+            for _, part in step.turns(parts):
+                yield part
+            step.conclude()
+            step.end_in_grads()
+
+    def run(self, closures: Sequence[Callable[[], Any]], shares: list[float]) -> list[Any]:
+        """One whole step; what the closures returned at w."""
+        values = []
+        with self.begin(shares) as step:
+            for turn, closure in step.turns(closures):
+                value = call(closure)
+                if turn == 0:
+                    values.append(value)
+            step.conclude()
+            step.update()
+        self.count_step()
+        return values
+
+    def update(self) -> None:
+        """The base optimizer's step on the gradients that are there."""
+        self.prepare()
+        rule = fused_rule(self.base)
+        if rule is None:
+            self.base.step()
+        else:
+            grads = self.store.collect(clear=False)
+            descent = Descent()
+            descent.add(grads, PLAIN)
+            mark_stepped(self.base)
+            self.store.update(rule, self.tables, self.base.state, descent)
+        torch.clear_autocast_cache()
+        self.count_step()
+
+    def begin(self, shares: list[float], *, clear: bool = True) -> Step:
+        """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
+        self.prepare()
+        plan = self.plan()
+        scores = [] if self.chooses_mask(plan) else None
+        if scores is not None:
+            self.store.check_not_capturing("the mask")
+        self.norms_sq = []
+        self.step = Step(self, plan, shares, scores, clear)
+        return self.step
+
+    def drop_before(self) -> None:
+        """The user has cleared the gradients: those that were set aside too, and "v" is that of gradients that are gone."""
+        if self.step is not None:
+            self.step.drop_before()
+        else:
+            self.v_step = -1
+
+    def count_step(self) -> None:
+        if not self.store.is_capturing():  # what is captured has not run
+            self.steps += 1
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
+        self.statistics.thaw()
+        step, error = self.step, None
+        if self.broken or (step is not None and step.perturbed):
+            self.broken = True
+            try:
+                self.store.restore()
+                self.broken = False
+            except RuntimeError as e:
+                error = e
+        if step is not None:
+            step.give_back_grads()
+            if step.chose_mask:
+                for flat in self.store.flats:
+                    flat.mask = None
+        torch.clear_autocast_cache()
+        self.step = None
+        if error is not None:
+            raise error
+
+
+PLAIN = Coefficient().row()
+
+
+def call(closure: Callable[[], Any]) -> Any:
+    return closure() if torch.is_grad_enabled() else torch.enable_grad()(closure)()
+
+
+class Step:
+    """One step under way. It owns all that dies with it; giving it up is dropping it.
+
+    As a context it sets the gradients aside that are there, and gives them and the weights back if the step does not finish.
+
+    Attributes:
+        perturbed: whether weights may be perturbed: the kernels know which.
+        aside: by flat, the gradients of before the step, and the same in memory that nobody else writes to; None where they
+            are in ``p.grad``.
+        adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
+    """
+
+    def __init__(
+        self, engine: Engine, plan: Plan, shares: list[float], scores: list[list[Tensor]] | None, clear: bool
+    ):
+        self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
+        self.clear = clear
+        self.perturbed = False
+        self.chose_mask = False
+        self.aside: list[tuple[Optionals, Optionals]] | None = None
+        self.adds_to_v = False
+        self._scores = scores
+        self._i = 0  # the micro-batch under way
+        self._held: list[Vectors] = []  # its gradients of earlier passes, the latest first
+        self._norm_sq: Tensor | None = None  # of its ascent
+        self._mean: Vectors | None = None  # of the descents so far
+
+    def __enter__(self) -> Step:
+        try:
+            before = self.store.current_grads()
+            there = any(before)
+            self.aside = list(zip(before, own_memory_of_lists(before, whole=True) if there else before, strict=True))
+            if there:
+                self.store.set_grads(None)
+            return self
+        except BaseException:
+            self.engine.restore()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.engine.step is not self:  # it was given up, and what is there now is not ours
+            return
+        if kind is not None:
+            self.engine.restore()
+        else:
+            self.engine.step = None
+
+    @property
+    def had_gradients(self) -> bool:
+        """Whether any were set aside."""
+        return any(before for before, _ in self.aside or ())
+
+    def drop_before(self) -> None:
+        """The user has cleared the gradients: those of before the step too."""
+        self.aside = [([], []) for _ in self.store.flats]
+
+    def give_back_grads(self) -> None:
+        """What was set aside is in ``p.grad`` again, the same tensors with the same values."""
+        if self.aside is None:  # nothing was set aside
+            return
+        for before, own in self.aside:
+            for old, values in zip(before, own, strict=True):
+                if old is not None and values is not None and old is not values:
+                    old.copy_(values)
+        self.store.set_grads([before for before, _ in self.aside])
+
+    def turns(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """(turn, part): every micro-batch as often as the plan says, with the kernels' work in between.
+
+        The descent of the last one is left to ``end_in_grads`` or ``update``.
+        """
+        plan, statistics = self.plan, self.engine.statistics
+        for i, part in enumerate(parts):
+            self._i = i
+            yield 0, part
+            self.check_current()
+            if plan.perturbs:
+                self.ascend()
+                statistics.freeze()
+                yield 1, part
+                self.check_current()
+                statistics.thaw()
+            if plan.opposite is not None and plan.perturbs:
+                self._cross()
+                statistics.freeze()
+                yield 2, part
+                self.check_current()
+                statistics.thaw()
+            if i + 1 < len(parts):
+                self._accumulate()
+
+    def check_current(self) -> None:
+        if self.engine.step is not self:
+            raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
+
+    # -- ascent -----------------------------------------------------------------------------------------------------------
+
+    def ascend(self) -> None:
+        """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
+        engine, store, plan = self.engine, self.store, self.plan
+        engine.follow()
+        grads = store.collect(clear=self.clear)
+        model = engine.statistics.model
+        if grads.absent and model is not None and grads.absent == sum(len(flat.params) for flat in store.flats):
+            self._check_model(model)
+        if plan.holds:
+            self._hold(grads)
+        if self._scores is not None:
+            self.add_scores(grads)
+            if any(flat.mask is None for flat in store.flats):
+                assert plan.sparse is not None
+                engine.choose_mask(self._scores, plan.sparse, engine.steps)
+                self.chose_mask = True
+        self.perturbed = True
+        self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
+        engine.norms_sq.append(self._norm_sq)
+        torch.clear_autocast_cache()
+
+    def _cross(self) -> None:
+        """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
+        self.engine.follow()
+        at_w = self._held[0]
+        self._hold(self.store.collect(clear=True))
+        assert self._norm_sq is not None
+        self.store.cross(at_w, self.plan, self.engine.tables, self._norm_sq)
+        torch.clear_autocast_cache()
+
+    def _hold(self, grads: Vectors) -> None:
+        """For the descent, until there."""
+        self._held.insert(0, Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent))
+
+    def _check_model(self, model: nn.Module) -> None:
+        """No gradient at all: has the model other parameters by now?"""
+        own = set(map(id, self.store.parameters()))
+        if own.isdisjoint(map(id, model.parameters())):
+            raise RuntimeError(
+                "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
+                "make the optimizer after that"
+            )
+
+    def add_scores(self, grads: Vectors) -> None:
+        """What a mask is chosen by: the gradients so far."""
+        scores = self._scores or [None] * len(grads.lists)
+        lists = [own_memory(tensors) for tensors in grads.lists]
+        self._scores = [masks.add_up(*pair) for pair in zip(scores, lists, strict=True)]
+
+    @property
+    def scores(self) -> masks.Scores:
+        return self._scores or []
+
+    def conclude(self) -> None:
+        """After the last pass: what may fail comes before what cannot be undone."""
+        engine, sparse = self.engine, self.plan.sparse
+        if self._scores is None or sparse is None:
+            return
+        if not all(bool(terms.sum().isfinite()) for terms in engine.norms_sq):
+            if self.chose_mask:  # it was made of gradients that were not finite
+                for flat in self.store.flats:
+                    flat.mask = None
+        elif engine.mask_is_due(sparse):
+            engine.choose_mask(self._scores, sparse, engine.steps + 1)
+
+    # -- descent ----------------------------------------------------------------------------------------------------------
+
+    def _accumulate(self) -> None:
+        """The micro-batch's descent into the mean, and the weights back for the next one."""
+        descent = self._descent()
+        self._descend(self._into(descent, whole=True), descent, last=False)
+
+    def end_in_grads(self) -> None:
+        """The last descent: weights back, the mean added to the gradients of before the step, as ``backward()`` would."""
+        descent = self._descent()
+        before = self._before() if self.had_gradients else None
+        single = len(self.shares) == 1
+        if before is not None and single and self.plan.reuses is None:
+            descent.add(before, PLAIN)
+            self._descend(before.filled(descent.terms[0]), descent, last=True)
+            before = None
+        else:
+            self._descend(self._into(descent, whole=False), descent, last=True)
+        if self.plan.reuses is not None:
+            assert self._mean is not None
+            self._descend(self._mean, self._reused(self._mean), last=True, weights=False)
+        if before is not None:
+            assert self._mean is not None
+            both = Descent()
+            both.add(self._mean, PLAIN)
+            both.add(before, PLAIN)
+            self._descend(before.filled(self._mean), both, last=True, weights=False)
+        self._put_into_grads()
+
+    def update(self) -> None:
+        """The last descent and the base optimizer's step, in one kernel where that is possible."""
+        engine, plan = self.engine, self.plan
+        rule = fused_rule(engine.base)
+        descent = self._descent()
+        if rule is None or (plan.reuses is not None and self._mean is not None):
+            self._descend(self._into(descent, whole=False), descent, last=True)
+            assert self._mean is not None
+            descent = Descent()
+            descent.add(self._mean, PLAIN)
+        if plan.reuses is not None:
+            descent = self._reused(descent.terms[0])
+        mark_stepped(engine.base)
+        if rule is not None:
+            self.store.update(rule, engine.tables, engine.base.state, descent)
+            self.perturbed = False
+        else:
+            if plan.reuses is not None:
+                assert self._mean is not None
+                self._descend(self._mean, descent, last=True, weights=False)
+            assert self._mean is not None
+            self.store.set_grads(self.store.optionals(self._mean))
+            engine.base.step()
+            if self.clear:
+                self.store.set_grads(None)
+        torch.clear_autocast_cache()
+
+    def _descent(self) -> Descent:
+        """p.grad is the micro-batch's last gradient: what the plan makes of it and of what is held, and of the mean so far.
+
+        Afterwards p.grad is cleared, and nothing is held.
+        """
+        engine, store, plan, i = self.engine, self.store, self.plan, self._i
+        engine.follow()
+        vectors = [store.collect(clear=self.clear), *self._held]
+        products = store.gram(vectors[: plan.products]) if plan.products else None
+        share = self.shares[i] if i else 1.0
+        if plan.keeps:
+            assert products is not None
+            self._keep_v(vectors, products)
+        descent = Descent(norm_sq=self._norm_sq)
+        if plan.uses_products and products is not None:
+            descent.sums, descent.rescale = [products], plan.length
+            if plan.rescale and not plan.holds:
+                assert self._norm_sq is not None
+                descent.sums.append(self._norm_sq)
+        for vector, coefficient in zip(vectors, plan.descent, strict=False):
+            descent.add(vector, coefficient.row(share))
+        if self._mean is not None:
+            # The first descent was kept as it is until there was a second.
+            descent.add(self._mean, Coefficient().row(self.shares[0] if i == 1 else 1.0))
+        self._held = []
+        self._norm_sq = None
+        return descent
+
+    def _into(self, descent: Descent, *, whole: bool) -> Vectors:
+        """Where the mean goes: into the memory of the descents so far, the first into that of its own gradient."""
+        grads, mean = descent.terms[0], self._mean
+        if mean is None or mean.absent:
+            grads.lists = own_memory_of_lists(grads.lists, whole=whole)
+        out = grads if mean is None else mean.filled(grads)
+        for vector in descent.terms:
+            out = out.filled(vector)
+        return out
+
+    def _descend(self, out: Vectors, descent: Descent, *, last: bool, weights: bool = True) -> None:
+        weights = weights and self.perturbed
+        alone = len(descent.terms) == 1 and descent.terms[0] is out and not descent.sums and descent.norm_sq is None
+        if weights or not alone:
+            self.store.descend(out, descent, weights=weights, last=last)
+        self._mean = out
+        if last and weights:
+            self.perturbed = False
+        torch.clear_autocast_cache()
+
+    def _keep_v(self, vectors: list[Vectors], products: Tensor) -> None:
+        """The micro-batch's part of "v", which the first of a step begins anew."""
+        engine, store = self.engine, self.store
+        memories = store.memory("v", 0.0)
+        v = Vectors([memory.parts for memory in memories])
+        descent = Descent(sums=[products])
+        share = self.shares[self._i] if len(self.shares) > 1 else 1.0
+        for vector, coefficient in zip(vectors, self.plan.keeps, strict=True):
+            descent.add(vector, coefficient.row(share))
+        if self._i or self.adds_to_v:
+            descent.add(v, PLAIN)
+        engine.v_step = -1  # until it is whole, nothing may be added to it
+        store.descend(v, descent, weights=False, memories=memories)
+        if self._i + 1 == len(self.shares):
+            engine.v_step = engine.steps
+
+    def _reused(self, mean: Vectors) -> Descent:
+        """The step's mean gradient, and "v" with its coefficient."""
+        assert self.plan.reuses is not None
+        memories = self.store.memory("v", 0.0)
+        v = Vectors([memory.parts for memory in memories])
+        descent = Descent(sums=[self.store.gram([mean]), self.store.squared(memories)])
+        descent.add(mean, PLAIN)
+        descent.add(v.present(mean), self.plan.reuses.row())
+        return descent
+
+    # -- gradients of before the step ------------------------------------------------------------------------------------
+
+    def _before(self) -> Vectors:
+        """They as the kernels take them."""
+        lists, absent = [], 0
+        for flat, (_, grads) in zip(self.store.flats, self.aside or (), strict=True):
+            pairs = zip(flat.params, grads or [None] * len(flat.params), strict=True)
+            lists.append([flat.absent if g is None else regular_gradient(p, g) for p, g in pairs])
+            absent += sum(g is flat.absent for g in lists[-1])
+        return Vectors(lists, absent)
+
+    def _put_into_grads(self) -> None:
+        """The mean into ``p.grad``; where a gradient was there before, into its own tensor."""
+        assert self._mean is not None
+        lists = self.store.optionals(self._mean)
+        for (before, _), grads in zip(self.aside or (), lists, strict=False):
+            for i, old in enumerate(before):
+                new = grads[i]
+                if old is not None and new is not None:
+                    if old.data_ptr() != new.data_ptr() or old.stride() != new.stride():
+                        old.copy_(new)
+                    grads[i] = old
+        self.store.set_grads(lists)

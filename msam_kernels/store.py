@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Store``: all parameters as one, whatever their devices and dtypes. Sums over all of them come together here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .backends import get_backend
+from .flat import Flat, Memory, check_parameters
+from .gradients import (
+    Optionals,
+    Vectors,
+    collect,
+    current_grads,
+    memory_layout,
+    own_memory_of_lists,
+    set_grads,
+)
+from .methods import Plan
+from .rules import Group, Rule, Tables
+
+
+class Descent:
+    """A linear combination Σ cₖ xₖ, as ``descend`` and ``update`` take it. See ``backends.reference.coefficients``."""
+
+    __slots__ = ("coefs", "norm_sq", "rescale", "sums", "terms")
+
+    def __init__(self, sums: Sequence[Tensor] = (), rescale: int = -1, norm_sq: Tensor | None = None):
+        self.terms: list[Vectors] = []
+        self.coefs: list[float] = []
+        self.sums, self.rescale, self.norm_sq = list(sums), rescale, norm_sq
+
+    def add(self, vector: Vectors, row: list[float]) -> None:
+        self.terms.append(vector)
+        self.coefs += row
+
+    def lists(self, f: int) -> list[Tensor]:
+        """Flat f's tensors of all terms, one term after the other."""
+        if len(self.terms) == 1:
+            return self.terms[0].lists[f]
+        return [t for vector in self.terms for t in vector.lists[f]]
+
+    def on(self, device: torch.device) -> dict[str, Any]:
+        """Arguments of the operators on that device."""
+        if self.norm_sq is None and not self.sums:
+            return {"coefs": self.coefs, "sums": []}
+        return {
+            "coefs": self.coefs,
+            "sums": [_moved(t, device) for t in self.sums],
+            "rescale": self.rescale,
+            "norm_sq": None if self.norm_sq is None else _moved(self.norm_sq, device),
+        }
+
+
+class Store:
+    """The flats of an optimizer's parameters.
+
+    Args:
+        groups: the base optimizer's parameter groups, as they are at any time.
+        flatten, backend: see ``MicroBatchSAM``.
+    """
+
+    def __init__(self, groups: Callable[[], list[Group]], *, flatten: bool, backend: str):
+        self.groups, self.flatten, self.backend = groups, flatten, backend
+        self.flats: list[Flat] = []
+        self.devices: list[torch.device] = []
+        self.layout: object = None  # of all parameters, as the flats know it
+
+    @property
+    def device(self) -> torch.device:
+        """Where sums over all parameters come together."""
+        return self.flats[0].device
+
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.groups() for p in group["params"]]
+
+    def places(self) -> list[tuple[Flat, int]]:
+        """Of every parameter, in the order of the groups: its flat, and its index there."""
+        place = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
+        return [place[id(p)] for p in self.parameters()]
+
+    def is_capturing(self) -> bool:
+        return any(flat.is_capturing() for flat in self.flats)
+
+    def check_not_capturing(self, what: str) -> None:
+        for flat in self.flats:
+            flat.check_not_capturing(what)
+
+    # -- parameters -----------------------------------------------------------------------------------------------------
+
+    def adopt(self, check_idle: Callable[[str], None]) -> None:
+        """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
+
+        Raises:
+            ValueError, TypeError: parameters that cannot be served.
+            RuntimeError: parameters left their group, were moved or converted, or came during a step.
+        """
+        groups, params = self.groups(), self.parameters()
+        if not params:
+            raise ValueError("the base optimizer has no parameters: pass model.parameters() to it")
+        named = [
+            (f"parameter {i} of group {g}", p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])
+        ]
+        twice = len(params) - len(set(map(id, params)))
+        if twice:
+            raise ValueError(f"{twice} of the {len(params)} parameters are listed more than once: list each once")
+        check_parameters(named)
+        group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+        for flat in self.flats:
+            if [group_of.pop(id(p), None) for p in flat.params] != flat.groups:
+                raise RuntimeError(
+                    "parameters were removed from a group or moved to another by hand: make a new optimizer for the new "
+                    "groups, or use add_param_group for additional ones"
+                )
+        buckets: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
+        for name, p in named:
+            if id(p) in group_of:
+                if p.is_meta:
+                    raise ValueError(f"{name} is on the meta device and has no values: materialise the model first")
+                buckets.setdefault((p.device, p.dtype), []).append((p, group_of[id(p)]))
+        if buckets:
+            check_idle("parameters were added")
+        backends = {device: get_backend(self.backend, device) for device, _ in buckets}
+        for flat in self.flats:
+            flat.take_back()
+        self.flats += [
+            Flat([p for p, _ in members], [g for _, g in members], flatten=self.flatten, backend=backends[device])
+            for (device, _), members in buckets.items()
+        ]
+        self.devices = list({flat.device: None for flat in self.flats})
+        self.layout = self.current_layout()
+
+    def current_layout(self) -> object:
+        return memory_layout([group["params"] for group in self.groups()])
+
+    # -- gradients ------------------------------------------------------------------------------------------------------
+
+    def collect(self, *, clear: bool) -> Vectors:
+        """Every ``p.grad``; all are looked at before any kernel runs. With ``clear``, every one is None then."""
+        if len(self.flats) == 1:
+            flat = self.flats[0]
+            grads, absent = collect(flat.params, flat.absent, clear=clear)
+            return Vectors([grads], absent)
+        collected = [collect(flat.params, flat.absent, clear=clear) for flat in self.flats]
+        lists = own_memory_of_lists([grads for grads, _ in collected], whole=False)
+        return Vectors(lists, sum(absent for _, absent in collected))
+
+    def current_grads(self) -> list[Optionals]:
+        """By flat: every p.grad or None; an empty list where all are None."""
+        return [current_grads(flat.params) for flat in self.flats]
+
+    def set_grads(self, lists: Sequence[Sequence[Tensor | None]] | None) -> None:
+        """``p.grad`` by flat and parameter; None for all without ``lists``."""
+        for f, flat in enumerate(self.flats):
+            set_grads(flat.params, lists[f] if lists else [])
+
+    def optionals(self, vector: Vectors) -> list[list[Tensor | None]]:
+        """``vector`` with None where a parameter is absent."""
+        return [
+            [None if t is flat.absent else t for t in tensors] if vector.absent else list(tensors)
+            for flat, tensors in zip(self.flats, vector.lists, strict=True)
+        ]
+
+    def memory(self, name: str, begin: float) -> list[Memory]:
+        return [flat.memory(name, begin) for flat in self.flats]
+
+    def has_v(self) -> bool:
+        """Whether there is a "v" to reuse."""
+        return all("v" in flat.memories for flat in self.flats)
+
+    def squared(self, memories: list[Memory]) -> Tensor:
+        """The terms of a memory's squared norm."""
+        return self._together([memory.square for memory in memories])
+
+    # -- the operators, over all flats --------------------------------------------------------------------------------------
+
+    def ascend(self, grads: Vectors, plan: Plan, tables: Tables, i: int) -> Tensor:
+        """Perturb the weights to w + e, for micro-batch i; the terms of the direction's squared norm."""
+        renew = plan.opposite is None
+        if len(self.flats) == 1:
+            flat = self.flats[0]
+            return flat.backend.ascend(
+                flat.weights, grads.lists[0], flat.table, **self._perturbation(flat, plan, tables, "radii", i, renew)
+            )
+        norm_sq = self._together(
+            [
+                flat.backend.norm(flat.weights, g, flat.table, **_direction(flat, plan))
+                for flat, g in zip(self.flats, grads.lists, strict=True)
+            ]
+        )
+        self._perturb(grads, plan, tables, norm_sq, "radii", i, renew)
+        return norm_sq
+
+    def cross(self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor) -> None:
+        """Perturb the weights to the other side. What arrives there is not recorded."""
+        self._perturb(grads, plan, tables, norm_sq, "opposite", None, True)
+
+    def _perturb(
+        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, i: int | None, renew: bool
+    ) -> None:
+        for flat, g in zip(self.flats, grads.lists, strict=True):
+            options = self._perturbation(flat, plan, tables, radii, i, renew)
+            flat.backend.perturb(flat.weights, g, flat.table, norm_sq=_moved(norm_sq, flat.device), **options)
+
+    @staticmethod
+    def _perturbation(
+        flat: Flat, plan: Plan, tables: Tables, radii: str, i: int | None, renew: bool
+    ) -> dict[str, Any]:
+        achieved = torch.empty(flat.rows, dtype=torch.float64, device=flat.device) if i is None else flat.achieved_sq(i)
+        options: dict[str, Any] = {
+            "radii": tables.on(radii, flat.device),
+            "saved": flat.save_buffer(),
+            "status": flat.status,
+            "achieved_sq": achieved,
+        }
+        if not plan.is_plain:
+            options.update(_direction(flat, plan))
+            if renew and plan.lmbda is not None:  # the last perturbation of a micro-batch moves the mean on
+                options["lmbda"] = plan.lmbda
+        if plan.sparse is not None:
+            options["mask"] = flat.mask
+        return options
+
+    def gram(self, vectors: Sequence[Vectors]) -> Tensor:
+        """The inner products of the vectors, float64 ``[rows, n]``, terms to be summed up."""
+        parts = []
+        for f, flat in enumerate(self.flats):
+            terms = [t for vector in vectors for t in vector.lists[f]]
+            parts.append(flat.backend.gram(terms, flat.table, count=len(vectors)))
+        return self._together(parts)
+
+    def descend(
+        self,
+        out: Vectors | None,
+        descent: Descent,
+        *,
+        weights: bool = True,
+        last: bool = True,
+        memories: list[Memory] | None = None,
+    ) -> None:
+        """``out`` ← Σ cₖ xₖ, and with ``weights`` the weights back.
+
+        ``last``: the step's last micro-batch. ``memories``: what ``out`` is, to note its squared norm there.
+        """
+        for f, flat in enumerate(self.flats):
+            options = descent.on(flat.device)
+            if weights:
+                options.update(saved=flat.saved, status=flat.status, last=last)
+            if memories:
+                options["out_sq"] = memories[f].square
+            flat.backend.descend(
+                flat.weights if weights else [],
+                [] if out is None else out.lists[f],
+                descent.lists(f),
+                flat.table,
+                **options,
+            )
+
+    def update(self, rule: Rule, tables: Tables, state: Any, descent: Descent) -> None:
+        """The base optimizer's step on Σ cₖ xₖ, from what the weights were before they were perturbed."""
+        present = descent.terms[0]
+        for vector in descent.terms[1:]:
+            present = present.filled(vector)
+        for f, flat in enumerate(self.flats):
+            grads = present.lists[f] if present.absent else None
+            if grads is not None and all(g.numel() == 0 for g in grads):
+                self._bring_back(flat)
+                continue
+            states = flat.bind(state, tables.names, rule.counts, grads)
+            options = descent.on(flat.device)
+            if flat.saved is not None:
+                options.update(saved=flat.saved, status=flat.status)
+            if states:
+                options["step"] = flat.state["step"]
+            flat.backend.update(
+                flat.weights,
+                states,
+                descent.lists(f),
+                flat.table,
+                rule=rule.number,
+                settings=tables.on("settings", flat.device),
+                **options,
+            )
+
+    @staticmethod
+    def _bring_back(flat: Flat) -> None:
+        if flat.saved is not None:
+            flat.backend.descend(
+                flat.weights, [], [], flat.table, coefs=[], sums=[], saved=flat.saved, status=flat.status
+            )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Weights that are perturbed are at once, bit for bit, what they were; the others are not touched.
+
+        Parameters count as modified in place: a graph of the pass that was given up is of no use.
+
+        Raises:
+            RuntimeError: a parameter was moved or converted; the others are restored.
+        """
+        moved, error = self.current_layout() != self.layout, None
+        for flat in self.flats:
+            if moved:  # parameters that are new wait for the next step
+                try:
+                    flat.take_back()
+                except RuntimeError as e:
+                    error = e
+                    continue
+            if not flat.is_capturing():  # what is captured never ran
+                self._bring_back(flat)
+                increment_version(flat.params)
+        if error is not None:
+            raise error
+
+    def _together(self, parts: list[Tensor]) -> Tensor:
+        """The terms of sums, from all devices."""
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([_moved(t, self.device) for t in parts], -1)
+
+
+def _direction(flat: Flat, plan: Plan) -> dict[str, Any]:
+    """What the direction d is made of."""
+    direction: dict[str, Any] = {}
+    if plan.eta is not None:
+        direction["eta"] = plan.eta
+    if plan.lmbda is not None:
+        direction["ema"], direction["sigma"] = flat.memory("ema", float("nan")).buffer, plan.sigma
+    return direction
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    if t.device == device:
+        return t
+    # A copy to the CPU that does not block returns before the values are there.
+    return t.to(device, non_blocking=device.type != "cpu")

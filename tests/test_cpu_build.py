@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels as setup.py has them compiled: each file with the flags of its instruction set, and with no others.
+
+What a processor may run is decided at run time, so nothing that every processor runs may hold an instruction of a file that
+has more. The disassembly of the library shows it, and the symbols of a file show that the linker has no choice to make.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from msam_kernels import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+STORAGE = ("float", "double", "bf16", "half")
+FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512"],
+}
+X86 = sys.platform == "linux" and platform.machine() == "x86_64"
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux' tools write"),
+]
+on_x86 = pytest.mark.skipif(not X86, reason="one instruction set on this architecture")
+
+# Notes its arguments, and makes empty files of what it should compile or link.
+RECORDER = """#!/bin/sh
+out=
+previous=
+for word in "$@"; do
+  test "$previous" != -o || out=$word
+  previous=$word
+done
+test "$out" || exec {compiler} "$@"
+printf '%s\\0' "$@" >>{log}
+echo >>{log}
+: >"$out"
+"""
+SETUP = """
+import runpy, sys
+from torch.utils import cpp_extension
+if sys.argv.pop(1) == "without ninja":
+    cpp_extension.is_ninja_available = lambda: False
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def compiler() -> list[str]:
+    name = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if name is None:
+        pytest.skip("no C++ compiler")
+    return shlex.split(name)
+
+
+def output(*command: str | Path, **options) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is missing")
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def calls(way: str, folder: Path) -> dict[str, list[str]]:
+    """By C++ file, the arguments that setup.py's build gives the compiler."""
+    log, recorder = folder / "log", folder / "recorder"
+    recorder.write_text(RECORDER.format(compiler=shlex.join(compiler()), log=shlex.quote(str(log))))
+    recorder.chmod(0o755)
+    env = {**os.environ, "CXX": str(recorder), "MAX_JOBS": "1", "MSAM_KERNELS_CPP": "1", "MSAM_KERNELS_CUDA": "0"}
+    build = ("build_ext", "--build-temp", folder / "temp", "--build-lib", folder / "lib")
+    output(sys.executable, "-c", SETUP, way, *build, cwd=ROOT, env=env)
+    recorded = [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+    compiled = [call for call in recorded if "-c" in call]
+    assert len(recorded) == len(compiled) + 1, "and the linker"
+    sources = [next(word for word in call if word.endswith(".cpp")) for call in compiled]
+    return {(ROOT / s).relative_to(ROOT / "csrc").as_posix(): call for s, call in zip(sources, compiled, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["with ninja", "without ninja"])
+def test_every_file_has_the_flags_of_its_instruction_set_and_no_others(way, tmp_path):
+    found = calls(way, tmp_path)
+    assert {name for name in found if "units" in name} == {f"cpu/units/{i}_{s}.cpp" for i in FLAGS for s in STORAGE}
+    for name, call in found.items():
+        isa = Path(name).name.split("_")[0] if "units" in name else "baseline"
+        assert [word for word in call if re.match("-m(?!cpu|tune)", word)] == (FLAGS[isa] if X86 else []), name
+        assert "-ffp-contract=off" in call, name
+
+
+@on_x86
+@pytest.mark.slow
+def test_the_linker_has_no_choice_between_instruction_sets(tmp_path):
+    # An inline function that two files define is a weak symbol in both, and the linker keeps either. And what a file does
+    # when it is loaded, every processor does.
+    for name, call in calls("with ninja", tmp_path).items():
+        if name not in ("cpu/units/avx2_half.cpp", "cpu/units/avx512_half.cpp"):  # the same code for other types
+            continue
+        unit = tmp_path / "unit.o"
+        output(*compiler(), *call[: call.index("-o")], "-o", unit, *call[call.index("-o") + 2 :])
+        symbols = output("nm", "-C", unit)
+        defined = re.findall(r"^[0-9a-f]+ ([A-ZuVvwW]) (.*)", symbols, re.MULTILINE)
+        isa = Path(name).name.split("_")[0]
+        assert defined == [("D", f"msam::cpu::{isa}::of_half")]
+        wanted = set(re.findall(r"^ +[Uw] (.*)", symbols, re.MULTILINE)) - {"_GLOBAL_OFFSET_TABLE_"}
+        assert wanted <= {"memcpy", "memset"}, name
+        assert not re.search(r"\.(init_array|ctors|text\.startup)", output("objdump", "-h", unit)), name
+
+
+@pytest.fixture(scope="module")
+def code(extension) -> dict[str, list[str]]:
+    """The library's instructions by instruction set; under "any", those that every processor runs."""
+    out: dict[str, list[str]] = {"any": []}
+    into = out["any"]
+    for line in output("objdump", "-d", "-C", "--no-show-raw-insn", ops._C.__file__).splitlines():
+        if line.endswith(">:"):
+            names = re.search(r"<(?:.*\b)?msam::cpu::(baseline|avx2|avx512)::", line)
+            into = out.setdefault(names[1], []) if names else out["any"]
+        elif line.startswith(" "):
+            into.append(line.split(":", 1)[1].strip())
+    if len(out) == 1:
+        pytest.skip("the library is stripped")
+    return out
+
+
+@on_x86
+def test_what_every_processor_runs_has_nothing_of_avx(code):
+    assert code.keys() == {"any", *FLAGS}
+    for isa in ("any", "baseline"):
+        assert len(code[isa]) > 10000
+        assert [line for line in code[isa] if re.match(r"v|.*%[yz]mm", line)] == []
+
+
+@on_x86
+def test_instruction_sets_have_what_they_are_there_for(code):
+    def count(isa: str, pattern: str) -> int:
+        return sum(re.match(pattern, line) is not None for line in code[isa])
+
+    assert count("avx2", ".*%ymm") > 10000
+    assert count("avx2", ".*%zmm") == 0
+    assert count("avx512", ".*%zmm") > 10000
+    for isa in ("avx2", "avx512"):
+        assert count(isa, "vcvtph2ps") > 0  # fp16
+        assert count(isa, "vcvtps2ph") > 0
+    assert count("avx512", "vmovnt(dq|ps|pd) +%zmm") > 0  # a cache line at once, past the cache
+    assert count("avx512", "v?movnt(?!.*%zmm)") == 0
+    for isa in code:
+        assert count(isa, "vfn?m(add|sub)") == 0  # contraction would change the bits
