@@ -51,8 +51,11 @@ class Recorder:
 
     def capture(self, step):
         self.captures += 1
-        kept = [t for flat in self.opt._flats for t in (flat.saved, flat.ema, flat.v, flat.mask, *flat.state.values())]
-        tensors = [t for t in (*self.model.state_dict().values(), *kept, self.opt._v_norm_sq) if t is not None]
+        tensors = list(self.model.state_dict().values())
+        for flat in self.opt.engine.store.flats:
+            memories = [t for memory in flat.memories.values() for t in (memory.buffer, memory.square)]
+            kept = (flat.saved, flat.mask, flat.status, *memories, *flat.state.values())
+            tensors += [t for t in kept if t is not None]
         before = [t.clone() for t in tensors]
         outputs = [step().clone(), *self.sums()]
         for t, b in zip(tensors, before, strict=True):
@@ -67,7 +70,7 @@ class Recorder:
         return replay, outputs[0]
 
     def sums(self):
-        return [*self.opt._norms_sq, *itertools.chain(*self.opt._achieved_sq)]
+        return self.opt.engine.norms_sq
 
 
 def net(device="cpu"):
@@ -107,7 +110,7 @@ def assert_trains_like_train_step(make_step, base, method, count, device):
         losses = step(*batch), plain.train_step(other_loss_fn, *batch)
         assert same_bits(model.state_dict().values(), other.state_dict().values()), f"step {i}"
         assert torch.equal(*losses)
-        if plain._norms_sq:  # not between the SAM steps of LookSAM
+        if plain.engine.norms_sq:  # not between the SAM steps of LookSAM
             assert torch.equal(opt.stats.grad_norm, plain.stats.grad_norm)
             assert torch.equal(opt.stats.perturbation_norm, plain.stats.perturbation_norm)
         assert all(p.grad is None for p in model.parameters())

@@ -882,12 +882,3 @@ def test_stats_are_those_of_the_latest_step_and_ask_for_one(backend):
     opt.train_step(lambda *part: loss_of(model, *part), *data)
     assert len(opt.stats.grad_norm) == 1
     assert len(kept.grad_norm) == 2, "earlier records do not change"
-
-
-def test_the_table_of_present_parameters_does_not_grow_without_bound():
-    """A mixture of experts has another set of gradients in every step."""
-    params = [nn.Parameter(torch.ones(3)) for _ in range(10)]
-    opt = MicroBatchSAM(SGD(params, lr=0.1))
-    for step in range(200):
-        opt.step(lambda s=step: sum(p.sum() for i, p in enumerate(params) if s >> (i % 8) & 1 or i == 9).backward())
-    assert sum(len(flat._tables) for flat in opt._flats) < 100
