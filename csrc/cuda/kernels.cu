@@ -146,7 +146,7 @@ cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t
   return launch_windows(args, lists, args.rows, stream, kernel, args.ema != nullptr, args.adaptive);
 }
 
-cudaError_t launch_ascend(const Perturb& args, const Lists& lists, bool one_launch, cudaStream_t stream) {
+cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t stream, bool one_launch) {
   if (!one_launch || lists.count * lists.segments > capacity<Perturb>()) {
     const cudaError_t error = launch_norm(args, lists, stream);
     return error != cudaSuccess ? error : launch_perturb(args, lists, stream);

@@ -28,7 +28,7 @@ cudaError_t launch_norm(const Norm&, const Lists&, cudaStream_t stream);
 cudaError_t launch_perturb(const Perturb&, const Lists&, cudaStream_t stream);
 // The two one after the other, the terms of the norm in args.partials: the same bits in one launch, where all blocks fit the
 // GPU at once and the pointers one launch.
-cudaError_t launch_ascend(const Perturb&, const Lists&, bool one_launch, cudaStream_t stream);
+cudaError_t launch_ascend(const Perturb&, const Lists&, cudaStream_t stream, bool one_launch);
 cudaError_t launch_gram(const Gram&, const Lists&, cudaStream_t stream);
 cudaError_t launch_descend(const Descend&, const Lists&, cudaStream_t stream);
 cudaError_t launch_update(const Update&, const Lists&, cudaStream_t stream);
