@@ -135,7 +135,8 @@ class CapturedStep:
 
     def _recorded(self) -> Tensor:
         closures = self._micro_batches()
-        return mean(self._opt.engine.run(closures, closures.shares), closures.shares)  # type: ignore[no-any-return]
+        loss: Tensor = mean(self._opt.engine.run(closures, closures.shares), closures.shares)
+        return loss
 
     def _micro_batches(self) -> MicroBatches:
         return self._opt.micro_batches(self._loss_fn, tree_unflatten(self._inputs, self._structure))
@@ -186,7 +187,8 @@ class CapturedStep:
 
 
 def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:
-    assert graph.replay is not None and graph.loss is not None
+    assert graph.replay is not None
+    assert graph.loss is not None
     graph.replay()
     engine = opt.engine
     for flat in engine.store.flats:

@@ -122,7 +122,7 @@ class SAM(MicroBatchSAM):
                 "SAM.step needs a closure that runs forward and backward; or call first_step, second_step"
             )
         if not callable(closure):
-            return self._step(closure)  # its hooks have run: torch wraps this method
+            return self.step_without_hooks(closure)  # they have run: torch wraps this method
         self.first_step(zero_grad=True)
         try:
             with torch.enable_grad():

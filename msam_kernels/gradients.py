@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.autograd.graph import increment_version
 from . import _torch
 from .backends import extension
 
-Optionals = Sequence[Tensor | None]  # p.grad by parameter; an empty list where all are None
+Optionals = list[Tensor | None]  # p.grad by parameter; an empty list where all are None
+Gradient = TypeVar("Gradient", Tensor, Tensor | None)
 
 
 @dataclass(slots=True)
@@ -127,7 +129,7 @@ def regular_gradient(p: Tensor, g: Tensor) -> Tensor:
     return torch.empty_like(p).copy_(g)
 
 
-def own_memory(grads: list[Tensor], *, whole: bool = True) -> list[Tensor]:
+def own_memory(grads: list[Gradient], *, whole: bool = True) -> list[Gradient]:
     """``grads``, so that each can be written to by itself.
 
     Of those that are the same memory, as ``autograd.grad`` returns them for the operands of a sum, all but the first are
@@ -147,7 +149,7 @@ def own_memory(grads: list[Tensor], *, whole: bool = True) -> list[Tensor]:
     return out
 
 
-def own_memory_of_lists(lists: list[list[Tensor]], *, whole: bool) -> list[list[Tensor]]:
+def own_memory_of_lists(lists: list[list[Gradient]], *, whole: bool) -> list[list[Gradient]]:
     """``own_memory`` of several lists together."""
     if len(lists) == 1:
         return [own_memory(lists[0], whole=whole)]

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class Stats:
     grad_norm: Tensor
     perturbation_norm: Tensor
     nonfinite: Tensor
+
+
+#: By base optimizer: the groups whose rho a wrapper put there.
+RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
 class Engine:
@@ -85,14 +90,25 @@ class Engine:
     def adopt(self) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho."""
         self.store.adopt(self.check_idle)
-        put_there = set(getattr(self.base, "_msam_groups", ()))
+        put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
                 group["rho"] = self.radii.default
                 put_there.add(g)
-        self.base._msam_groups = put_there  # type: ignore[attr-defined]
         self.radii.take_schedules(self.steps)
         self.tables.forget()
+
+    def take_over(self) -> None:
+        """``adopt`` for the first time: a rho that an earlier wrapper put into a group is not the user's."""
+        groups = self.base.param_groups
+        earlier = [groups[g] for g in RHO_OF_OURS.get(self.base, ()) if "rho" in groups[g]]
+        radii = [group.pop("rho") for group in earlier]
+        try:
+            self.adopt()
+        except BaseException:
+            for group, rho in zip(earlier, radii, strict=True):
+                group["rho"] = rho
+            raise
 
     def follow(self) -> None:
         """Notice parameters that somebody re-pointed since the last look."""
@@ -180,7 +196,7 @@ class Engine:
 
     # -- steps ------------------------------------------------------------------------------------------------------------
 
-    def passes(self, parts: list[Any], shares: list[float]) -> Iterator[Any]:
+    def passes(self, parts: list[Any], shares: list[float]) -> Generator[Any, None, None]:
         """The loop of one step without the update: each micro-batch as often as the plan says."""
         self.check_idle("passes()")
         with self.begin(shares) as step:
@@ -222,7 +238,7 @@ class Engine:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
         self.prepare()
         plan = self.plan()
-        scores = [] if self.chooses_mask(plan) else None
+        scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
             self.store.check_not_capturing("the mask")
         self.norms_sq = []
@@ -414,7 +430,7 @@ class Step:
 
     def add_scores(self, grads: Vectors) -> None:
         """What a mask is chosen by: the gradients so far."""
-        scores = self._scores or [None] * len(grads.lists)
+        scores: Sequence[list[Tensor] | None] = self._scores or [None] * len(grads.lists)
         lists = [own_memory(tensors) for tensors in grads.lists]
         self._scores = [masks.add_up(*pair) for pair in zip(scores, lists, strict=True)]
 

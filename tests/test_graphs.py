@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
-from msam_kernels import MicroBatchSAM, methods
-from msam_kernels.flat import Flat
+from msam_kernels import MicroBatchSAM, flat, methods
 from msam_kernels.capture import CapturedStep
 from plain import same_bits
 
@@ -239,9 +238,8 @@ def test_what_begins_after_the_warm_up_is_warmed_up_before_it_is_captured(change
     opt.method = methods.FriendlySAM(start=2 if change == "the method starts" else 0)
     opt.enabled = change != "it is switched on"
     begun = []
-    monkeypatch.setattr(
-        Flat, "start_ema", lambda flat, real=Flat.start_ema: (begun.append(recorder.captures), real(flat))
-    )
+    real = flat.Memory
+    monkeypatch.setattr(flat, "Memory", lambda *args: (begun.append(recorder.captures), real(*args))[1])
     step(*data()), step(*data())  # the warm-up
     opt.enabled = True
     if change == "an average is dropped":

@@ -66,13 +66,10 @@ CPU = torch.device("cpu")
 ISAS = ("baseline", "avx2", "avx512")
 STREAMED = (9 << 20) + 12  # bytes; from 8 MiB on the kernels store past the cache
 STREAMED_CASES = [
-    ("perturb", "plain"),
     ("perturb", "any status, friendly"),
     ("perturb", "any status, masked, friendly and adaptive"),
-    ("descend", "weights and mean"),
     ("descend", "mean, anew"),
-    ("descend", "out, four terms"),
-    ("update", "sgd, not counted"),
+    ("descend", "copied"),
     ("update", "sgd, mean"),
     ("update", "adam, everything"),
 ]
@@ -428,9 +425,9 @@ def test_large_buffers_that_are_stored_past_the_cache_give_the_same_bits(operato
     assert_matches(make(operator, variant, dtype, (STREAMED // dtype.itemsize, 257), groups=2))
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_misaligned_large_buffers_give_the_same_bits(dtype):
-    for operator, variant in (("perturb", "plain"), ("descend", "weights"), ("update", "sgd, not counted")):
+    for operator, variant in (("perturb", "any status"), ("descend", "weights"), ("update", "sgd, not counted")):
         assert_matches(make(operator, variant, dtype, (STREAMED // dtype.itemsize, 257), shift=1, flat=False))
 
 
@@ -560,7 +557,7 @@ def test_the_norm_of_a_residual_and_of_a_stretched_direction_is_within_two_ulp(d
 @each_dtype
 def test_sums_by_row_are_of_what_was_stored(dtype):
     ascent = make("perturb", "plain", dtype, (40001,))
-    before = ascent.arguments["weights"][0].double()
+    before = ascent.arguments["weights"][0].clone().double()
     ascent.run()
     descent = make("descend", "out", dtype, (40001,))
     descent.run()
@@ -1055,7 +1052,9 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
     far, windows = copy.deepcopy(near), {}
     memory = _huge(FAR + room * 16)
 
-    def moved(t: Tensor) -> Tensor:
+    def moved(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dtype != torch.bfloat16:
+            return t
         start = windows.setdefault(t.data_ptr(), len(windows)) * room  # out may be one of the terms
         window = memory[start : start + FAR + n]
         window[FAR:] = t[:n]
@@ -1063,10 +1062,10 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
 
     for name, value in far.arguments.items():
         if isinstance(value, list):
-            far.arguments[name] = [moved(t) if t.dtype == torch.bfloat16 else t for t in value]
-        elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+            far.arguments[name] = [moved(t) for t in value]
+        elif name != "mask":
             far.arguments[name] = moved(value)
-        elif name == "mask":
+        else:
             bits = np.pad(np.unpackbits(value.numpy(), bitorder="little"), (FAR % 8, 0))
             far.arguments[name] = torch.empty(FAR // 8 + room, dtype=torch.uint8)
             packed = torch.from_numpy(np.packbits(bits, bitorder="little"))
@@ -1123,7 +1122,7 @@ if __name__ == "__main__":
         if report["missing"] is None:
             prints = fingerprint(CASES, lambda _: (0, 1, 3, 4, 5, 31, 33, 255, 257, 4097, CHUNK + 1))
             prints.update(fingerprint(STREAMED_CASES[1::2], lambda itemsize: (STREAMED // itemsize, 257)))
-            report |= {"isa": backends._C.build_info()["instruction_set"], "conversions": conversion_errors()}
+            report |= {"isa": backends.extension.build_info()["instruction_set"], "conversions": conversion_errors()}
             report |= {"fingerprint": prints}
         print(json.dumps(report))
     elif sys.argv[1] == "errors":

@@ -75,7 +75,7 @@ COMPOSITIONS = {
 
 def passes_of(method):
     """Of a step that perturbs."""
-    return 2 if method.rho_min is None else 3
+    return 2 if method.full.opposite is None else 3
 
 
 def descents(method, pairs, dtype, backend, **options):
