@@ -22,8 +22,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import reference
-
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 THREADS = tl.constexpr(256)  # of a program
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
@@ -36,15 +34,13 @@ STORAGE = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-TERMS, VECTORS, SUM_TENSORS, SUM_ROWS = 4, 3, 3, 8  # at most, as in csrc/update_math.h
-# What kernels use of this module must be constants of Triton's.
-UNTOUCHED, SAVED, PERTURBED = map(tl.constexpr, (reference.UNTOUCHED, reference.SAVED, reference.PERTURBED))
-SGD, ADAM = map(tl.constexpr, (reference.SGD, reference.ADAM))
-RULES = {  # columns of the settings, and states, of which the last may be missing
-    reference.SGD: (len(reference.SGD_COLUMNS), ("momentum_buffer",)),
-    reference.ADAM: (len(reference.ADAM_COLUMNS), ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
-}
-COEFFICIENT_COLUMNS = tl.constexpr(len(reference.COEFFICIENT))
+# As in csrc/update_math.h: values of status, values of rule, the columns of a coefficient; and what there is at most.
+UNTOUCHED, SAVED, PERTURBED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SGD, ADAM = tl.constexpr(0), tl.constexpr(1)
+COEFFICIENT_COLUMNS = tl.constexpr(7)
+TERMS, VECTORS, SUM_TENSORS, SUM_ROWS = 4, 3, 3, 8
+# The columns of settings, and the states, of which the last may be missing.
+RULES = {0: (6, ("momentum_buffer",)), 1: (8, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))}
 
 
 def _kernel(f):
@@ -498,8 +494,8 @@ def coefficients(
     """Those of the arguments, or where there are sums what follows from these; NaN where the norm is not finite."""
     norm = total(norm_sq, norm_terms)
     if SUMS:
-        all = coefficients_of_sums(combination, COUNT)
-        c = [entry(all, k) for k in (0, 1, 2, 3)[:COUNT]]
+        evaluated = coefficients_of_sums(combination, COUNT)
+        c = [entry(evaluated, k) for k in (0, 1, 2, 3)[:COUNT]]
     else:
         c = [number(bits, tl.float64) for bits in (c0, c1, c2, c3)[:COUNT]]
     return [(x + (norm - norm)).to(T) for x in c]
@@ -778,7 +774,7 @@ class _Call:
             raise RuntimeError(f"lists must have one tensor per parameter, got {sizes}")
         if not (sizes or words):
             return flat, *(0 for _ in lists), 0
-        content = (*(t.data_ptr() for tensors in lists.values() for t in tensors), *words)
+        content = (*map(torch.Tensor.data_ptr, itertools.chain(*lists.values())), *words)
         self.held = self._table(content, lists)  # lives as long as the call
         at, found = self.held.data_ptr(), [flat]
         for tensors in (*lists.values(), words):
@@ -950,7 +946,7 @@ def update(
     weights, states, terms, table, *, rule, settings, step=None, coefs, sums, rescale=-1, norm_sq=None, saved=None, status=None
 ):  # fmt: skip
     if rule not in RULES:
-        raise RuntimeError(f"rule must be {reference.SGD} (SGD) or {reference.ADAM} (Adam), got {rule}")
+        raise RuntimeError(f"rule must be 0 (SGD) or 1 (Adam), got {rule}")
     columns, names = RULES[rule]
     if not len(names) - 1 <= len(states) <= len(names):
         raise RuntimeError(f"states must be {names} or those without the last, got {len(states)}")
