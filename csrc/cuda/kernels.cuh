@@ -425,11 +425,11 @@ struct PerturbOp {
     if (friendly && ema_out) store_last<N>(ema_out + i, Convert<S, N>::narrow(ema_new));
     const Pack<S, N> stored = Convert<S, N>::narrow(next);
     store<N>(weights + i, stored);
-    // What counts is what was stored. The difference of doubles that were fp32 may round, so its square does not come exact.
+    // What counts is what was stored.
     Convert<S, N>::widen(stored, next);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const double e = next[j] == w[j] ? 0 : double(next[j]) - double(w[j]);  // inf - inf is NaN
+      const T e = next[j] == w[j] ? T(0) : next[j] - w[j];  // inf - inf is NaN
       sum.add(j, e, e);
     }
   }

@@ -391,8 +391,8 @@ def perturb_row(
             picked = picked & picked_by(mask, offset, i, lanes, here)
         result = tl.where(picked, perturbed(stored.to(T), d, scale, eta, ADAPTIVE).to(S), stored)
         store(w, at, here & (picked | (status == PERTURBED)), result, S, ALIGNED)
-        after, before = result.to(tl.float64), stored.to(tl.float64)
-        change = tl.where(here & finite & truth(after != before), after - before, 0.0)  # inf - inf is NaN
+        after, before = result.to(T), stored.to(T)
+        change = tl.where(here & finite & truth(after != before), after - before, 0.0).to(tl.float64)  # inf - inf is NaN
         sums += folded(change * change)
     return tl.sum(sums, 0)
 
