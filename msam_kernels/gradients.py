@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
 from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
