@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
-from typing import TypeVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
