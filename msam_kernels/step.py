@@ -261,7 +261,7 @@ class Engine:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         self.statistics.thaw()
         step, error = self.step, None
-        if self.broken or (step is not None and step.perturbed):
+        if self.broken or (step is not None and step.saves):
             self.broken = True
             try:
                 self.store.restore()
@@ -293,6 +293,7 @@ class Step:
 
     Attributes:
         perturbed: whether weights may be perturbed: the kernels know which.
+        saves: whether weights were saved that the kernels hold to be those of this step.
         aside: by flat, the gradients of before the step, and the same in memory that nobody else writes to; None where they
             are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
@@ -301,7 +302,7 @@ class Step:
     def __init__(self, engine: Engine, plan: Plan, shares: list[float], scores: list[list[Tensor]] | None, clear: bool):
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.clear = clear
-        self.perturbed = False
+        self.perturbed = self.saves = False
         self.chose_mask = False
         self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
@@ -399,7 +400,7 @@ class Step:
                 assert plan.sparse is not None
                 engine.choose_mask(self._scores, plan.sparse, engine.steps)
                 self.chose_mask = True
-        self.perturbed = True
+        self.perturbed = self.saves = True
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
         engine.norms_sq.append(self._norm_sq)
         torch.clear_autocast_cache()
@@ -492,7 +493,7 @@ class Step:
         mark_stepped(engine.base)
         if rule is not None:
             self.store.update(rule, engine.tables, engine.base.state, descent)
-            self.perturbed = False
+            self.perturbed = self.saves = False
         else:
             if plan.reuses is not None:
                 assert self._mean is not None
@@ -524,7 +525,9 @@ class Step:
                 assert self._norm_sq is not None
                 descent.sums.append(self._norm_sq)
         for vector, coefficient in zip(vectors, plan.descent, strict=False):
-            descent.add(vector, coefficient.row(share))
+            # What is there for its length alone does not make a parameter one that has a gradient.
+            counts = coefficient.a or coefficient.b
+            descent.add(vector if counts else vector.present(vectors[0]), coefficient.row(share))
         if self._mean is not None:
             # The first descent was kept as it is until there was a second.
             descent.add(self._mean, Coefficient().row(self.shares[0] if i == 1 else 1.0))
@@ -548,8 +551,9 @@ class Step:
         if weights or not alone:
             self.store.descend(out, descent, weights=weights, last=last)
         self._mean = out
-        if last and weights:
+        if weights:
             self.perturbed = False
+            self.saves = not last
         torch.clear_autocast_cache()
 
     def _keep_v(self, vectors: list[Vectors], products: Tensor) -> None:
