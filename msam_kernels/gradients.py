@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,8 +74,12 @@ def _owns_memory(grads: Sequence[Tensor | None], whole: bool) -> bool:
     return len({g.data_ptr() for g in there}) == len(there)
 
 
-def _memory_layout(groups: list[list[Tensor]]) -> object:
-    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in params] for params in groups]
+def _memory_layout(groups: list[dict[str, Any]]) -> object:
+    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in group["params"]] for group in groups]
+
+
+def _has_layout(groups: list[dict[str, Any]], layout: object) -> bool:
+    return _memory_layout(groups) == layout
 
 
 # Each is a loop over the parameters, which the extension does in C++.
@@ -88,8 +92,10 @@ current_grads: Callable[[list[Tensor]], Optionals] = getattr(extension, "current
 set_grads: Callable[[list[Tensor], Sequence[Tensor | None]], None] = getattr(extension, "set_grads", _set_grads)
 #: (gradients, whole) -> whether each has memory of its own, see ``own_memory``.
 owns_memory: Callable[[Sequence[Tensor | None], bool], bool] = getattr(extension, "owns_memory", _owns_memory)
-#: (lists of parameters) -> a value that changes when any of them, its memory or its layout does.
-memory_layout: Callable[[list[list[Tensor]]], object] = getattr(extension, "memory_layout", _memory_layout)
+#: (parameter groups) -> a value that changes when any parameter, its memory or its layout does.
+memory_layout: Callable[[list[dict[str, Any]]], object] = getattr(extension, "memory_layout", _memory_layout)
+#: (parameter groups, such a value) -> whether it is that still.
+has_layout: Callable[[list[dict[str, Any]], object], bool] = getattr(extension, "has_layout", _has_layout)
 
 
 def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[list[Tensor], int]:

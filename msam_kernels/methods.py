@@ -144,7 +144,7 @@ class SAM:
     # What a method says. ``change`` is all that most have to say.
 
     def change(self, plan: Plan) -> Plan:
-        """``plan`` of a step that perturbs, with what this method does otherwise than SAM."""
+        """``plan``, that of a step that perturbs, with what sets this method apart from SAM."""
         return plan
 
     @property

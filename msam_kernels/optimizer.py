@@ -287,9 +287,7 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("passes()")
         return self.engine.passes(*batches.split(batch, self.split.sizes))
 
-    def step(
-        self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Update the weights.
 
         Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop.

@@ -65,7 +65,7 @@ class Engine:
     ):
         self.base, self.method = base, method
         self.statistics = Statistics(model)
-        self.store = Store(lambda: base.param_groups, flatten=flatten, backend=backend)
+        self.store = Store(base, flatten=flatten, backend=backend)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
         self.steps, self.enabled = 0, True
@@ -112,7 +112,7 @@ class Engine:
 
     def follow(self) -> None:
         """Notice parameters that somebody re-pointed since the last look."""
-        if self.store.current_layout() != self.store.layout:
+        if not self.store.is_current():
             self.adopt()
 
     def prepare(self) -> None:
@@ -298,9 +298,7 @@ class Step:
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
     """
 
-    def __init__(
-        self, engine: Engine, plan: Plan, shares: list[float], scores: list[list[Tensor]] | None, clear: bool
-    ):
+    def __init__(self, engine: Engine, plan: Plan, shares: list[float], scores: list[list[Tensor]] | None, clear: bool):
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.clear = clear
         self.perturbed = False

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -51,9 +50,9 @@ class Recorder:
     def capture(self, step):
         self.captures += 1
         tensors = list(self.model.state_dict().values())
-        for flat in self.opt.engine.store.flats:
-            memories = [t for memory in flat.memories.values() for t in (memory.buffer, memory.square)]
-            kept = (flat.saved, flat.mask, flat.status, *memories, *flat.state.values())
+        for part in self.opt.engine.store.flats:
+            memories = [t for memory in part.memories.values() for t in (memory.buffer, memory.square)]
+            kept = (part.saved, part.mask, part.status, *memories, *part.state.values())
             tensors += [t for t in kept if t is not None]
         before = [t.clone() for t in tensors]
         outputs = [step().clone(), *self.sums()]

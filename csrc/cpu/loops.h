@@ -347,7 +347,7 @@ inline V where8(uint8_t bits, V next, V old) {
 
 template <class V>
 inline Doubles8 difference_sq(V next, V old) {
-  const Doubles8 a = doubles(next), b = doubles(old), difference = a == b ? Doubles8{} : a - b;  // inf - inf is NaN
+  const Doubles8 difference = doubles(next == old ? V{} : next - old);  // inf - inf is NaN
   return difference * difference;
 }
 

@@ -163,8 +163,9 @@ def perturb(
         moves = finite if mask is None else finite & row.bits(mask)
         status[row.k] = PERTURBED  # from here on the weights can be brought back, also after an interruption
         weight.copy_(torch.where(moves, w + d * scale, w))
-        after, old = weight.double(), w.double()
-        achieved_sq[row.k] = torch.where(finite & (after != old), (after - old).square(), 0.0).sum()  # inf - inf is NaN
+        after = _wide(weight)
+        change = torch.where(finite & (after != w), after - w, 0.0)  # inf - inf is NaN
+        achieved_sq[row.k] = change.double().square().sum()
 
 
 def ascend(

@@ -16,16 +16,11 @@ import inspect
 import itertools
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from . import reference
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 THREADS = tl.constexpr(256)  # of a program
@@ -39,18 +34,16 @@ STORAGE = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-TERMS, VECTORS, SUM_TENSORS, SUM_ROWS = 4, 3, 3, 8  # at most, as in csrc/update_math.h
-# What kernels use of this module must be constants of Triton's.
-UNTOUCHED, SAVED, PERTURBED = map(tl.constexpr, (reference.UNTOUCHED, reference.SAVED, reference.PERTURBED))
-SGD, ADAM = map(tl.constexpr, (reference.SGD, reference.ADAM))
-RULES = {  # columns of the settings, and states, of which the last may be missing
-    reference.SGD: (len(reference.SGD_COLUMNS), ("momentum_buffer",)),
-    reference.ADAM: (len(reference.ADAM_COLUMNS), ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
-}
-COEFFICIENT_COLUMNS = tl.constexpr(len(reference.COEFFICIENT))
+# As in csrc/update_math.h: values of status, values of rule, the columns of a coefficient; and what there is at most.
+UNTOUCHED, SAVED, PERTURBED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SGD, ADAM = tl.constexpr(0), tl.constexpr(1)
+COEFFICIENT_COLUMNS = tl.constexpr(7)
+TERMS, VECTORS, SUM_TENSORS, SUM_ROWS = 4, 3, 3, 8
+# The columns of settings, and the states, of which the last may be missing.
+RULES = {0: (6, ("momentum_buffer",)), 1: (8, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))}
 
 
-def _kernel(f: Callable[..., Any]) -> Any:
+def _kernel(f):
     """Compiled once per choice of constants: nothing is specialised on the value of an address or a number."""
     parameters = inspect.signature(f).parameters.items()
     return triton.jit(do_not_specialize=[n for n, p in parameters if p.annotation is not tl.constexpr])(f)
@@ -398,8 +391,8 @@ def perturb_row(
             picked = picked & picked_by(mask, offset, i, lanes, here)
         result = tl.where(picked, perturbed(stored.to(T), d, scale, eta, ADAPTIVE).to(S), stored)
         store(w, at, here & (picked | (status == PERTURBED)), result, S, ALIGNED)
-        after, before = result.to(tl.float64), stored.to(tl.float64)
-        change = tl.where(here & finite & truth(after != before), after - before, 0.0)  # inf - inf is NaN
+        after, before = result.to(T), stored.to(T)
+        change = tl.where(here & finite & truth(after != before), after - before, 0.0).to(tl.float64)  # inf - inf is NaN
         sums += folded(change * change)
     return tl.sum(sums, 0)
 
@@ -501,8 +494,8 @@ def coefficients(
     """Those of the arguments, or where there are sums what follows from these; NaN where the norm is not finite."""
     norm = total(norm_sq, norm_terms)
     if SUMS:
-        all = coefficients_of_sums(combination, COUNT)
-        c = [entry(all, k) for k in (0, 1, 2, 3)[:COUNT]]
+        evaluated = coefficients_of_sums(combination, COUNT)
+        c = [entry(evaluated, k) for k in (0, 1, 2, 3)[:COUNT]]
     else:
         c = [number(bits, tl.float64) for bits in (c0, c1, c2, c3)[:COUNT]]
     return [(x + (norm - norm)).to(T) for x in c]
@@ -645,10 +638,10 @@ def update_kernel(
         row = settings + group * columns * 8
         if RULE == SGD:
             numbers = sgd_settings(row, number_of_step, T)
-            kept = tl.where(truth(numbers[1] != 0), state0, 0), state1, state2  # a momentum of 0 has no buffer
+            kept = (tl.where(truth(numbers[1] != 0), state0, 0),)  # a momentum of 0 has no buffer
         else:
             numbers = adam_settings(row, number_of_step, T)
-            kept = state0, state1, tl.where(numbers[3], state2, 0)  # nor has a group without amsgrad the third
+            kept = (state0, state1, tl.where(numbers[3], state2, 0))  # nor has a group without amsgrad the third
         states = [in_flat(tl.where(there, state, 0), offset, S) for state in kept[:STATES]]
         for ALIGNED in tl.static_range(2):
             if is_aligned(w | start | union(xs, COUNT) | union(states, STATES) | numel) == ALIGNED:
@@ -679,27 +672,26 @@ PLATFORM = "hip" if torch.version.hip else "cuda" if torch.version.cuda else "ot
 INTERPRETED = not isinstance(norm_kernel, triton.JITFunction)
 
 
-def _bits(*numbers: float) -> tuple[int, ...]:
+def _bits(*numbers):
     return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
 
 
-def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = PLATFORM) -> dict[str, Any]:
+def compiler_options(kernel, constants, platform=PLATFORM):
     """For the compiler."""
-    found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
+    found = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
     if platform == "cuda" and kernel.__name__ in REGISTERS:
         large = constants["T"] == tl.float64 or constants.get("MASKED") or constants.get("STATES") == 3
         found["maxnreg"] = 128 if large else REGISTERS[kernel.__name__]
     return found
 
 
-def _launch(kernel: Any, programs: int, *args: int, **constants: Any) -> None:
+def _launch(kernel, programs, *args, **constants):
     kernel[(programs,)](*args, **constants, **compiler_options(kernel, constants))
 
 
-# Words, and where they are needed -> the device tensor that holds them.
-_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+_tables: OrderedDict = OrderedDict()  # words, and where they are needed -> the device tensor that holds them
 TABLES = 64
-_ready: set[torch.device] = set()  # devices on which the kernel that a capture needs is loaded
+_ready: set = set()  # devices on which the kernel that a capture needs is loaded
 
 
 class _Call:
@@ -708,7 +700,7 @@ class _Call:
     The rows of ``table`` are on the device, where the host does not look: what they name must be there.
     """
 
-    def __init__(self, table: Tensor, **lists: list[Tensor]):
+    def __init__(self, table, **lists):
         if not (table.dim() == 2 and table.shape[1] == 5 and table.dtype == torch.int64 and table.is_contiguous()):
             raise RuntimeError(
                 f"table must be a contiguous int64 tensor of shape [rows, 5], got {table.dtype} of shape {list(table.shape)}"
@@ -722,21 +714,20 @@ class _Call:
         self.table, self.programs = (table.data_ptr(), self.rows), min(self.rows, PROGRAMS)
         self.kind = None if self.device.type == "cpu" else torch.get_device_module(self.device)
 
-    def launch(self, kernel: Any, *args: int, **constants: Any) -> None:
+    def launch(self, kernel, *args, **constants):
         double = self.dtype == torch.float64
         types = {"S": STORAGE[self.dtype], "T": tl.float64 if double else tl.float32, "BLOCK": BLOCK >> double}
         if self.rows:
             with self.on_device():
                 _launch(kernel, self.programs, *args, **types, **constants)
 
-    def on_device(self) -> AbstractContextManager[Any]:
+    def on_device(self):
         """Triton launches on the current device."""
         if self.kind is None or self.kind.current_device() == self.device.index:
             return nullcontext()
-        device: AbstractContextManager[Any] = self.kind.device(self.device)
-        return device
+        return self.kind.device(self.device)
 
-    def dense(self, name: str, t: Tensor | None) -> int:
+    def dense(self, name, t):
         """The address of a tensor of weights, gradients and what is like them; 0 for None."""
         if t is None:
             return 0
@@ -748,7 +739,7 @@ class _Call:
             raise RuntimeError(f"{name} must be dense in memory, got strides {t.stride()}")
         return t.data_ptr()
 
-    def plain(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64, dim: int = 1) -> int:
+    def plain(self, name, t, dtype=torch.float64, dim=1):
         """The address of a tensor of plain numbers; 0 for None."""
         if t is None:
             return 0
@@ -760,40 +751,38 @@ class _Call:
             raise RuntimeError(f"{name} must be on {self.device} like the table, got {t.device}")
         return t.data_ptr()
 
-    def per_row(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64) -> int:
+    def per_row(self, name, t, dtype=torch.float64):
         address = self.plain(name, t, dtype)
         if t is not None and len(t) != self.rows:
             raise RuntimeError(f"{name} must have one element per row of the table, {self.rows}, got {len(t)}")
         return address
 
-    def sum(self, name: str, t: Tensor | None) -> tuple[int, int]:
+    def sum(self, name, t):
         """(address, number of terms) of a sum that is one row; zeros for None."""
         return self.plain(name, t), 0 if t is None else len(t)
 
-    def pointers(
-        self, weights: list[Tensor], count: int = 1, words: tuple[int, ...] = (), **lists: list[Tensor]
-    ) -> list[int]:
+    def pointers(self, weights, count=1, words=(), **lists):
         """Where the kernels find addresses: flat weights, pointers of listed weights, of each of ``lists``, and ``words``.
 
         What is absent is 0. ``words`` are integers that go along. The list that is called terms holds ``count`` lists.
         """
-        flat, listed = (self.dense("weights", weights[0]), []) if len(weights) == 1 else (0, weights)
+        flat, listed = (self.dense("weights", weights[0]), ()) if len(weights) == 1 else (0, weights)
         lists = {"weights": listed, **lists}
         sizes = {name: len(tensors) / (count if name == "terms" else 1) for name, tensors in lists.items() if tensors}
         self.segments = int(next(iter(sizes.values()), 0))
         if any(size != self.segments for size in sizes.values()):
             raise RuntimeError(f"lists must have one tensor per parameter, got {sizes}")
         if not (sizes or words):
-            return [flat, *(0 for _ in lists), 0]
-        content = (*(t.data_ptr() for tensors in lists.values() for t in tensors), *words)
+            return flat, *(0 for _ in lists), 0
+        content = (*map(torch.Tensor.data_ptr, itertools.chain(*lists.values())), *words)
         self.held = self._table(content, lists)  # lives as long as the call
         at, found = self.held.data_ptr(), [flat]
-        for length in (*map(len, lists.values()), len(words)):
-            found.append(at if length else 0)
-            at += 8 * length
+        for tensors in (*lists.values(), words):
+            found.append(at if tensors else 0)
+            at += 8 * len(tensors)
         return found
 
-    def _table(self, content: tuple[int, ...], lists: Mapping[str, list[Tensor]]) -> Tensor:
+    def _table(self, content, lists):
         """A tensor with these words on the device."""
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         stream = self.kind and self.kind.current_stream(self.device)
@@ -816,11 +805,11 @@ class _Call:
         _tables[key] = self._copied(content)
         return _tables[key]
 
-    def _copied(self, words: tuple[int, ...]) -> Tensor:
+    def _copied(self, words):
         table = torch.tensor(words, dtype=torch.int64, device="cpu")
         return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
 
-    def _captured(self, words: tuple[int, ...]) -> Tensor:
+    def _captured(self, words):
         words += (0,) * (-len(words) % 16)
         table = torch.empty(len(words), dtype=torch.int64, device=self.device)
         with self.on_device():
@@ -831,12 +820,9 @@ class _Call:
 
 # ---- the operators: see reference.py ------------------------------------------------------------------------------------
 
-_Direction = tuple[list[int], int, dict[str, bool]]  # pointers to what d is made of, the address of the mean, constants
 
-
-def _direction(
-    call: _Call, weights: list[Tensor], grads: list[Tensor], ema: Tensor | None, eta: float | None
-) -> _Direction:
+def _direction(call, weights, grads, ema, eta):
+    """The pointers and constants of what the direction d is made of."""
     if not grads:
         raise RuntimeError("grads are missing: the list is empty")
     if eta is not None and not weights:
@@ -845,7 +831,7 @@ def _direction(
     return pointers, call.dense("ema", ema), {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None}
 
 
-def _norm(call: _Call, direction: _Direction, sigma: float, eta: float | None) -> Tensor:
+def _norm(call, direction, sigma, eta):
     pointers, ema, constants = direction
     terms = torch.empty(call.programs, dtype=torch.float64, device=call.device)
     call.launch(norm_kernel, terms.data_ptr(), *call.table, *pointers, ema, *_bits(sigma, eta or 0.0), **constants)
@@ -853,9 +839,8 @@ def _norm(call: _Call, direction: _Direction, sigma: float, eta: float | None) -
 
 
 def _perturb(
-    call: _Call, direction: _Direction, norm_sq: Tensor, sigma: float, eta: float | None, *, radii: Tensor, saved: Tensor,
-    status: Tensor, achieved_sq: Tensor, mask: Tensor | None = None, lmbda: float | None = None,
-) -> None:  # fmt: skip
+    call, direction, norm_sq, sigma, eta, *, radii, saved, status, achieved_sq, mask=None, lmbda=None
+):  # fmt: skip
     pointers, ema, constants = direction
     call.launch(
         perturb_kernel, *call.table, *call.sum("norm_sq", norm_sq), call.plain("radii", radii), *pointers,
@@ -865,26 +850,17 @@ def _perturb(
     )  # fmt: skip
 
 
-def norm(
-    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, ema: Tensor | None = None, sigma: float = 0.0,
-    eta: float | None = None,
-) -> Tensor:  # fmt: skip
+def norm(weights, grads, table, *, ema=None, sigma=0.0, eta=None):
     call = _Call(table, grads=grads)
     return _norm(call, _direction(call, weights if eta is not None else [], grads, ema, eta), sigma, eta)
 
 
-def perturb(
-    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, norm_sq: Tensor, ema: Tensor | None = None,
-    sigma: float = 0.0, eta: float | None = None, **options: Any,
-) -> None:  # fmt: skip
+def perturb(weights, grads, table, *, norm_sq, ema=None, sigma=0.0, eta=None, **options):
     call = _Call(table, weights=weights)
     _perturb(call, _direction(call, weights, grads, ema, eta), norm_sq, sigma, eta, **options)
 
 
-def ascend(
-    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, ema: Tensor | None = None, sigma: float = 0.0,
-    eta: float | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
+def ascend(weights, grads, table, *, ema=None, sigma=0.0, eta=None, **options):
     call = _Call(table, weights=weights)
     direction = _direction(call, weights, grads, ema, eta)
     norm_sq = _norm(call, direction, sigma, eta)
@@ -892,7 +868,7 @@ def ascend(
     return norm_sq
 
 
-def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
+def gram(terms, table, *, count):
     if not 1 <= count <= VECTORS:
         raise RuntimeError(f"count must be 1 to {VECTORS}, got {count}")
     call = _Call(table, terms=terms)
@@ -902,14 +878,12 @@ def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
     return sums if call.rows else sums.new_zeros(len(sums), 1)
 
 
-def _combination(
-    call: _Call, coefs: list[float], sums: list[Tensor], rescale: int
-) -> tuple[list[float], tuple[int, ...]]:
+def _combination(call, coefs, sums, rescale):
     """(coefficients that depend on no sum, or the words from which the kernels work them out)."""
-    width: int = COEFFICIENT_COLUMNS.value
+    width = COEFFICIENT_COLUMNS.value
     if len(coefs) % width or len(coefs) > TERMS * width:
         raise RuntimeError(f"coefs must be {width} numbers for each of at most {TERMS} terms, got {len(coefs)}")
-    addresses: list[tuple[int, int]] = []  # of each row of the sums, with its number of terms
+    addresses = []  # of each row of the sums, with its number of terms
     for k, t in enumerate(sums):
         start = call.plain(f"sums[{k}]", t, dim=2 if t.dim() == 2 else 1)
         if not t.numel():
@@ -938,10 +912,7 @@ def _combination(
     return [], (*_bits(*coefs), size, rescale, rows, *itertools.chain(*addresses))
 
 
-def _descent(
-    call: _Call, weights: list[Tensor], out: list[Tensor], terms: list[Tensor], coefs: list[float], sums: list[Tensor],
-    rescale: int, norm_sq: Tensor | None, saved: Tensor | None, status: Tensor | None,
-) -> tuple[tuple[int, ...], int, dict[str, Any]]:  # fmt: skip
+def _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status):
     """The arguments that ``descend`` and ``update`` have in common; where ``out`` is; and the constants."""
     if (saved is None) != (status is None):
         raise RuntimeError("saved and status go together: give both or neither")
@@ -952,34 +923,30 @@ def _descent(
             "terms must be as many lists of tensors, one after the other, as there are coefficients, "
             f"{count}; got {len(terms)} tensors"
         )
-    flat, listed, out_at, terms_at, words_at = call.pointers(weights, count, words, out=out, terms=terms)
+    flat, listed, out, terms, words = call.pointers(weights, count, words, out=out, terms=terms)
     arguments = (
-        *call.table, flat, listed, call.dense("saved", saved), call.per_row("status", status, torch.uint8), terms_at,
-        call.segments, *_bits(*c, *(0.0,) * (TERMS - len(c))), words_at, *call.sum("norm_sq", norm_sq),
+        *call.table, flat, listed, call.dense("saved", saved), call.per_row("status", status, torch.uint8), terms,
+        call.segments, *_bits(*c, *(0.0,) * (TERMS - len(c))), words, *call.sum("norm_sq", norm_sq),
     )  # fmt: skip
-    return arguments, out_at, {"COUNT": count, "SUMS": bool(sums)}
+    return arguments, out, {"COUNT": count, "SUMS": bool(sums)}
 
 
 def descend(
-    weights: list[Tensor], out: list[Tensor], terms: list[Tensor], table: Tensor, *, coefs: list[float], sums: list[Tensor],
-    rescale: int = -1, norm_sq: Tensor | None = None, saved: Tensor | None = None, status: Tensor | None = None,
-    last: bool = True, out_sq: Tensor | None = None,
-) -> None:  # fmt: skip
+    weights, out, terms, table, *, coefs, sums, rescale=-1, norm_sq=None, saved=None, status=None, last=True, out_sq=None
+):  # fmt: skip
     if weights and saved is None:
         raise RuntimeError("weights are brought back from saved, which is missing")
     call = _Call(table, weights=weights, out=out)
-    arguments, out_at, constants = _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status)
+    arguments, out, constants = _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status)
     squares = call.per_row("out_sq", out_sq)
-    call.launch(descend_kernel, *arguments, out_at, int(last), squares, **constants, SQUARED=out_sq is not None)
+    call.launch(descend_kernel, *arguments, out, int(last), squares, **constants, SQUARED=out_sq is not None)
 
 
 def update(
-    weights: list[Tensor], states: list[Tensor], terms: list[Tensor], table: Tensor, *, rule: int, settings: Tensor,
-    step: Tensor | None = None, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None,
-    saved: Tensor | None = None, status: Tensor | None = None,
-) -> None:  # fmt: skip
+    weights, states, terms, table, *, rule, settings, step=None, coefs, sums, rescale=-1, norm_sq=None, saved=None, status=None
+):  # fmt: skip
     if rule not in RULES:
-        raise RuntimeError(f"rule must be {reference.SGD} (SGD) or {reference.ADAM} (Adam), got {rule}")
+        raise RuntimeError(f"rule must be 0 (SGD) or 1 (Adam), got {rule}")
     columns, names = RULES[rule]
     if not len(names) - 1 <= len(states) <= len(names):
         raise RuntimeError(f"states must be {names} or those without the last, got {len(states)}")
