@@ -39,7 +39,6 @@ from cases import (
     table,
 )
 from msam_kernels import MicroBatchSAM, backends, methods
-from msam_kernels.backends import reference
 from plain import DEVICE
 from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
 
@@ -253,16 +252,6 @@ def test_words_written_by_a_kernel_are_those_that_were_copied(kernels):
     call = kernels._Call(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), grads=[torch.zeros(1)])
     words = (*(2**40 + 3 * i for i in range(36)), -(2**60))
     assert call._captured(words)[:37].tolist() == call._copied(words).tolist() == list(words)
-
-
-def test_the_kernels_know_the_numbers_of_the_specification(kernels):
-    named = kernels.UNTOUCHED, kernels.SAVED, kernels.PERTURBED, kernels.SGD, kernels.ADAM, kernels.COEFFICIENT_COLUMNS
-    assert [constant.value for constant in named] == [
-        *(reference.UNTOUCHED, reference.SAVED, reference.PERTURBED, reference.SGD, reference.ADAM),
-        len(reference.COEFFICIENT),
-    ]
-    columns = {reference.SGD: len(reference.SGD_COLUMNS), reference.ADAM: len(reference.ADAM_COLUMNS)}
-    assert {rule: count for rule, (count, _) in kernels.RULES.items()} == columns
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------
