@@ -279,7 +279,7 @@ class Typed {
 };
 
 template <class Result, class... Args, class... Extra>
-void bind_operator(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
+void define(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
   m.def(std::strchr(name, ':') + 2, Typed<Result, Args...>(name), extra...);
 }
 
@@ -300,9 +300,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto none = [](const char* name) { return arg(name) = py::none(); };
   const py::kw_only kw_only;
   using Types = msam::Operators<msam::Call>;
-#define MSAM_BIND(name, ...) bind_operator(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
-  MSAM_BIND(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
-  MSAM_BIND(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
+#define MSAM_DEFINE(name, ...) define(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
+  MSAM_DEFINE(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
+  MSAM_DEFINE(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
             arg("status"), arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
   MSAM_DEFINE(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("status"),
             arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
