@@ -382,11 +382,10 @@ def test_a_step_of_two_micro_batches_returns_to_the_weights_bit_for_bit(dtype, b
 # ---- declaration -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flat", [True, False], ids=["flat weights", "listed weights"])
 @pytest.mark.parametrize(("operator", "variant"), LARGEST, ids=lambda v: v)
-def test_opcheck_accepts_the_operator(operator, variant, flat):
-    options = {**VARIANTS[operator][variant], "alias": None}  # of schemas that mutate, none allows it
-    args, kwargs = make(operator, options, sizes=(5, 0, 33), flat=flat).args()
+def test_opcheck_accepts_the_operator(operator, variant):
+    options = {**VARIANTS[operator][variant], "alias": None}  # a term that is mutated is beyond what a schema can say
+    args, kwargs = make(operator, options, sizes=(5, 0, 33), flat=False).args()
     torch.library.opcheck(getattr(torch.ops.msam_kernels, operator).default, args, kwargs)
 
 
@@ -541,14 +540,15 @@ def test_the_norm_is_within_a_few_ulp_of_the_exact_one(dtype, n, decades):
 
 @each_dtype
 def test_the_norm_of_a_residual_and_of_a_stretched_direction_is_within_two_ulp(dtype):
+    n = CHUNK + 4097
     for variant in ("friendly", "adaptive", "friendly and adaptive"):
-        call = make("norm", variant, dtype, (40001,))
+        call = make("norm", variant, dtype, (n,))
         a = call.in_double().arguments
         d = a["grads"][0]
         if "sigma" in a:
-            d = d - a["sigma"] * a["ema"][:40001]
+            d = d - a["sigma"] * a["ema"][:n]
         if "eta" in a:
-            d = (a["weights"][0][:40001].abs() + a["eta"]) * d
+            d = (a["weights"][0][:n].abs() + a["eta"]) * d
         norm, exact = math.sqrt(call.run().item()), math.sqrt(exact_sum_of_squares(d))
         # 16-bit data too: what is summed are fp32 directions that were never rounded to 16 bits.
         ulp = math.ulp(exact) if dtype == torch.float64 else 2.0 ** (math.frexp(exact)[1] - 24)
@@ -557,14 +557,16 @@ def test_the_norm_of_a_residual_and_of_a_stretched_direction_is_within_two_ulp(d
 
 @each_dtype
 def test_sums_by_row_are_of_what_was_stored(dtype):
+    def wide(t: Tensor) -> Tensor:
+        return t if dtype == torch.float64 else t.float()
+
     ascent = make("perturb", "plain", dtype, (40001,))
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    before = ascent.arguments["weights"][0].clone().to(arithmetic)
+    before = wide(ascent.arguments["weights"][0].clone())
     ascent.run()
     descent = make("descend", "out", dtype, (40001,))
     descent.run()
     stored = {
-        "achieved_sq": (ascent, (ascent.arguments["weights"][0].to(arithmetic) - before)[:40001].double()),
+        "achieved_sq": (ascent, (wide(ascent.arguments["weights"][0]) - before)[:40001]),
         "out_sq": (descent, descent.arguments["out"][0].double()),
     }
     for name, (call, what) in stored.items():
@@ -831,7 +833,7 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "a table of int32": ("update", "sgd", _with(table=_as(INT)), "table must be a contiguous int64 .* Int"),
     "a table of four columns": ("gram", "two", _with(table=lambda t: t[:, :4].contiguous()), "table must .* 5.*4"),
     "a table by columns": ("norm", "plain", _with(table=_by_columns), "table must be a contiguous"),
-    "a table elsewhere": ("update", "sgd", _with(table=_meta), "one device, got (cpu and meta|meta and cpu)"),
+    "a table elsewhere": ("update", "sgd", _with(table=_meta), "one device, got cpu and meta"),
     "a row past the gradient": ("norm", "plain", _row(numel=34), r"row 2 of the table .* 34 of grads\[2\], .* 33"),
     "a row past the flat weights": ("update", "sgd", _row(offset=1000), "weights .* the table reaches 1033"),
     "a row past the listed weights": (
@@ -880,12 +882,12 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         "norm",
         "plain",
         _with(grads=_in_each(_meta, only=1)),
-        "one device, got (cpu and meta|meta and cpu)",
+        "one device, got cpu and meta",
     ),
-    "weights elsewhere": ("update", "sgd", _with(weights=_in_each(_meta)), "one device, got (cpu and meta|meta and cpu)"),
-    "saved elsewhere": ("descend", "weights", _with(saved=_meta), "one device, got (cpu and meta|meta and cpu)"),
-    "status elsewhere": ("perturb", "plain", _with(status=_meta), "one device, got (cpu and meta|meta and cpu)"),
-    "a sum elsewhere": ("descend", "out, ratios", _with(sums=_in_each(_meta)), "one device, got (cpu and meta|meta and cpu)"),
+    "weights elsewhere": ("update", "sgd", _with(weights=_in_each(_meta)), "one device, got meta and cpu"),
+    "saved elsewhere": ("descend", "weights", _with(saved=_meta), "one device, got cpu and meta"),
+    "status elsewhere": ("perturb", "plain", _with(status=_meta), "one device, got cpu and meta"),
+    "a sum elsewhere": ("descend", "out, ratios", _with(sums=_in_each(_meta)), "one device, got cpu and meta"),
     "lists of different lengths": (
         "perturb",
         "listed",
@@ -1104,8 +1106,11 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
     norm_sq = kernels.norm([], [grad], rows)
     expected = -(-n // 1000) + 1.5**2 + 2**2 + 3**2 + 4**2
     assert norm_sq.item() == expected
-    # With a radius of ‖g‖ and zero weights, w + e is g.
-    achieved_sq, status = torch.empty(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.uint8)
+    # With a radius of ‖g‖ and zero weights, w + e is g. Zeros that are only read take no memory.
+    achieved_sq, status = (
+        torch.empty(len(rows), dtype=torch.float64),
+        torch.full((len(rows),), PERTURBED).to(torch.uint8),
+    )
     written = {"saved": saved, "status": status, "achieved_sq": achieved_sq}
     kernels.perturb([weights], [grad], rows, norm_sq=norm_sq, radii=norm_sq.sqrt(), **written)
     assert torch.equal(weights, grad)
@@ -1120,8 +1125,8 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
 @pytest.mark.slow
 def test_more_than_2_31_elements_are_all_summed_perturbed_and_restored():
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    if available < 14 << 30:
-        pytest.skip("needs 14 GB of free memory")
+    if available < 10 << 30:
+        pytest.skip("needs 10 GB of free memory")
     done = child("beyond-32-bits")
     assert done.returncode == 0, done.stderr
 
