@@ -142,9 +142,10 @@ class Engine:
         device = self.store.device
         norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
         achieved_sq = [
-            sum(flat.achieved_sq(i).sum().to(device) for flat in self.store.flats) for i in range(len(self.norms_sq))
+            sum((flat.achieved_sq(i).sum().to(device) for flat in self.store.flats), norms_sq.new_zeros(()))
+            for i in range(len(self.norms_sq))
         ]
-        return Stats(norms_sq.sqrt(), torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())  # type: ignore[arg-type]
+        return Stats(norms_sq.sqrt(), torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
 
     # -- Sparse SAM -------------------------------------------------------------------------------------------------------
 
