@@ -347,7 +347,7 @@ def test_each_row_of_the_sums_is_added_up_in_the_order_of_the_norm(operator, ter
     rows = [3 + torch.randn(n, terms, generator=generator, dtype=torch.float64) for n in (6, 1, 1)]
     norm_sq = torch.rand(terms, generator=generator, dtype=torch.float64)
     many.arguments.update(sums=rows, norm_sq=norm_sq)
-    summed = [added_up(part).unsqueeze(1) for part in rows]
+    summed = [added_up(part).reshape(-1, 1) for part in rows]
     one.arguments.update(sums=summed, norm_sq=added_up(norm_sq).reshape(1))
     one.run(emulated)
     many.run(emulated)

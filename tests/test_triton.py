@@ -92,7 +92,9 @@ def run(call: Call) -> Tensor | None:
 
 
 def added_up(terms: Tensor) -> Tensor:
-    """The sum of a norm's terms, in the order of every kernel: as a coefficient of 1."""
+    """The sum of each row of terms, in the order of every kernel: as a coefficient of 1."""
+    if terms.dim() == 2:
+        return torch.cat([added_up(row) for row in terms]).unsqueeze(1)
     one, out = torch.ones(1, dtype=torch.float64, device=DEVICE), torch.zeros(1, dtype=torch.float64, device=DEVICE)
     rows, *_ = table((1,), 8)
     arguments = {"coefs": coefs([{"b": 1.0, "p": 0, "q": 1}]), "sums": [terms.to(DEVICE), one]}
