@@ -5,9 +5,9 @@
     python tests/mutants.py --only flat   # those whose file or fault has that in it
     python tests/mutants.py --list
 
-Each fault is a text of one file and what stands in its place; the text must be there exactly once, so that a fault that no longer
-fits is noticed. ``tests`` are what has to fail. Faults in csrc/cpu are built, those in csrc/cuda and csrc/update_math.h run in the
-emulator beside the CPU kernels as they are.
+Each fault is a text of one file and what stands in its place; the text must be there exactly once, so that a fault that no
+longer fits is noticed. ``tests`` are what has to fail. Faults in the formulas of csrc/update_math.h run in the emulated CUDA
+kernels, beside the CPU kernels as they are built.
 """
 
 from __future__ import annotations
