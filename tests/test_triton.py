@@ -376,11 +376,11 @@ def test_training_takes_the_same_steps_as_on_the_cpu(base, dtype):
 
 # ---- ahead of time, without a GPU ------------------------------------------------------------------------------------
 
-# name -> what Triton calls it, dtypes: all where most GPUs are, elsewhere those that most users have
+# name -> what Triton calls it, dtypes: each width where most GPUs are, elsewhere what most users have
 TARGETS = {
-    "sm_90": (("cuda", 90, 32), ("fp32", "fp64", "bf16", "fp16")),
-    "sm_80": (("cuda", 80, 32), ("fp32", "bf16")),
-    "gfx942": (("hip", "gfx942", 64), ("fp32", "bf16")),
+    "sm_90": (("cuda", 90, 32), ("fp32", "fp64", "bf16")),
+    "sm_80": (("cuda", 80, 32), ("fp32",)),
+    "gfx942": (("hip", "gfx942", 64), ("fp32",)),
 }
 
 

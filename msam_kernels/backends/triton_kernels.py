@@ -685,7 +685,8 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
     if platform == "cuda" and kernel.__name__ in REGISTERS:
         large = constants["T"] == tl.float64 or constants.get("MASKED") or constants.get("STATES") == 3
-        found["maxnreg"] = 128 if large else REGISTERS[kernel.__name__]
+        # A mean more is a few registers more.
+        found["maxnreg"] = 128 if large else REGISTERS[kernel.__name__] + 8 * bool(constants.get("FRIENDLY"))
     return found
 
 
