@@ -80,7 +80,8 @@ ON_EVERY_BACKEND = {"test_kernels", "test_golden", "test_old_files", "test_metho
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and not any("backend" in names for names in named):
         compiled = [name for name in BACKENDS if name != "reference"]
         if os.environ.get("MSAM_KERNELS_CPP") == "0" and backends.available_backends()["cpu"]:
             compiled = ["reference"]
