@@ -112,8 +112,11 @@ class Engine:
 
     def follow(self) -> None:
         """Notice parameters that somebody re-pointed since the last look."""
-        if not self.store.is_current():
-            self.adopt()
+        if self.store.is_current():
+            return
+        self.adopt()
+        if self.step is not None:
+            self.step.follow()
 
     def prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
@@ -382,6 +385,13 @@ class Step:
     def check_current(self) -> None:
         if self.engine.step is not self:
             raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
+
+    def follow(self) -> None:
+        """Bring the gradients of earlier passes into the memory order that their parameters have by now."""
+        store = self.store
+        self._held = [store.in_order(vector) for vector in self._held]
+        if self._mean is not None:
+            self._mean = store.in_order(self._mean)
 
     # -- ascent -----------------------------------------------------------------------------------------------------------
 

@@ -916,3 +916,22 @@ def test_stats_are_those_of_the_latest_step_and_ask_for_one(backend):
     opt.train_step(lambda *part: loss_of(model, *part), *data)
     assert len(opt.stats.grad_norm) == 1
     assert len(kept.grad_norm) == 2, "earlier records do not change"
+
+
+@pytest.mark.parametrize(
+    "method", [methods.SAM(), methods.GapSAM(), methods.BilateralSAM(), methods.LookSAM(k=2)], ids=str
+)
+def test_a_new_memory_order_between_passes_takes_the_held_gradients_along(method):
+    def run(when):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3, dtype=FLOAT64)
+        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.1, num_micro_batches=2, method=method)
+        x = torch.randn(4, 3, 5, 5, dtype=FLOAT64)
+        for turn, part in enumerate(opt.passes(x)):
+            if turn == when:
+                model.to(memory_format=torch.channels_last)
+            model(part).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    for when in range(1, 4):
+        torch.testing.assert_close(run(when), run(None), rtol=1e-12, atol=1e-12)
