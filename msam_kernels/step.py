@@ -112,8 +112,11 @@ class Engine:
 
     def follow(self) -> None:
         """Notice parameters that somebody re-pointed since the last look."""
-        if not self.store.is_current():
-            self.adopt()
+        if self.store.is_current():
+            return
+        self.adopt()
+        if self.step is not None:
+            self.step.follow()
 
     def prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
@@ -383,6 +386,13 @@ class Step:
         if self.engine.step is not self:
             raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
 
+    def follow(self) -> None:
+        """Bring the gradients of earlier passes into the memory order that their parameters have by now."""
+        store = self.store
+        self._held = [store.in_order(vector) for vector in self._held]
+        if self._mean is not None:
+            self._mean = store.in_order(self._mean)
+
     # -- ascent -----------------------------------------------------------------------------------------------------------
 
     def ascend(self) -> None:
@@ -455,7 +465,7 @@ class Step:
     def _accumulate(self) -> None:
         """The micro-batch's descent into the mean, and the weights back for the next one."""
         descent = self._descent()
-        self._descend(self._into(descent, whole=True), descent, last=False)
+        self._descend(self._into(descent, self._mean, whole=True), descent, last=False)
 
     def end_in_grads(self) -> None:
         """The last descent: weights back, the mean added to the gradients of before the step, as ``backward()`` would."""
@@ -464,10 +474,10 @@ class Step:
         single = len(self.shares) == 1
         if before is not None and single and self.plan.reuses is None:
             descent.add(before, PLAIN)
-            self._descend(before.filled(descent.terms[0]), descent, last=True)
+            self._descend(self._into(descent, before, whole=False), descent, last=True)
             before = None
         else:
-            self._descend(self._into(descent, whole=False), descent, last=True)
+            self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
         if self.plan.reuses is not None:
             assert self._mean is not None
             self._descend(self._mean, self._reused(self._mean), last=True, weights=False)
@@ -485,7 +495,7 @@ class Step:
         rule = fused_rule(engine.base)
         descent = self._descent()
         if rule is None or (plan.reuses is not None and self._mean is not None):
-            self._descend(self._into(descent, whole=False), descent, last=True)
+            self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
             assert self._mean is not None
             descent = Descent()
             descent.add(self._mean, PLAIN)
@@ -536,12 +546,13 @@ class Step:
         self._norm_sq = None
         return descent
 
-    def _into(self, descent: Descent, *, whole: bool) -> Vectors:
-        """Where the mean goes: into the memory of the descents so far, the first into that of its own gradient."""
-        grads, mean = descent.terms[0], self._mean
-        if mean is None or mean.absent:
+    @staticmethod
+    def _into(descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:
+        """Where the descent goes: into the memory of what it is added to, where that is absent into its own gradients'."""
+        grads = descent.terms[0]
+        if sum_so_far is None or sum_so_far.absent:
             grads.lists = own_memory_of_lists(grads.lists, whole=whole)
-        out = grads if mean is None else mean.filled(grads)
+        out = grads if sum_so_far is None else sum_so_far.filled(grads)
         for vector in descent.terms:
             out = out.filled(vector)
         return out
