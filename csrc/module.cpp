@@ -139,16 +139,6 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   return py::make_tuple(std::move(grads), regular, absent);
 }
 
-// Whether the same parameters are absent from two lists.
-bool same_absence(const py::list& a, const py::list& b) {
-  TORCH_CHECK(a.size() == b.size(), "same_absence takes lists of one length, got ", a.size(), " and ", b.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    TORCH_CHECK(THPVariable_Check(a[i].ptr()) && THPVariable_Check(b[i].ptr()), "same_absence takes tensors");
-    if ((THPVariable_Unpack(a[i].ptr()).numel() == 0) != (THPVariable_Unpack(b[i].ptr()).numel() == 0)) return false;
-  }
-  return true;
-}
-
 // What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out.
 using Layout = c10::SmallVector<int64_t, 512>;
 Layout layout_of(const py::list& groups) {
@@ -293,7 +283,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
   m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, of any other tensor");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
-  m.def("same_absence", &same_absence, "(tensors, tensors) -> whether the same ones are empty in both lists");
   m.def("memory_layout", &memory_layout, "(parameter groups) -> bytes that change when their parameters or these' memory does");
   m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether memory_layout would return these bytes");
   using py::arg;

@@ -298,8 +298,8 @@ class Step:
     Attributes:
         perturbed: whether weights may be perturbed: the kernels know which.
         saves: whether weights were saved that the kernels hold to be those of this step.
-        aside: by flat, the gradients of before the step, and the same in memory that nobody else writes to; None where they
-            are in ``p.grad``.
+        aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
+            None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
     """
 
@@ -345,7 +345,9 @@ class Step:
 
     def drop_before(self) -> None:
         """The user has cleared the gradients: those of before the step too."""
-        self.aside = [([], []) for _ in self.store.flats]
+        self.adds_to_v = False  # which is of gradients that are gone
+        if self.aside is not None:
+            self.aside = [([], []) for _ in self.store.flats]
 
     def give_back_grads(self) -> None:
         """What was set aside is in ``p.grad`` again, the same tensors with the same values."""
@@ -426,7 +428,7 @@ class Step:
         torch.clear_autocast_cache()
 
     def _hold(self, grads: Vectors) -> None:
-        """For the descent, until there."""
+        """Keep the gradients of a pass for the micro-batch's descent."""
         self._held.insert(0, Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent))
 
     def _check_model(self, model: nn.Module) -> None:
@@ -597,7 +599,7 @@ class Step:
     # -- gradients of before the step ------------------------------------------------------------------------------------
 
     def _before(self) -> Vectors:
-        """They as the kernels take them."""
+        """The gradients of before the step, as the kernels take them."""
         lists, absent = [], 0
         for flat, (_, grads) in zip(self.store.flats, self.aside or (), strict=True):
             pairs = zip(flat.params, grads or [None] * len(flat.params), strict=True)

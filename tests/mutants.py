@@ -305,7 +305,7 @@ MUTANTS = [
     Mutant(
         "v is not measured when it is loaded",
         P + "checkpoint.py",
-        "            flat.measure(memory)\n",
+        "                flat.measure(memory)\n",
         "",
         "tests/test_resume.py tests/test_old_files.py",
     ),
