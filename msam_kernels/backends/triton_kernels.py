@@ -684,7 +684,7 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     """For the compiler."""
     found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
     if platform == "cuda" and kernel.__name__ in REGISTERS:
-        large = constants.get("MASKED") or constants.get("STATES") == 3
+        large = constants.get("MASKED") or constants.get("STATES") == 3 or constants.get("COUNT") == 4
         # A mean more is a few registers more.
         usual = REGISTERS[kernel.__name__] + 8 * bool(constants.get("FRIENDLY"))
         found["maxnreg"] = 168 if constants["T"] == tl.float64 else 128 if large else usual
