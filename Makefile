@@ -24,7 +24,7 @@ help:
 	@echo "make demo     train with SGD, SAM, mSAM and F-SAM on real data: a table, and a picture in demo.png"
 	@echo "make family   the demo for every method of the family, on MNIST-1D: a table, and a picture in family.png"
 	@echo "make test     build, then run every test"
-	@echo "make lint     style of the Python code, licence lines"
+	@echo "make lint     style and types of the Python code, licence lines"
 	@echo "make bench    time the optimizer step against plain PyTorch: tables, and build/bench_*.csv and .png; with ARGS"
 	@echo "              SAM and F-SAM only"
 	@echo "make gpu      on a machine with a CUDA GPU: build, test, sanitize and time everything there, without a network"
@@ -57,11 +57,12 @@ test: build
 lint: build/environment
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
+	"$(PY)" -m mypy
 	@missing=$$(grep -L 'SPDX-License-Identifier: Apache-2.0' $(LICENSED)); \
 	test -z "$$missing" || { echo "no SPDX-License-Identifier: Apache-2.0 in:" $$missing >&2; exit 1; }
 
 LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) \
-	$(wildcard msam_kernels/*.py tests/*.py benchmarks/*.py examples/*.py)
+	$(wildcard msam_kernels/*.py msam_kernels/*/*.py tests/*.py benchmarks/*.py examples/*.py)
 
 bench: build
 	"$(PY)" benchmarks/bench_step.py --csv build/bench_step.csv --plot build/bench_step.png $(ARGS)
@@ -84,7 +85,7 @@ build/extension: build/environment $(SOURCES)
 	@test -z "$$(ls msam_kernels/_C.* 2>/dev/null)" -a "$(MSAM_KERNELS_CPP)" != 0 || mv $@.begun $@
 
 clean:
-	rm -rf build *.egg-info msam_kernels/_C.*so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info msam_kernels/_C.*so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find csrc msam_kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # What the environment lacks. One that this Makefile made (msam_kernels.made) must have every pin; another one must only

@@ -226,11 +226,11 @@ def extensions():
     # No -march: kernels.cpp picks the instruction set at run time. No contraction: the same bits everywhere. Neither
     # errno nor traps: they change no result, and loops with them stay scalar.
     strict = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    # Torch's headers use a little of C++20. gcc takes arrays that are filled on every path for uninitialized, and tells how
-    # it passes wide vectors, which only inlined functions do here.
-    warn = ["-Wall", "-Wno-c++20-extensions"]
+    # Torch's headers use a little of C++20. Compilers tell how they pass wide vectors, which only inlined functions do here.
+    # gcc takes arrays that are filled on every path for uninitialized.
+    warn = ["-Wall", "-Wno-c++20-extensions", "-Wno-psabi"]
     if not is_clang(compiler):
-        warn += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+        warn.append("-Wno-maybe-uninitialized")
     flags = {"cxx": ["-O3", "-std=c++17", *strict, "-fvisibility=hidden", "-g0", *warn, *openmp]}
     macros = [("MSAM_TORCH_VERSION", f'"{torch.__version__}"')]
     # Relative, as setuptools demands; sorted, so that builds repeat.

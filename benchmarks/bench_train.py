@@ -9,27 +9,25 @@ that is on the device already, in fp32 without TF32. Ours: ``train_step``, the s
 ``capture``, which replays the step as one CUDA graph. Against it: the steps of ``peers.py``, with the model as it is and
 compiled.
 
-All begin with the same weights and take the same ``CHECKED`` steps first; unless the weights after the first and all
-losses agree, the case is not timed. (Later weights do not: a ReLU that rounding turns on or off moves a small network by
-percents.) Then they take turns in shuffled order; a time is the median over the rounds. Ours gets ``model=``, so that
-BatchNorm records in the first pass only; the peers record in both.
+All begin with the same weights and take the same ``CHECKED`` steps first. A peer whose losses or whose weights after the
+first step are not those of the loop over parameters, that fails, or that does not end in its time is left out, with a note;
+where ours are not, the case is not timed. (Later weights do not agree: a ReLU that rounding turns on or off moves a small
+network by percents.) Then they take turns in shuffled order; a time is the median over the rounds. Ours gets ``model=``, so
+that BatchNorm records in the first pass only; the peers record in both.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import itertools
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +36,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
 import peers
-from measure import Clock, Effort, Others, Results, TimeLimit, interleave, no_collector, number, print_table, size
+from contest import count_of, first_line
+from measure import Call, Clock, Failed, Job, Results, Say, interleave, number, print_table, size
 
 OURS, CAPTURED, COMPILED = "ours", "ours, captured", ", compiled model"
 PEERS = ("loop", "foreach", "compile")
@@ -164,6 +163,9 @@ class Case:
     micro_batches: int
     backend: str = "auto"
 
+    def __str__(self) -> str:
+        return f"{self.model}, {self.base}, {count_of(self.micro_batches)}"
+
 
 def torch_base(model: nn.Module, base: str, **options) -> torch.optim.Optimizer:
     if base == "sgd":
@@ -199,51 +201,66 @@ def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) 
     return lambda x, y: opt.train_step(loss_fn, x, y)
 
 
-class Unequal(Exception):
-    pass
+@dataclass
+class Contestant:
+    step: Callable[..., Tensor]
+    losses: list[float]
+    weights: Tensor  # after the first step
+    seconds: float  # of all steps so far
+
+
+def vector(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def first_steps(name: str, case: Case, model: nn.Module, batches: list) -> Contestant:
+    step = make_step(name, case, model, batches[0])
+    start = time.perf_counter()
+    losses = [step(*batches[0]).item()]
+    weights = vector(model)
+    losses += [step(*batches[i % len(batches)]).item() for i in range(1, CHECKED)]
+    return Contestant(step, losses, weights, time.perf_counter() - start)
 
 
 def enter(
-    case: Case, names: Sequence[str], task: Task, batches: list, results: Results, say: Callable
+    case: Case, task: Task, batches: list, args: argparse.Namespace, results: Results, say: Say
 ) -> dict[str, Callable[..., Tensor]]:
     """The steps by contestant, after ``CHECKED`` of them gave the same losses and weights.
 
     Raises:
-        Unequal: they did not.
+        Failed: ours did not.
     """
     torch.manual_seed(1)
     template = task.make().to(batches[0][0].device)
-    steps, losses, weights = {}, {}, {}
-    for name in names:
+    entered: dict[str, Contestant] = {}
+    # The first is what the others are compared with.
+    for name in sorted(args.contestants, key=lambda name: name != "loop"):
         say(f"checking {name}")
-        model = copy.deepcopy(template)
+        own = name in (OURS, CAPTURED)
         try:
-            step = make_step(name, case, model, batches[0])
-            start = time.perf_counter()
-            losses[name] = [step(*batches[0]).item()]
-            weights[name] = nn.utils.parameters_to_vector(model.parameters()).detach()
-            losses[name] += [step(*batches[i % len(batches)]).item() for i in range(1, CHECKED)]
-        except Exception as error:
             # A peer or a compiler that a machine cannot run is no reason not to measure the others.
-            if name in (OURS, CAPTURED):
+            with measure.time_limit(math.inf if own else args.peer_seconds):
+                entered[name] = first_steps(name, case, copy.deepcopy(template), batches)
+        except Exception as error:
+            if own:
                 raise
-            losses.pop(name, None)
-            results.note(f"{name}: not run, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            results.note(f"{case}: {name} is left out, {first_line(error)}")
+    first, expected = next(iter(entered.items()))
+    way = (expected.weights - vector(template)).norm()
+    for name, contestant in list(entered.items()):
+        pairs = zip(contestant.losses, expected.losses, strict=True)
+        loss = max(abs(a / b - 1) if math.isfinite(a) else math.inf for a, b in pairs)
+        apart = ((contestant.weights - expected.weights).norm() / way).item()
+        far = {"loss_error": loss, "way_error": apart}
+        results.add(kind="check", **vars(case), contestant=name, seconds=contestant.seconds, **far)
+        if loss <= TOLERANCE[0] and apart <= TOLERANCE[1]:
             continue
-        steps[name] = step
-        results.add(kind="check", **vars(case), contestant=name, seconds=time.perf_counter() - start)
-    first = "loop" if "loop" in steps else OURS
-    way = (weights[first] - nn.utils.parameters_to_vector(template.parameters()).detach()).norm()
-    lines, fine = [], True
-    for name, own in losses.items():
-        loss = max(abs(a / b - 1) if math.isfinite(a) else math.inf for a, b in zip(own, losses[first], strict=True))
-        apart = ((weights[name] - weights[first]).norm() / way).item()
-        lines.append(f"  {name:<30} losses {loss:.1e}, weights {apart:.1e} from {first}")
-        fine = fine and loss <= TOLERANCE[0] and apart <= TOLERANCE[1]
-        results.select(kind="check", **vars(case), contestant=name)[0].update(loss_error=loss, way_error=apart)
-    if not fine:
-        raise Unequal(f"Not all take the same steps ({case}); at most {TOLERANCE}:\n" + "\n".join(lines))
-    return steps
+        how = f"losses {loss:.1e}, weights {apart:.1e} from {first}, at most {TOLERANCE} are allowed"
+        if name.startswith(OURS):
+            raise Failed(f"{case}: {name} takes other steps, and nobody is timed: {how}.")
+        results.note(f"{case}: {name} takes other steps, and is left out: {how}.")
+        del entered[name]
+    return {name: contestant.step for name, contestant in entered.items()}
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -251,6 +268,8 @@ def enter(
 
 def print_case(results: Results, case: Case, parameters: int, samples: int) -> None:
     rows = results.select(kind="train", **vars(case))
+    if not rows:
+        return
     best = max((r["samples_per_s"] for r in rows if r["contestant"] in EAGER_PEERS), default=None)
     lines = []
     for row in sorted(rows, key=lambda row: row["ms"]):
@@ -258,8 +277,8 @@ def print_case(results: Results, case: Case, parameters: int, samples: int) -> N
         spread = f"± {number(row['iqr_ms'], 2)}"
         ratio = f"{row['over_eager_peers']:.2f}x" if best else ""
         lines.append((row["contestant"], f"{row['samples_per_s']:,.0f}", number(row["ms"]), spread, ratio))
-    micro_batches = "1 micro-batch" if case.micro_batches == 1 else f"{case.micro_batches} micro-batches"
-    print(f"\n== {case.model}, {size(parameters)} parameters, {samples} samples in {micro_batches}, {case.base} ==\n")
+    what = f"{size(parameters)} parameters, {samples} samples in {count_of(case.micro_batches)}"
+    print(f"\n== {case.model}, {what}, {case.base} ==\n")
     print_table(("", "samples/s", "ms / step", "iqr", "over eager peers"), lines)
     sys.stdout.flush()
 
@@ -280,42 +299,41 @@ def print_goals(results: Results) -> None:
 # -- run ---------------------------------------------------------------------------------------------------------------
 
 
-def run_case(results: Results, case: Case, task: Task, args: argparse.Namespace, say: Callable) -> None:
+def run_case(results: Results, case: Case, task: Task, args: argparse.Namespace, say: Say) -> None:
     torch.manual_seed(0)
     batches = [task.data(task.samples, args.device) for _ in range(4)]
-    steps = enter(case, args.contestants, task, batches, results, say)
+    steps = enter(case, task, batches, args, results, say)
 
-    def call(step):
+    def call(step: Callable[..., Tensor]) -> Call:
         turn = itertools.cycle(batches)
-        return lambda: step(*next(turn))
+        return Call(lambda: step(*next(turn)))
 
-    with no_collector():
-        timings = interleave({n: call(s) for n, s in steps.items()}, args.effort, Clock(args.device), say=say)
+    timings = interleave({n: call(s) for n, s in steps.items()}, measure.effort(args), Clock(args.device), say=say)
     for name, timing in timings.items():
         rate = task.samples / timing.median
-        spread = {"iqr_ms": timing.iqr * 1e3, "rounds": len(timing.seconds)}
-        results.add(kind="train", **vars(case), contestant=name, samples_per_s=rate, ms=timing.median * 1e3, **spread)
-    print_case(results, case, sum(p.numel() for p in task.make().parameters()), task.samples)
+        results.add(kind="train", **vars(case), contestant=name, samples_per_s=rate, **timing.as_row())
+
+
+def jobs(results: Results, args: argparse.Namespace) -> Generator[Job, None, None]:
+    tasks = GPU_TASKS if args.device.type == "cuda" else CPU_TASKS
+    for model in args.models:
+        torch.compiler.reset()
+        task = tasks[model]
+        parameters = sum(p.numel() for p in task.make().parameters())
+        for base, m in itertools.product(args.base, args.micro_batches):
+            case = Case(model, base, m, args.backend)
+            yield str(case), partial(run_case, results, case, task, args)
+            print_case(results, case, parameters, task.samples)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = measure.parser(__doc__, seconds=4.0, rounds=30)
     parser.add_argument("--models", nargs="+", choices=GPU_TASKS, default=list(GPU_TASKS))
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--base", nargs="+", choices=("sgd", "adamw"), default=["sgd", "adamw"])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--no-compile", action="store_true", help="leave out whatever is compiled")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--backend", default="auto", help="of msam_kernels: auto, cuda, triton, cpu or reference")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=4.0, help="time per case; at least five rounds are taken")
-    parser.add_argument("--rounds", type=int, default=30, help="at most so many")
-    parser.add_argument("--limit", type=float, help="begin no case after so many seconds")
-    parser.add_argument("--csv", type=Path)
     args = parser.parse_args(argv)
-    args.effort = Effort(args.seconds, (min(5, args.rounds), args.rounds))
     captured = [CAPTURED] if args.device.type == "cuda" else []
     names = [OURS, *captured, *args.peers]
     if args.no_compile:
@@ -327,44 +345,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(args.threads)
     # Every contestant has a model of its own: as many forms of one function, none of which may fall back.
     torch._dynamo.config.recompile_limit = 64
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    facts = {**measure.where(args.device), "backend": args.backend, "commit": measure.commit(), "date": measure.now()}
-    results, others, limit = Results(facts), Others(), TimeLimit(args.limit)
-    print(f"Training steps of SAM and mSAM, {facts['date'][:10]}, commit {facts['commit']}")
-    print(", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("commit", "date")))
-    tasks = GPU_TASKS if args.device.type == "cuda" else CPU_TASKS
-    cases = [
-        Case(model, base, m, args.backend) for model in args.models for base in args.base for m in args.micro_batches
-    ]
-    bar = measure.progress(len(cases), "cases")
-    before, unequal = None, []
-    for case in cases:
-        what = f"{case.model}, {case.base}, {case.micro_batches} micro-batches"
-        if limit.over:
-            results.note(f"{what}: left out, the time limit was reached.")
-            continue
-        if case.model != before:
-            torch.compiler.reset()
-        before = case.model
-        bar.clear()
-        try:
-            run_case(results, case, tasks[case.model], args, lambda text, w=what: bar.set_postfix_str(f"{w}: {text}"))
-        except Unequal as error:
-            print(f"\n{error}", flush=True)
-            unequal.append(what)
-        gc.collect()
-        bar.update()
-        if args.csv:  # whatever may come
-            results.write(args.csv)
-    bar.close()
+    results = measure.begin(args, "Training steps of SAM and mSAM", backend=args.backend)
+    total = len(args.models) * len(args.base) * len(args.micro_batches)
+    failed = measure.run(jobs(results, args), total, results, args)
     print_goals(results)
-    measure.conclude(results, others, args.csv)
-    if unequal:
-        print("\nnot timed, since contestants do not take the same steps: " + "; ".join(unequal))
-    return int(bool(unequal))
+    return measure.conclude(results, args, failed)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,12 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Those with most tests; the rest is another part.
 OPTIMIZER_TESTS = tuple(f"tests/test_{name}.py" for name in ("optimizer", "golden", "conventions"))
 FAILED_SANITIZER = 9
+# What a rehearsal runs of the benchmarks.
+SMALL = {
+    "bench_step.py": ("--micro-batches", "1", "--shapes", "cnn", "--peers", "loop"),
+    "bench_train.py": ("--micro-batches", "1", "--models", "transformer", "--base", "sgd", "--no-compile"),
+    "bench_family.py": ("--shape", "cnn"),
+}
 EAGER = ("loop", "foreach", "foreach+fused", "pytorch_optimizer")
 
 
@@ -66,7 +72,8 @@ class Outcome:
 
 def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str, Part]:
     python = sys.executable
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # pytest-benchmark, where it is installed, would warn of xdist, and warnings are errors.
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     if importlib.util.find_spec("xdist") and workers > 1:
         pytest += ["-n", str(workers)]
     on_gpu = {} if rehearse else {"MSAM_TEST_DEVICE": "cuda"}
@@ -81,15 +88,14 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
         # It ends by itself, a case after its own limit: with its table, which a process that is stopped does not print.
         common = ["--limit", f"{0.7 * limit:g}", "--csv", str(results / f"{csv}.csv")]
         if rehearse:
-            arguments = ("--rounds", "2", "--seconds", "0.05", "--micro-batches", "1")
-            arguments += ("--shapes", "cnn", "--peers", "loop") if script == "bench_step.py" else ("--no-compile",)
-            arguments += ("--models", "transformer", "--base", "sgd") if script == "bench_train.py" else ()
+            arguments = SMALL[script]
+            common += ["--rounds", "2", "--seconds", "0.05"]
         else:
             common += ["--device", "cuda"]
         return [python, str(ROOT / "benchmarks" / script), *arguments, *common]
 
-    def steps(csv: str, shapes: str, *arguments: str, methods: str = "sam", peers: Sequence[str] = (*EAGER, "compile")):
-        options = ("--no-kernels", "--seconds", "1.5", "--shapes", *shapes.split(), "--methods", methods)
+    def steps(csv: str, shapes: str, *arguments: str, method: str = "SAM", peers: Sequence[str] = (*EAGER, "compile")):
+        options = ("--no-kernels", "--seconds", "1.5", "--shapes", *shapes.split(), "--methods", method)
         return bench("bench_step.py", csv, *options, "--peers", *peers, *arguments)
 
     def kernels(backend: str, shapes: str) -> list[str]:
@@ -112,8 +118,6 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **threads}
     rest = [f"--ignore={path}" for path in (*OPTIMIZER_TESTS, "tests/test_gpu.py", "tests/test_graphs.py")]
     ascend = [python, "benchmarks/bench_ascend.py", "--csv", str(results / "ascend.csv")]
-    family = [python, "benchmarks/bench_family.py", "--csv", str(results / "family.csv")]
-    family += ["--shape", "cnn", "--rounds", "1", "--seconds", "0.05"] if rehearse else ["--device", "cuda"]
     # Steps at the largest sizes are measured in turns; fragments must not decide how many fit.
     large = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     modes = ("compile", "compile max-autotune", "compile cudagraphs")
@@ -149,10 +153,10 @@ def parts(results: Path, limit: float, workers: int, rehearse: bool) -> dict[str
         ),
         Part(
             "steps_fsam",
-            [steps("steps-fsam", "resnet50 transformer350m", "--micro-batches", "1", methods="fsam")],
+            [steps("steps-fsam", "resnet50 transformer350m", "--micro-batches", "1", method="F-SAM")],
             alone=True,
         ),
-        Part("family", [family], alone=True),
+        Part("family", [bench("bench_family.py", "family")], alone=True),
         Part("train_sgd", [train("train-sgd", "cnn transformer resnet18", "sgd")], alone=True),
         Part("train_adamw", [train("train-adamw", "cnn transformer", "adamw")], alone=True),
     ]
@@ -267,7 +271,6 @@ def left_out() -> list[str]:
         "pytorch_optimizer": "a peer of the benchmark",
         "xdist": "tests in parallel",
         "pytest_timeout": "a time limit for a single test",
-        "tqdm": "progress within a benchmark",
         "hypothesis": "the tests, which fail without",
     }
     return [

@@ -1,29 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: clocks, contestants in turns, memory and launches of a step, facts, tables and CSV files."""
+"""What the benchmarks share: clocks, contestants in turns, memory and launches of a step, facts, tables, CSV files, runs."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
+import ctypes
 import datetime
 import gc
-import itertools
 import math
 import os
 import platform
 import random
 import re
+import shutil
+import signal
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler reports its own start and stop.
+
+Say = Callable[[str], None]  # what is going on, for whoever watches
+
+
+def silent(text: str) -> None:
+    """Nobody watches."""
+
+
 # -- time --------------------------------------------------------------------------------------------------------------
+
+
+class Call:
+    """What is timed: ``run()``, or what a subclass does."""
+
+    #: At most so many calls can be prepared at a time.
+    most = 500
+    #: Seconds of the host since ``prepare`` that do not count.
+    excluded = 0.0
+
+    def __init__(self, run: Callable[[], object]):
+        self.run = run
+
+    def prepare(self, count: int) -> None:
+        """Before the time of ``count`` calls begins."""
+
+    def __call__(self) -> None:
+        self.run()
 
 
 class Clock:
@@ -36,13 +67,27 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def __call__(self, call: Callable[[], object], count: int) -> float:
+    def __call__(self, call: Call, count: int = 1) -> float:
+        call.prepare(count)
         self.synchronize()
         start = time.perf_counter()
         for _ in range(count):
             call()
         self.synchronize()
-        return (time.perf_counter() - start) / count
+        return (time.perf_counter() - start - call.excluded) / count
+
+    def host(self, call: Call, seconds: float = 0.3) -> float:
+        """Until a call returns, with nothing queued before it: the median."""
+        times: list[float] = []
+        end = time.monotonic() + seconds
+        while len(times) < 5 or (len(times) < 200 and time.monotonic() < end):
+            call.prepare(1)
+            self.synchronize()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start - call.excluded)
+        self.synchronize()
+        return statistics.median(times)
 
 
 class EventClock(Clock):
@@ -55,7 +100,8 @@ class EventClock(Clock):
     def before(self) -> None:
         self.flush.zero_()
 
-    def __call__(self, call: Callable[[], object], count: int) -> float:
+    def __call__(self, call: Call, count: int = 1) -> float:
+        call.prepare(count)
         events = []
         for _ in range(count):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -83,6 +129,10 @@ class Timing:
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return high - low
 
+    def as_row(self) -> dict[str, float]:
+        """As it stands in a table of results."""
+        return {"ms": self.median * 1e3, "iqr_ms": self.iqr * 1e3, "rounds": len(self.seconds)}
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -93,43 +143,33 @@ class Effort:
     block: float = 0.02
 
 
-def interleave(
-    calls: dict[str, Callable[[], object]],
-    effort: Effort,
-    clock: Clock,
-    *,
-    between: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Timing]:
+def interleave(calls: dict[str, Call], effort: Effort, clock: Clock, *, say: Say = silent) -> dict[str, Timing]:
     """Time all ``calls`` in rounds of shuffled order, in blocks of at least ``effort.block`` seconds."""
     counts, once, cost = {}, {}, {}
-    for name, call in calls.items():
-        between()
-        start = time.perf_counter()
-        once[name] = clock(call, 1)
-        if once[name] < 10 * effort.block:
-            # The first call may have had to set something up.
-            start = time.perf_counter()
-            once[name] = clock(call, 1)
-        # With what the clock does besides.
-        cost[name] = time.perf_counter() - start
-        counts[name] = max(1, min(500, math.ceil(effort.block / cost[name])))
-    low, high = effort.rounds
-    rounds = max(low, min(high, int(effort.seconds / sum(cost[name] * counts[name] for name in calls))))
-    # What takes long has been timed once already.
-    timings = {name: Timing([once[name]] if once[name] >= 10 * effort.block else []) for name in calls}
-    shuffle, order = random.Random(0), list(calls)
-    for i in range(rounds):
-        say(f"round {i + 1}/{rounds}")
-        shuffle.shuffle(order)
-        for name in order:
-            if len(timings[name].seconds) >= rounds:
-                continue
-            between()
-            if counts[name] > 1:
-                # The blocks of others left the caches and the interpreter to them.
-                calls[name]()
-            timings[name].seconds.append(clock(calls[name], counts[name]))
+    with no_collector():
+        for name, call in calls.items():
+            for _ in range(2):
+                start = time.perf_counter()
+                once[name] = clock(call)
+                cost[name] = time.perf_counter() - start  # with what the clock does besides
+                if once[name] >= 10 * effort.block:
+                    break  # The first call may have had to set something up; of one this long, that is a small part.
+            counts[name] = max(1, min(call.most, math.ceil(effort.block / cost[name])))
+        low, high = effort.rounds
+        rounds = max(low, min(high, int(effort.seconds / sum(cost[name] * counts[name] for name in calls))))
+        # What takes long has been timed once already.
+        timings = {name: Timing([once[name]] if once[name] >= 10 * effort.block else []) for name in calls}
+        shuffle, order = random.Random(0), list(calls)
+        for i in range(rounds):
+            say(f"round {i + 1}/{rounds}")
+            gc.collect()
+            shuffle.shuffle(order)
+            for name in order:
+                if len(timings[name].seconds) >= rounds:
+                    continue
+                if counts[name] > 1:
+                    clock(calls[name])  # The blocks of others left the caches and the interpreter to them.
+                timings[name].seconds.append(clock(calls[name], counts[name]))
     return timings
 
 
@@ -144,26 +184,78 @@ def no_collector() -> Iterator[None]:
         gc.enable()
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises ``TimeoutError`` within the block where it takes longer; in the main thread of POSIX systems only."""
+    if math.isinf(seconds):
+        yield
+        return
+
+    error = TimeoutError(f"did not end within {seconds:g} s")
+    over = False
+
+    def stop(*_: object) -> None:
+        nonlocal over
+        over = True
+        raise error
+
+    before = signal.signal(signal.SIGALRM, stop)
+    # Again and again, for the case that something catches it.
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    except Exception:
+        if over:  # whatever became of it on its way
+            raise error from None
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # somebody else's, such as a test's
+
+
+def keep_freed_memory() -> None:
+    """What this process frees it gets again, instead of giving it back to the system: the noise of that is not ours."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc has it
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
+
+
 # -- memory, launches --------------------------------------------------------------------------------------------------
 
 
-def extra_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that ``run`` holds at its peak beyond what was held before; -1 where torch does not tell."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
+def extra_memory(call: Call) -> int:
+    """Bytes that a call holds at its peak beyond what was held before; -1 where torch does not tell.
+
+    What was there before, such as gradients made ahead, may be freed meanwhile; it does not make room.
+    """
+    call.prepare(1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
     try:
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        events = sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree()))
     except AttributeError:
         return -1
-    return max(itertools.accumulate(changes), default=0)
+    held: dict[int, int] = {}
+    now = most = 0
+    for _, address, size in events:
+        if size > 0:
+            held[address] = size
+            now += size
+        else:
+            now -= held.pop(address, 0)
+        most = max(most, now)
+    return most
+
+
+def _allocations(nodes: Sequence) -> Iterator[tuple[int, int, int]]:
+    """(time, address, bytes) of allocations, and of what is freed with negative bytes."""
+    for node in nodes:
+        if node.tag == torch._C._profiler._EventType.Allocation:
+            yield node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size
+        yield from _allocations(node.children)
 
 
 @dataclass(frozen=True)
@@ -177,14 +269,15 @@ class Work:
 LAUNCH = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch|Memcpy\w*Async|Memset\w*Async)")
 
 
-def device_work(run: Callable[[], object], device: torch.device, calls: int = 2) -> Work | None:
+def device_work(call: Call, device: torch.device, calls: int = 2) -> Work | None:
     """Launches by the host and time of the kernels, per call; None where the profiler sees nothing."""
     if device.type != "cuda":
         return None
+    call.prepare(calls)
     torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls):
-            run()
+            call()
         torch.cuda.synchronize(device)
     events = profile.events()
     kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -196,25 +289,12 @@ def device_work(run: Callable[[], object], device: torch.device, calls: int = 2)
     return Work((launches or len(kernels)) / calls, seconds / calls)
 
 
-def host_seconds(run: Callable[[], object], clock: Clock, seconds: float = 0.3) -> float:
-    """Until ``run`` returns, with nothing queued before it: the median."""
-    times: list[float] = []
-    end = time.monotonic() + seconds
-    while len(times) < 5 or (len(times) < 200 and time.monotonic() < end):
-        clock.synchronize()
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    clock.synchronize()
-    return statistics.median(times)
-
-
 def copy_bandwidth(device: torch.device, numel: int = 1 << 29) -> float:
     """Bytes per second of ``copy_``, read and written, at a size that no cache holds."""
     source = torch.empty(numel, device=device).uniform_()
     target = torch.empty_like(source)
-    clock = EventClock(device)
-    seconds = Timing([clock(lambda: target.copy_(source), 5) for _ in range(7)]).median
+    clock, call = EventClock(device), Call(lambda: target.copy_(source))
+    seconds = Timing([clock(call, 5) for _ in range(7)]).median
     return 2 * source.nbytes / seconds
 
 
@@ -232,13 +312,14 @@ def machine(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    def git(*args):
-        return subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+def commit(checkout: Path | None = None) -> str:
+    """Of ``checkout``, or of this one, which ``MSAM_KERNELS_COMMIT`` names where it came without its history."""
 
-    if named := os.environ.get("MSAM_KERNELS_COMMIT"):  # where the checkout came without its history
+    def git(*args):
+        folder = checkout or Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    if checkout is None and (named := os.environ.get("MSAM_KERNELS_COMMIT")):
         return named
     try:
         return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
@@ -316,10 +397,19 @@ def size(numel: int) -> str:
     return f"{numel / 1e6:.1f}M" if numel >= 1e6 else f"{numel / 1e3:.0f}k"
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> tuple[list[str], list[int]]:
+    """Lines of a table whose first column is text and whose others are numbers, and the widths of its columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for first, *rest in (header, ["-" * n for n in widths], *rows):
-        print("  " + "  ".join([first.ljust(widths[0]), *(c.rjust(n) for c, n in zip(rest, widths[1:], strict=True))]))
+    lines = []
+    for first, *rest in (header, *rows):
+        cells = [first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(rest, widths[1:], strict=True))]
+        lines.append(indent + "  ".join(cells))
+    return lines, widths
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    (head, *body), widths = table_lines(header, rows, "  ")
+    print("\n".join([head, "  " + "  ".join("-" * n for n in widths), *body]))
 
 
 class Results:
@@ -329,6 +419,7 @@ class Results:
         self.facts = facts
         self.rows: list[dict] = []
         self.notes: list[str] = []
+        self.others = Others()
 
     def add(self, **row) -> dict:
         self.rows.append(row)
@@ -352,9 +443,105 @@ class Results:
                 writer.writerow({**rounded, **self.facts})
 
 
-def conclude(results: Results, others: Others, csv: Path | None) -> None:
-    """The notes, with one on a machine that was busy, and the file."""
-    share = results.facts["others_cpu_share"] = round(others.share(), 3)
+class Progress:
+    """How far a benchmark is: one line on a terminal that is written over, elsewhere a line every ``every`` seconds."""
+
+    def __init__(self, total: int, what: str, every: float = 20.0):
+        self.total, self.what, self.every = total, what, every
+        self.done, self.begun = 0, time.monotonic()
+        self.said = self.begun
+        self.terminal = sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        line = f"{self.done}/{self.total} {self.what}, {time.monotonic() - self.begun:.0f} s: {text}"
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.said > self.every:
+            self.said = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    def update(self) -> None:
+        self.done += 1
+
+    def clear(self) -> None:
+        """Before anything else is printed."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# -- run ---------------------------------------------------------------------------------------------------------------
+
+
+Job = tuple[str, Callable[[Say], object]]
+
+
+class Failed(Exception):
+    """A case that cannot be measured, for a reason that the message gives."""
+
+
+def parser(doc: str, *, seconds: float, rounds: int, unit: str = "case") -> argparse.ArgumentParser:
+    """With the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=rounds, help="at most so many")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"time per {unit}; at least five rounds are taken"
+    )
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin nothing more after so many seconds")
+    parser.add_argument(
+        "--peer-seconds", type=float, default=120, help="leave a peer out whose first steps take longer"
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--backend", default="auto", help="of msam_kernels: auto, cuda, triton, cpu or reference")
+    parser.add_argument("--csv", type=Path)
+    return parser
+
+
+def effort(args: argparse.Namespace) -> Effort:
+    return Effort(args.seconds, (min(5, args.rounds), args.rounds))
+
+
+def begin(args: argparse.Namespace, title: str, kind: type[Results] = Results, **facts: object) -> Results:
+    """Set torch up, and say what is measured where."""
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    results = kind({**where(args.device), **facts, "commit": commit(), "date": now()})
+    own = results.facts
+    print(f"{title}, {own['date'][:10]}, commit {own['commit']}")
+    print(f"{own['machine']}; {own['device']}, {own['threads']} threads")
+    print(", ".join(f"{k} {v}" for k, v in own.items() if k not in ("machine", "device", "threads", "commit", "date")))
+    return results
+
+
+def run(jobs: Generator[Job, None, None], total: int, results: Results, args: argparse.Namespace) -> list[str]:
+    """Run every (name, job) as it comes, write the CSV after each, and return the names of those that failed."""
+    progress, end, failed = Progress(total, "cases"), time.monotonic() + args.limit, []
+    for name, job in jobs:
+        if time.monotonic() > end:
+            results.note(f"{name} and all that follows is left out, the time limit was reached.")
+            jobs.close()
+            break
+        try:
+            job(lambda text, name=name: progress.say(f"{name}: {text}"))
+        except Failed as error:
+            progress.clear()
+            print(f"\n{error}", flush=True)
+            failed.append(name)
+        gc.collect()
+        progress.update()
+        progress.clear()
+        if args.csv:  # whatever may come
+            results.write(args.csv)
+    return failed
+
+
+def conclude(results: Results, args: argparse.Namespace, failed: Sequence[str] = ()) -> int:
+    """The notes, with one on a machine that was busy, and the file; the exit status."""
+    share = results.facts["others_cpu_share"] = round(results.others.share(), 3)
     if share > 0.05:
         results.note(
             f"Other processes took {share:.0%} of the processors meanwhile: threads that wait for each other then wait for "
@@ -362,31 +549,9 @@ def conclude(results: Results, others: Others, csv: Path | None) -> None:
         )
     if results.notes:
         print("\n" + "\n".join(results.notes))
-    if csv:
-        results.write(csv)
-        print(f"\nmeasurements: {csv}")
-
-
-class _Quiet:
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
-
-
-def progress(total: int, what: str):
-    """A bar on the terminal, where there is one and tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _Quiet()
-    return tqdm(total=total, desc=what, disable=None, dynamic_ncols=True, leave=False)
-
-
-class TimeLimit:
-    """For benchmarks that must end: ``over`` tells when to begin nothing more."""
-
-    def __init__(self, seconds: float | None):
-        self.end = math.inf if seconds is None else time.monotonic() + seconds
-
-    @property
-    def over(self) -> bool:
-        return time.monotonic() > self.end
+    if args.csv:
+        results.write(args.csv)
+        print(f"\nmeasurements: {args.csv}")
+    if failed:
+        print("\nnot timed, for the reasons above: " + "; ".join(failed))
+    return int(bool(failed))

@@ -1,38 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same step in plain PyTorch, as a competent user would write it: what the kernels are measured against.
 
-Every peer wraps a ``torch.optim.SGD``, ``Adam`` or ``AdamW`` and does one whole step of SAM, mSAM or F-SAM in
+Every peer wraps a ``torch.optim.SGD``, ``Adam`` or ``AdamW`` and does one whole step of SAM or a method of its family in
 
     loss = peer.step(closures)
 
 ``closures`` holds one callable per micro-batch, all of equal weight. Each runs a forward and a backward into ``.grad``,
-which is None when it is called, returns the loss, and is called twice, at w and at w + e:
+which is None when it is called, and returns the loss. SAM calls it twice, at w and at w + e:
 
-    e_i = rho * d_i / (||d_i|| + 1e-12)          d_i = g_i (SAM), or g_i - sigma * ema (F-SAM)
-    ema <- lmbda * ema + (1 - lmbda) * g_i       after its old value was used; it begins as the first g (whose d is g)
+    e_i = rho * g_i / (||g_i|| + 1e-12)
     w   <- base optimizer(w, mean_i grad L_i(w + e_i))
 
-It returns the mean loss at w and leaves ``.grad`` None. A peer may write into the gradients that it is given. What
+F-SAM has g_i - sigma * ema in place of g_i in e_i, and after that
+
+    ema <- lmbda * ema + (1 - lmbda) * g_i       it begins as the first g
+
+The step returns the mean loss at w and leaves ``.grad`` None. A peer may write into the gradients that it is given. What
 needs more care than a benchmark or a demo takes is left out: parameters without a gradient, uneven micro-batches,
 several parameter groups.
 
 Peers, by name in ``PEERS``:
 
-* ``loop``: one parameter at a time, after the most copied implementation, davda54/sam.
+* ``loop``: one parameter at a time, after the most copied implementation, davda54/sam; it knows the whole family.
 * ``foreach``: ``torch._foreach_*`` lists, no synchronisation with the host, base optimizer with ``foreach=True``.
 * ``foreach+fused``: the same around torch's own fused base optimizer, ``fused=True``.
 * ``compile``: ``torch.compile`` over perturb, and over restore and update together.
 * ``compile max-autotune``: the same in mode "max-autotune-no-cudagraphs"; for GPUs.
 * ``compile cudagraphs``: the same in mode "reduce-overhead", which replays CUDA graphs; for GPUs.
-* ``pytorch_optimizer``: ``SAM`` and ``FriendlySAM`` of that package; it knows no micro-batches.
+* ``pytorch_optimizer``: the classes of that package; they know no micro-batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Closures = Sequence[Callable[[], Tensor]]
@@ -46,27 +49,91 @@ class Peer:
     Args:
         base: a torch optimizer over one parameter group, made with the class's ``base_options``.
         rho: radius of the perturbation.
-        friendly: F-SAM instead of SAM.
+        method: one of the class's ``methods``, by name.
         sigma, lmbda: F-SAM's share of the mean gradient that is taken out, and the decay of that mean.
+        eta: ASAM's, which is added to |w|.
+        k, alpha: LookSAM perturbs in every k-th step, and scales what it adds between; alpha is also GSAM's.
+        rho_min: radius of Bilateral SAM's second perturbation.
+        mask: Sparse SAM's: which elements are perturbed, one tensor per parameter.
     """
 
     base_options: dict = {}
+    methods: tuple[str, ...] = ("SAM", "F-SAM")
+    other_rules: tuple[str, ...] = ()  # of its methods, those that compute something else than ours
     micro_batches = True
     for_cpu = True
 
     def __init__(
-        self, base: Optimizer, *, rho: float = 0.05, friendly: bool = False, sigma: float = 1.0, lmbda: float = 0.9
+        self,
+        base: Optimizer,
+        *,
+        rho: float = 0.05,
+        method: str = "SAM",
+        sigma: float = 1.0,
+        lmbda: float = 0.9,
+        eta: float = 0.01,
+        k: int = 1,
+        alpha: float = 0.0,
+        rho_min: float = 0.0,
+        mask: Sequence[Tensor] | None = None,
     ):
+        if method not in self.methods:
+            raise ValueError(f"method must be one of {self.methods}, got {method!r}")
         (group,) = base.param_groups
-        self.base, self.params = base, list(group["params"])
-        self.rho, self.friendly, self.sigma, self.lmbda = rho, friendly, sigma, lmbda
+        self.base, self.params, self.rho, self.method = base, list(group["params"]), rho, method
+        self.sigma, self.lmbda, self.eta, self.k, self.alpha, self.rho_min = sigma, lmbda, eta, k, alpha, rho_min
+        self.mask = None if mask is None else [m.to(p) for m, p in zip(mask, self.params, strict=True)]
+        self.friendly = method == "F-SAM"
+        self.steps = 0
 
+    @torch.no_grad()
     def step(self, closures: Closures) -> Tensor:
+        losses, total = [], None
+        perturbs = self.steps % self.k == 0
+        for i, closure in enumerate(closures):
+            loss, grads = self.backward(closure)
+            losses.append(loss)
+            if perturbs:
+                known = self.ascend(grads, first=i == 0)
+                del grads  # Only what ``ascend`` keeps outlives the second pass.
+                grads = self.descent(known, self.backward(closure)[1], closure, first=i == 0)
+            if i + 1 < len(closures):
+                total = self.accumulate(total, grads)
+        self.update(total, grads, len(closures))
+        self.steps += 1
+        return losses[0].detach() if len(losses) == 1 else torch.stack(losses).mean()
+
+    def backward(self, closure: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the gradients, which are taken from the parameters."""
+        with torch.enable_grad():
+            loss = closure()
+        grads = []
+        for p in self.params:
+            grads.append(p.grad)
+            p.grad = None
+        return loss, grads
+
+    def ascend(self, grads: list[Tensor], *, first: bool) -> object:
+        """Move the weights to w + e; what is returned comes to ``descent``."""
         raise NotImplementedError
 
+    def descent(self, known: object, grads: list[Tensor], closure: Callable[[], Tensor], first: bool) -> list[Tensor]:
+        """What the base optimizer is to go down, from the gradients at w + e; the weights are brought back."""
+        raise NotImplementedError
 
-def _mean(losses: list[Tensor]) -> Tensor:
-    return losses[0].detach() if len(losses) == 1 else torch.stack(losses).mean()
+    def accumulate(self, total: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
+        """After all micro-batches but the last: ``grads`` are added to ``total``."""
+        raise NotImplementedError
+
+    def update(self, total: list[Tensor] | None, grads: list[Tensor], count: int) -> None:
+        """After the last micro-batch: the weights take a step by the mean."""
+        raise NotImplementedError
+
+    def _base_step(self, grads: list[Tensor]) -> None:
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = g
+        self.base.step()
+        self.base.zero_grad()
 
 
 class Loop(Peer):
@@ -77,59 +144,94 @@ class Loop(Peer):
     """
 
     base_options = {"foreach": False}
+    methods = ("SAM", "ASAM", "F-SAM", "Stable SAM", "Sparse SAM", "LookSAM", "Bilateral SAM", "GSAM")
 
     def __init__(self, base: Optimizer, **options):
         super().__init__(base, **options)
-        self.state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self.params}
+        self.saved = [torch.empty_like(p) for p in self.params]
+        self.ema: list[Tensor] | None = None
+        self.v: list[Tensor] = []
 
-    @torch.no_grad()
-    def step(self, closures: Closures) -> Tensor:
-        losses = []
-        for i, closure in enumerate(closures):
-            with torch.enable_grad():
-                losses.append(closure())
-            if self.friendly:
-                self._subtract_ema()
-            self._first_step()
-            with torch.enable_grad():
-                closure()
-            for p in self.params:
-                state = self.state[p]
-                p.copy_(state["old_p"])
-                if len(closures) > 1:
-                    if i == 0:
-                        state["acc"] = p.grad
-                    else:
-                        state["acc"].add_(p.grad)
-                    p.grad = None
-        if len(closures) > 1:
-            for p in self.params:
-                p.grad = self.state[p].pop("acc").div_(len(closures))
-        self.base.step()
-        self.base.zero_grad()
-        return _mean(losses)
+    def ascend(self, grads: list[Tensor], *, first: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the gradients, and e, where the method needs them again."""
+        kept = []
+        for p, w, e in zip(self.params, self.saved, self._perturbation(grads), strict=True):
+            w.copy_(p)
+            p.add_(e)
+            if self.method == "Bilateral SAM":
+                kept.append(e)
+        return grads if self.method in ("Stable SAM", "LookSAM", "Bilateral SAM", "GSAM") else [], kept
 
-    def _subtract_ema(self) -> None:
-        for p in self.params:
-            state = self.state[p]
-            if "ema" not in state:
-                state["ema"] = p.grad.clone()
-            else:
-                residual = torch.sub(p.grad, state["ema"], alpha=self.sigma)
-                state["ema"].mul_(self.lmbda).add_(p.grad, alpha=1 - self.lmbda)
-                p.grad = residual
+    def _perturbation(self, grads: list[Tensor]) -> Iterator[Tensor]:
+        """e, one parameter after the other."""
+        if self.method == "ASAM":
+            stretches = [p.abs() + self.eta for p in self.params]
+            stretched = [t * g for t, g in zip(stretches, grads, strict=True)]
+            scale = self.rho / (_norm(stretched) + EPS)
+            yield from (t * d * scale for t, d in zip(stretches, stretched, strict=True))
+            return
+        if self.friendly:
+            grads = self._without_ema(grads)
+        scale = self.rho / (_norm(grads) + EPS)
+        if self.mask is None:
+            yield from (g * scale for g in grads)
+        else:
+            yield from (g * scale * m for g, m in zip(grads, self.mask, strict=True))
 
-    def _first_step(self) -> None:
-        norm = torch.norm(torch.stack([p.grad.norm(p=2) for p in self.params]), p=2)
-        scale = self.rho / (norm + EPS)
-        for p in self.params:
-            state = self.state[p]
-            if "old_p" not in state:
-                state["old_p"] = torch.empty_like(p)
-            state["old_p"].copy_(p)
-            e_w = p.grad * scale
-            p.add_(e_w)
-            p.grad = None
+    def _without_ema(self, grads: list[Tensor]) -> list[Tensor]:
+        if self.ema is None:
+            self.ema = [g.clone() for g in grads]
+            return grads
+        residuals = []
+        for g, mean in zip(grads, self.ema, strict=True):
+            residuals.append(torch.sub(g, mean, alpha=self.sigma))
+            mean.mul_(self.lmbda).add_(g, alpha=1 - self.lmbda)
+        return residuals
+
+    def descent(
+        self, known: tuple[list[Tensor], list[Tensor]], grads: list[Tensor], closure: Callable[[], Tensor], first: bool
+    ) -> list[Tensor]:
+        at_w, e = known
+        behind: list[Tensor] = []
+        if self.method == "Bilateral SAM":
+            for p, w, d in zip(self.params, self.saved, e, strict=True):
+                torch.sub(w, d, alpha=self.rho_min / self.rho, out=p.data)
+            _, behind = self.backward(closure)
+        for p, w in zip(self.params, self.saved, strict=True):
+            p.copy_(w)
+        if self.method == "Stable SAM":
+            factor = _norm(at_w) / (_norm(grads) + EPS)
+            return [g.mul_(factor) for g in grads]
+        if self.method == "GSAM":
+            along = _dot(at_w, grads) / _dot(grads, grads)
+            return [g.sub_(a - along * g, alpha=self.alpha) for a, g in zip(at_w, grads, strict=True)]
+        if self.method == "Bilateral SAM":
+            factor = _norm(grads) / (_norm(behind) + EPS)
+            return [g.add_(a).sub_(b * factor) for a, g, b in zip(at_w, grads, behind, strict=True)]
+        if self.method == "LookSAM":
+            along = _dot(at_w, grads) / (_dot(at_w, at_w) + EPS)
+            v = [g - along * a for a, g in zip(at_w, grads, strict=True)]
+            self.v = v if first else [a.add_(b) for a, b in zip(self.v, v, strict=True)]
+        return grads
+
+    def accumulate(self, total: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
+        return grads if total is None else [t.add_(g) for t, g in zip(total, grads, strict=True)]
+
+    def update(self, total: list[Tensor] | None, grads: list[Tensor], count: int) -> None:
+        if total is not None:
+            grads = [t.add_(g).div_(count) for t, g in zip(total, grads, strict=True)]
+        if self.steps % self.k:  # LookSAM's v of another step, whose length does not matter
+            factor = self.alpha * _norm(grads) / (_norm(self.v) + EPS)
+            grads = [g.add_(v * factor) for g, v in zip(grads, self.v, strict=True)]
+        self._base_step(grads)
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([t.norm() for t in tensors]).norm()
+
+
+def _dot(one: list[Tensor], other: list[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
 
 
 class Foreach(Peer):
@@ -139,50 +241,16 @@ class Foreach(Peer):
 
     def __init__(self, base: Optimizer, **options):
         super().__init__(base, **options)
-        self.saved: list[Tensor] | None = None
+        self.saved = [torch.empty_like(p) for p in self.params]
         self.ema: list[Tensor] | None = None
 
-    @torch.no_grad()
-    def step(self, closures: Closures) -> Tensor:
-        losses, acc = [], []
-        for i, closure in enumerate(closures):
-            with torch.enable_grad():
-                losses.append(closure())
-            self._perturb(self._take_grads(), first=i == 0)
-            with torch.enable_grad():
-                closure()
-            torch._foreach_copy_(self.params, self.saved)
-            if len(closures) > 1:
-                if i == 0:
-                    acc = self._take_grads()
-                else:
-                    torch._foreach_add_(acc, self._take_grads())
-        if len(closures) > 1:
-            torch._foreach_mul_(acc, 1 / len(closures))
-            for p, g in zip(self.params, acc, strict=True):
-                p.grad = g
-        self.base.step()
-        self.base.zero_grad()
-        return _mean(losses)
-
-    def _take_grads(self) -> list[Tensor]:
-        grads = []
-        for p in self.params:
-            grads.append(p.grad)
-            p.grad = None
-        return grads
-
-    def _perturb(self, grads: list[Tensor], *, first: bool) -> None:
+    def ascend(self, grads: list[Tensor], *, first: bool) -> None:
         if self.friendly:
             self._subtract_ema(grads)
-        if self.saved is None:
-            self.saved = [torch.empty_like(p) for p in self.params]
         if first:
             torch._foreach_copy_(self.saved, self.params)
-        wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
-        scale = self.rho / (norm + EPS)
-        if grads[0].dtype == wide and not grads[0].is_cuda:
+        scale = self.rho / (_list_norm(grads) + EPS)
+        if grads[0].dtype == scale.dtype and not grads[0].is_cuda:
             # One pass on a CPU. On a GPU a scalar operand leaves the fast path, and two list operators are faster.
             torch._foreach_addcmul_(self.params, grads, [scale] * len(grads))
         else:
@@ -201,6 +269,27 @@ class Foreach(Peer):
             raw = torch._foreach_clone(grads)
             torch._foreach_sub_(grads, self.ema, alpha=self.sigma)
             torch._foreach_lerp_(self.ema, raw, 1 - self.lmbda)
+
+    def descent(self, known: None, grads: list[Tensor], closure: Callable[[], Tensor], first: bool) -> list[Tensor]:
+        torch._foreach_copy_(self.params, self.saved)
+        return grads
+
+    def accumulate(self, total: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
+        if total is None:
+            return grads
+        torch._foreach_add_(total, grads)
+        return total
+
+    def update(self, total: list[Tensor] | None, grads: list[Tensor], count: int) -> None:
+        if total is not None:
+            grads = self.accumulate(total, grads)
+            torch._foreach_mul_(grads, 1 / count)
+        self._base_step(grads)
+
+
+def _list_norm(tensors: list[Tensor]) -> Tensor:
+    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)))
 
 
 class ForeachFused(Foreach):
@@ -236,7 +325,6 @@ class Compile(Peer):
         self.saved = [p.detach().clone() for p in self.params]
         self.state = [[torch.zeros_like(p) for p in self.params] for _ in range(2 if self.adam else 1)]
         self.ema = [torch.zeros_like(p) for p in self.params] if self.friendly else None
-        self.steps = 0
         wide = torch.promote_types(self.params[0].dtype, torch.float32)
         self.c, self.step_size, self.shrink, self.correction = (
             torch.zeros((), dtype=wide, device=self.params[0].device) for _ in range(4)
@@ -248,57 +336,45 @@ class Compile(Peer):
             self._compiled[key] = torch.compile(function, fullgraph=True, dynamic=False, mode=self.mode)
         self._compiled[key](*args)
 
-    @torch.no_grad()
-    def step(self, closures: Closures) -> Tensor:
-        params = self.weights
-        losses, acc, count = [], None, len(closures)
-        for i, closure in enumerate(closures):
-            with torch.enable_grad():
-                losses.append(closure())
-            self._perturb(params, self._take_grads(), self.saved if i == 0 else None)
-            with torch.enable_grad():
-                closure()
-            grads = self._take_grads()
-            if i + 1 < count:
-                if i == 0:
-                    acc = self._accumulator(grads)
-                    torch._foreach_copy_(params, self.saved)
-                else:
-                    self._run(_restore_add, params, self.saved, acc, grads)
-        self.c.fill_(1 / count)
-        self._update(params, acc, grads)
-        return _mean(losses)
-
-    _take_grads = Foreach._take_grads
-
-    def _accumulator(self, grads: list[Tensor]) -> list[Tensor]:
-        return grads
-
-    def _perturb(self, params: list[Tensor], grads: list[Tensor], saved: list[Tensor] | None) -> None:
+    def ascend(self, grads: list[Tensor], *, first: bool) -> None:
+        saved = self.saved if first else None
         if not self.friendly:
-            self._run(_perturb, params, grads, saved, self.rho)
+            self._run(_perturb, self.weights, grads, saved, self.rho)
             return
-        begins = self.steps == 0 and saved is not None
-        self._run(_perturb_friendly, params, grads, saved, self.ema, self.rho, self.sigma, self.lmbda)
+        begins = self.steps == 0 and first
+        self._run(_perturb_friendly, self.weights, grads, saved, self.ema, self.rho, self.sigma, self.lmbda)
         if begins:
             torch._foreach_copy_(self.ema, grads)
 
-    def _update(self, params: list[Tensor], acc: list[Tensor] | None, grads: list[Tensor]) -> None:
+    def descent(self, known: None, grads: list[Tensor], closure: Callable[[], Tensor], first: bool) -> list[Tensor]:
+        return grads  # The weights are brought back by the function that uses these.
+
+    def accumulate(self, total: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
+        if total is None:
+            torch._foreach_copy_(self.weights, self.saved)
+            return self._first_total(grads)
+        self._run(_restore_add, self.weights, self.saved, total, grads)
+        return total
+
+    def _first_total(self, grads: list[Tensor]) -> list[Tensor]:
+        return grads
+
+    def update(self, total: list[Tensor] | None, grads: list[Tensor], count: int) -> None:
         (group,) = self.base.param_groups
-        self.steps += 1
-        lr, decay = group["lr"], group["weight_decay"]
+        lr, decay, t = group["lr"], group["weight_decay"], self.steps + 1
+        self.c.fill_(1 / count)
+        args = (self.weights, self.saved, total, grads, self.c, *self.state)
         if not self.adam:
             self.step_size.fill_(lr)
-            args = (self.state[0], self.step_size, decay, group["momentum"])
-            self._run(_update_sgd, params, self.saved, acc, grads, self.c, *args)
+            self._run(_update_sgd, *args, self.step_size, decay, group["momentum"])
             return
         beta1, beta2 = group["betas"]
         decoupled = isinstance(self.base, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-        self.step_size.fill_(lr / (1 - beta1**self.steps))
+        self.step_size.fill_(lr / (1 - beta1**t))
         self.shrink.fill_(1 - lr * decay if decoupled else 1)
-        self.correction.fill_((1 - beta2**self.steps) ** 0.5)
-        args = (*self.state, self.step_size, self.shrink, self.correction, 0.0 if decoupled else decay)
-        self._run(_update_adam, params, self.saved, acc, grads, self.c, *args, beta1, beta2, group["eps"])
+        self.correction.fill_((1 - beta2**t) ** 0.5)
+        numbers = (self.step_size, self.shrink, self.correction, 0.0 if decoupled else decay)
+        self._run(_update_adam, *args, *numbers, beta1, beta2, group["eps"])
 
 
 class CompileMaxAutotune(Compile):
@@ -331,7 +407,7 @@ class CompileCudagraphs(Compile):
         for t in tensors:
             torch._dynamo.mark_static_address(t, guard=False)
 
-    def _accumulator(self, grads: list[Tensor]) -> list[Tensor]:
+    def _first_total(self, grads: list[Tensor]) -> list[Tensor]:
         if self.acc is None:
             self.acc = [torch.empty_like(g) for g in grads]
             self._stay(self.acc)
@@ -339,11 +415,11 @@ class CompileCudagraphs(Compile):
         return self.acc
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+def _traced_norm(tensors: list[Tensor]) -> Tensor:
     if tensors[0].is_cuda:
         # A reduction per tensor would be a launch per tensor; torch's list operator takes few.
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)))
+        return _list_norm(tensors)
+    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t, dtype=wide) for t in tensors]))
 
 
@@ -351,7 +427,7 @@ def _norm(tensors: list[Tensor]) -> Tensor:
 
 
 def _perturb(params, grads, saved, rho):
-    scale = rho / (_norm(grads) + EPS)
+    scale = rho / (_traced_norm(grads) + EPS)
     if saved is not None:
         torch._foreach_copy_(saved, params)
     torch._foreach_add_(params, torch._foreach_mul(grads, scale))
@@ -359,7 +435,7 @@ def _perturb(params, grads, saved, rho):
 
 def _perturb_friendly(params, grads, saved, ema, rho, sigma, lmbda):
     residual = torch._foreach_sub(grads, torch._foreach_mul(ema, sigma))
-    scale = rho / (_norm(residual) + EPS)
+    scale = rho / (_traced_norm(residual) + EPS)
     if saved is not None:
         torch._foreach_copy_(saved, params)
     torch._foreach_add_(params, torch._foreach_mul(residual, scale))
@@ -395,27 +471,54 @@ def _update_adam(
 
 
 class PytorchOptimizer(Peer):
-    """``SAM`` and ``FriendlySAM`` of the package pytorch_optimizer, used as its documentation shows."""
+    """The classes of the package pytorch_optimizer, used as its documentation shows."""
 
+    methods = ("SAM", "F-SAM", "LookSAM", "GSAM")
     micro_batches = False
+    # Its LookSAM projects and scales tensor by tensor, not globally, and so computes something else.
+    other_rules = ("LookSAM",)
 
     def __init__(self, base: Optimizer, **options):
         super().__init__(base, **options)
         import pytorch_optimizer
 
-        kwargs = {k: v for k, v in base.defaults.items() if k in ("lr", "momentum", "weight_decay", "betas", "eps")}
-        if self.friendly:
-            kwargs.update(sigma=self.sigma, lmbda=self.lmbda)
-        kind = pytorch_optimizer.FriendlySAM if self.friendly else pytorch_optimizer.SAM
-        self.base = kind(self.params, type(base), rho=self.rho, **kwargs)
+        known = ("lr", "momentum", "weight_decay", "betas", "eps")
+        kwargs = {name: value for name, value in base.defaults.items() if name in known}
+        kind, rho = type(base), self.rho
+        if self.method == "SAM":
+            self.base = pytorch_optimizer.SAM(self.params, kind, rho=rho, **kwargs)
+        elif self.method == "F-SAM":
+            friendly = {"sigma": self.sigma, "lmbda": self.lmbda}
+            self.base = pytorch_optimizer.FriendlySAM(self.params, kind, rho=rho, **friendly, **kwargs)
+        elif self.method == "LookSAM":
+            self.base = pytorch_optimizer.LookSAM(self.params, kind, rho=rho, k=self.k, alpha=self.alpha, **kwargs)
+        else:
+            constant = type("Constant", (), {"step": lambda self: rho})()
+            self.base = pytorch_optimizer.GSAM(self.params, base, nn.Module(), constant, alpha=self.alpha)
 
     @torch.no_grad()
     def step(self, closures: Closures) -> Tensor:
         (closure,) = closures
+        if self.method == "GSAM":  # its closure clears the gradients first
+            losses = []
+
+            @torch.enable_grad()
+            def run() -> tuple[None, None]:
+                self.base.base_optimizer.zero_grad()
+                losses.append(closure())
+                return None, None
+
+            self.base.step(run)
+            self.base.base_optimizer.zero_grad()
+            return losses[0].detach()
         with torch.enable_grad():
             loss = closure()
-        self.base.step(closure)
-        self.base.zero_grad()
+        perturbs = self.method != "LookSAM" or self.base.get_step() % self.k == 0
+        self.base.first_step(zero_grad=perturbs)
+        if perturbs:  # LookSAM's step(closure) would run the second pass in every step.
+            with torch.enable_grad():
+                closure()
+        self.base.second_step(zero_grad=True)
         return loss.detach()
 
 

@@ -22,6 +22,7 @@ struct Place {
 constexpr int kLists = 2 + kTerms;  // weights, out, terms
 struct Lists {
   void* const* data[kLists] = {};
+  int64_t elements[kLists] = {};  // of all segments
   int count = 0;
   int64_t segments = 0;
 };

@@ -34,12 +34,12 @@ struct Reach {
   int64_t elements = 0;  // of all rows together
 };
 
-inline Reach check_table(const at::Tensor& table) {
+inline Reach check_table(const at::Tensor& table, bool readable) {
   TORCH_CHECK(table.dim() == 2 && table.size(1) == kChunkColumns && table.scalar_type() == at::kLong && table.is_contiguous(),
               "table must be a contiguous int64 tensor of shape [rows, ", kChunkColumns, "], got ", table.scalar_type(),
               " of shape ", table.sizes());
   Reach reach;
-  if (!table.is_cpu()) return reach;
+  if (!readable) return reach;
   reach.rows = reinterpret_cast<const Chunk*>(table.const_data_ptr<int64_t>());
   reach.count = table.size(0);
   for (int64_t k = 0; k < reach.count; ++k) {

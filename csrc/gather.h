@@ -42,7 +42,9 @@ inline at::ScalarType dtype_of(TensorList first, TensorList second, const char* 
 
 class Call {
  public:
-  Call(const Tensor& table, at::ScalarType dtype) : table_(table), dtype_(dtype), reach_(check_table(table)) {}
+  // `readable`: the host can look at the table's rows.
+  Call(const Tensor& table, at::ScalarType dtype, bool readable)
+      : table_(table), dtype_(dtype), reach_(check_table(table, readable)) {}
   Call(const Call&) = delete;  // kernels hold pointers into it
 
   at::Device device() const { return table_.device(); }
@@ -68,6 +70,7 @@ class Call {
     for (int64_t k = 0; k < size; ++k) {
       check_dense(tensors[k], {name, first + k}, dtype_, device());
       pointers.push_back(tensors[k].numel() ? tensors[k].data_ptr() : nullptr);
+      lists_.elements[lists_.count] += tensors[k].numel();
     }
     check_list(tensors, name, first, reach_);
     lists_.segments = size;
@@ -129,7 +132,7 @@ class Call {
     begin(a);
     a.grads = list(grads, "grads");
     a.weights = weights(weights_);
-    TORCH_CHECK(!eta || a.weights, "eta needs the weights, and the list of weights is empty");
+    TORCH_CHECK(!eta || !weights_.empty(), "eta needs the weights, and the list of weights is empty");
     a.ema = flat(ema, {"ema"});
     a.sigma = sigma;
     a.adaptive = eta.has_value();

@@ -6,12 +6,14 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -138,32 +140,38 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   return py::make_tuple(std::move(grads), regular, absent);
 }
 
-// Whether the same parameters are absent from two lists.
-bool same_absence(const py::list& a, const py::list& b) {
-  TORCH_CHECK(a.size() == b.size(), "same_absence takes lists of one length, got ", a.size(), " and ", b.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    TORCH_CHECK(THPVariable_Check(a[i].ptr()) && THPVariable_Check(b[i].ptr()), "same_absence takes tensors");
-    if ((THPVariable_Unpack(a[i].ptr()).numel() == 0) != (THPVariable_Unpack(b[i].ptr()).numel() == 0)) return false;
-  }
-  return true;
-}
-
 // What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out.
-py::bytes memory_layout(const py::list& groups) {
-  std::vector<int64_t> layout;
+using Layout = c10::SmallVector<int64_t, 512>;
+Layout layout_of(const py::list& groups) {
+  Layout layout;
   for (py::handle group : groups) {
-    const auto params = py::reinterpret_borrow<py::list>(group);
-    layout.push_back(int64_t(params.size()));
-    for (py::handle p : params) {
-      TORCH_CHECK(THPVariable_Check(p.ptr()), "memory_layout takes tensors");
-      const at::Tensor& param = THPVariable_Unpack(p.ptr());
+    const py::object params = py::reinterpret_borrow<py::dict>(group)["params"];
+    const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "params must be a list"));
+    if (!sequence) throw py::error_already_set();
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
+    layout.push_back(count);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* p = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
+      TORCH_CHECK(THPVariable_Check(p), "the groups hold tensors");
+      const at::Tensor& param = THPVariable_Unpack(p);
       layout.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
       layout.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
-      layout.insert(layout.end(), param.sizes().begin(), param.sizes().end());
-      layout.insert(layout.end(), param.strides().begin(), param.strides().end());
+      layout.append(param.sizes().begin(), param.sizes().end());
+      layout.append(param.strides().begin(), param.strides().end());
     }
   }
+  return layout;
+}
+
+py::bytes memory_layout(const py::list& groups) {
+  const Layout layout = layout_of(groups);
   return {reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t)};
+}
+
+bool has_layout(const py::list& groups, const py::bytes& known) {
+  const Layout layout = layout_of(groups);
+  const auto bytes = std::string_view(known);
+  return bytes == std::string_view(reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t));
 }
 
 // ---- the operators as functions of Python ------------------------------------------------------------------------------
@@ -388,8 +396,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
   m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, of any other tensor");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
-  m.def("same_absence", &same_absence, "(tensors, tensors) -> whether the same ones are empty in both lists");
-  m.def("memory_layout", &memory_layout, "(list of lists of parameters) -> bytes that change when any of them does");
+  m.def("memory_layout", &memory_layout, "(parameter groups) -> bytes that change when their parameters or these' memory does");
+  m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether memory_layout would return these bytes");
   using Types = msam::Operators<msam::Call>;
 #define MSAM_DEFINE(name) define(m, #name, static_cast<decltype(&Types::name)>(nullptr))
   MSAM_DEFINE(norm);

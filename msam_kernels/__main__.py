@@ -49,7 +49,8 @@ def run_script(command: str, argv: list[str]) -> int | None:
     # As for a script: it finds its neighbours, and reads its name and arguments.
     sys.path.insert(0, str(script.parent))
     sys.argv = [f"python -m msam_kernels {command}", *argv]
-    return importlib.import_module(script.stem).main(argv)
+    status: int | None = importlib.import_module(script.stem).main(argv)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if argv and argv[0] in SCRIPTS:
         return run_script(argv[0], argv[1:])  # whose options, --help among them, are the script's own
     parser.parse_args(argv)
-    return info()
+    info()
+    return None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ from typing import Any
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """A finite number between ``low``, with ``above`` itself left out, and ``high``. True and False are none."""
+    """Refuse what is no finite number from ``low``, itself left out with ``above``, to ``high``. Booleans are no numbers.
+
+    Raises:
+        ValueError: with the name, the bounds and the value.
+    """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not low <= value <= min(high, sys.float_info.max) or (above and value == low):
         bound = f"{'>' if above else '>='} {low}" if math.isinf(high) else f"between {low} and {high}"
@@ -16,5 +20,10 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, a
 
 
 def check_integer(name: str, value: Any, low: int) -> None:
+    """Refuse what is no integer from ``low`` on.
+
+    Raises:
+        ValueError: with the name, the bound and the value.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")

@@ -3,34 +3,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# Torch's wrapper around ``step`` names it for the profiler, and is left out where nobody listens.
+from torch._C._autograd import _profiler_enabled as profiler_enabled
 
 # A layer that normalises by its batch alone does not ask the flag that BatchNorm asks.
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 
 # Hooks of all optimizers: whoever registers one there expects it to run at every step.
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+# A batch is any tree of tensors; torch's public name for this is newer than the oldest torch that is served.
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
+    "LIKE_NEW",
     "InstanceNorm",
     "TreeSpec",
+    "buffers_of",
+    "children_of",
     "has_listeners",
     "is_shared",
     "leave_to_eager",
+    "mark_stepped",
+    "parameters_of",
     "profiler_enabled",
+    "step_hooks",
     "tree_flatten",
+    "tree_leaves",
+    "tree_map",
     "tree_unflatten",
 ]
 
 
-def profiler_enabled() -> bool:
-    """Torch's wrapper around ``step`` names it for the profiler, and is left out where nobody listens."""
-    return torch.autograd._profiler_enabled()  # type: ignore[no-any-return]
+#: What ``Optimizer.__init__`` leaves in an optimizer beside its groups, state and hooks.
+LIKE_NEW = {"_warned_capturable_if_run_uncaptured": True}
 
 
 def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -41,10 +54,7 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], dict[i
 def has_listeners(optimizer: torch.optim.Optimizer) -> bool:
     """Whether anybody wants to know of this optimizer's steps."""
     return bool(
-        profiler_enabled()
-        or any(step_hooks(optimizer))
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
+        profiler_enabled() or any(step_hooks(optimizer)) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     )
 
 
@@ -61,6 +71,21 @@ def leave_to_eager(package: str) -> None:
     import torch._dynamo  # torch's Optimizer has imported it already
 
     torch._dynamo.trace_rules.add(package)
+
+
+def children_of(module: nn.Module) -> Iterable[nn.Module | None]:
+    """Those of ``children()``, which takes several times as long: it looks for duplicates."""
+    return module._modules.values()
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own table, which also says under which names a tied parameter is there."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own table: one that is put there is a buffer, whatever the module does when attributes are set."""
+    return module._buffers
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,10 +98,10 @@ def closures_of(
 
     def closure(part: Any) -> Tensor:
         loss = loss_fn(*part) if len(batch) > 1 else loss_fn(part)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
-    return MicroBatches([lambda part=part: closure(part) for part in parts], shares)  # type: ignore[misc]
+    return MicroBatches([partial(closure, part) for part in parts], shares)
 
 
 @torch.no_grad()

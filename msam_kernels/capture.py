@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ._checks import check_integer
 from ._torch import has_listeners, mark_stepped, tree_flatten, tree_unflatten
-from .batches import MicroBatches
+from .batches import MicroBatches, mean
 from .methods import Plan
 from .optimizer import MicroBatchSAM
 from .rules import fused_rule
@@ -133,6 +133,11 @@ class CapturedStep:
     def _run(self) -> Tensor:
         return self._recorder.warm_up(lambda: self._opt.step(self._micro_batches()))
 
+    def _recorded(self) -> Tensor:
+        closures = self._micro_batches()
+        loss: Tensor = mean(self._opt.engine.run(closures, closures.shares), closures.shares)
+        return loss
+
     def _micro_batches(self) -> MicroBatches:
         return self._opt.micro_batches(self._loss_fn, tree_unflatten(self._inputs, self._structure))
 
@@ -159,7 +164,7 @@ class CapturedStep:
     def _capture(self, graph: _Graph) -> None:
         engine = self._opt.engine
         steps = engine.steps
-        graph.replay, graph.loss = self._recorder.capture(lambda: self._opt.step(self._micro_batches()))
+        graph.replay, graph.loss = self._recorder.capture(self._recorded)
         engine.steps = steps  # nothing ran yet
         graph.norms_sq = engine.norms_sq
 
@@ -182,7 +187,8 @@ class CapturedStep:
 
 
 def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:
-    assert graph.replay is not None and graph.loss is not None
+    assert graph.replay is not None
+    assert graph.loss is not None
     graph.replay()
     engine = opt.engine
     for flat in engine.store.flats:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class SAM(MicroBatchSAM):
             self.zero_grad()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Both steps; ``closure`` runs forward and backward at w + e. A sequence of closures is ``MicroBatchSAM.step``'s.
 
         Returns:
@@ -122,7 +122,7 @@ class SAM(MicroBatchSAM):
                 "SAM.step needs a closure that runs forward and backward; or call first_step, second_step"
             )
         if not callable(closure):
-            return self._step(closure)  # its hooks have run: torch wraps this method
+            return self.step_without_hooks(closure)  # they have run: torch wraps this method
         self.first_step(zero_grad=True)
         try:
             with torch.enable_grad():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack
 
 from .backends import Backend
 
@@ -34,7 +35,7 @@ def _alias(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
     Sharing the buffer's storage would make ``torch.save`` of one parameter write the whole buffer, and would make
     safetensors and ``share_memory_`` see tied parameters. DLPack wraps the same memory in a new storage.
     """
-    memory = torch.from_dlpack(buffer[offset : offset + like.numel()])
+    memory = from_dlpack(buffer[offset : offset + like.numel()])
     if _is_dense(like):
         return memory.as_strided(like.size(), like.stride())
     return memory.view(like.size())
@@ -342,32 +343,29 @@ class Flat:
             The flat buffers, in the order of the names.
         """
         absent = () if grads is None else tuple(i for i, g in enumerate(grads) if g is self.absent)
-        key = (tuple(names), absent, len(state))
-        if self._bound is not None and self._bound.is_current(key, state):
+        if self._bound is not None and self._bound.is_current(names, absent, state):
             return self._bound.buffers
         self.check_not_capturing("the optimizer's state")
-        bound = _Bound(key)
+        bound = _Bound(names, absent)
         missing: list[int] = []
         loaded: list[int] = []
         for i, p in enumerate(self.params):
-            if i in absent or not names[self.groups[i]]:
+            if not names[self.groups[i]] or i in absent:
                 continue
             entry = state[p]
             for name in names[self.groups[i]]:
                 buffer = self._state_buffer(name)
-                old = entry.get(name)
-                known = bool(
-                    old is not None and old.data_ptr() == buffer.data_ptr() + self._state_offset(name, i) and p.numel()
-                )
-                # A view in an older memory order shows what is in place already, wrongly: it is only made anew.
-                current = known and (name == "step" or old.stride() == p.stride())
-                view = old if current else self._state_view(name, buffer, i)
+                old: Tensor | None = entry.get(name)
+                view = self._state_view(name, buffer, i)
                 if old is None:
                     view.zero_()
                     missing.append(i)
-                elif not known:
+                elif old.data_ptr() != view.data_ptr() or not p.numel():
                     view.copy_(old)
                     loaded.append(i)
+                elif old.stride() == view.stride():
+                    # One in an older memory order shows what is in place already, wrongly: it is only made anew.
+                    view = old
                 entry[name] = view
                 bound.add(entry, name, view)
         if counts and (missing or loaded):
@@ -386,7 +384,7 @@ class Flat:
         """Bring what was loaded into the state to where the kernels of the last ``bind`` work; False where any is missing."""
         if self._bound is None:
             return True
-        (names, absent, _), there = self._bound.key, set(map(id, state))
+        names, absent, there = self._bound.names_by_group, self._bound.absent, set(map(id, state))
         for i, p in enumerate(self.params):
             wanted = names[self.groups[i]]
             if i not in absent and wanted and not (id(p) in there and all(name in state[p] for name in wanted)):
@@ -403,12 +401,9 @@ class Flat:
                 self.state[name] = self.new_buffer()
         return self.state[name]
 
-    def _state_offset(self, name: str, i: int) -> int:
-        return 4 * i if name == "step" else self.offsets[i] * self.params[i].element_size()
-
     def _state_view(self, name: str, buffer: Tensor, i: int) -> Tensor:
         if name == "step":
-            return torch.from_dlpack(buffer[i : i + 1]).view(())
+            return from_dlpack(buffer[i : i + 1]).view(())
         return self.alias(buffer, i)
 
 
@@ -418,8 +413,8 @@ State = dict[Tensor, dict[str, Any]]  # torch's: what an optimizer keeps, by par
 class _Bound:
     """The tensors that a ``bind`` left in the base optimizer's state."""
 
-    def __init__(self, key: tuple[tuple[tuple[str, ...], ...], tuple[int, ...], int]):
-        self.key = key
+    def __init__(self, names: Sequence[tuple[str, ...]], absent: tuple[int, ...]):
+        self.names_by_group, self.absent = names, absent
         self.entries: list[dict[str, Any]] = []  # all of the state
         self.dicts: list[dict[str, Any]] = []  # for every view, the entry that it is in, and its name there
         self.names: list[str] = []
@@ -431,11 +426,13 @@ class _Bound:
         self.names.append(name)
         self.views.append(view)
 
-    def is_current(self, key: tuple[Any, ...], state: State) -> bool:
+    def is_current(self, names: Sequence[tuple[str, ...]], absent: tuple[int, ...], state: State) -> bool:
         """Whether they are there still: ``load_state_dict`` replaces the entries, and anybody may replace what is in them."""
         get: Callable[[dict[str, Any], str], Any] = dict.get
         return (
-            self.key == key
+            self.names_by_group == names
+            and self.absent == absent
+            and len(self.entries) == len(state)
             and all(map(is_, state.values(), self.entries))
             and all(map(is_, map(get, self.dicts, self.names), self.views))
         )

@@ -36,12 +36,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD
-from torch.utils._pytree import tree_leaves, tree_map
 
 from . import methods as _methods
 from ._checks import check_integer, check_number
-from .batches import split
+from ._torch import buffers_of, parameters_of, tree_leaves, tree_map
+from .batches import Split, mean, split
 from .flat import check_parameters
+from .gradients import Optionals
 from .optimizer import MicroBatchSAM
 
 __all__ = ["hessian_eigenvalues", "loss_slice", "sharpness"]
@@ -88,18 +89,18 @@ def sharpness(
 
     Sources: sharpness and its ascent step 2010.01412; m-sharpness 2010.01412 and 2212.04343.
     """
-    split = {"num_micro_batches": num_micro_batches, "micro_batch_size": micro_batch_size}
+    split = Split(num_micro_batches, micro_batch_size)
     with _evaluations(model, loss_fn, data, split, rho=rho, method=method, backend=backend) as evaluations:
-        opt, total = evaluations.opt, 0.0
-        for i, share in enumerate(evaluations.shares):
+        opt, rises = evaluations.opt, []
+        for i in range(len(evaluations.parts)):
             with closing(opt.passes()) as passes:  # given up half-way: the weights are back, nothing is learned
                 next(passes)
                 at_w, grads = evaluations.gradients(i)
                 _perturb(passes, evaluations.params, grads, opt)
                 rise = evaluations.loss(i).detach().double() - at_w.double()
                 not_perturbed = opt.stats.nonfinite[0].to(rise.device)
-            rise = rise.masked_fill(not_perturbed, math.nan)
-            total = total + share * rise
+            rises.append(rise.masked_fill(not_perturbed, math.nan))
+        total: Tensor = mean(rises, evaluations.shares)
         return total
 
 
@@ -159,7 +160,7 @@ def hessian_eigenvalues(
     check_number("tolerance", tolerance, 0, above=True)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float64, torch.float32 or None for the model's own, got {dtype!r}")
-    split = {"num_micro_batches": num_micro_batches, "micro_batch_size": micro_batch_size}
+    split = Split(num_micro_batches, micro_batch_size)
     with _evaluations(model, loss_fn, data, split, dtype=dtype) as evaluations:
         params = evaluations.params
         n = sum(p.numel() for p in params)
@@ -227,7 +228,7 @@ def loss_slice(
     if isinstance(direction, str) and direction not in ("ascent", "random"):
         raise ValueError(f"direction must be 'ascent', 'random' or one tensor per parameter, got {direction!r}")
     check_integer("seed", seed, 0)
-    split = {"num_micro_batches": num_micro_batches, "micro_batch_size": micro_batch_size}
+    split = Split(num_micro_batches, micro_batch_size)
     with _evaluations(model, loss_fn, data, split, method=method, backend=backend) as evaluations:
         params = evaluations.params
         if not isinstance(direction, str):
@@ -258,13 +259,21 @@ def loss_slice(
 class _Evaluations:
     """``loss_fn`` on each micro-batch, as often as needed, every time from the same buffers and random numbers."""
 
-    def __init__(self, loss_fn, data: tuple, params: list[Tensor], opt: MicroBatchSAM, rewind: Callable, devices: set):
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor],
+        data: tuple[Any, ...],
+        params: list[Tensor],
+        opt: MicroBatchSAM,
+        rewind: Callable[[], None],
+        devices: set[torch.device],
+    ):
         self.loss_fn, self.params, self.opt = loss_fn, params, opt
         self.parts, self.shares = split(data, opt.split.sizes)
         self._unpack = len(data) > 1
         self._rewind, self._devices = rewind, devices
-        self._random: dict[int, Any] = {}  # by micro-batch: what its first evaluation began with
-        self._graph: list[Tensor] | None = None
+        self._random: dict[int, _RandomStates] = {}  # by micro-batch: what its first evaluation began with
+        self._graph: Optionals | None = None  # of the only micro-batch: gradients that can be differentiated again
 
     @torch.enable_grad()  # always: modules may take another path, and round otherwise, without
     def loss(self, i: int) -> Tensor:
@@ -284,11 +293,12 @@ class _Evaluations:
             )
         return loss.reshape(())
 
-    def gradients(self, i: int, *, create_graph: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+    def gradients(self, i: int, *, create_graph: bool = False) -> tuple[Tensor, Optionals]:
         """The detached loss, and the gradient by parameter, None where a parameter takes no part."""
-        loss, grads = self.loss(i), []
+        loss = self.loss(i)
+        grads: Optionals = []
         if loss.requires_grad:
-            grads = torch.autograd.grad(loss, self.params, create_graph=create_graph, allow_unused=True)
+            grads = list(torch.autograd.grad(loss, self.params, create_graph=create_graph, allow_unused=True))
         if all(g is None for g in grads):
             raise ValueError(
                 f"loss_fn returned {loss.detach().item():g}, which depends on no parameter of model that requires a "
@@ -300,10 +310,11 @@ class _Evaluations:
                     f"a parameter of shape {tuple(p.shape)} has a gradient of layout {g.layout}: flatness needs dense "
                     "gradients, e.g. nn.Embedding(..., sparse=False)"
                 )
-        return loss.detach(), list(grads)
+        return loss.detach(), grads
 
     def mean_loss(self) -> Tensor:
-        return sum(share * self.loss(i).detach().double() for i, share in enumerate(self.shares))
+        loss: Tensor = mean([self.loss(i).detach().double() for i in range(len(self.parts))], self.shares)
+        return loss
 
     def hessian_times(self, v: Tensor) -> Tensor:
         """H·v, flat, in the dtype and on the device of ``v``."""
@@ -316,7 +327,8 @@ class _Evaluations:
             pairs = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
             if not pairs:  # linear in all parameters
                 continue
-            products = torch.autograd.grad(*_outputs(pairs, self.params), retain_graph=one, materialize_grads=True)
+            outputs, vectors = zip(*pairs, strict=True)
+            products = torch.autograd.grad(outputs, self.params, vectors, retain_graph=one, materialize_grads=True)
             out.add_(torch.cat([h.reshape(-1).to(v) for h in products]), alpha=share)
         return out
 
@@ -326,17 +338,12 @@ class _Evaluations:
         return [part.view(p.shape).to(p.device, dtype or p.dtype) for part, p in zip(parts, self.params, strict=True)]
 
 
-def _outputs(pairs: list[tuple[Tensor, Tensor]], params: list[Tensor]) -> tuple:
-    """The arguments of autograd.grad for Σ ⟨g, v⟩."""
-    return [g for g, _ in pairs], params, [v for _, v in pairs]
-
-
 @contextmanager
 def _evaluations(
     model: nn.Module,
     loss_fn: Callable[..., Tensor],
     data: Any,
-    split: dict[str, int | None],
+    split: Split,
     *,
     rho: float = 1.0,
     method: _methods.SAM | None = None,
@@ -364,18 +371,27 @@ def _evaluations(
     data = tuple(data) if isinstance(data, (tuple, list)) else (data,)
     if not data:
         raise ValueError("data is empty: give the arguments of loss_fn, e.g. (x, y)")
-    if getattr(method, "start", 0):  # what it does once it has begun
-        method = replace(method, start=0)
-    if isinstance(method, _methods.SAM) and method.sparse and method.sparse.update_every is None:
-        raise ValueError(f"{method.sparse} chooses no mask by itself, and no other is known here: give it update_every")
+    if isinstance(method, _methods.SAM):
+        method = replace(method, start=0)  # what it does once it has begun
+        sparse = method.full.sparse
+        if sparse is not None and sparse.update_every is None:
+            raise ValueError(f"{sparse} chooses no mask by itself, and no other is known here: give it update_every")
     tensors = [t for t in chain(model.parameters(), model.buffers(), tree_leaves(data)) if isinstance(t, Tensor)]
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     with _converted(model, dtype), _undisturbed(model, devices) as rewind:
         if dtype is not None:
             data = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, data)
-        params = [p for p in model.parameters() if p.requires_grad]
+        params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         # Never stepped: it splits the batch, looks at the arguments as always, and makes the perturbation.
-        opt = MicroBatchSAM(SGD(params, lr=0.0), rho, method=method, flatten=False, backend=backend, **split)
+        opt = MicroBatchSAM(
+            SGD(params, lr=0.0),
+            rho,
+            num_micro_batches=split.count,
+            micro_batch_size=split.size,
+            method=method,
+            flatten=False,
+            backend=backend,
+        )
         try:
             yield _Evaluations(loss_fn, data, params, opt, rewind, devices)
         finally:
@@ -389,7 +405,7 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
     grads = [p.grad for p in params]
     training = [module.training for module in modules]
     buffers = [
-        (module, name, buffer, _values(buffer)) for module in modules for name, buffer in module._buffers.items()
+        (module, name, buffer, _values(buffer)) for module in modules for name, buffer in buffers_of(module).items()
     ]
     # Kernels want memory without gaps; only where there are some, e.g. in a column of a matrix, a copy is used.
     spread = [
@@ -402,8 +418,8 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
     @torch.no_grad()
     def rewind() -> None:
         for module, name, buffer, values in buffers:
-            module._buffers[name] = buffer  # a layer may assign instead of writing in place
-            if values is not None:
+            buffers_of(module)[name] = buffer  # a layer may assign instead of writing in place
+            if buffer is not None and values is not None:
                 buffer.copy_(values)
 
     try:
@@ -450,11 +466,11 @@ def _converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     places = [
         (module, name, t)
         for module in model.modules()
-        for table in (module._parameters, module._buffers)
+        for table in (parameters_of(module), buffers_of(module))
         for name, t in table.items()
         if t is not None and t.is_floating_point()
     ]
-    known = {id(module): set(module._buffers) for module in model.modules()}
+    known = {id(module): set(buffers_of(module)) for module in model.modules()}
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
     try:
         for module, name, t in places:
@@ -464,18 +480,22 @@ def _converted(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         for module, name, t in places:
             setattr(module, name, t)
         for module in model.modules():
-            for name in module._buffers.keys() - known.get(id(module), set()):
-                if (new := module._buffers[name]) is not None and new.dtype == dtype:
-                    module._buffers[name] = new.to(own)
+            buffers = buffers_of(module)
+            for name in buffers.keys() - known.get(id(module), set()):
+                if (new := buffers[name]) is not None and new.dtype == dtype:
+                    buffers[name] = new.to(own)
 
 
-def _random_states(devices: set[torch.device]) -> list[tuple[torch.device | None, Tensor]]:
+_RandomStates = list[tuple[torch.device | None, Tensor]]  # None is the CPU
+
+
+def _random_states(devices: set[torch.device]) -> _RandomStates:
     """Of the CPU and of ``devices``."""
-    states = [(None, torch.get_rng_state())]
-    return states + [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+    others = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+    return [(None, torch.get_rng_state()), *others]
 
 
-def _set_random_states(states: list[tuple[torch.device | None, Tensor]]) -> None:
+def _set_random_states(states: _RandomStates) -> None:
     for device, state in states:
         if device is None:
             torch.set_rng_state(state)
@@ -486,7 +506,7 @@ def _set_random_states(states: list[tuple[torch.device | None, Tensor]]) -> None
 # -- directions --------------------------------------------------------------------------------------------------------
 
 
-def _perturb(passes: Iterator, params: list[Tensor], grads: list[Tensor | None], opt: MicroBatchSAM) -> None:
+def _perturb(passes: Iterator[Any], params: list[Tensor], grads: Optionals, opt: MicroBatchSAM) -> None:
     """From the first to the second turn of a ``passes`` loop, where the weights are w + e."""
     for p, g in zip(params, grads, strict=True):
         p.grad = g
@@ -500,17 +520,18 @@ def _perturb(passes: Iterator, params: list[Tensor], grads: list[Tensor | None],
 
 def _ascent(evaluations: _Evaluations, backend: str) -> list[Tensor]:
     """The method's e at rho = 1, from the gradient of the whole batch. In float64, where w + e − w loses nothing of it."""
-    mean: list[Tensor | None] = [None] * len(evaluations.params)
+    gradient: list[Tensor | None] = [None] * len(evaluations.params)
     for i, share in enumerate(evaluations.shares):
         for j, g in enumerate(evaluations.gradients(i)[1]):
             if g is not None:
-                mean[j] = share * g.double() if mean[j] is None else mean[j].add_(g, alpha=share)
+                so_far = gradient[j]
+                gradient[j] = share * g.double() if so_far is None else so_far.add_(g, alpha=share)
     before = [p.detach().double() for p in evaluations.params]
-    copies = [nn.Parameter(w.clone()) for w in before]
+    copies: list[Tensor] = [nn.Parameter(w.clone()) for w in before]
     opt = MicroBatchSAM(SGD(copies, lr=0.0), 1.0, method=evaluations.opt.method, flatten=False, backend=backend)
     with closing(opt.passes()) as passes:
         next(passes)
-        _perturb(passes, copies, mean, opt)
+        _perturb(passes, copies, gradient, opt)
         return [p.detach() - w for p, w in zip(copies, before, strict=True)]
 
 

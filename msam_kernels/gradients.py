@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.autograd.graph import increment_version
 from . import _torch
 from .backends import extension
 
-Optionals = Sequence[Tensor | None]  # p.grad by parameter; an empty list where all are None
+Optionals = list[Tensor | None]  # p.grad by parameter; an empty list where all are None
+Gradient = TypeVar("Gradient", Tensor, Tensor | None)
 
 
 @dataclass(slots=True)
@@ -72,8 +74,12 @@ def _owns_memory(grads: Sequence[Tensor | None], whole: bool) -> bool:
     return len({g.data_ptr() for g in there}) == len(there)
 
 
-def _memory_layout(groups: list[list[Tensor]]) -> object:
-    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in params] for params in groups]
+def _memory_layout(groups: list[dict[str, Any]]) -> object:
+    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in group["params"]] for group in groups]
+
+
+def _has_layout(groups: list[dict[str, Any]], layout: object) -> bool:
+    return _memory_layout(groups) == layout
 
 
 # Each is a loop over the parameters, which the extension does in C++.
@@ -86,8 +92,10 @@ current_grads: Callable[[list[Tensor]], Optionals] = getattr(extension, "current
 set_grads: Callable[[list[Tensor], Sequence[Tensor | None]], None] = getattr(extension, "set_grads", _set_grads)
 #: (gradients, whole) -> whether each has memory of its own, see ``own_memory``.
 owns_memory: Callable[[Sequence[Tensor | None], bool], bool] = getattr(extension, "owns_memory", _owns_memory)
-#: (lists of parameters) -> a value that changes when any of them, its memory or its layout does.
-memory_layout: Callable[[list[list[Tensor]]], object] = getattr(extension, "memory_layout", _memory_layout)
+#: (parameter groups) -> a value that changes when any parameter, its memory or its layout does.
+memory_layout: Callable[[list[dict[str, Any]]], object] = getattr(extension, "memory_layout", _memory_layout)
+#: (parameter groups, such a value) -> whether it is that still.
+has_layout: Callable[[list[dict[str, Any]], object], bool] = getattr(extension, "has_layout", _has_layout)
 
 
 def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[list[Tensor], int]:
@@ -127,7 +135,7 @@ def regular_gradient(p: Tensor, g: Tensor) -> Tensor:
     return torch.empty_like(p).copy_(g)
 
 
-def own_memory(grads: list[Tensor], *, whole: bool = True) -> list[Tensor]:
+def own_memory(grads: list[Gradient], *, whole: bool = True) -> list[Gradient]:
     """``grads``, so that each can be written to by itself.
 
     Of those that are the same memory, as ``autograd.grad`` returns them for the operands of a sum, all but the first are
@@ -147,7 +155,7 @@ def own_memory(grads: list[Tensor], *, whole: bool = True) -> list[Tensor]:
     return out
 
 
-def own_memory_of_lists(lists: list[list[Tensor]], *, whole: bool) -> list[list[Tensor]]:
+def own_memory_of_lists(lists: list[list[Gradient]], *, whole: bool) -> list[list[Gradient]]:
     """``own_memory`` of several lists together."""
     if len(lists) == 1:
         return [own_memory(lists[0], whole=whole)]

@@ -29,7 +29,7 @@ Scores = Sequence[Sequence[Tensor]]
 Place = tuple[Flat, int]  # a slice of a flat buffer: where it begins
 
 
-def add_up(scores: Sequence[Tensor] | None, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+def add_up(scores: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
     """The root of the sum of the squares so far: it orders as the sum does, and neither over- nor underflows in 16 bits.
 
     ``scores`` are changed in place; an empty one has no gradient yet.
@@ -54,16 +54,15 @@ def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) 
     """
     # Of the same device and dtype one after the other, as in an optimizer that was made with all of them.
     kinds = list(dict.fromkeys((flat.device, flat.dtype) for flat in flats))
-    pairs = sorted(zip(flats, scores, strict=True), key=lambda pair: kinds.index((pair[0].device, pair[0].dtype)))
-    flats, scores = ([pair[k] for pair in pairs] for k in (0, 1))
+    scores_of = {id(flat): tensors for flat, tensors in zip(flats, scores, strict=True)}
+    flats = sorted(flats, key=lambda flat: kinds.index((flat.device, flat.dtype)))
     places = [(flat, begin) for flat in flats for begin in range(0, flat.size, SLICE)]
     whole = sum(p.numel() for flat in flats for p in flat.params)
     count = round((1 - sparse.sparsity) * whole)
     wide = any(flat.dtype == torch.float64 for flat in flats)
-    scores_of = {id(flat): tensors for flat, tensors in zip(flats, scores, strict=True)}
 
-    def by_score(place) -> Tensor:
-        return _keys(*place, scores_of[id(place[0])], wide)
+    def by_score(place: Place) -> Tensor:
+        return _keys(place, scores_of[id(place[0])], wide)
 
     # A parameter's random numbers depend on its place among those of its device and dtype, in however many flats they are.
     firsts = {
@@ -71,19 +70,20 @@ def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) 
         for k, flat in enumerate(flats)
     }
 
-    def at_random(place) -> Tensor:
-        return _random_keys(*place, firsts[id(place[0])], f"{sparse.seed} {step}")
+    def at_random(place: Place) -> Tensor:
+        return _random_keys(place, firsts[id(place[0])], f"{sparse.seed} {step}")
 
     new = {id(flat): torch.empty(flat.size // 8, dtype=torch.uint8, device=flat.device) for flat in flats}
 
-    def write(place, bits: Tensor) -> None:
+    def write(place: Place, bits: Tensor) -> None:
         _bytes(new[id(place[0])], place).copy_(pack(bits))
 
-    def inside(place) -> Tensor:
-        return unpack(_bytes(place[0].mask, place))
+    old = {id(flat): flat.mask for flat in flats if flat.mask is not None}
 
-    first = any(flat.mask is None for flat in flats)
-    if first or sparse.mask == "fisher":
+    def inside(place: Place) -> Tensor:
+        return unpack(_bytes(old[id(place[0])], place))
+
+    if len(old) < len(flats) or sparse.mask == "fisher":
         keys = by_score if sparse.mask == "fisher" else at_random
         chosen = _largest(lambda: map(keys, places), count, wide)
         for place in places:
@@ -93,8 +93,8 @@ def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) 
         stays = _largest(lambda: (by_score(place) * inside(place) for place in places), count - dropped, wide)
         comes = _largest(lambda: (at_random(place) * ~inside(place) for place in places), dropped, wide)
         for place in places:
-            old = inside(place)
-            write(place, stays(by_score(place) * old) | comes(at_random(place) * ~old))
+            bits = inside(place)
+            write(place, stays(by_score(place) * bits) | comes(at_random(place) * ~bits))
     for flat in flats:  # all at once: what is interrupted before leaves the old ones
         if flat.mask is None:
             flat.mask = new[id(flat)]
@@ -102,17 +102,18 @@ def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) 
             flat.mask.copy_(new[id(flat)])  # captured graphs read it at this address
 
 
-def _bytes(mask: Tensor, place: tuple) -> Tensor:
+def _bytes(mask: Tensor, place: Place) -> Tensor:
     _, begin = place
     return mask[begin // 8 : (begin + SLICE) // 8]
 
 
-def _parts(flat: Flat, begin: int) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
+def _parts(place: Place) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
     """Keys of a slice of a flat buffer, all 0; for every parameter in it: index, what of its memory, the place of its keys."""
+    flat, begin = place
     end = min(begin + SLICE, flat.size)
     keys = torch.zeros(end - begin, dtype=torch.int64, device=flat.device)
 
-    def parts():
+    def parts() -> Iterator[tuple[int, slice, Tensor]]:
         for i in range(max(bisect_right(flat.offsets, begin) - 1, 0), bisect_left(flat.offsets, end)):
             offset = flat.offsets[i]
             low, high = max(begin, offset), min(end, offset + flat.params[i].numel())
@@ -122,31 +123,32 @@ def _parts(flat: Flat, begin: int) -> tuple[Tensor, Iterator[tuple[int, slice, T
     return keys, parts()
 
 
-def _keys(flat: Flat, begin: int, scores: Sequence[Tensor], wide: bool) -> Tensor:
+def _keys(place: Place, scores: Sequence[Tensor], wide: bool) -> Tensor:
     """Of a slice of a flat buffer, int64 that are ordered as the scores: 0 for padding, more for every parameter's element."""
-    keys, parts = _parts(flat, begin)
-    for i, part, place in parts:
+    keys, parts = _parts(place)
+    for i, part, here in parts:
         if scores[i].numel() == 0:
-            place.fill_(1)
+            here.fill_(1)
             continue
-        memory = scores[i].as_strided((flat.params[i].numel(),), (1,))[part]
+        memory = scores[i].as_strided((scores[i].numel(),), (1,))[part]
         values = (memory.double() if wide else memory.float()).abs().nan_to_num_(nan=0.0, posinf=math.inf)
         # Floats that are not negative are ordered as their bits.
-        place.copy_(values.view(torch.int64 if wide else torch.int32)).add_(1)
+        here.copy_(values.view(torch.int64 if wide else torch.int32)).add_(1)
     return keys
 
 
-def _random_keys(flat: Flat, begin: int, first: int, seed: str) -> Tensor:
+def _random_keys(place: Place, first: int, seed: str) -> Tensor:
     """The same at random; ``first``: the number of the flat's first parameter."""
-    keys, parts = _parts(flat, begin)
+    flat, _ = place
+    keys, parts = _parts(place)
     generator = torch.Generator(flat.device)
-    for i, part, place in parts:
+    for i, part, here in parts:
         for at in range(part.start // RUN * RUN, part.stop, RUN):
             generator.manual_seed(random.Random(f"{seed} {flat.dtype} {first + i} {at}").getrandbits(63))
             size = min(RUN, flat.params[i].numel() - at)
             numbers = torch.randint(1, 2**31 - 1, (size,), generator=generator, device=flat.device)
             low, high = max(part.start, at), min(part.stop, at + RUN)
-            place[low - part.start : high - part.start] = numbers[low - at : high - at]
+            here[low - part.start : high - part.start] = numbers[low - at : high - at]
     return keys
 
 

@@ -7,14 +7,15 @@ Methods compose with ``+``, where that means something::
 
 Every method takes ``start``: the optimizer steps that the base optimizer takes alone, with one pass per micro-batch, before
 the method sets in (late-phase SAM, 2410.10373: the last 5-10 % of training are enough). The base optimizer's state carries
-over.
+over. And it takes ``every``: from there on, every so many steps are the method's, and the base optimizer takes the others
+alone (an interval, as Composer has it).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ._checks import check_integer, check_number
@@ -119,9 +120,11 @@ class SAM:
     """
 
     start: int = field(default=0, kw_only=True)
+    every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check_integer("start", self.start, 0)
+        check_integer("every", self.every, 1)
 
     def __add__(self, other: SAM) -> SAM:
         """Both methods at once, e.g. one's direction and the other's mask.
@@ -137,14 +140,17 @@ class SAM:
         starts = sorted({method.start for method in (self, other) if method.start})
         if len(starts) > 1:
             raise ValueError(f"{self} and {other} start at different steps: give one start, to either")
-        told = [replace(part, start=0) for part in parts if type(part) is not SAM] or [SAM()]
+        intervals = sorted({method.every for method in (self, other) if method.every > 1})
+        if len(intervals) > 1:
+            raise ValueError(f"{self} and {other} have different intervals: give one every, to either")
+        told = [replace(part, start=0, every=1) for part in parts if type(part) is not SAM] or [SAM()]
         whole = told[0] if len(told) == 1 else Composition(tuple(told))
-        return replace(whole, start=starts[0] if starts else 0)
+        return replace(whole, start=(starts or [0])[0], every=(intervals or [1])[0])
 
     # What a method says. ``change`` is all that most have to say.
 
     def change(self, plan: Plan) -> Plan:
-        """``plan`` of a step that perturbs, with what this method does otherwise than SAM."""
+        """``plan``, that of a step that perturbs, with what sets this method apart from SAM."""
         return plan
 
     @property
@@ -168,8 +174,8 @@ class SAM:
 
     def plan(self, steps: int, has_v: Callable[[], bool]) -> Plan:
         """The plan of the next step, after ``steps`` of them. ``has_v``: whether there is a "v" to reuse."""
-        since = steps - self.start
-        if since < 0:
+        since, rest = divmod(steps - self.start, self.every)
+        if since < 0 or rest:
             return BASE
         if since % self.period == 0:
             return self.full
@@ -296,6 +302,7 @@ class SparseSAM(SAM):
 
     def share_dropped(self, step: int) -> float:
         """Of a dynamic mask, at a step: drop_rate / 2 · (1 + cos(π·step / total_steps))."""
+        assert self.total_steps is not None, "a dynamic mask has total_steps"
         return self.drop_rate / 2 * (1 + math.cos(math.pi * min(step / self.total_steps, 1)))
 
 
@@ -315,7 +322,7 @@ class LookSAM(SAM):
     Source: Liu et al., 2203.02714, with global norms.
     """
 
-    k: int = 5
+    k: int = 5  # with ``every``, of the method's own steps
     alpha: float = 0.7
 
     def __post_init__(self) -> None:
@@ -364,9 +371,7 @@ class BilateralSAM(SAM):
 
     def change(self, plan: Plan) -> Plan:
         coefficient = Coefficient(0.0, -1.0, p=dot(1, 1), q=dot(0, 0), root=True)
-        return replace(
-            plan, opposite=self.rho_min, holds=2, descent=(coefficient, Coefficient(), Coefficient())
-        )
+        return replace(plan, opposite=self.rho_min, holds=2, descent=(coefficient, Coefficient(), Coefficient()))
 
 
 @dataclass(frozen=True)
@@ -394,16 +399,6 @@ class GapSAM(SAM):
         return replace(plan, holds=1, descent=(along, Coefficient(-self.alpha)))
 
 
-#: Attributes of a plan that one method alone can change, and what it thereby says.
-_SAID = {
-    "holds": "say which gradients the descent is made of",
-    "eta": "say how the weights stretch the direction",
-    "lmbda": "say which mean the direction leaves out",
-    "sparse": "choose what is perturbed",
-    "rescale": "set the length of the descent",
-}
-
-
 @dataclass(frozen=True)
 class Composition(SAM):
     """Several methods at once: made by ``+``. The plan is that of SAM, changed by each of them."""
@@ -416,11 +411,11 @@ class Composition(SAM):
         for kind in set(kinds):
             if kinds.count(kind) > 1:
                 raise ValueError(f"{self} has {kind.__name__} {kinds.count(kind)} times: take one of them")
-        plain = Plan()
-        for name, what in _SAID.items():
-            saying = [part for part in self.parts if getattr(part.change(plain), name) != getattr(plain, name)]
-            if len(saying) > 1:
-                raise ValueError(f"{' and '.join(map(repr, saying))} each {what}: take one of them")
+        descents = [part for part in self.parts if isinstance(part, (LookSAM, BilateralSAM, GapSAM))]
+        if len(descents) > 1:
+            raise ValueError(
+                f"{' and '.join(map(repr, descents))} each say which gradients the descent is made of: take one of them"
+            )
         if self.alternating and any(isinstance(part, StableSAM) for part in self.parts):
             raise ValueError(
                 f"{self.alternating} sets the length of its steps by alpha, and {StableSAM.__name__} would set it again: take "
@@ -428,7 +423,11 @@ class Composition(SAM):
             )
 
     def __repr__(self) -> str:
-        return " + ".join(map(repr, self.parts)) + (f" from step {self.start}" if self.start else "")
+        return (
+            " + ".join(map(repr, self.parts))
+            + (f" from step {self.start}" if self.start else "")
+            + (f" every {self.every} steps" if self.every > 1 else "")
+        )
 
     @cached_property
     def alternating(self) -> SAM | None:
@@ -447,4 +446,3 @@ class Composition(SAM):
         for part in self.parts:
             plan = part.change(plan)
         return plan
-

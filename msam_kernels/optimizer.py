@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
@@ -13,18 +13,21 @@ from torch.optim import Optimizer
 
 from . import batches, checkpoint, methods
 from ._checks import check_integer
-from ._torch import has_listeners, leave_to_eager, profiler_enabled
+from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
 from .gradients import set_grads
 from .rules import Radius, check_rho, rho_at
 from .statistics import check_model
 from .step import Engine, Stats
 
+if TYPE_CHECKING:
+    from .capture import CapturedStep
+
 __all__ = ["MicroBatchSAM", "Stats"]
 
 
-def _of_engine(name: str, doc: str) -> property:
-    """An attribute that is the engine's."""
+def _of_engine(name: str, doc: str) -> Any:
+    """A property: an attribute that is the engine's. ``Any``, so that it can be declared with the attribute's own type."""
     return property(
         lambda self: getattr(self.engine, name), lambda self, value: setattr(self.engine, name, value), doc=doc
     )
@@ -120,20 +123,12 @@ class MicroBatchSAM(Optimizer):
         # The hook tables and profiling of an Optimizer, without its own groups and state: those are the base's.
         self.base_optimizer = base_optimizer
         defaults = {**base_optimizer.defaults, "rho": rho}
-        super().__setstate__({"defaults": defaults, "_warned_capturable_if_run_uncaptured": True})
+        super().__setstate__({"defaults": defaults, **LIKE_NEW})
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
         self.flatten, self.backend = flatten, backend
         self._make_engine(method, model)
-        # What an earlier wrapper put there is not the user's.
-        groups = [base_optimizer.param_groups[g] for g in getattr(base_optimizer, "_msam_groups", ())]
-        earlier = [(group, group.pop("rho")) for group in groups if "rho" in group]
-        try:
-            self.engine.adopt()
-        except BaseException:
-            for group, rho in earlier:
-                group["rho"] = rho
-            raise
+        self.engine.take_over()
 
     def _make_engine(self, method: methods.SAM, model: nn.Module | None) -> None:
         leave_to_eager(__package__)
@@ -149,9 +144,9 @@ class MicroBatchSAM(Optimizer):
 
         self.base_optimizer.register_load_state_dict_pre_hook(keep_rho)
 
-    method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")  # type: ignore[assignment]
-    enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")  # type: ignore[assignment]
-    steps: int = _of_engine("steps", "Steps taken so far.")  # type: ignore[assignment]
+    method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
+    enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
+    steps: int = _of_engine("steps", "Steps taken so far.")
 
     @property
     def model(self) -> nn.Module | None:
@@ -166,7 +161,7 @@ class MicroBatchSAM(Optimizer):
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 
-    @property  # type: ignore[override]
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.base_optimizer.param_groups
 
@@ -174,7 +169,7 @@ class MicroBatchSAM(Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base_optimizer.param_groups = groups
 
-    @property  # type: ignore[override]
+    @property
     def state(self) -> Any:
         return self.base_optimizer.state
 
@@ -272,7 +267,7 @@ class MicroBatchSAM(Optimizer):
         """
         return self.engine.stats()
 
-    def passes(self, *batch: Any) -> Iterator[Any]:
+    def passes(self, *batch: Any) -> Generator[Any, None, None]:
         """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
 
         ``batch``: tensors, or dicts, tuples and lists of them, that share dim 0. Several arguments are yielded as a tuple,
@@ -292,9 +287,7 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("passes()")
         return self.engine.passes(*batches.split(batch, self.split.sizes))
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Update the weights.
 
         Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop.
@@ -314,17 +307,16 @@ class MicroBatchSAM(Optimizer):
             ValueError: a number of closures other than ``num_micro_batches``. With ``micro_batch_size`` the caller splits
                 the batch, into any number.
         """
-        return self._profiled_step(closure) if has_listeners(self) else self._step(closure)
+        return self._profiled_step(closure) if has_listeners(self) else self.step_without_hooks(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper costs more than a kernel: see has_listeners
 
-    def _step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None) -> Any:
+    def step_without_hooks(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None) -> Any:
+        """``step``, where nobody listens or the hooks have run."""
         self.engine.check_idle("step()")
         if closure is None:
             return self.engine.update()
-        if callable(closure):
-            return self.engine.run([closure], [1.0])[0]
-        closures = list(closure)
+        closures: list[Callable[[], Any]] = [closure] if callable(closure) else list(closure)
         shares = closure.shares if isinstance(closure, MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
         wanted = self.num_micro_batches
         if not closures or (wanted and len(closures) != wanted):
@@ -334,9 +326,11 @@ class MicroBatchSAM(Optimizer):
                 else "step takes one closure per micro-batch, got an empty sequence"
             )
         values = self.engine.run(closures, shares)
+        if callable(closure):
+            return values[0]
         return None if any(v is None for v in values) else batches.mean(values, shares)
 
-    _profiled_step = Optimizer.profile_hook_step(_step)
+    _profiled_step = Optimizer.profile_hook_step(step_without_hooks)
 
     def train_step(self, loss_fn: Callable[..., Tensor], *batch: Any) -> Tensor:
         """One whole step: ``loss_fn(*micro_batch)`` returns the mean loss of its micro-batch.
@@ -354,7 +348,8 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("train_step()")
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
-        return self.step(self.micro_batches(loss_fn, batch))  # type: ignore[no-any-return]
+        loss: Tensor = self.step(self.micro_batches(loss_fn, batch))
+        return loss
 
     @property
     def split(self) -> Split:
@@ -401,7 +396,7 @@ class MicroBatchSAM(Optimizer):
                     f"{', '.join(on_gpu)} of group {g} is a tensor on the GPU, which the host would have to wait for in every "
                     "step: use a number; the graph follows it all the same"
                 )
-        # Capturing stands above the optimizer, whose steps it records.
+        # Capturing stands above the optimizer, whose steps it records: this is the only import of what stands above.
         from .capture import CapturedStep, CudaRecorder
 
         return CapturedStep(self, loss_fn, example_batch, CudaRecorder(torch.device(devices[0])), warm_up)

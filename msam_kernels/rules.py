@@ -140,7 +140,7 @@ class Radii:
                 self.of(g, group, steps)
 
     def kept_in(self, state_dict: dict[str, Any], steps: int) -> dict[str, Any]:
-        """``state_dict`` with today's rho in groups that bring none, as in a plain optimizer's, and in those with a schedule."""
+        """``state_dict`` with the rho of today in groups that bring none, as a plain optimizer's, or have a schedule."""
         self.take_schedules(steps)
         groups = []
         for g, (mine, theirs) in enumerate(zip(self.base.param_groups, state_dict["param_groups"], strict=False)):
@@ -161,6 +161,7 @@ class Tables:
     def __init__(self, radii: Radii):
         self._radii = radii
         self._rows: object = None
+        self._said: object = None  # by the groups and the plan at the last look; None where that changes by itself
         self._on: dict[tuple[str, torch.device], Tensor] = {}
         self.names: tuple[tuple[str, ...], ...] = ()
 
@@ -169,16 +170,29 @@ class Tables:
         base = self._radii.base
         rule = RULES.get(type(base))
         groups = base.param_groups
+        said = (plan.opposite, [(group.get("rho"), rule.settings(group) if rule else ()) for group in groups])
+        if said == self._said:
+            return
         radii = [_number(self._radii.of(g, group, steps)) for g, group in enumerate(groups)]
         opposite: list[Any] = []
         if plan.opposite is not None:
             rho_min = rho_at(plan.opposite, steps)
             check_rho(rho_min, "rho_min")
             opposite = [-float(rho_min) if rho else 0.0 for rho in radii]
-        settings = [] if rule is None else [tuple(map(_number, rule.settings(group))) for group in groups]
+        settings = [] if rule is None else [tuple(map(_number, row)) for _, row in said[1]]
+        changes = callable(plan.opposite) or self._radii.schedules or _holds_tensors(said)
         rows = (radii, opposite, settings)
-        if rows == self._rows:
-            return
+        if rows != self._rows:
+            self._write(rows, devices, changed)
+            if rule is not None:
+                self.names = tuple(rule.names(group) for group in groups)
+            self._rows = rows
+        self._said = None if changes else said
+
+    def _write(
+        self, rows: tuple[list[Any], list[Any], list[Any]], devices: Iterable[torch.device], changed: Callable[[], None]
+    ) -> None:
+        radii, _, _ = rows
         for rho in radii:
             check_rho(rho)
         changed()
@@ -187,13 +201,10 @@ class Tables:
                 table = torch.tensor(values, dtype=torch.float64, device="cpu")
                 for device in devices:
                     self._put(name, device, table)
-        if rule is not None:
-            self.names = tuple(rule.names(group) for group in groups)
-        self._rows = rows
 
     def forget(self) -> None:
         """There are new groups or devices."""
-        self._rows = None
+        self._rows = self._said = None
 
     def on(self, name: str, device: torch.device) -> Tensor:
         return self._on[name, device]
@@ -207,6 +218,11 @@ class Tables:
             old.copy_(table, non_blocking=True)
         else:
             self._on[name, device] = table.to(device, non_blocking=True)
+
+
+def _holds_tensors(said: tuple[Any, list[tuple[Any, tuple[Any, ...]]]]) -> bool:
+    opposite, groups = said
+    return any(isinstance(x, Tensor) for rho, row in groups for x in (opposite, rho, *row))
 
 
 def _number(x: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._torch import InstanceNorm
+from ._torch import InstanceNorm, children_of
 
 
 def check_model(model: Any) -> None:
@@ -56,7 +56,7 @@ def _switches(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         layer = stack.pop()
         if layer is None:
             continue
-        stack.extend(layer._modules.values())
+        stack.extend(children_of(layer))
         if layer.__dict__.get("track_running_stats") and layer.training:
             if isinstance(layer, InstanceNorm):
                 yield from ((layer, "running_mean", None), (layer, "running_var", None))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
 
 from .backends import get_backend
 from .flat import Flat, Memory, check_parameters
@@ -17,12 +18,14 @@ from .gradients import (
     Vectors,
     collect,
     current_grads,
+    has_layout,
     memory_layout,
     own_memory_of_lists,
+    regular_gradient,
     set_grads,
 )
 from .methods import Plan
-from .rules import Group, Rule, Tables
+from .rules import Rule, Tables
 
 
 class Descent:
@@ -61,12 +64,12 @@ class Store:
     """The flats of an optimizer's parameters.
 
     Args:
-        groups: the base optimizer's parameter groups, as they are at any time.
+        base: whose parameter groups hold the parameters.
         flatten, backend: see ``MicroBatchSAM``.
     """
 
-    def __init__(self, groups: Callable[[], list[Group]], *, flatten: bool, backend: str):
-        self.groups, self.flatten, self.backend = groups, flatten, backend
+    def __init__(self, base: Optimizer, *, flatten: bool, backend: str):
+        self.base, self.flatten, self.backend = base, flatten, backend
         self.flats: list[Flat] = []
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
@@ -77,7 +80,7 @@ class Store:
         return self.flats[0].device
 
     def parameters(self) -> list[Tensor]:
-        return [p for group in self.groups() for p in group["params"]]
+        return [p for group in self.base.param_groups for p in group["params"]]
 
     def places(self) -> list[tuple[Flat, int]]:
         """Of every parameter, in the order of the groups: its flat, and its index there."""
@@ -100,7 +103,7 @@ class Store:
             ValueError, TypeError: parameters that cannot be served.
             RuntimeError: parameters left their group, were moved or converted, or came during a step.
         """
-        groups, params = self.groups(), self.parameters()
+        groups, params = self.base.param_groups, self.parameters()
         if not params:
             raise ValueError("the base optimizer has no parameters: pass model.parameters() to it")
         named = [
@@ -133,10 +136,11 @@ class Store:
             for (device, _), members in buckets.items()
         ]
         self.devices = list({flat.device: None for flat in self.flats})
-        self.layout = self.current_layout()
+        self.layout = memory_layout(groups)
 
-    def current_layout(self) -> object:
-        return memory_layout([group["params"] for group in self.groups()])
+    def is_current(self) -> bool:
+        """Whether all parameters are where they were at the last look."""
+        return has_layout(self.base.param_groups, self.layout)
 
     # -- gradients ------------------------------------------------------------------------------------------------------
 
@@ -165,6 +169,14 @@ class Store:
             [None if t is flat.absent else t for t in tensors] if vector.absent else list(tensors)
             for flat, tensors in zip(self.flats, vector.lists, strict=True)
         ]
+
+    def in_order(self, vector: Vectors) -> Vectors:
+        """``vector`` in the memory order of the parameters; copies only where that is another one."""
+        lists = [
+            [t if t is flat.absent else regular_gradient(p, t) for p, t in zip(flat.params, tensors, strict=True)]
+            for flat, tensors in zip(self.flats, vector.lists, strict=True)
+        ]
+        return Vectors(lists, vector.absent)
 
     def memory(self, name: str, begin: float) -> list[Memory]:
         return [flat.memory(name, begin) for flat in self.flats]
@@ -208,9 +220,7 @@ class Store:
             flat.backend.perturb(flat.weights, g, flat.table, norm_sq=_moved(norm_sq, flat.device), **options)
 
     @staticmethod
-    def _perturbation(
-        flat: Flat, plan: Plan, tables: Tables, radii: str, i: int | None, renew: bool
-    ) -> dict[str, Any]:
+    def _perturbation(flat: Flat, plan: Plan, tables: Tables, radii: str, i: int | None, renew: bool) -> dict[str, Any]:
         achieved = torch.empty(flat.rows, dtype=torch.float64, device=flat.device) if i is None else flat.achieved_sq(i)
         options: dict[str, Any] = {
             "radii": tables.on(radii, flat.device),
@@ -303,7 +313,7 @@ class Store:
         Raises:
             RuntimeError: a parameter was moved or converted; the others are restored.
         """
-        moved, error = self.current_layout() != self.layout, None
+        moved, error = not self.is_current(), None
         for flat in self.flats:
             if moved:  # parameters that are new wait for the next step
                 try:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from msam_kernels import reference
+from msam_kernels.backends import reference
 
 pytestmark = pytest.mark.host
 
@@ -20,64 +22,104 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "msam_kernels"
 CSRC = ROOT / "csrc"
 
-# Module -> the modules of the package that it may import, at the top or inside a function. `_C` is the extension.
+# Module -> the modules of the package that it may import. `_C` is the extension.
 MAY_KNOW = {
-    "__init__": {"methods", "compat", "flatness", "optimizer"},
-    "__main__": {"__init__", "_C", "ops", "methods", "compat", "optimizer"},
+    "__init__": {"compat", "flatness", "methods", "optimizer"},
+    "__main__": {"__init__", "backends"},
+    "compat": {"_torch", "methods", "optimizer"},
+    "capture": {"_checks", "_torch", "batches", "methods", "optimizer", "rules"},
+    "flatness": {"_checks", "_torch", "batches", "flat", "gradients", "methods", "optimizer"},
+    "optimizer": {
+        *("_checks", "_torch", "batches", "checkpoint", "gradients", "methods", "rules", "statistics", "step")
+    },
+    "checkpoint": {"flat", "rules", "step", "store"},
+    "step": {"_torch", "gradients", "masks", "methods", "rules", "statistics", "store"},
+    "masks": {"flat", "methods"},
+    "store": {"backends", "flat", "gradients", "methods", "rules"},
+    "flat": {"backends"},
+    "gradients": {"_torch", "backends"},
+    "rules": {"_checks", "_torch", "backends.reference", "methods"},
+    "methods": {"_checks", "backends.reference"},
+    "batches": {"_torch"},
+    "statistics": {"_torch"},
+    "_torch": set(),
     "_checks": set(),
-    "_numbers": set(),
-    "compat": {"methods", "optimizer"},
-    "optimizer": {"_checks", "_numbers", "methods", "flat", "graphs", "masks", "ops"},
-    "flatness": {"_checks", "methods", "flat", "optimizer"},
-    "graphs": {"_checks"},
-    "flat": {"masks", "ops"},
-    "masks": set(),
-    "methods": {"_checks", "_numbers", "reference"},
-    "ops": {"_C", "reference", "triton_kernels"},
-    "reference": set(),
-    "triton_kernels": set(),
+    "backends": {"_C", "backends.reference", "backends.triton_kernels"},
+    "backends.triton_kernels": set(),
+    "backends.reference": set(),
+    "_C": set(),
 }
+# What stands above a module, and is imported by a function of it when that is called: `opt.capture` returns what records its
+# steps.
+LATER = {"optimizer": {"capture"}}
+MODULES = [module for module in MAY_KNOW if module != "_C"]
 # What an installed package brings with it; the command line may look for more when asked to.
 DEPENDENCIES = {"torch"}
-OPTIONAL = {"triton_kernels": {"triton"}}  # imported only when it is there
+OPTIONAL = {"backends.triton_kernels": {"triton"}}  # imported only when it is there
 
 
-def imports(source: str) -> tuple[set[str], set[str]]:
-    """(modules of the package, top-level names of others) that a module imports anywhere in it."""
-    own, others = set(), set()
-    siblings = {*MAY_KNOW, "_C"}
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[1:] and parts[-1] == "__init__" else parts)
 
-    def found(module: str, names: list[str]) -> None:
-        first, _, rest = module.partition(".")
+
+def source_of(module: str) -> str:
+    path = PACKAGE.joinpath(*module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+
+
+def runs_later(tree: ast.Module) -> set[ast.AST]:
+    """What does not run when the module is imported: functions, and what is for type checkers."""
+    parts: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
+            parts += node.body
+    return {inner for part in parts for inner in ast.walk(part)}
+
+
+def imports(source: str, package: str = "msam_kernels") -> tuple[set[str], set[str], set[str]]:
+    """(modules of the package that a module of ``package`` imports, those that only functions import, names of others)."""
+    now, later, others = set(), set(), set()
+    tree = ast.parse(source)
+    postponed = runs_later(tree)
+
+    def found(node: ast.AST, module: str, names: list[str]) -> None:
+        own = later if node in postponed else now
+        first, _, inside = module.partition(".")
         if first != "msam_kernels":
             others.add(first)
-        elif rest:
-            own.add(rest.split(".")[0])
-        else:  # a name of the package itself, or a module out of it
-            own.update(name if name in siblings else "__init__" for name in names)
+            return
+        for name in names or ["__init__"]:  # a module, or a name in one
+            whole = ".".join(filter(None, (inside, name)))
+            own.add(whole if whole in MAY_KNOW else inside or "__init__")
 
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                found(alias.name, ["__init__"])
+                found(node, alias.name, [])
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["msam_kernels" if node.level else "", node.module or ""]))
-            found(module, [alias.name for alias in node.names])
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            found(node, module, [alias.name for alias in node.names])
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             for argument in node.args[:1]:
                 # What is not a literal cannot be read; only the command line may do that.
                 name = argument.value if isinstance(argument, ast.Constant) else "?"
-                found("msam_kernels" + name if name.startswith(".") else name, ["__init__"])
-    return own, others
+                found(node, package + name if name.startswith(".") else name, [])
+    return now, later - now, others
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("from . import ops, __version__", {"ops", "__init__"}),
+        ("from . import backends, __version__", {"backends", "__init__"}),
         ("from .flat import Flat", {"flat"}),
         ("def f():\n    from msam_kernels.optimizer import MicroBatchSAM", {"optimizer"}),
-        ("import msam_kernels.reference as r", {"reference"}),
+        ("if TYPE_CHECKING:\n    from .capture import CapturedStep", {"capture"}),
+        ("import msam_kernels.backends.reference as r", {"backends.reference"}),
+        ("from .backends import reference, get_backend", {"backends", "backends.reference"}),
         ("if True:\n    from msam_kernels import _C", {"_C"}),
         ("import msam_kernels", {"__init__"}),
         ("x = importlib.import_module('._C', __package__)", {"_C"}),
@@ -86,36 +128,219 @@ def imports(source: str) -> tuple[set[str], set[str]]:
     ],
 )
 def test_the_reader_of_imports_finds(source, expected):
-    assert imports(source)[0] == expected
+    now, later, _ = imports(source)
+    assert now | later == expected
+    assert later == (expected if source.startswith(("def", "if TYPE")) else set())
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from . import reference", {"backends.reference"}),
+        ("from .reference import EPS", {"backends.reference"}),
+        ("from .. import flat", {"flat"}),
+        ("from ..methods import SAM", {"methods"}),
+        ("x = import_module('.triton_kernels', __package__)", {"backends.triton_kernels"}),
+    ],
+)
+def test_the_reader_of_imports_finds_from_inside_a_subpackage(source, expected):
+    assert imports(source, "msam_kernels.backends")[0] == expected
 
 
 def test_every_module_has_a_row_in_the_table():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(MAY_KNOW)
+    assert {module_of(path) for path in PACKAGE.rglob("*.py")} == set(MODULES)
 
 
-@pytest.mark.parametrize("module", MAY_KNOW)
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_whom_it_may_know(module):
-    own, others = imports((PACKAGE / f"{module}.py").read_text())
-    assert own <= MAY_KNOW[module]
+    package = "msam_kernels.backends" if module.startswith("backends") else "msam_kernels"
+    now, later, others = imports(source_of(module), package)
+    assert now <= MAY_KNOW[module]
+    assert later <= MAY_KNOW[module] | LATER.get(module, set())
     if module != "__main__":
         assert others <= DEPENDENCIES | OPTIONAL.get(module, set()) | sys.stdlib_module_names
 
 
-def test_only_the_drop_in_flatness_the_public_names_and_the_command_line_know_the_optimizer():
-    knowing = {m for m, known in MAY_KNOW.items() if "optimizer" in known}
-    assert knowing <= {"__init__", "__main__", "compat", "flatness"}
+def test_knowledge_goes_one_way():
+    TopologicalSorter(MAY_KNOW).prepare()  # refuses circles
+
+
+def test_only_what_stands_above_the_optimizer_knows_it():
+    assert {m for m, known in MAY_KNOW.items() if "optimizer" in known} == {"__init__", "compat", "capture", "flatness"}
 
 
 def test_kernels_and_specification_do_not_know_each_other_or_parameter_groups():
-    assert not MAY_KNOW["reference"] | MAY_KNOW["triton_kernels"]
-    sources = [
-        PACKAGE / "reference.py",
-        PACKAGE / "triton_kernels.py",
-        PACKAGE / "ops.py",
-        *CSRC.rglob("*.h"),
-        *CSRC.rglob("*.cpp"),
-    ]
+    assert not MAY_KNOW["backends.reference"] | MAY_KNOW["backends.triton_kernels"]
+    sources = [*(PACKAGE / "backends").glob("*.py"), *(p for p in CSRC.rglob("*.*") if p.is_file())]
     assert [p.name for p in sources if "param_group" in p.read_text()] == []
+
+
+# ---- private names ---------------------------------------------------------------------------------------------------
+
+
+def is_private(name: str) -> bool:
+    return re.fullmatch(r"_\w*[^\W_]\w*", name) is not None and not name.endswith("__")
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Names that a module gives to what is its own: variables, functions, classes, and attributes of ``self``."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            names.add(node.attr)
+    return names
+
+
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def foreign_private_names(source: str) -> list[str]:
+    """Names that begin with an underscore, and that the module uses although they belong to another one.
+
+    Which class an object is of cannot be read: those of ``self`` are the module's own where it defines them, those of any
+    other object are not. A string counts as well, as ``getattr`` takes it, unless the module defines a name like it.
+    """
+    tree = ast.parse(source)
+    own, found = defined(tree), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            if not (is_self(node.value) and node.attr in own):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if is_private(node.value) and node.value not in own:
+                found.append(node.value)
+        elif isinstance(node, ast.Import):
+            found += [part for alias in node.names for part in alias.name.split(".") if is_private(part)]
+        elif isinstance(node, ast.ImportFrom):
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            # A module of the package is its own to know: who may is in the table.
+            found += [part for part in parts if is_private(part) and not (node.level and part in MAY_KNOW)]
+    return found
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "_torch"])
+def test_a_private_name_is_used_only_in_the_module_that_defines_it(module):
+    assert foreign_private_names(source_of(module)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(opt):\n    return opt._step",
+        "def f(self, opt):\n    self._step = opt._step",  # a name like it is no excuse
+        "def f(opt):\n    opt._step = None",
+        "class A(B):\n    def f(self):\n        return self._of_b()",
+        "class A:\n    def __eq__(self, other):\n        return self.a._b == 1",
+        "x = getattr(opt, '_step', None)",
+        "x = vars(opt)['_step']",
+        "x = torch._C._storage_Use_Count",
+        "from .flat import _alias",
+        "def f():\n    from .flat import _alias as alias",
+        "from torch.utils._pytree import tree_map",
+        "from torch.optim.optimizer import _global_optimizer_pre_hooks",
+        "import torch._dynamo",
+        "from torch import _dynamo",
+    ],
+)
+def test_the_search_for_private_names_finds(source):
+    assert foreign_private_names(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class A:\n    def __init__(self):\n        self._a = 1\n    def f(self):\n        return self._a, self._b()\n"
+        "    def _b(self):\n        return type(self).__name__",
+        "class A:\n    _a: int = 1\n    @classmethod\n    def f(cls):\n        return cls._a",
+        "_a = 1\nb = _a",
+        "from ._torch import is_shared",
+        "from . import _torch, _C",
+        "from __future__ import annotations",
+        "for _ in range(3):\n    '_'.join('ab')",
+        "def _kernel():\n    return 'a_kernel'.removesuffix('_kernel')",
+    ],
+)
+def test_the_search_for_private_names_leaves_alone(source):
+    assert foreign_private_names(source) == []
+
+
+# ---- annotations -----------------------------------------------------------------------------------------------------
+
+# Names that parameters have where an object of ours is handed over.
+OF_OURS = {
+    *("backend", "descent", "engine", "evaluations", "flat", "flats", "graph", "memories", "memory", "method", "opt"),
+    *("plan", "radii", "recorder", "rule", "sparse", "split", "statistics", "step", "store", "tables"),
+    *("vector", "vectors"),
+}
+
+
+def arguments(function: ast.FunctionDef) -> list[ast.arg]:
+    a = function.args
+    extra = [arg for arg in (a.vararg, a.kwarg) if arg is not None]
+    return [*a.posonlyargs, *a.args, *a.kwonlyargs, *extra]
+
+
+def anything_for_a_class_of_ours(source: str) -> list[str]:
+    """Parameters and attributes with such a name, of which the annotation says ``Any`` or is ``object``."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        pairs = []
+        if isinstance(node, ast.FunctionDef):
+            pairs = [(arg.arg, arg.annotation) for arg in arguments(node)]
+        elif isinstance(node, ast.AnnAssign):
+            pairs = [(ast.unparse(node.target).split(".")[-1], node.annotation)]
+        for name, annotation in pairs:
+            if name.strip("_") in OF_OURS and annotation is not None:
+                words = {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
+                if "Any" in words or ast.unparse(annotation) == "object":
+                    found.append(f"{name}: {ast.unparse(annotation)}")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_any_stands_for_a_class_of_ours(module):
+    assert anything_for_a_class_of_ours(source_of(module)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(opt: Any) -> None: ...",
+        "def f(a: int, *, flats: Sequence[Any]) -> None: ...",
+        "def f(step: Any | None = None) -> None: ...",
+        "class A:\n    engine: object",
+        "def f(self):\n    self._store: Any = None",
+    ],
+)
+def test_the_search_for_any_finds(source):
+    assert anything_for_a_class_of_ours(source)
+
+
+def is_compiled_by_triton(function: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(d) or ast.unparse(d) == "_kernel" for d in function.decorator_list)
+
+
+def test_what_triton_does_not_compile_is_annotated():
+    """Mypy is told to leave out this module's functions without annotations, since Triton's language has other types."""
+    lacking = []
+    for function in ast.walk(ast.parse(source_of("backends.triton_kernels"))):
+        if isinstance(function, ast.FunctionDef) and not is_compiled_by_triton(function):
+            bare = [arg.arg for arg in arguments(function) if arg.annotation is None and arg.arg not in ("self", "cls")]
+            no_result = function.returns is None and function.name != "__init__"
+            lacking += [f"{function.name}({', '.join(bare)})"] if bare or no_result else []
+    assert lacking == []
+
+
+def test_installed_packages_say_that_they_have_types():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+# ---- C++ -------------------------------------------------------------------------------------------------------------
 
 
 def included(path: Path) -> set[str]:
@@ -155,6 +380,65 @@ def test_the_reader_of_includes_finds_torch_where_it_is():
     assert "kernels.h" in included(CSRC / "cpu" / "units" / "avx2_half.cpp")  # through avx2.h and unit.h
 
 
+# Python mirrors what these headers number.
+MATH = CSRC / "update_math.h"
+
+
+def enumerators(name: str) -> dict[str, int]:
+    """Those of an enum of update_math.h, by name: each is one more than the one before, unless it says otherwise."""
+    body = re.search(rf"enum {name}(?: : \w+)? \{{([^}}]+)\}}", MATH.read_text()).group(1)
+    values, following = {}, 0
+    for entry in body.split(","):
+        key, _, value = (part.strip() for part in entry.partition("="))
+        values[key] = int(value) if value else following
+        following = values[key] + 1
+    return values
+
+
+def constant(name: str) -> int:
+    return int(re.search(rf"constexpr int {name} = (\d+);", MATH.read_text()).group(1))
+
+
+def test_python_and_cpp_agree_on_status_and_rules():
+    status = {"kUntouched": reference.UNTOUCHED, "kSaved": reference.SAVED, "kPerturbed": reference.PERTURBED}
+    assert enumerators("Status") == status
+    assert enumerators("Rule") == {"kSgd": reference.SGD, "kAdam": reference.ADAM}
+
+
+@pytest.mark.parametrize(
+    ("name", "mirrored"), [("SgdColumn", reference.SGD_COLUMNS), ("AdamColumn", reference.ADAM_COLUMNS)]
+)
+def test_python_and_cpp_agree_on_the_columns_of_settings(name, mirrored):
+    *columns, count = enumerators(name).items()
+    assert [(re.sub(r"^k(Sgd|Adam)?", "", key).lower(), value) for key, value in columns] == [
+        (column.replace("_", ""), i) for i, column in enumerate(mirrored)
+    ]
+    assert count[1] == len(mirrored)
+
+
+def test_python_and_cpp_agree_on_the_columns_of_a_coefficient():
+    assert constant("kCoefficientColumns") == len(reference.COEFFICIENT)
+    named = re.search(r"kCoefficientColumns = .*: (.*)$", MATH.read_text(), re.MULTILINE).group(1)
+    assert tuple(named.split(", ")) == reference.COEFFICIENT
+
+
+def test_triton_agrees():
+    pytest.importorskip("triton")
+    triton = importlib.import_module("msam_kernels.backends.triton_kernels")
+
+    def values(*names: str) -> list[int]:
+        return [getattr(value, "value", value) for value in (getattr(triton, name) for name in names)]
+
+    mirrored = ("UNTOUCHED", "SAVED", "PERTURBED", "SGD", "ADAM")
+    assert values(*mirrored) == [getattr(reference, name) for name in mirrored]
+    assert values("COEFFICIENT_COLUMNS") == [len(reference.COEFFICIENT)]
+    limits = [constant(name) for name in ("kTerms", "kVectors", "kSums", "kRows")]
+    assert values("TERMS", "VECTORS", "SUM_TENSORS", "SUM_ROWS") == limits
+    columns = {reference.SGD: len(reference.SGD_COLUMNS), reference.ADAM: len(reference.ADAM_COLUMNS)}
+    assert {rule: count for rule, (count, _) in triton.RULES.items()} == columns
+    assert max(len(states) for _, states in triton.RULES.values()) == constant("kStates")
+
+
 # ---- every file ------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +474,7 @@ def test_every_source_file_begins_with_its_licence():
     line = re.compile(r"(#!.*\n)?(#|//) SPDX-License-Identifier: Apache-2\.0\n")
     suffixes = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh"}
     sources = {name: text for name, text in texts().items() if Path(name).suffix in suffixes or text.startswith("#!")}
-    assert "msam_kernels/ops.py" in sources
+    assert "msam_kernels/backends/reference.py" in sources
     assert "csrc/update_math.h" in sources
     assert [name for name, text in sources.items() if not line.match(text)] == []
     assert [name for name, text in sources.items() if len(re.findall(line.pattern[9:], text)) > 1] == []
@@ -227,27 +511,3 @@ def test_every_page_that_is_named_comes_with_it():
     named = {name: set(re.findall(r"\b[A-Z]{2,}\.md\b", text)) for name, text in texts().items()}
     assert "CONTRIBUTING.md" in named["README.md"]
     assert {name: gone for name, found in named.items() if (gone := found - pages)} == {}
-
-
-def test_triton_and_cpp_agree_on_how_many_vectors_a_descent_combines():
-    more = re.search(r"kMore = (\d+);", (CSRC / "segments.h").read_text()).group(1)
-    lists = re.search(r"^LISTS = (\d+)", (PACKAGE / "triton_kernels.py").read_text(), re.MULTILINE).group(1)
-    assert int(lists) == 1 + int(more)
-
-
-def test_python_and_cpp_agree_on_the_columns_of_hyper():
-    header = (CSRC / "update_math.h").read_text()
-
-    def columns(name: str) -> list[str]:
-        body = re.search(rf"enum {name} \{{([^}}]+)\}}", header).group(1)
-        return [entry.split("=")[0].strip() for entry in body.split(",")]
-
-    def plain(name: str) -> str:
-        return re.sub(r"^k(Sgd|Adam)?", "", name).lower()
-
-    for name, mirrored in (("SgdColumn", reference.SGD_COLUMNS), ("AdamColumn", reference.ADAM_COLUMNS)):
-        names = [*columns("HyperColumn"), *columns(name)[:-1]]
-        assert [plain(n) for n in names] == [m.replace("_", "") for m in mirrored]
-    triton = re.findall(r"call\.hyper\(hyper, (\d+)\)", (PACKAGE / "triton_kernels.py").read_text())
-    perturb, sgd, adam = map(int, triton)
-    assert (perturb, sgd, adam) == (1, len(reference.SGD_COLUMNS), len(reference.ADAM_COLUMNS))

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def without_extension(monkeypatch) -> None:
-    """As ``ops`` is where ``_C`` was not built."""
+    """As ``backends`` is where ``_C`` was not built."""
     monkeypatch.setattr(backends, "extension", None)
     monkeypatch.setattr(backends, "_missing_extension", ImportError("no module named msam_kernels._C"))
 
@@ -58,17 +59,15 @@ def test_info_says_that_triton_needs_a_gpu_or_the_interpreter():
 
 @pytest.mark.usefixtures("extension")
 def test_info_says_how_the_extension_was_built(capsys):
-    from msam_kernels import _C
-
     cli.main(["info"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  cpu: available"))
-    facts = _C.build_info()
+    facts = backends.extension.build_info()
     assert {"compiler", "instruction_set", "threads", "built_with_torch"} <= facts.keys()
     assert all(str(value) in line for value in facts.values())
 
 
 def test_info_says_how_to_get_a_missing_extension():
-    # A subprocess, so that the import in ops.py itself fails.
+    # A subprocess, so that the import in backends itself fails.
     code = "import sys; sys.modules['msam_kernels._C'] = None; from msam_kernels.__main__ import main; main(['info'])"
     done = python("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
@@ -157,6 +156,27 @@ def build(tmp_path, code: str = "pass", **environment: str) -> subprocess.Comple
     argv = ["setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     code = f"import runpy, sys; sys.argv = {argv}; {code}; runpy.run_path('setup.py', run_name='__main__')"
     return python("-c", code, **environment)
+
+
+def test_what_is_packaged_is_complete(tmp_path):
+    """The files that a wheel is made of, and the archive of the sources."""
+    folder = str(tmp_path)
+    commands = [
+        *("egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder),
+        *("build", "--build-base", folder, "--build-lib", str(tmp_path / "lib")),
+    ]
+    done = python("setup.py", "-q", *commands, MSAM_KERNELS_CPP="0")
+    assert done.returncode == 0, done.stderr
+    package = ROOT / "msam_kernels"
+    files = {p.relative_to(ROOT) for p in package.rglob("*") if p.suffix in (".py", ".typed")}
+    assert {Path("msam_kernels", *name) for name in (("py.typed",), ("backends", "reference.py"))} <= files
+    assert {p.relative_to(tmp_path / "lib") for p in (tmp_path / "lib").rglob("*") if p.is_file()} == files
+    files |= {p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as sources:
+        names = {Path(*Path(name).parts[1:]) for name in sources.getnames()}
+    assert files <= names
+    assert {Path(name) for name in ("setup.py", "LICENSE", ".ci/run", "tests/test_cli.py")} <= names
 
 
 def test_build_without_torch_is_one_sentence(tmp_path):

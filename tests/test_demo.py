@@ -7,6 +7,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -22,27 +25,27 @@ FAMILY = ROOT / "examples" / "methods.py"
 PNG = b"\x89PNG\r\n"
 
 
-def loaded(script: Path, name: str) -> ModuleType:
+@contextmanager
+def loaded(script: Path, name: str) -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location(name, script)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up there.
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
 def demo():
-    yield loaded(DEMO, "demo_under_test")
-    del sys.modules["demo_under_test"]
+    with loaded(DEMO, "demo_under_test") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
-def family(demo):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "demo", demo)  # what the example imports
-        yield loaded(FAMILY, "family_under_test")
-        del sys.modules["family_under_test"]
+def family():
+    with loaded(FAMILY, "family_under_test") as module:
+        yield module
 
 
 def quick_run(script: Path, packages: dict[str, str], folder: Path) -> tuple[list[str], bytes]:
@@ -88,7 +91,7 @@ def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(dem
 @pytest.mark.slow
 def test_quick_run_of_the_family_prints_a_row_per_method_and_writes_a_picture(family, tmp_path):
     lines, picture = quick_run(FAMILY, family.PACKAGES, tmp_path)
-    steps = family.of_length(2).steps
+    steps = replace(family.TASK, epochs=2).steps
     perturbing = {"SGD": 0, "LookSAM": -(-steps // 5), "late-phase SAM": steps - round(family.START * steps)}
     for contestant in family.family(steps):
         (row,) = rows_of(contestant.label, lines)

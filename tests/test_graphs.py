@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
-from msam_kernels import MicroBatchSAM, methods
-from msam_kernels.flat import Flat
+from msam_kernels import MicroBatchSAM, flat, methods
 from msam_kernels.capture import CapturedStep
 from plain import same_bits
 
@@ -51,8 +49,11 @@ class Recorder:
 
     def capture(self, step):
         self.captures += 1
-        kept = [t for flat in self.opt._flats for t in (flat.saved, flat.ema, flat.v, flat.mask, *flat.state.values())]
-        tensors = [t for t in (*self.model.state_dict().values(), *kept, self.opt._v_norm_sq) if t is not None]
+        tensors = list(self.model.state_dict().values())
+        for part in self.opt.engine.store.flats:
+            memories = [t for memory in part.memories.values() for t in (memory.buffer, memory.square)]
+            kept = (part.saved, part.mask, part.status, *memories, *part.state.values())
+            tensors += [t for t in kept if t is not None]
         before = [t.clone() for t in tensors]
         outputs = [step().clone(), *self.sums()]
         for t, b in zip(tensors, before, strict=True):
@@ -67,7 +68,7 @@ class Recorder:
         return replay, outputs[0]
 
     def sums(self):
-        return [*self.opt._norms_sq, *itertools.chain(*self.opt._achieved_sq)]
+        return self.opt.engine.norms_sq
 
 
 def net(device="cpu"):
@@ -107,7 +108,7 @@ def assert_trains_like_train_step(make_step, base, method, count, device):
         losses = step(*batch), plain.train_step(other_loss_fn, *batch)
         assert same_bits(model.state_dict().values(), other.state_dict().values()), f"step {i}"
         assert torch.equal(*losses)
-        if plain._norms_sq:  # not between the SAM steps of LookSAM
+        if plain.engine.norms_sq:  # not between the SAM steps of LookSAM
             assert torch.equal(opt.stats.grad_norm, plain.stats.grad_norm)
             assert torch.equal(opt.stats.perturbation_norm, plain.stats.perturbation_norm)
         assert all(p.grad is None for p in model.parameters())
@@ -236,9 +237,8 @@ def test_what_begins_after_the_warm_up_is_warmed_up_before_it_is_captured(change
     opt.method = methods.FriendlySAM(start=2 if change == "the method starts" else 0)
     opt.enabled = change != "it is switched on"
     begun = []
-    monkeypatch.setattr(
-        Flat, "start_ema", lambda flat, real=Flat.start_ema: (begun.append(recorder.captures), real(flat))
-    )
+    real = flat.Memory
+    monkeypatch.setattr(flat, "Memory", lambda *args: (begun.append(recorder.captures), real(*args))[1])
     step(*data()), step(*data())  # the warm-up
     opt.enabled = True
     if change == "an average is dropped":

@@ -66,13 +66,10 @@ CPU = torch.device("cpu")
 ISAS = ("baseline", "avx2", "avx512")
 STREAMED = (9 << 20) + 12  # bytes; from 8 MiB on the kernels store past the cache
 STREAMED_CASES = [
-    ("perturb", "plain"),
     ("perturb", "any status, friendly"),
     ("perturb", "any status, masked, friendly and adaptive"),
-    ("descend", "weights and mean"),
     ("descend", "mean, anew"),
-    ("descend", "out, four terms"),
-    ("update", "sgd, not counted"),
+    ("descend", "copied"),
     ("update", "sgd, mean"),
     ("update", "adam, everything"),
 ]
@@ -278,6 +275,7 @@ def test_a_term_that_is_absent_or_has_coefficient_0_is_left_out_whatever_it_hold
     assert combined([nan, one, nan], 0.0, 0.5, 0.0) == 0.5
     assert combined([nan, one, nan], {"scale": 0.0, "a": 2.0}, 0.5, 1e-60) == 0.5, "1e-60 is 0 in fp32"
     assert combined([nan, one, nan[:0]], {"b": 1.0, "p": 0, "q": 1}, 0.5, 1.0, sums=[f64(0.0), f64(4.0)]) == 0.5
+    assert combined([]) == 0.0
     assert combined([one[:0], nan], 1.0, 0.0) == 0.0
     assert combined([one[:0], one[:0]], 1.0, 0.3) == 0.0
     assert math.isnan(combined([one, one], 0.0, 0.0, norm_sq=f64(INF)))
@@ -384,11 +382,10 @@ def test_a_step_of_two_micro_batches_returns_to_the_weights_bit_for_bit(dtype, b
 # ---- declaration -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flat", [True, False], ids=["flat weights", "listed weights"])
 @pytest.mark.parametrize(("operator", "variant"), LARGEST, ids=lambda v: v)
-def test_opcheck_accepts_the_operator(operator, variant, flat):
-    options = {**VARIANTS[operator][variant], "alias": None}  # of schemas that mutate, none allows it
-    args, kwargs = make(operator, options, sizes=(5, 0, 33), flat=flat).args()
+def test_opcheck_accepts_the_operator(operator, variant):
+    options = {**VARIANTS[operator][variant], "alias": None}  # a term that is mutated is beyond what a schema can say
+    args, kwargs = make(operator, options, sizes=(5, 0, 33), flat=False).args()
     torch.library.opcheck(getattr(torch.ops.msam_kernels, operator).default, args, kwargs)
 
 
@@ -428,9 +425,9 @@ def test_large_buffers_that_are_stored_past_the_cache_give_the_same_bits(operato
     assert_matches(make(operator, variant, dtype, (STREAMED // dtype.itemsize, 257), groups=2))
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_misaligned_large_buffers_give_the_same_bits(dtype):
-    for operator, variant in (("perturb", "plain"), ("descend", "weights"), ("update", "sgd, not counted")):
+    for operator, variant in (("perturb", "any status"), ("descend", "weights"), ("update", "sgd, not counted")):
         assert_matches(make(operator, variant, dtype, (STREAMED // dtype.itemsize, 257), shift=1, flat=False))
 
 
@@ -543,14 +540,15 @@ def test_the_norm_is_within_a_few_ulp_of_the_exact_one(dtype, n, decades):
 
 @each_dtype
 def test_the_norm_of_a_residual_and_of_a_stretched_direction_is_within_two_ulp(dtype):
+    n = CHUNK + 4097
     for variant in ("friendly", "adaptive", "friendly and adaptive"):
-        call = make("norm", variant, dtype, (40001,))
+        call = make("norm", variant, dtype, (n,))
         a = call.in_double().arguments
         d = a["grads"][0]
         if "sigma" in a:
-            d = d - a["sigma"] * a["ema"][:40001]
+            d = d - a["sigma"] * a["ema"][:n]
         if "eta" in a:
-            d = (a["weights"][0][:40001].abs() + a["eta"]) * d
+            d = (a["weights"][0][:n].abs() + a["eta"]) * d
         norm, exact = math.sqrt(call.run().item()), math.sqrt(exact_sum_of_squares(d))
         # 16-bit data too: what is summed are fp32 directions that were never rounded to 16 bits.
         ulp = math.ulp(exact) if dtype == torch.float64 else 2.0 ** (math.frexp(exact)[1] - 24)
@@ -559,13 +557,16 @@ def test_the_norm_of_a_residual_and_of_a_stretched_direction_is_within_two_ulp(d
 
 @each_dtype
 def test_sums_by_row_are_of_what_was_stored(dtype):
+    def wide(t: Tensor) -> Tensor:
+        return t if dtype == torch.float64 else t.float()
+
     ascent = make("perturb", "plain", dtype, (40001,))
-    before = ascent.arguments["weights"][0].double()
+    before = wide(ascent.arguments["weights"][0].clone())
     ascent.run()
     descent = make("descend", "out", dtype, (40001,))
     descent.run()
     stored = {
-        "achieved_sq": (ascent, (ascent.arguments["weights"][0].double() - before)[:40001]),
+        "achieved_sq": (ascent, (wide(ascent.arguments["weights"][0]) - before)[:40001]),
         "out_sq": (descent, descent.arguments["out"][0].double()),
     }
     for name, (call, what) in stored.items():
@@ -728,7 +729,8 @@ def test_a_child_that_ends_otherwise_is_a_failure(isa, status, report):
 
 def conversion_errors() -> list[str]:
     """Every 16-bit pattern through the kernels against torch's conversions; what differs, in words."""
-    kernels, rows, nine = kernels_of("cpu"), table((65536,), 2)[0], table((9,), 2)[0]
+    kernels, nine = kernels_of("cpu"), table((9,), 2)[0]
+    whole, short = table((65536,), 2)[0], table((65536,), 2, chunk=7)[0]  # seven: the scalar rest of a loop alone
     found = []
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
@@ -737,17 +739,21 @@ def conversion_errors() -> list[str]:
         shuffled = every[torch.randperm(65536, generator=torch.Generator().manual_seed(0))]
 
         def compare(what, x, y, c_x, c_y, dtype=dtype, name=name):
-            out = torch.empty_like(x)
-            kernels.descend([], [out], [x, y], rows, coefs=coefs((c_x, c_y)), sums=[])
             wide = x.float() * torch.tensor(c_x) + y.float() * torch.tensor(c_y)
             expected = wide.to(dtype)
-            same = (out.view(torch.int16) == expected.view(torch.int16)) | (out.isnan() & expected.isnan())
-            if not same.all():
-                i = int((~same).nonzero()[0])
-                found.append(
-                    f"{name}, {what}: {int((~same).sum())} differ, e.g. {wide[i].item()!r} became {out[i].item()!r}, "
-                    f"not {expected[i].item()!r}"
-                )
+            # What is subnormal in fp16 is not in fp32, so that flushing there changes nothing.
+            for rows, flush in itertools.product((whole, short), (False, True) if name == "fp16" else (False,)):
+                out = torch.empty_like(x)
+                torch.set_flush_denormal(flush)
+                kernels.descend([], [out], [x, y], rows, coefs=coefs((c_x, c_y)), sums=[])
+                torch.set_flush_denormal(False)
+                same = (out.view(torch.int16) == expected.view(torch.int16)) | (out.isnan() & expected.isnan())
+                if not same.all():
+                    i = int((~same).nonzero()[0])
+                    found.append(
+                        f"{name}, {what}, rows of {rows[0, 3]}, {flush=}: {int((~same).sum())} differ, e.g. "
+                        f"{wide[i].item()!r} became {out[i].item()!r}, not {expected[i].item()!r}"
+                    )
 
         compare("every value as it is", every, torch.full_like(every, -0.0), 1.0, 1.0)
         compare("halfway to the neighbour", every, following, 0.5, 0.5)
@@ -757,6 +763,12 @@ def conversion_errors() -> list[str]:
         compare("tiny", every, shuffled, 2.0**-14, 2.0**-20)
         for c_x, c_y in ((1.0, 1.0), (1.0, 2.0**-9), (0.1, 0.7), (1 / 3, -2 / 3), (3.0, 2.0**-24), (255.0, 2.0**-12)):
             compare(f"{c_x:g} times a value and {c_y:g} times another", every, shuffled, c_x, c_y)
+        # The processor's conversion keeps a NaN's sign and payload, and so does the other one, which baseline and rests have.
+        for rows in (whole, short) if name == "fp16" else ():
+            kept = torch.empty_like(every)
+            kernels.descend([], [kept], [every, torch.full_like(every, -0.0)], rows, coefs=coefs((1.0, 1.0)), sums=[])
+            if not torch.equal(kept.view(torch.int16), patterns | (every.isnan() * 0x200)):
+                found.append(f"{name}, rows of {rows[0, 3]}: a NaN has other bits")
         # Rounding apart: nine equal squares are exact in fp64 and pass through vector code and the scalar rest.
         for value in every[::13].tolist():
             norm_sq = kernels.norm([], [torch.full((9,), value, dtype=dtype)], nine).item()
@@ -821,7 +833,7 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "a table of int32": ("update", "sgd", _with(table=_as(INT)), "table must be a contiguous int64 .* Int"),
     "a table of four columns": ("gram", "two", _with(table=lambda t: t[:, :4].contiguous()), "table must .* 5.*4"),
     "a table by columns": ("norm", "plain", _with(table=_by_columns), "table must be a contiguous"),
-    "a table elsewhere": ("update", "sgd", _with(table=_meta), "table must be on cpu, got meta"),
+    "a table elsewhere": ("update", "sgd", _with(table=_meta), "one device, got cpu and meta"),
     "a row past the gradient": ("norm", "plain", _row(numel=34), r"row 2 of the table .* 34 of grads\[2\], .* 33"),
     "a row past the flat weights": ("update", "sgd", _row(offset=1000), "weights .* the table reaches 1033"),
     "a row past the listed weights": (
@@ -845,7 +857,7 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "a negative begin": ("norm", "plain", _row(begin=-1), "row 2 of the table.* begin -1"),
     "a negative offset": ("update", "sgd", _row(offset=-1), "row 2 of the table.* offset -1"),
     "a negative count": ("descend", "mean", _row(numel=-1), "row 2 of the table.* numel -1"),
-    "a negative segment": ("perturb", "plain", _row(segment=-1), "row 2 of the table.* segment -1"),
+    "a negative segment": ("perturb", "plain", _row(segment=-1), "row 2 of the table.*segment -1"),
     "a negative group": ("update", "adam", _row(group=-1), "row 2 of the table.* group -1"),
     "a segment that is not there": ("norm", "plain", _row(segment=3), "grads has 3 tensors.* segment 3"),
     "a group that is not there": ("perturb", "plain", _row(group=3), "radii has 3 .* group 3"),
@@ -870,12 +882,12 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         "norm",
         "plain",
         _with(grads=_in_each(_meta, only=1)),
-        r"grads\[1\] must be on cpu .* meta",
+        "one device, got cpu and meta",
     ),
-    "weights elsewhere": ("update", "sgd", _with(weights=_in_each(_meta)), "weights must be on cpu .* meta"),
-    "saved elsewhere": ("descend", "weights", _with(saved=_meta), "saved must be on cpu .* meta"),
-    "status elsewhere": ("perturb", "plain", _with(status=_meta), "status must be on cpu .* meta"),
-    "a sum elsewhere": ("descend", "out, ratios", _with(sums=_in_each(_meta)), r"sums\[0\] must be on cpu .* meta"),
+    "weights elsewhere": ("update", "sgd", _with(weights=_in_each(_meta)), "one device, got meta and cpu"),
+    "saved elsewhere": ("descend", "weights", _with(saved=_meta), "one device, got cpu and meta"),
+    "status elsewhere": ("perturb", "plain", _with(status=_meta), "one device, got cpu and meta"),
+    "a sum elsewhere": ("descend", "out, ratios", _with(sums=_in_each(_meta)), "one device, got cpu and meta"),
     "lists of different lengths": (
         "perturb",
         "listed",
@@ -934,10 +946,8 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "perturb without gradients": ("ascend", "plain", _with(grads=[]), "needs weights and grads"),
     "weights without saved": ("descend", "weights", _with(saved=None, status=None), "saved, which is missing"),
     "saved without status": ("update", "sgd, scaled", _with(status=None), "saved and status go together"),
-    "out without terms": ("descend", "out", _with(terms=[], coefs=[]), "out"),
     "neither weights nor out": ("descend", "out", _with(out=[]), "weights and out"),
     "an update without weights": ("update", "sgd", _with(weights=[]), "weights"),
-    "an update without terms": ("update", "adam", _with(terms=[], coefs=[]), "terms"),
     # coefficients
     "coefs of six numbers": ("descend", "out", _with(coefs=lambda v: v[:6]), "coefs must be 7 numbers .* got 6"),
     "coefs of five terms": (
@@ -947,7 +957,7 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         "at most 4 terms, got 35",
     ),
     "more coefs than terms": ("update", "sgd", _with(coefs=lambda v: v * 2), "terms must be .* 2; got 3"),
-    "more terms than coefs": ("update", "sgd, mean", _with(coefs=lambda v: v[:7]), "weights|terms"),
+    "more terms than coefs": ("descend", "out, two terms", _with(coefs=lambda v: v[:7]), "out has 3 tensors, .* 6"),
     "a sum that is not there": (
         *("descend", "out, ratios", _with(coefs=coefs(({"b": 1.0, "p": 0, "q": 3}, 1.0)))),
         "sums 0 and 3 for term 0, there are 3",
@@ -1055,7 +1065,9 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
     far, windows = copy.deepcopy(near), {}
     memory = _huge(FAR + room * 16)
 
-    def moved(t: Tensor) -> Tensor:
+    def moved(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dtype != torch.bfloat16:
+            return t
         start = windows.setdefault(t.data_ptr(), len(windows)) * room  # out may be one of the terms
         window = memory[start : start + FAR + n]
         window[FAR:] = t[:n]
@@ -1063,10 +1075,10 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
 
     for name, value in far.arguments.items():
         if isinstance(value, list):
-            far.arguments[name] = [moved(t) if t.dtype == torch.bfloat16 else t for t in value]
-        elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+            far.arguments[name] = [moved(t) for t in value]
+        elif name != "mask":
             far.arguments[name] = moved(value)
-        elif name == "mask":
+        else:
             bits = np.pad(np.unpackbits(value.numpy(), bitorder="little"), (FAR % 8, 0))
             far.arguments[name] = torch.empty(FAR // 8 + room, dtype=torch.uint8)
             packed = torch.from_numpy(np.packbits(bits, bitorder="little"))
@@ -1094,8 +1106,11 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
     norm_sq = kernels.norm([], [grad], rows)
     expected = -(-n // 1000) + 1.5**2 + 2**2 + 3**2 + 4**2
     assert norm_sq.item() == expected
-    # With a radius of ‖g‖ and zero weights, w + e is g.
-    achieved_sq, status = torch.empty(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.uint8)
+    # With a radius of ‖g‖ and zero weights, w + e is g. Zeros that are only read take no memory.
+    achieved_sq, status = (
+        torch.empty(len(rows), dtype=torch.float64),
+        torch.full((len(rows),), PERTURBED).to(torch.uint8),
+    )
     written = {"saved": saved, "status": status, "achieved_sq": achieved_sq}
     kernels.perturb([weights], [grad], rows, norm_sq=norm_sq, radii=norm_sq.sqrt(), **written)
     assert torch.equal(weights, grad)
@@ -1110,8 +1125,8 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
 @pytest.mark.slow
 def test_more_than_2_31_elements_are_all_summed_perturbed_and_restored():
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    if available < 14 << 30:
-        pytest.skip("needs 14 GB of free memory")
+    if available < 10 << 30:
+        pytest.skip("needs 10 GB of free memory")
     done = child("beyond-32-bits")
     assert done.returncode == 0, done.stderr
 
@@ -1123,7 +1138,7 @@ if __name__ == "__main__":
         if report["missing"] is None:
             prints = fingerprint(CASES, lambda _: (0, 1, 3, 4, 5, 31, 33, 255, 257, 4097, CHUNK + 1))
             prints.update(fingerprint(STREAMED_CASES[1::2], lambda itemsize: (STREAMED // itemsize, 257)))
-            report |= {"isa": backends._C.build_info()["instruction_set"], "conversions": conversion_errors()}
+            report |= {"isa": backends.extension.build_info()["instruction_set"], "conversions": conversion_errors()}
             report |= {"fingerprint": prints}
         print(json.dumps(report))
     elif sys.argv[1] == "errors":

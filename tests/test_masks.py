@@ -530,8 +530,7 @@ def test_update_mask_leaves_everything_else(backend):
     assert torch.equal(torch.get_rng_state(), random_state)
     assert opt.base_optimizer.state_dict() == base
     assert opt.steps == 0
-    assert opt._scores is None
-    assert opt._before is None
+    assert opt.engine.step is None
     assert [layer.track_running_stats for layer in net if isinstance(layer, nn.BatchNorm2d)] == [True]
     loss_of(net, *images()).backward()
     assert int(net[1].num_batches_tracked) == 2, "the statistics are recorded again"
@@ -575,7 +574,7 @@ def test_update_mask_that_fails_changes_nothing(case, had_one, backend):
     assert opt.mask is None if old is None else equal(opt.mask, old)
     assert same_bits(model.parameters(), before)
     assert same_bits(gradients(model), grads)
-    assert opt._scores is None
+    assert opt.engine.step is None
     opt.train_step(lambda x, y: loss_of(model, x, y), *batch(5, F64))
 
 
@@ -617,7 +616,7 @@ def masks_of_steps(opt, model, steps, seed=0):
     seen = []
 
     def loss(x, y):
-        if len(seen) < opt.steps + 1 and opt._perturbed:
+        if len(seen) < opt.steps + 1 and opt.engine.step.perturbed:
             seen.append(opt.mask)
         return loss_of(model, x, y)
 
@@ -663,7 +662,7 @@ def test_updates_count_from_the_first_mask_and_from_one_that_is_assigned(backend
     seen = []
 
     def loss(x, y):
-        if opt._perturbed and len(seen) < opt.steps - 1:
+        if opt.engine.step.perturbed and len(seen) < opt.steps - 1:
             seen.append(opt.mask)
         return loss_of(model, x, y)
 

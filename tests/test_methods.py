@@ -20,7 +20,6 @@ from torch.optim import SGD, AdamW, RMSprop
 from torch.utils._pytree import tree_leaves
 
 from msam_kernels import MicroBatchSAM, methods
-from msam_kernels._numbers import total, totals
 from msam_kernels.methods import (
     SAM,
     AdaptiveSAM,
@@ -76,7 +75,7 @@ COMPOSITIONS = {
 
 def passes_of(method):
     """Of a step that perturbs."""
-    return 2 if method.rho_min is None else 3
+    return 2 if method.full.opposite is None else 3
 
 
 def descents(method, pairs, dtype, backend, **options):
@@ -140,39 +139,6 @@ def test_a_gradient_that_is_not_finite_shows_in_the_descent(method, backend):
         assert not descents(method, [passes[:count], passes[count:]], torch.float32, backend).isfinite().all()
 
 
-ADDS = {  # method, dtypes, passes that give the second parameter a gradient, whether g is added to the gradient at w + e
-    "fp32": (BilateralSAM(), (torch.float32,) * 2, (0, 1, 2), True),
-    "fp64 and fp32": (BilateralSAM(), (torch.float64, torch.float32), (0, 1, 2), True),
-    "friendly": (FriendlySAM() + BilateralSAM(), (torch.float32,) * 2, (0, 1, 2), True),
-    "a gradient in one pass fewer": (BilateralSAM(), (torch.float32,) * 2, (0, 1), True),
-    "a gradient at w alone": (BilateralSAM(), (torch.float32,) * 2, (0,), False),
-    "a gradient behind w alone": (BilateralSAM(), (torch.float32,) * 2, (2,), True),
-    "a gradient at w + e and behind": (BilateralSAM(), (torch.float32,) * 2, (1, 2), False),
-    "bf16": (BilateralSAM(), (torch.bfloat16,) * 2, (0, 1, 2), False),
-    "bf16 beside fp32": (BilateralSAM(), (torch.float32, torch.bfloat16), (0, 1, 2), False),
-    "Stable SAM": (BilateralSAM() + StableSAM(), (torch.float32,) * 2, (0, 1, 2), False),
-}
-
-
-@pytest.mark.parametrize("case", ADDS)
-def test_bilateral_sam_adds_up_what_one_coefficient_belongs_to(case, backend):
-    method, dtypes, there, adds = ADDS[case]
-    params = [nn.Parameter(torch.linspace(-1, 1, 5).to(dtype)) for dtype in dtypes]
-    opt = MicroBatchSAM(SGD(params, lr=0.1), method=method, backend=backend)
-    added, calls = [], itertools.count()
-    for flat in opt._flats:
-        flat.backend = mock.Mock(wraps=flat.backend)
-
-    def closure():
-        used = params if next(calls) in there else params[:1]
-        sum(p.sin().sum() for p in used).backward()
-
-    opt.step(closure)
-    for flat in opt._flats:
-        added += [bool(call.args[1]) for call in flat.backend.perturb.call_args_list if "origin" in call.kwargs]
-    assert added == [adds] * len(opt._flats)
-
-
 def test_gradients_from_before_survive_a_pass_that_gives_them_again(backend):
     p = nn.Parameter(torch.linspace(-1, 1, 5))
     opt = MicroBatchSAM(SGD([p], lr=0.1), method=BilateralSAM(), backend=backend)
@@ -184,44 +150,6 @@ def test_gradients_from_before_survive_a_pass_that_gives_them_again(backend):
             break
     assert p.grad is before
     assert same_bits([before], [expected])
-
-
-@pytest.mark.parametrize("method", [*METHODS, *COMPOSITIONS])
-def test_coefficients_are_the_same_as_numbers_and_as_tensors(method):
-    """On the CPU sums are floats, on a GPU tensors."""
-    method = {**METHODS, **COMPOSITIONS}[method]
-    of = {"descent": method.descent_coefs, **({"v": method.look.v_coefs} if method.look else {})}
-    for lengths in itertools.product((0.0, 1e-200, 0.3, 2.0, 1e150, math.inf, math.nan), repeat=3):
-        x, y, z = lengths
-        products = [x * x, -0.5 * x * y, y * y, 0.25 * x * z, 0.5 * y * z, z * z]
-        dots = products if method.kept == 2 else products[:3]
-        for name, coefs in of.items():
-            more = [dots[-1]] if name == "descent" else []
-            floats = coefs(dots, *more)
-            as_tensors = torch.tensor([*dots, *more], dtype=torch.float64).unbind()
-            tensors = coefs(as_tensors[: len(dots)], *as_tensors[len(dots) :])
-            torch.testing.assert_close(floats, tensors, rtol=1e-14, atol=0, equal_nan=True)
-        if method.look:
-            xx, yy = (torch.tensor(t, dtype=torch.float64) for t in (x * x, y * y))
-            used = method.look.reuse_coefs(x * x, yy), method.look.reuse_coefs(xx, yy)
-            torch.testing.assert_close(*used, rtol=1e-14, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("terms", "expected"),
-    [
-        ([], 0.0),
-        ([1.0, 1e100, 1.0, -1e100], 2.0),
-        ([math.inf, 1.0], math.inf),
-        ([math.inf, -math.inf], math.nan),
-        ([1e308, 1e308], math.nan),
-        ([1.0, math.nan], math.nan),
-    ],
-    ids=str,
-)
-def test_a_total_is_exact_and_never_raises(terms, expected):
-    both = total(torch.tensor(terms, dtype=torch.float64)), totals(torch.tensor([terms] * 2, dtype=torch.float64))[1]
-    assert both == (expected, expected) or all(map(math.isnan, (*both, expected)))
 
 
 @pytest.mark.parametrize("way", ["backward", "autograd.grad"])
@@ -279,14 +207,12 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
     opt = MicroBatchSAM(AdamW(model.parameters()), method=method, num_micro_batches=2, backend=backend)
 
     def only_what_is_named():
-        (flat,) = opt._flats
-        expected = {"params", "_weights", "saved"} | ({"state", "_bound"} if opt.steps else set())
-        expected |= {"ema"} if method.ema_decay is not None else set()
-        expected |= {"v", "v_parts"} if method.look else set()
-        assert flat.kept == []
-        assert flat.acc is opt._scores is opt._before is opt._grad_norm_sq is opt._at_e_norm_sq is None
-        assert holders(flat) == expected
-        assert holders(opt) == set()
+        (flat,) = opt.engine.store.flats
+        assert opt.engine.step is None
+        assert holders(flat) == {"params", "weights", "saved"} | ({"state"} if opt.steps else set())
+        plan = method.full
+        assert set(flat.memories) == ({"ema"} if plan.lmbda is not None else set()) | ({"v"} if plan.keeps else set())
+        assert holders(opt) == holders(opt.engine) == holders(opt.engine.store) == set()
 
     loops = 2 * passes_of(method)
     for stop in (loops - 1, None, 1, 2, 0):
@@ -296,7 +222,7 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
                 break
         if stop is None:
             opt.step()
-            opt.steps = method.look.k if method.look else 1  # LookSAM perturbs there again
+            opt.steps = method.period  # LookSAM perturbs there again
         opt.zero_grad()
         only_what_is_named()
     opt.train_step(lambda x, y: loss_of(model, x, y), *batch())
@@ -397,7 +323,8 @@ def test_after_a_v_that_is_not_finite_steps_between_are_plain(wrong, value, coun
         opt.step()
         opt.zero_grad()
     WAYS["train_step"](opt, model, batch(6))
-    assert all(flat.v.isfinite().all() for flat in opt._flats), "the next step that perturbs finds a new one"
+    for memory in opt.engine.store.memory("v", 0.0):
+        assert memory.buffer.isfinite().all(), "the next step that perturbs finds a new one"
 
 
 def test_a_loop_that_was_given_up_does_not_count_twice_in_v(backend):

@@ -8,6 +8,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace msam::cpu {
 namespace {
 
@@ -32,11 +36,19 @@ MSAM_BUILD(avx512)
 
 namespace {
 
+#if defined(__x86_64__)
+// __builtin_cpu_supports of clang 16 does not know it.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 const Build& choose() {
   const char* asked = std::getenv("MSAM_KERNELS_ISA");
   const auto wanted = [&](const char* isa) { return !asked || std::strcmp(asked, isa) == 0; };
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && has_f16c();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && wanted("avx512")) return avx512::build;

@@ -361,8 +361,7 @@ inline V where(unsigned bits, V next, V old) {
 
 template <class V>
 inline Doubles difference_sq(V next, V old) {
-  const Doubles a = doubles(next), b = doubles(old);
-  return square(a == b ? Doubles{} : a - b);  // inf - inf is NaN
+  return square(next == old ? V{} : next - old);  // inf - inf is NaN
 }
 
 // Weights of a row from `base` to w + e; returns ||e||^2 as it was stored. `saved` is null where nothing is to be saved.

@@ -37,7 +37,7 @@ double total(const Sums& row) { return row.data ? total(row.data, row.terms) : 0
 
 class Device : public Call {
  public:
-  Device(const Tensor& table, at::ScalarType dtype) : Call(table, dtype) {
+  Device(const Tensor& table, at::ScalarType dtype) : Call(table, dtype, table.is_cpu()) {
     TORCH_CHECK(table.is_cpu(), "table must be on the CPU, got ", table.device());
     context_.lists = &lists();
     context_.large = reach().elements * int64_t(c10::elementSize(dtype)) >= kLargeBytes;

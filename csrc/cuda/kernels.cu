@@ -5,46 +5,58 @@
 #include <algorithm>
 #include <atomic>
 
+// Pointers that a launch may carry, if that is fewer than fit. For tests.
+#ifndef MSAM_LAUNCH_POINTERS
+#define MSAM_LAUNCH_POINTERS INT64_MAX
+#endif
+
 namespace msam::cuda {
 namespace {
 
 // Parameters of a kernel: 32,764 bytes at most, from compute capability 7.0 and CUDA 12.1 on. All of them are copied at
 // every launch, so there is a small size, which older drivers' 4 KiB limit made the usual one.
 template <class Args, int bytes>
-constexpr int kSlots = (bytes - int(sizeof(Args))) / int(sizeof(void*));
+constexpr int kSlots = (bytes - int(sizeof(Window<Args>))) / int(sizeof(void*));
 template <class Args>
 using Small = Parameters<Args, kSlots<Args, 4096>>;
 template <class Args>
 using Large = Parameters<Args, kSlots<Args, 32764 / 8 * 8>>;
 
+template <class Args>
+int64_t capacity() {
+  return std::min<int64_t>(Large<Args>::kSlots, MSAM_LAUNCH_POINTERS);
+}
+
 template <class P, class Args, class Launch>
-cudaError_t launch_window(const Args& args, const Lists& lists, Launch&& launch) {
+cudaError_t launch_window(const Window<Args>& args, const Lists& lists, Launch&& launch) {
   P p;
   p.args = args;
-  const int64_t n = args.last - args.first;
+  const int64_t n = args.end - args.begin;
   for (int list = 0; list < lists.count; ++list)
-    std::copy_n(lists.data[list] + args.first, n, p.pointers + list * n);
+    std::copy_n(lists.data[list] + args.begin, n, p.pointers + list * n);
   return launch(p);
 }
 
 // launch(parameters) for every window of segments whose pointers fit.
 template <class Args, class Launch>
-cudaError_t for_windows(Args args, const Lists& lists, Launch&& launch) {
+cudaError_t for_windows(const Args& args, const Lists& lists, Launch&& launch) {
   if (args.rows == 0) return cudaSuccess;
-  if (lists.count == 0) return launch_window<Small<Args>>(args, lists, launch);
-  const int64_t capacity = std::min<int64_t>(Large<Args>::kSlots, lists.capacity) / lists.count;
-  for (args.first = 0; args.first < lists.segments; args.first = args.last) {
-    args.last = std::min(args.first + capacity, lists.segments);
-    const bool small = (args.last - args.first) * lists.count <= Small<Args>::kSlots;
-    const cudaError_t error = small ? launch_window<Small<Args>>(args, lists, launch)
-                                    : launch_window<Large<Args>>(args, lists, launch);
+  Window<Args> window{args};
+  if (lists.count == 0) return launch_window<Small<Args>>(window, lists, launch);
+  window.segments = lists.segments;
+  const int64_t most = capacity<Args>() / lists.count;
+  for (; window.begin < lists.segments; window.begin = window.end) {
+    window.end = std::min(window.begin + most, lists.segments);
+    const bool small = (window.end - window.begin) * lists.count <= Small<Args>::kSlots;
+    const cudaError_t error = small ? launch_window<Small<Args>>(window, lists, launch)
+                                    : launch_window<Large<Args>>(window, lists, launch);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
-template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), int64_t blocks, bool cooperative, cudaStream_t stream, Args&&... args) {
+template <class P>
+cudaError_t launch(void (*kernel)(P), int64_t blocks, bool cooperative, cudaStream_t stream, const P& p) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -54,37 +66,51 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, bool cooperative, 
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-// body(S{}) for the storage type.
+// body(constants...) for the values of some options.
 template <class Body>
-cudaError_t with_storage(Storage storage, Body&& body) {
+cudaError_t with_options(Body&& body) {
+  return body();
+}
+template <class Body, class... Rest>
+cudaError_t with_options(Body&& body, bool option, Rest... rest) {
+  const auto with = [&](auto constant) {
+    return with_options([&](auto... others) { return body(constant, others...); }, rest...);
+  };
+  return option ? with(std::true_type{}) : with(std::false_type{});
+}
+
+// body(S{}, constants...) for the storage type and some options.
+template <class Body, class... Options>
+cudaError_t dispatch(Storage storage, Body&& body, Options... options) {
+  const auto with = [&](auto s) {
+    return with_options([&](auto... constants) { return body(s, constants...); }, options...);
+  };
   switch (storage) {
     case Storage::kFloat:
-      return body(float{});
+      return with(float{});
     case Storage::kDouble:
-      return body(double{});
+      return with(double{});
     case Storage::kBFloat16:
-      return body(bf16{});
+      return with(bf16{});
     case Storage::kHalf:
-      return body(half{});
+      return with(half{});
   }
   return cudaErrorInvalidValue;
 }
 
-// body(friendly, adaptive) with constants.
-template <class Body>
-cudaError_t with_direction(const InnerProducts& a, Body&& body) {
-  using std::false_type, std::true_type;
-  return a.ema ? (a.adaptive ? body(true_type{}, true_type{}) : body(true_type{}, false_type{}))
-               : (a.adaptive ? body(false_type{}, true_type{}) : body(false_type{}, false_type{}));
-}
-
-// body(combined) with a constant.
-template <class Body>
-cudaError_t with_coefs(const Restore& a, Body&& body) {
-  return a.coefs ? body(std::true_type{}) : body(std::false_type{});
+// The kernel that choose(parameters, S{}, constants...) names, for every window.
+template <class Args, class Choose, class... Options>
+cudaError_t launch_windows(const Args& args, const Lists& lists, int64_t blocks, cudaStream_t stream, Choose&& choose,
+                           Options... options) {
+  return for_windows(args, lists, [&](const auto& p) {
+    return dispatch(
+        args.storage,
+        [&](auto s, auto... constants) { return launch(choose(p, s, constants...), blocks, false, stream, p); },
+        options...);
+  });
 }
 
 constexpr int kDevices = 64;
@@ -106,94 +132,62 @@ cudaError_t resident_blocks(Kernel* kernel, ByDevice& known, int64_t* blocks) {
 
 }  // namespace
 
-cudaError_t launch_inner_products(const InnerProducts& args, const Lists& lists, cudaStream_t stream) {
-  return for_windows(args, lists, [&](const auto& p) {
-    using P = std::decay_t<decltype(p)>;
-    return with_storage(args.storage, [&](auto s) {
-      return with_direction(args, [&](auto friendly, auto adaptive) {
-        const auto kernel = inner_products_kernel<decltype(s), friendly.value, adaptive.value, P>;
-        return launch(kernel, partials_of(args.rows), false, stream, p);
-      });
-    });
-  });
+cudaError_t launch_norm(const Norm& args, const Lists& lists, cudaStream_t stream) {
+  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
+    return norm_kernel<decltype(s), friendly.value, adaptive.value, std::decay_t<decltype(p)>>;
+  };
+  return launch_windows(args, lists, partials_of(args.rows), stream, kernel, args.ema != nullptr, args.adaptive);
 }
 
 cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t stream) {
-  return for_windows(args, lists, [&](const auto& p) {
-    using P = std::decay_t<decltype(p)>;
-    return with_storage(args.storage, [&](auto s) {
-      return with_direction(args, [&](auto friendly, auto adaptive) {
-        const auto kernel = perturb_kernel<decltype(s), friendly.value, adaptive.value, P>;
-        return launch(kernel, args.rows, false, stream, p);
-      });
-    });
-  });
+  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
+    return perturb_kernel<decltype(s), friendly.value, adaptive.value, std::decay_t<decltype(p)>>;
+  };
+  return launch_windows(args, lists, args.rows, stream, kernel, args.ema != nullptr, args.adaptive);
 }
 
-cudaError_t launch_ascend(const Perturb& args, const Lists& lists, bool one_launch, cudaStream_t stream) {
-  if (!one_launch || lists.count * lists.segments > std::min<int64_t>(Large<Perturb>::kSlots, lists.capacity)) {
-    const cudaError_t error = launch_inner_products(args, lists, stream);
+cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t stream, bool one_launch) {
+  if (!one_launch || lists.count * lists.segments > capacity<Perturb>()) {
+    const cudaError_t error = launch_norm(args, lists, stream);
     return error != cudaSuccess ? error : launch_perturb(args, lists, stream);
   }
   return for_windows(args, lists, [&](const auto& p) {
     using P = std::decay_t<decltype(p)>;
-    return with_storage(args.storage, [&](auto s) {
-      return with_direction(args, [&](auto friendly, auto adaptive) {
-        const auto kernel = ascend_kernel<decltype(s), friendly.value, adaptive.value, P>;
-        static ByDevice known;  // one for every kernel that this lambda stands for
-        int64_t resident = 0;
-        if (const cudaError_t error = resident_blocks(kernel, known, &resident)) return error;
-        if (resident == 0) return cudaErrorCooperativeLaunchTooLarge;
-        // Equal shares: as many rounds of terms as it takes, and no more blocks than that many rounds need.
-        const int64_t rounds = (args.terms + resident - 1) / resident;
-        return launch(kernel, (args.terms + rounds - 1) / rounds, true, stream, p);
-      });
-    });
+    const auto cooperative = [&](auto s, auto friendly, auto adaptive) {
+      const auto kernel = ascend_kernel<decltype(s), friendly.value, adaptive.value, P>;
+      static ByDevice known;  // one for every kernel that this lambda stands for
+      int64_t resident = 0;
+      if (const cudaError_t error = resident_blocks(kernel, known, &resident)) return error;
+      if (resident == 0) return cudaErrorCooperativeLaunchTooLarge;
+      // Equal shares: as many rounds of terms as it takes, and no more blocks than that many rounds need.
+      const int64_t terms = args.norm_sq.terms, rounds = (terms + resident - 1) / resident;
+      return launch(kernel, (terms + rounds - 1) / rounds, true, stream, p);
+    };
+    return dispatch(args.storage, cooperative, args.ema != nullptr, args.adaptive);
   });
 }
 
-cudaError_t launch_dots(const Dots& args, const Lists& lists, cudaStream_t stream) {
-  return for_windows(args, lists, [&](const auto& p) {
+cudaError_t launch_gram(const Gram& args, const Lists& lists, cudaStream_t stream) {
+  const auto kernel = [&](const auto& p, auto s) {
     using P = std::decay_t<decltype(p)>;
-    return with_storage(args.storage, [&](auto s) {
-      const auto kernel = args.z ? dots_kernel<decltype(s), 3, P> : dots_kernel<decltype(s), 2, P>;
-      return launch(kernel, partials_of(args.rows), false, stream, p);
-    });
-  });
+    using S = decltype(s);
+    return args.count == 1 ? gram_kernel<S, 1, P> : args.count == 2 ? gram_kernel<S, 2, P> : gram_kernel<S, 3, P>;
+  };
+  return launch_windows(args, lists, partials_of(args.rows), stream, kernel);
 }
 
-cudaError_t launch_restore(const Restore& args, const Lists& lists, cudaStream_t stream) {
-  return for_windows(args, lists, [&](const auto& p) {
-    using P = std::decay_t<decltype(p)>;
-    return with_storage(args.storage, [&](auto s) {
-      return with_coefs(args, [&](auto combined) {
-        return launch(restore_kernel<decltype(s), combined.value, P>, args.rows, false, stream, p);
-      });
-    });
-  });
+cudaError_t launch_descend(const Descend& args, const Lists& lists, cudaStream_t stream) {
+  const auto kernel = [](const auto& p, auto s, auto combined) {
+    return descend_kernel<decltype(s), combined.value, std::decay_t<decltype(p)>>;
+  };
+  return launch_windows(args, lists, args.rows, stream, kernel, args.combination.count > 1);
 }
 
-cudaError_t launch_sgd(const Update& args, const Lists& lists, cudaStream_t stream) {
-  return for_windows(args, lists, [&](const auto& p) {
-    using P = std::decay_t<decltype(p)>;
-    return with_storage(args.storage, [&](auto s) {
-      return with_coefs(args, [&](auto combined) {
-        return launch(sgd_kernel<decltype(s), combined.value, P>, args.rows, false, stream, p);
-      });
-    });
-  });
-}
-
-cudaError_t launch_adam(const Update& args, const Lists& lists, cudaStream_t stream) {
-  return for_windows(args, lists, [&](const auto& p) {
-    using P = std::decay_t<decltype(p)>;
-    const bool last = lists.count == 0 || p.args.last == lists.segments;
-    return with_storage(args.storage, [&](auto s) {
-      return with_coefs(args, [&](auto combined) {
-        return launch(adam_kernel<decltype(s), combined.value, P>, args.rows, false, stream, p, last);
-      });
-    });
-  });
+cudaError_t launch_update(const Update& args, const Lists& lists, cudaStream_t stream) {
+  const auto kernel = [](const auto& p, auto s, auto sgd, auto combined) {
+    return update_kernel<decltype(s), sgd.value ? kSgd : kAdam, combined.value, std::decay_t<decltype(p)>>;
+  };
+  return launch_windows(args, lists, args.rows, stream, kernel, args.rule == kSgd, args.combination.count > 1);
 }
 
 }  // namespace msam::cuda

@@ -4,8 +4,8 @@
 // Bytes in flight: HBM3e at 4.8 TB/s with 0.8 us from load to use has 3.8 MB under way, 29 KB for each of 132
 // multiprocessors. Every thread issues independent 16-byte loads before it uses the first, kUnroll of each buffer: 64 to 128
 // bytes, and 32 or 48 where an operator reads little or the registers hold no more. __launch_bounds__ holds those to what lets 3
-// or 4 blocks of 256 threads share a multiprocessor, for some of Adam's 2 (see kBlocks, kAdamBlocks): mostly 48 to 128 KB, so that
-// nearly half of them may be waiting at a barrier or in a store.
+// or 4 blocks of 256 threads share a multiprocessor, for some of Adam's 2 (see kBlocks, kUpdateBlocks): mostly 48 to 128 KB, so
+// that nearly half of them may be waiting at a barrier or in a store.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -15,8 +15,6 @@
 #include <cstdint>
 #include <new>
 
-#include "../segments.h"
-#include "../update_math.h"
 #include "kernels.h"
 
 #define MSAM_DEVICE __device__ __forceinline__
@@ -30,7 +28,7 @@ constexpr int kWarps = kThreads / 32;
 template <class Args, int kSlots_>
 struct Parameters {
   static constexpr int kSlots = kSlots_;
-  Args args;
+  Window<Args> args;
   void* pointers[kSlots];
 };
 
@@ -62,8 +60,8 @@ constexpr int kWidth = 16 / sizeof(S);
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
-template <class S, bool combined>
-constexpr int kAdamBlocks = sizeof(S) == 8 || (sizeof(S) == 2 && combined) ? 2 : sizeof(S) == 4 && !combined ? 4 : 3;
+template <class S, Rule rule, bool combined>
+constexpr int kUpdateBlocks = kBlocks<S> - (sizeof(S) == 2 && combined) - (rule == kAdam && (sizeof(S) != 4 || combined));
 
 template <class S, int N>
 struct PackOf {
@@ -162,9 +160,9 @@ struct Convert<half, 1> {
   static MSAM_DEVICE unsigned short narrow(const float* x) { return Convert16<half>::narrow_one(x); }
 };
 
-// ---- one chunk, one block -----------------------------------------------------------------------------------------
+// ---- one row of the table, one block ----------------------------------------------------------------------------
 
-// A chunk through `op`, whose load<N>(in, i) fetches what apply<N>(in, i) works on: 16 bytes at a time where all memory
+// A row through `op`, whose load<N>(in, i) fetches what apply<N>(in, i) works on: 16 bytes at a time where all memory
 // is aligned for it, element by element where it is not and at the end.
 template <class Op>
 MSAM_DEVICE void walk(Op& op, int numel) {
@@ -199,35 +197,49 @@ MSAM_DEVICE uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t
 
 // What the threads of a block tell each other.
 struct Shared {
-  double warps[kWarps];
+  double warps[kRows + 1][kWarps];
+  double sums[kRows + 1];  // of a descent: the rows of its sums and norm_sq, added up
   alignas(16) unsigned char constants[128];
-  double coefs[1 + kMore];  // in the arithmetic type
+  bool is_last;  // of the blocks to finish
 };
 
-// The sum over the block, in an order of its own, to every thread.
-MSAM_DEVICE double block_sum(double x, Shared& shared) {
+MSAM_DEVICE double warp_sum(double x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_down_sync(0xffffffffu, x, distance);
-  __syncthreads();  // the last sum has been read
-  if (threadIdx.x % 32 == 0) shared.warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = shared.warps[0];
+  return x;
+}
+MSAM_DEVICE double added_up(const double (&warps)[kWarps]) {
+  double x = warps[0];
 #pragma unroll
-  for (int i = 1; i < kWarps; ++i) x += shared.warps[i];
+  for (int i = 1; i < kWarps; ++i) x += warps[i];
   return x;
 }
 
-// Every block of every kernel adds the terms up in this order. Past L1: an earlier phase of the kernel may have written them.
-MSAM_DEVICE double norm_sq_of(const Common& a, Shared& shared) {
+// The sum over the block, in an order of its own, to every thread.
+MSAM_DEVICE double block_sum(double x, Shared& shared) {
+  x = warp_sum(x);
+  __syncthreads();  // the last sum has been read
+  if (threadIdx.x % 32 == 0) shared.warps[0][threadIdx.x / 32] = x;
+  __syncthreads();
+  return added_up(shared.warps[0]);
+}
+
+// A thread's share of the terms of a sum. Past L1: an earlier phase of the kernel may have written them.
+MSAM_DEVICE double share_of(const double* terms, int64_t count) {
   double x = 0;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < int(a.terms); i += kThreads) x += __ldcg(a.norm_sq + i);
-  return block_sum(x, shared);
+  for (int i = threadIdx.x; i < int(count); i += kThreads) x += __ldcg(terms + i);
+  return x;
+}
+
+// Every block of every kernel adds the terms up in this order.
+MSAM_DEVICE double norm_sq_of(const Perturb& a, Shared& shared) {
+  return block_sum(share_of(a.norm_sq.data, a.norm_sq.terms), shared);
 }
 
 // Made by one thread: doubles are slow on many GPUs, and a group's constants take dozens of operations on them.
 template <class Constants, class Make>
-MSAM_DEVICE Constants shared_constants(Shared& shared, Make&& make) {
+MSAM_DEVICE const Constants& shared_constants(Shared& shared, Make&& make) {
   static_assert(sizeof(Constants) <= sizeof shared.constants, "constants outgrew their place");
   __syncthreads();  // the last ones have been read
   if (threadIdx.x == 0) new (shared.constants) Constants(make());
@@ -235,14 +247,13 @@ MSAM_DEVICE Constants shared_constants(Shared& shared, Make&& make) {
   return *reinterpret_cast<const Constants*>(shared.constants);
 }
 
-// Where a chunk's part of an argument begins; null where the call has no such argument.
+// Where a row's part of an argument begins; null where the call has no such argument, or the list no such parameter.
 template <class S, class P>
 MSAM_DEVICE S* at(const P& p, const Place& place, const Chunk& c) {
-  if (place.list >= 0) {
-    const int64_t slot = place.list * (p.args.last - p.args.first) + (c.segment - p.args.first);
-    return static_cast<S*>(p.pointers[slot]) + c.begin;
-  }
-  return place.flat ? static_cast<S*>(place.flat) + c.offset : nullptr;
+  if (place.list < 0) return place.flat ? static_cast<S*>(place.flat) + c.offset : nullptr;
+  const int64_t slot = place.list * (p.args.end - p.args.begin) + (c.segment - p.args.begin);
+  S* tensor = static_cast<S*>(p.pointers[slot]);
+  return tensor ? tensor + c.begin : nullptr;
 }
 template <class S>
 MSAM_DEVICE S* at(void* flat, const Chunk& c) {
@@ -255,7 +266,9 @@ MSAM_DEVICE const S* at(const void* flat, const Chunk& c) {
 
 // Another launch carries the pointers of other segments.
 template <class Args>
-MSAM_DEVICE bool is_here(const Args& a, const Chunk& c) { return c.segment >= a.first && c.segment < a.last; }
+MSAM_DEVICE bool is_here(const Window<Args>& a, const Chunk& c) {
+  return c.segment >= a.begin && c.segment < a.end;
+}
 
 // Products of doubles in lanes that take turns. For values that were fp32 a product is exact: the fused operation gives
 // what a product and a sum would.
@@ -270,10 +283,37 @@ struct Products {
   MSAM_DEVICE double total() const { return lane[0] + lane[1]; }
 };
 
-// ---- inner_products ---------------------------------------------------------------------------------------------
+template <class S_>
+struct CopyOp {
+  using S = S_;
+  static constexpr int kUnroll = 4;
+  const S* from;
+  S* to;
+
+  template <int N>
+  struct In {
+    Pack<S, N> v;
+  };
+  MSAM_DEVICE uintptr_t addresses() const { return address(from) | address(to); }
+  template <int N>
+  MSAM_DEVICE void load(In<N>& in, int i) const {
+    in.v = load_last<N>(from + i);
+  }
+  template <int N>
+  MSAM_DEVICE void apply(const In<N>& in, int i) const {
+    store<N>(to + i, in.v);
+  }
+};
+template <class S>
+MSAM_DEVICE void copy(const S* from, S* to, int numel) {
+  CopyOp<S> op{from, to};
+  walk(op, numel);
+}
+
+// ---- norm -------------------------------------------------------------------------------------------------------
 
 template <class S_, bool friendly, bool adaptive>
-struct InnerProductsOp {
+struct NormOp {
   using S = S_;
   using T = typename Traits<S>::T;
   static constexpr int kUnroll = friendly || adaptive ? 2 : 4;
@@ -311,92 +351,28 @@ struct InnerProductsOp {
   }
 };
 
-// Term `which` of the squared norm: every kPartials-th chunk. Later launches add to what earlier ones left.
+// Term `which` of the squared norm: every kPartials-th row. Later launches add to what earlier ones left.
 template <class S, bool friendly, bool adaptive, class P>
-MSAM_DEVICE void inner_products_term(const P& p, int64_t which, Shared& shared) {
+MSAM_DEVICE void norm_term(const P& p, int64_t which, Shared& shared) {
   using T = typename Traits<S>::T;
-  const InnerProducts& a = p.args;
-  InnerProductsOp<S, friendly, adaptive> op{nullptr, nullptr, nullptr, as<T>(a.sigma), as<T>(a.eta), {}};
+  const auto& a = p.args;
+  NormOp<S, friendly, adaptive> op{nullptr, nullptr, nullptr, as<T>(a.sigma), as<T>(a.eta), {}};
 #pragma unroll 1
   for (int64_t k = which; k < a.rows; k += kPartials) {
-    const Chunk c = a.chunks[k];
-    if (!is_here(a, c)) continue;
-    op.grads = at<S>(p, a.grads, c);
+    const Chunk c = a.table[k];
+    if (!is_here(a, c) || !(op.grads = at<S>(p, a.grads, c))) continue;
     op.weights = at<S>(p, a.weights, c);
     op.ema = at<S>(a.ema, c);
     walk(op, int(c.numel));
   }
   const double sum = block_sum(op.sum.total(), shared);
-  if (threadIdx.x == 0) a.partials[which] = a.first > 0 ? a.partials[which] + sum : sum;
+  if (threadIdx.x == 0) a.partials[which] = a.begin > 0 ? a.partials[which] + sum : sum;
 }
 
 template <class S, bool friendly, bool adaptive, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) inner_products_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) norm_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  inner_products_term<S, friendly, adaptive>(p, blockIdx.x, shared);
-}
-
-// ---- dots -------------------------------------------------------------------------------------------------------
-
-template <class S_, int vectors>
-struct DotsOp {
-  using S = S_;
-  using T = typename Traits<S>::T;
-  static constexpr int kUnroll = vectors == 2 ? 2 : 1, kProducts = vectors * (vectors + 1) / 2;
-  const S* from[vectors];
-  Products<T> sums[kProducts];
-
-  template <int N>
-  struct In {
-    Pack<S, N> x[vectors];
-  };
-  MSAM_DEVICE uintptr_t addresses() const {
-    uintptr_t all = 0;
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) all |= address(from[v]);
-    return all;
-  }
-  // All are read again by what combines them.
-  template <int N>
-  MSAM_DEVICE void load(In<N>& in, int i) const {
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) in.x[v] = cuda::load<N>(from[v] + i);
-  }
-  template <int N>
-  MSAM_DEVICE void apply(const In<N>& in, int) {
-    T x[vectors][N];
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) Convert<S, N>::widen(in.x[v], x[v]);
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-#pragma unroll
-      for (int v = 0; v < vectors; ++v)
-#pragma unroll
-        for (int u = 0; u <= v; ++u) sums[v * (v + 1) / 2 + u].add(j, x[u][j], x[v][j]);
-  }
-};
-
-// Terms as in inner_products.
-template <class S, int vectors, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) dots_kernel(const __grid_constant__ P p) {
-  __shared__ Shared shared;
-  const Dots& a = p.args;
-  DotsOp<S, vectors> op{};
-#pragma unroll 1
-  for (int64_t k = blockIdx.x; k < a.rows; k += kPartials) {
-    const Chunk c = a.chunks[k];
-    if (!is_here(a, c)) continue;
-    op.from[0] = at<S>(p, a.x, c);
-    op.from[1] = at<S>(p, a.y, c);
-    if (vectors > 2) op.from[vectors - 1] = at<S>(p, a.z, c);
-    walk(op, int(c.numel));
-  }
-#pragma unroll
-  for (int r = 0; r < op.kProducts; ++r) {
-    const double sum = block_sum(op.sums[r].total(), shared);
-    double* term = a.partials + r * int64_t(gridDim.x) + blockIdx.x;
-    if (threadIdx.x == 0) *term = a.first > 0 ? *term + sum : sum;
-  }
+  norm_term<S, friendly, adaptive>(p, blockIdx.x, shared);
 }
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
@@ -407,7 +383,7 @@ struct PerturbOp {
   using T = typename Traits<S>::T;
   static constexpr int kUnroll = sizeof(S) == 2 && friendly && adaptive ? 1 : 2;  // what the registers hold
   S* weights;
-  const S *origin, *grads, *ema;
+  const S *base, *grads, *ema;
   S *saved, *ema_out;
   uint64_t first_bit;  // of the mask: eight times the address of its byte and its place there; 0 without
   T scale, sigma, lmbda, one_minus_lmbda, eta;
@@ -419,12 +395,12 @@ struct PerturbOp {
   };
   MSAM_DEVICE uintptr_t addresses() const {
     // A vector's bits lie in one byte.
-    return address(weights) | address(origin) | address(grads) | address(saved) | (friendly ? address(ema) : 0) |
+    return address(weights) | address(base) | address(grads) | address(saved) | (friendly ? address(ema) : 0) |
            (first_bit & 7);
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.w = cuda::load<N>(origin + i);
+    in.w = cuda::load<N>(base + i);
     in.g = load_last<N>(grads + i);
     if (friendly) in.ema = load_last<N>(ema + i);
   }
@@ -449,56 +425,38 @@ struct PerturbOp {
     if (friendly && ema_out) store_last<N>(ema_out + i, Convert<S, N>::narrow(ema_new));
     const Pack<S, N> stored = Convert<S, N>::narrow(next);
     store<N>(weights + i, stored);
-    // What counts is what was stored. The difference of doubles that were fp32 may round, so its square does not come exact.
+    // What counts is what was stored.
     Convert<S, N>::widen(stored, next);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const double e = next[j] == w[j] ? 0 : double(next[j]) - double(w[j]);  // inf - inf is NaN
+      const T e = next[j] == w[j] ? T(0) : next[j] - w[j];  // inf - inf is NaN
       sum.add(j, e, e);
     }
   }
 };
 
-template <class S_>
-struct CopyOp {
-  using S = S_;
-  static constexpr int kUnroll = 4;
-  const S* from;
-  S* to;
-
-  template <int N>
-  struct In {
-    Pack<S, N> v;
-  };
-  MSAM_DEVICE uintptr_t addresses() const { return address(from) | address(to); }
-  template <int N>
-  MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.v = load_last<N>(from + i);
-  }
-  template <int N>
-  MSAM_DEVICE void apply(const In<N>& in, int i) const {
-    store<N>(to + i, in.v);
-  }
-};
-
 template <class S, bool friendly, bool adaptive, class P>
-MSAM_DEVICE void perturb_chunk(const P& p, int64_t k, double norm_sq, Shared& shared) {
+MSAM_DEVICE void perturb_row(const P& p, int64_t k, double norm_sq, Shared& shared) {
   using T = typename Traits<S>::T;
-  const Perturb& a = p.args;
-  const Chunk c = a.chunks[k];
+  const auto& a = p.args;
+  const Chunk c = a.table[k];
   if (!is_here(a, c)) return;
-  S* weights = at<S>(p, a.weights, c);
-  S* saved = at<S>(a.saved, c);
-  const S* origin = a.origin ? at<S>(a.origin, c) : weights;
+  const S* grads = at<S>(p, a.grads, c);
+  if (!grads) {
+    if (threadIdx.x == 0) a.achieved_sq[k] = 0;
+    return;
+  }
+  const uint8_t before = a.status[k];
+  S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
+  const S* base = before == kPerturbed ? saved : weights;
   double sum = 0;
   if (is_finite(norm_sq)) {
-    const T scale =
-        shared_constants<T>(shared, [&] { return T(ascent_scale(norm_sq, a.hyper[c.group * a.hyper_stride + kRho])); });
+    const T scale = shared_constants<T>(shared, [&] { return T(ascent_scale(norm_sq, a.radii[c.group])); });
     PerturbOp<S, friendly, adaptive> op{weights,
-                                        origin,
-                                        at<S>(p, a.grads, c),
+                                        base,
+                                        grads,
                                         at<S>(a.ema, c),
-                                        saved,
+                                        before == kUntouched ? saved : nullptr,
                                         at<S>(a.ema_out, c),
                                         a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
                                         scale,
@@ -509,68 +467,19 @@ MSAM_DEVICE void perturb_chunk(const P& p, int64_t k, double norm_sq, Shared& sh
                                         {}};
     walk(op, int(c.numel));
     sum = op.sum.total();
-  } else if (saved || a.origin) {  // no perturbation, and an EMA that stays usable
-    CopyOp<S> op{origin, a.origin ? weights : saved};
-    walk(op, int(c.numel));
+  } else if (before != kSaved) {  // no perturbation, and an EMA that stays usable
+    copy(base, before == kPerturbed ? weights : saved, int(c.numel));
   }
-  sum = block_sum(sum, shared);
-  if (threadIdx.x == 0) a.achieved_sq[k] = sum;
-}
-
-// acc <- acc + g, and the squared norm that acc had.
-template <class S_>
-struct AddOp {
-  using S = S_;
-  using T = typename Traits<S>::T;
-  static constexpr int kUnroll = 2;
-  S* acc;
-  const S* grads;
-  Products<T> sum;
-
-  template <int N>
-  struct In {
-    Pack<S, N> acc, g;
-  };
-  MSAM_DEVICE uintptr_t addresses() const { return address(acc) | address(grads); }
-  // The gradients are read again at once, for the perturbation.
-  template <int N>
-  MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.acc = load_last<N>(acc + i);
-    in.g = cuda::load<N>(grads + i);
-  }
-  template <int N>
-  MSAM_DEVICE void apply(const In<N>& in, int i) {
-    T x[N], g[N];
-    Convert<S, N>::widen(in.acc, x);
-    Convert<S, N>::widen(in.g, g);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      sum.add(j, x[j], x[j]);
-      x[j] = accumulated(x[j], g[j], T(1), T(1));
-    }
-    store_last<N>(acc + i, Convert<S, N>::narrow(x));
-  }
-};
-
-template <class S, class P>
-MSAM_DEVICE void add_chunk(const P& p, int64_t k, Shared& shared) {
-  const Perturb& a = p.args;
-  const Chunk c = a.chunks[k];
-  if (!is_here(a, c)) return;
-  AddOp<S> op{at<S>(p, a.acc, c), at<S>(p, a.grads, c), {}};
-  walk(op, int(c.numel));
-  const double sum = block_sum(op.sum.total(), shared);
-  if (threadIdx.x == 0) a.acc_sq[k] = sum;
+  sum = block_sum(sum, shared);  // from its barriers on nobody reads the status
+  if (threadIdx.x == 0) a.achieved_sq[k] = sum, a.status[k] = kPerturbed;
 }
 
 template <class S, bool friendly, bool adaptive, class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const double norm_sq = norm_sq_of(p.args, shared);
-  // Backwards: the end of what inner_products read may still be in cache.
-  const int64_t k = p.args.rows - 1 - blockIdx.x;
-  if (p.args.acc) add_chunk<S>(p, k, shared);
-  perturb_chunk<S, friendly, adaptive>(p, k, norm_sq, shared);
+  // Backwards: the end of what norm read may still be in cache.
+  perturb_row<S, friendly, adaptive>(p, p.args.rows - 1 - blockIdx.x, norm_sq, shared);
 }
 
 // ---- ascend: both in one cooperative launch -----------------------------------------------------------------------
@@ -578,368 +487,382 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) perturb_kernel(const __g
 template <class S, bool friendly, bool adaptive, class P>
 __global__ void __launch_bounds__(kThreads, kAscendBlocks) ascend_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  // Terms as in inner_products, whatever the number of blocks: a block makes one after the other.
+  // Terms as in norm, whatever the number of blocks: a block makes one after the other.
 #pragma unroll 1
-  for (int64_t term = blockIdx.x; term < p.args.terms; term += gridDim.x)
-    inner_products_term<S, friendly, adaptive>(p, term, shared);
+  for (int64_t term = blockIdx.x; term < p.args.norm_sq.terms; term += gridDim.x)
+    norm_term<S, friendly, adaptive>(p, term, shared);
   cooperative_groups::this_grid().sync();
   const double norm_sq = norm_sq_of(p.args, shared);
 #pragma unroll 1
   for (int64_t k = p.args.rows - 1 - blockIdx.x; k >= 0; k -= gridDim.x)
-    perturb_chunk<S, friendly, adaptive>(p, k, norm_sq, shared);
+    perturb_row<S, friendly, adaptive>(p, k, norm_sq, shared);
 }
 
-// ---- restore ----------------------------------------------------------------------------------------------------
+// ---- gram -------------------------------------------------------------------------------------------------------
 
-// The gradients, or combined what stands in their place: coefs[0] grads + coefs[1] more[0] + ...
-template <class S_, bool combined>
-struct Gradient {
+template <class S_, int vectors>
+struct GramOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kLists = combined ? 1 + kMore : 1;
-  const S* from[kLists];  // null where the coefficient is 0
-  const T* coefs;         // shared: registers are short
+  static constexpr int kUnroll = 4 >> (vectors - 1), kProducts = vectors * (vectors + 1) / 2;
+  const S* from[vectors];  // null where a vector is absent
+  Products<T> sums[kProducts];
 
   template <int N>
   struct In {
-    Pack<S, N> g[kLists];
+    Pack<S, N> x[vectors];
   };
   MSAM_DEVICE uintptr_t addresses() const {
     uintptr_t all = 0;
 #pragma unroll
-    for (int k = 0; k < kLists; ++k) all |= address(from[k]);
+    for (int v = 0; v < vectors; ++v) all |= address(from[v]);
     return all;
   }
-  // Never past the coherent caches: the accumulator, which is stored to, may be one of the lists.
+  // All are read again by what combines them.
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
 #pragma unroll
-    for (int k = 0; k < kLists; ++k)
-      if (!combined || from[k]) in.g[k] = load_last<N>(from[k] + i);
+    for (int v = 0; v < vectors; ++v)
+      if (from[v]) in.x[v] = cuda::load<N>(from[v] + i);
   }
   template <int N>
-  MSAM_DEVICE void widen(const In<N>& in, T* g) const {
-    if constexpr (combined) {
+  MSAM_DEVICE void apply(const In<N>& in, int) {
+    T x[vectors][N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = 0;
+    for (int v = 0; v < vectors; ++v) Convert<S, N>::widen(in.x[v], x[v]);
 #pragma unroll
-      for (int k = 0; k < kLists; ++k) {
-        if (!from[k]) continue;
-        T x[N];
-        Convert<S, N>::widen(in.g[k], x);
+    for (int j = 0; j < N; ++j)
 #pragma unroll
-        for (int j = 0; j < N; ++j) g[j] = accumulated(g[j], x[j], T(1), coefs[k]);
-      }
-    } else {
-      Convert<S, N>::widen(in.g[0], g);
+      for (int v = 0; v < vectors; ++v)
+#pragma unroll
+        for (int u = 0; u <= v; ++u)
+          if (from[u] && from[v]) sums[v * (v + 1) / 2 + u].add(j, x[u][j], x[v][j]);
+  }
+};
+
+// Terms as in norm.
+template <class S, int vectors, class P>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) gram_kernel(const __grid_constant__ P p) {
+  __shared__ Shared shared;
+  const auto& a = p.args;
+  GramOp<S, vectors> op{};
+#pragma unroll 1
+  for (int64_t k = blockIdx.x; k < a.rows; k += kPartials) {
+    const Chunk c = a.table[k];
+    if (!is_here(a, c)) continue;
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) op.from[v] = at<S>(p, a.terms[v], c);
+    if (op.addresses()) walk(op, int(c.numel));
+  }
+#pragma unroll
+  for (int r = 0; r < op.kProducts; ++r) {
+    const double sum = block_sum(op.sums[r].total(), shared);
+    double* term = a.partials + r * int64_t(gridDim.x) + blockIdx.x;
+    if (threadIdx.x == 0) *term = a.begin > 0 ? *term + sum : sum;
+  }
+}
+
+// ---- what descend and update share --------------------------------------------------------------------------------
+
+// The terms of a row's combination that count: those that are there and whose coefficient is not 0.
+template <class S>
+struct Terms {
+  const S* from[kTerms];
+  typename Traits<S>::T coefs[kTerms];
+  int count;
+  bool any;  // a term is there, whatever its coefficient
+  double wide[kTerms];  // every coefficient
+};
+
+// All rows of a descent's sums to shared.sums, norm_sq last, each in the order of block_sum. Returns how many there are.
+MSAM_DEVICE int add_up(const Descent& a, Shared& shared) {
+  int rows = 0;
+#pragma unroll 1
+  for (int i = 0; i <= kSums; ++i) {
+    const Sums& s = i < kSums ? a.sums[i] : a.norm_sq;
+#pragma unroll 1
+    for (int64_t r = 0; r < s.rows; ++r, ++rows) {
+      const double x = warp_sum(share_of(s.data + r * s.terms, s.terms));
+      if (threadIdx.x % 32 == 0) shared.warps[rows][threadIdx.x / 32] = x;
+    }
+  }
+  if (rows == 0) return 0;
+  __syncthreads();
+  if (threadIdx.x < rows) shared.sums[threadIdx.x] = added_up(shared.warps[threadIdx.x]);
+  __syncthreads();
+  return rows;
+}
+
+// By one thread, as in shared_constants. Unless `known`, every coefficient is NaN.
+template <class S, class P>
+MSAM_DEVICE void find_terms(const P& p, const Chunk& c, bool known, Terms<S>& terms, Shared& shared) {
+  using T = typename Traits<S>::T;
+  const auto& a = p.args;
+  const int rows = add_up(a, shared);
+  if (threadIdx.x == 0) {
+    const double norm_sq = a.norm_sq.data ? shared.sums[rows - 1] : 0;
+    coefficients(a.combination, shared.sums, known ? norm_sq : NAN, terms.wide);
+    terms.count = 0, terms.any = false, terms.coefs[0] = 0;
+#pragma unroll 1
+    for (int k = 0; k < a.combination.count; ++k) {
+      const S* from = at<S>(p, a.terms[k], c);
+      const T coef = T(terms.wide[k]);
+      terms.any |= from != nullptr;
+      if (!from || coef == 0) continue;
+      terms.from[terms.count] = from;
+      terms.coefs[terms.count++] = coef;
+    }
+  }
+  __syncthreads();
+}
+
+// Their sum: of one at most, or combined of several.
+template <class S_, bool combined>
+struct Gradient {
+  using S = S_;
+  using T = typename Traits<S>::T;
+  static constexpr int kMost = combined ? kTerms : 1;
+  const S* from[kMost];  // null where there are fewer
+  const T* coefs;        // shared: registers are short
+
+  // The first term is read in any case. Where there is none `instead` is, and does not count.
+  MSAM_DEVICE Gradient(const Terms<S>& terms, const S* instead) : coefs(terms.coefs) {
+    from[0] = terms.count > 0 ? terms.from[0] : instead;
+#pragma unroll
+    for (int k = 1; k < kMost; ++k) from[k] = k < terms.count ? terms.from[k] : nullptr;
+  }
+
+  template <int N>
+  struct In {
+    Pack<S, N> x[kMost];
+  };
+  MSAM_DEVICE uintptr_t addresses() const {
+    uintptr_t all = 0;
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) all |= address(from[k]);
+    return all;
+  }
+  // Never past the coherent caches: what is stored to may be one of the terms.
+  template <int N>
+  MSAM_DEVICE void load(In<N>& in, int i) const {
+#pragma unroll
+    for (int k = 0; k < kMost; ++k)
+      if (k == 0 || from[k]) in.x[k] = load_last<N>(from[k] + i);
+  }
+  template <int N>
+  MSAM_DEVICE void sum(const In<N>& in, T* g) const {
+    Convert<S, N>::widen(in.x[0], g);
+#pragma unroll
+    for (int j = 0; j < N; ++j) g[j] = coefs[0] == 0 ? T(0) : weighted(g[j], coefs[0]);
+#pragma unroll
+    for (int k = 1; k < kMost; ++k) {
+      if (!from[k]) break;
+      T x[N];
+      Convert<S, N>::widen(in.x[k], x);
+#pragma unroll
+      for (int j = 0; j < N; ++j) g[j] = plus_weighted(g[j], x[j], coefs[k]);
     }
   }
 };
 
-template <class S, bool combined, class P>
-MSAM_DEVICE Gradient<S, combined> gradient(const P& p, const Chunk& c, Shared& shared) {
-  using T = typename Traits<S>::T;
-  const Restore& a = p.args;
-  Gradient<S, combined> out{{at<S>(p, a.grads, c)}, nullptr};
-  if (combined) {
-    T* coefs = reinterpret_cast<T*>(shared.coefs);
-    if (threadIdx.x == 0) {
-      coefs[0] = T(a.coefs[0]);
-#pragma unroll
-      for (int k = 0; k < kMore; ++k) coefs[1 + k] = a.more[k] ? T(a.coefs[1 + k]) : T(0);
-    }
-    __syncthreads();
-    out.coefs = coefs;
-    if (coefs[0] == 0) out.from[0] = nullptr;
-#pragma unroll
-    for (int k = 1; k < out.kLists; ++k) out.from[k] = coefs[k] != 0 ? at<S>(p, a.more[k - 1], c) : nullptr;
-  }
-  return out;
+// What a row's weights return to; null where they stay. To be asked before the barrier of find_terms.
+template <class S, class Args>
+MSAM_DEVICE const S* base_of(const Args& a, int64_t k, const Chunk& c) {
+  return a.weights && a.status && a.status[k] == kPerturbed ? at<S>(a.saved, c) : nullptr;
 }
 
-// acc <- c_acc acc + c g, and with `weights` the copy from `saved` on the way.
-template <class S_, bool weights, bool combined>
-struct AccumulateOp {
+// The weights have returned.
+MSAM_DEVICE void settle(const Descent& a, int64_t k, bool last) {
+  if (!a.weights || !a.status) return;
+  __syncthreads();  // every thread has asked for its base
+  if (threadIdx.x == 0 && (last || a.status[k] == kPerturbed)) a.status[k] = last ? kUntouched : kSaved;
+}
+
+// ---- descend ----------------------------------------------------------------------------------------------------
+
+// out <- the sum of the terms, and where there is a `base` its copy to the weights on the way.
+template <class S_, bool combined>
+struct DescendOp {
   using S = S_;
   using T = typename Traits<S>::T;
   static constexpr int kUnroll = combined ? 1 : 2;
-  CopyOp<S> copy;
-  S* acc;
-  bool anew;  // acc is not read
+  const S* base;
+  S *weights, *out;
   Gradient<S, combined> gradient;
-  T c_acc, c;
+  bool squares;  // are wanted
+  Products<T> sum;
 
   template <int N>
   struct In {
-    Pack<S, N> w, acc;
+    Pack<S, N> w;
     typename Gradient<S, combined>::template In<N> g;
   };
   MSAM_DEVICE uintptr_t addresses() const {
-    return address(acc) | gradient.addresses() | (weights ? copy.addresses() : 0);
+    return address(out) | gradient.addresses() | (base ? address(base) | address(weights) : 0);
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
-    if (!anew) in.acc = load_last<N>(acc + i);
-    if (weights) in.w = load_last<N>(copy.from + i);
+    if (base) in.w = load_last<N>(base + i);
   }
   template <int N>
-  MSAM_DEVICE void apply(const In<N>& in, int i) const {
-    T sum[N], g[N];
-    if (weights) store<N>(copy.to + i, in.w);
-    if (!anew) Convert<S, N>::widen(in.acc, sum);
-    gradient.template widen<N>(in.g, g);
+  MSAM_DEVICE void apply(const In<N>& in, int i) {
+    T x[N];
+    if (base) store<N>(weights + i, in.w);
+    gradient.template sum<N>(in.g, x);
+    const Pack<S, N> stored = Convert<S, N>::narrow(x);
+    store<N>(out + i, stored);
+    if (!squares) return;
+    Convert<S, N>::widen(stored, x);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sum[j] = anew ? weighted(g[j], c) : accumulated(sum[j], g[j], c_acc, c);
-    store<N>(acc + i, Convert<S, N>::narrow(sum));
-  }
-};
-
-template <class S_>
-struct PoisonOp {
-  using S = S_;
-  using T = typename Traits<S>::T;
-  static constexpr int kUnroll = 1;
-  S* acc;
-
-  template <int N>
-  struct In {};
-  MSAM_DEVICE uintptr_t addresses() const { return address(acc); }
-  template <int N>
-  MSAM_DEVICE void load(In<N>&, int) const {}
-  template <int N>
-  MSAM_DEVICE void apply(const In<N>&, int i) const {
-    T nan[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) nan[j] = T(NAN);
-    store<N>(acc + i, Convert<S, N>::narrow(nan));
+    for (int j = 0; j < N; ++j) sum.add(j, x[j], x[j]);
   }
 };
 
 template <class S, bool combined, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) restore_kernel(const __grid_constant__ P p) {
-  using T = typename Traits<S>::T;
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) descend_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  const Restore& a = p.args;
-  const Chunk c = a.chunks[blockIdx.x];
+  __shared__ Terms<S> terms;
+  const auto& a = p.args;
+  const int64_t k = blockIdx.x;
+  const Chunk c = a.table[k];
   if (!is_here(a, c)) return;
-  S* weights = at<S>(p, a.weights, c);
-  S* acc = at<S>(p, a.acc, c);
-  const bool poison = acc && a.norm_sq && !is_finite(norm_sq_of(a, shared));
-  CopyOp<S> copy{at<S>(a.saved, c), weights};
-  if (acc && a.grads && !poison) {
-    const auto gradient = cuda::gradient<S, combined>(p, c, shared);
-    const T c_acc = as<T>(a.c_acc);
-    if (weights) {
-      AccumulateOp<S, true, combined> op{copy, acc, c_acc == 0, gradient, c_acc, as<T>(a.c)};
-      walk(op, int(c.numel));
-    } else {
-      AccumulateOp<S, false, combined> op{copy, acc, c_acc == 0, gradient, c_acc, as<T>(a.c)};
-      walk(op, int(c.numel));
-    }
-    return;
-  }
-  if (weights) walk(copy, int(c.numel));
-  if (poison) {
-    PoisonOp<S> op{acc};
+  S *weights = at<S>(p, a.weights, c), *out = at<S>(p, a.out, c);
+  const S* base = base_of<S>(a, k, c);
+  double sum = 0;
+  if (out) find_terms(p, c, true, terms, shared);
+  const bool stays = !out || (terms.count == 1 && terms.from[0] == out && terms.coefs[0] == 1 && !a.out_sq);
+  if (!stays) {
+    DescendOp<S, combined> op{base, weights, out, Gradient<S, combined>(terms, out), a.out_sq != nullptr, {}};
     walk(op, int(c.numel));
+    sum = op.sum.total();
+  } else if (base) {
+    copy(base, weights, int(c.numel));
   }
+  if (a.out_sq) {
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) a.out_sq[k] = sum;
+  }
+  settle(a, k, a.last);
 }
 
 // ---- update -----------------------------------------------------------------------------------------------------
 
-// The start of the weights and the step's gradient: c g, or c_acc acc + c g.
-template <class S_, bool combined>
-struct Descent {
+// A rule with or without its option, momentum or amsgrad.
+template <class T, Rule rule, bool option>
+using Formula = std::conditional_t<rule == kSgd, Sgd<T, option>, Adam<T, option>>;
+
+template <class S_, Rule rule, bool option, bool combined>
+struct UpdateOp {
   using S = S_;
   using T = typename Traits<S>::T;
+  static constexpr int kUnroll = rule == kSgd && !combined ? 2 : 1, states = Formula<T, rule, option>::states;
+  const S* base;
   S* weights;
-  const S *saved, *acc;
+  void* const* flat;  // the states; not as pointers of the row's own: registers are short
+  int64_t offset;
   Gradient<S, combined> gradient;
-  T c_acc, c;
+  // Adam's dozen constants stay in shared memory.
+  std::conditional_t<rule == kSgd, Formula<T, rule, option>, const Formula<T, rule, option>&> formula;
 
   template <int N>
   struct In {
-    Pack<S, N> w, acc;
+    Pack<S, N> w, state[kStates];
     typename Gradient<S, combined>::template In<N> g;
   };
   MSAM_DEVICE uintptr_t addresses() const {
-    return address(weights) | address(saved) | address(acc) | gradient.addresses();
+    uintptr_t all = address(base) | address(weights) | gradient.addresses();
+#pragma unroll
+    for (int v = 0; v < states; ++v) all |= address(state(v));
+    return all;
   }
+  MSAM_DEVICE S* state(int v) const { return static_cast<S*>(flat[v]) + offset; }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
-    if (acc) in.acc = load_last<N>(acc + i);
-    in.w = load_last<N>((saved ? saved : weights) + i);
+#pragma unroll
+    for (int v = 0; v < states; ++v) in.state[v] = load_last<N>(state(v) + i);
+    in.w = load_last<N>((base ? base : weights) + i);
   }
   template <int N>
-  MSAM_DEVICE void widen(const In<N>& in, T* w, T* g) const {
+  MSAM_DEVICE void apply(const In<N>& in, int i) const {
+    T w[N], g[N], x[kStates][N];
     Convert<S, N>::widen(in.w, w);
-    gradient.template widen<N>(in.g, g);
-    if (acc) {
-      T sum[N];
-      Convert<S, N>::widen(in.acc, sum);
+    gradient.template sum<N>(in.g, g);
 #pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = accumulated(sum[j], g[j], c_acc, c);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = c * g[j];  // c = 1 changes nothing
-    }
-  }
-};
-
-template <class S, bool combined, class P>
-MSAM_DEVICE Descent<S, combined> descent(const P& p, const Chunk& c, bool known, Shared& shared) {
-  using T = typename Traits<S>::T;
-  const Update& a = p.args;
-  known = known && (!a.norm_sq || is_finite(norm_sq_of(a, shared)));
-  return {at<S>(p, a.weights, c),
-          at<S>(a.saved, c),
-          as<T>(a.c_acc) != 0 ? at<S>(p, a.acc, c) : nullptr,
-          gradient<S, combined>(p, c, shared),
-          as<T>(a.c_acc),
-          known ? as<T>(a.c) : T(NAN)};
-}
-
-template <class S_, bool momentum, bool combined>
-struct SgdOp {
-  using S = S_;
-  using T = typename Traits<S>::T;
-  static constexpr int kUnroll = combined ? 1 : 2;
-  Descent<S, combined> descent;
-  S* buffers;
-  Sgd<T, momentum> rule;
-
-  template <int N>
-  struct In {
-    typename Descent<S, combined>::template In<N> descent;
-    Pack<S, N> buffer;
-  };
-  MSAM_DEVICE uintptr_t addresses() const { return descent.addresses() | (momentum ? address(buffers) : 0); }
-  template <int N>
-  MSAM_DEVICE void load(In<N>& in, int i) const {
-    descent.template load<N>(in.descent, i);
-    if (momentum) in.buffer = load_last<N>(buffers + i);
-  }
-  template <int N>
-  MSAM_DEVICE void apply(const In<N>& in, int i) const {
-    T w[N], g[N], buffer[N];
-    descent.template widen<N>(in.descent, w, g);
-    if (momentum) Convert<S, N>::widen(in.buffer, buffer);
+    for (int v = 0; v < states; ++v) Convert<S, N>::widen(in.state[v], x[v]);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      T unused = 0;
-      rule(w[j], g[j], momentum ? buffer[j] : unused);
+      T one[kStates];
+#pragma unroll
+      for (int v = 0; v < states; ++v) one[v] = x[v][j];
+      formula(w[j], g[j], one);
+#pragma unroll
+      for (int v = 0; v < states; ++v) x[v][j] = one[v];
     }
-    if (momentum) store_last<N>(buffers + i, Convert<S, N>::narrow(buffer));
-    store<N>(descent.weights + i, Convert<S, N>::narrow(w));
+#pragma unroll
+    for (int v = 0; v < states; ++v) store_last<N>(state(v) + i, Convert<S, N>::narrow(x[v]));
+    store<N>(weights + i, Convert<S, N>::narrow(w));
   }
 };
 
-template <class S, bool momentum, bool combined, class P>
-MSAM_DEVICE void sgd_chunk(const P& p, const Chunk& c, const double* row, Shared& shared) {
-  using Rule = Sgd<typename Traits<S>::T, momentum>;
-  const Update& a = p.args;
-  // The host cannot see that a group wants momentum: without a buffer for it, the weights say so.
-  const auto descent = cuda::descent<S, combined>(p, c, !momentum || a.momentum_buffer, shared);
-  const auto rule =
-      shared_constants<Rule>(shared, [&] { return Rule(row, a.fresh && a.fresh[c.segment]); });
-  SgdOp<S, momentum, combined> op{descent, a.momentum_buffer ? at<S>(a.momentum_buffer, c) : descent.weights, rule};
+template <class S, Rule rule, bool option, bool combined, class P>
+MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights, const Terms<S>& terms, Shared& shared) {
+  using Op = UpdateOp<S, rule, option, combined>;
+  using Made = Formula<typename Op::T, rule, option>;
+  const auto& a = p.args;
+  const Made& formula = shared_constants<Made>(shared, [&] {
+    return Made(a.settings + c.group * a.columns, 1 + (a.step ? int64_t(a.step[c.segment]) : 0));
+  });
+  Op op{base, weights, a.states, c.offset, Gradient<S, combined>(terms, weights), formula};
   walk(op, int(c.numel));
 }
 
-template <class S, bool combined, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) sgd_kernel(const __grid_constant__ P p) {
-  __shared__ Shared shared;
-  const Update& a = p.args;
-  const Chunk c = a.chunks[blockIdx.x];
-  if (!is_here(a, c)) return;
-  const double* row = a.hyper + c.group * a.hyper_stride;
-  if (row[kSgdMomentum] != 0)
-    sgd_chunk<S, true, combined>(p, c, row, shared);
-  else
-    sgd_chunk<S, false, combined>(p, c, row, shared);
-}
-
-template <class S_, bool amsgrad, bool combined>
-struct AdamOp {
-  using S = S_;
-  using T = typename Traits<S>::T;
-  static constexpr int kUnroll = 1;
-  Descent<S, combined> descent;
-  S *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs;
-  Adam<T, amsgrad> rule;
-
-  template <int N>
-  struct In {
-    typename Descent<S, combined>::template In<N> descent;
-    Pack<S, N> m, v, most;
-  };
-  MSAM_DEVICE uintptr_t addresses() const {
-    return descent.addresses() | address(exp_avgs) | address(exp_avg_sqs) | (amsgrad ? address(max_exp_avg_sqs) : 0);
-  }
-  template <int N>
-  MSAM_DEVICE void load(In<N>& in, int i) const {
-    descent.template load<N>(in.descent, i);
-    in.m = load_last<N>(exp_avgs + i);
-    in.v = load_last<N>(exp_avg_sqs + i);
-    if (amsgrad) in.most = load_last<N>(max_exp_avg_sqs + i);
-  }
-  template <int N>
-  MSAM_DEVICE void apply(const In<N>& in, int i) const {
-    T w[N], g[N], m[N], v[N], most[N];
-    descent.template widen<N>(in.descent, w, g);
-    Convert<S, N>::widen(in.m, m);
-    Convert<S, N>::widen(in.v, v);
-    if (amsgrad) Convert<S, N>::widen(in.most, most);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      T unused = 0;
-      rule(w[j], g[j], m[j], v[j], amsgrad ? most[j] : unused);
-    }
-    store_last<N>(exp_avgs + i, Convert<S, N>::narrow(m));
-    store_last<N>(exp_avg_sqs + i, Convert<S, N>::narrow(v));
-    if (amsgrad) store_last<N>(max_exp_avg_sqs + i, Convert<S, N>::narrow(most));
-    store<N>(descent.weights + i, Convert<S, N>::narrow(w));
-  }
-};
-
-template <class S, bool amsgrad, bool combined, class P>
-MSAM_DEVICE void adam_chunk(const P& p, const Chunk& c, const double* row, Shared& shared) {
-  using Rule = Adam<typename Traits<S>::T, amsgrad>;
-  const Update& a = p.args;
-  const auto descent = cuda::descent<S, combined>(p, c, !amsgrad || a.max_exp_avg_sq, shared);
-  const auto rule = shared_constants<Rule>(shared, [&] { return Rule(row, int64_t(a.step[c.segment]) + 1); });
-  S* largest = a.max_exp_avg_sq ? at<S>(a.max_exp_avg_sq, c) : descent.weights;
-  AdamOp<S, amsgrad, combined> op{descent, at<S>(a.exp_avg, c), at<S>(a.exp_avg_sq, c), largest, rule};
-  walk(op, int(c.numel));
-}
-
-template <class S, bool combined, class P>
-__global__ void __launch_bounds__(kThreads, kAdamBlocks<S, combined>) adam_kernel(const __grid_constant__ P p, bool count) {
-  __shared__ Shared shared;
-  __shared__ bool is_last;
-  const Update& a = p.args;
-  const Chunk c = a.chunks[blockIdx.x];
-  if (is_here(a, c)) {
-    const double* row = a.hyper + c.group * a.hyper_stride;
-    if (row[kAdamAmsgrad] != 0)
-      adam_chunk<S, true, combined>(p, c, row, shared);
-    else
-      adam_chunk<S, false, combined>(p, c, row, shared);
-  }
-  if (!count) return;
-  // Once nobody needs the old step numbers any more, the last block of the call's last launch counts them up.
+// Once no block needs the old step numbers any more, the last one counts them up, of this launch's segments.
+template <class P>
+MSAM_DEVICE void count_steps(const P& p, Shared& shared) {
+  const auto& a = p.args;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    is_last = atomicInc(a.ticket, gridDim.x - 1) == gridDim.x - 1;  // which makes it zero again
+    auto* ticket = reinterpret_cast<unsigned*>(a.step + a.segments);
+    shared.is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // which makes it zero again
   }
   __syncthreads();
-  if (!is_last) return;
-#pragma unroll 8
-  for (int64_t k = threadIdx.x; k < a.rows; k += kThreads)
-    if (a.chunks[k].begin == 0) a.step[a.chunks[k].segment] += 1;
+  if (!shared.is_last) return;
+  for (int64_t k = threadIdx.x; k < a.rows; k += kThreads) {
+    const Chunk c = a.table[k];
+    if (c.begin != 0 || !is_here(a, c)) continue;
+    bool any = false;
+    for (int t = 0; t < a.combination.count && !any; ++t) any = at<char>(p, a.terms[t], c);
+    if (any) a.step[c.segment] += 1;
+  }
+}
+
+template <class S, Rule rule, bool combined, class P>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
+    update_kernel(const __grid_constant__ P p) {
+  __shared__ Shared shared;
+  __shared__ Terms<S> terms;
+  const auto& a = p.args;
+  const int64_t k = blockIdx.x;
+  const Chunk c = a.table[k];
+  if (is_here(a, c)) {
+    S* weights = at<S>(p, a.weights, c);
+    const S* base = base_of<S>(a, k, c);
+    const bool option = a.settings[c.group * a.columns + (rule == kSgd ? int(kMomentum) : int(kAmsgrad))] != 0;
+    // The host cannot see that a group has the option. Where the state for it is missing, the weights become NaN.
+    const bool missing = option && !a.states[rule == kSgd ? 0 : 2];
+    find_terms(p, c, !missing, terms, shared);
+    if (terms.any && option && !missing)
+      update_row<S, rule, true, combined>(p, c, base, weights, terms, shared);
+    else if (terms.any)
+      update_row<S, rule, false, combined>(p, c, base, weights, terms, shared);
+    else if (base)
+      copy(base, weights, int(c.numel));
+    settle(a, k, true);
+  }
+  if (a.step && a.combination.count) count_steps(p, shared);
 }
 
 }  // namespace msam::cuda

@@ -76,7 +76,7 @@ for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
-def _terms(table: Tensor) -> Any:
+def _terms(table: Tensor) -> int | torch.SymInt:
     return 1 if table.device.type == "cpu" else torch.library.get_ctx().new_dynamic_size()
 
 
@@ -174,16 +174,17 @@ def get_backend(name: str, device: torch.device) -> Backend:
     if missing[name] is not None:
         raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
     if name == "reference":
-        return cast(Backend, reference)
+        return reference
     if name == "triton":
-        kernels = importlib.import_module(".triton_kernels", __package__)
-        served = ("cpu",) if kernels.INTERPRETED else ("cuda", "xpu")
+        from . import triton_kernels
+
+        served = ("cpu",) if triton_kernels.INTERPRETED else ("cuda", "xpu")
         if device.type not in served:
             raise RuntimeError(
                 f"backend 'triton' needs parameters on a GPU (cuda, xpu), or on the CPU with TRITON_INTERPRET=1 set before "
-                f"the start; got {device} and TRITON_INTERPRET={int(kernels.INTERPRETED)}: use backend='auto'"
+                f"the start; got {device} and TRITON_INTERPRET={int(triton_kernels.INTERPRETED)}: use backend='auto'"
             )
-        return cast(Backend, kernels)
+        return triton_kernels
     if device.type != name:
         where = "the CPU" if name == "cpu" else "a CUDA device"
         raise RuntimeError(f"backend {name!r} needs parameters on {where}, got {device}: use backend='auto'")

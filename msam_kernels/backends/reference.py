@@ -163,8 +163,9 @@ def perturb(
         moves = finite if mask is None else finite & row.bits(mask)
         status[row.k] = PERTURBED  # from here on the weights can be brought back, also after an interruption
         weight.copy_(torch.where(moves, w + d * scale, w))
-        after, old = weight.double(), w.double()
-        achieved_sq[row.k] = torch.where(finite & (after != old), (after - old).square(), 0.0).sum()  # inf - inf is NaN
+        after = _wide(weight)
+        change = torch.where(finite & (after != w), after - w, 0.0)  # inf - inf is NaN
+        achieved_sq[row.k] = change.double().square().sum()
 
 
 def ascend(
@@ -235,12 +236,15 @@ def coefficients(coefs: list[float], sums: list[Tensor], rescale: int, norm_sq: 
     """
     width = len(COEFFICIENT)
     rows = [coefs[k : k + width] for k in range(0, len(coefs), width)]
-    if not sums and norm_sq is None:
+    if sums:
+        s = torch.cat([t.sum(-1).reshape(-1) for t in sums])
+    elif norm_sq is not None:
+        s = norm_sq[:0]
+    else:
         return [scale * a for scale, a, *_ in rows]
-    s = torch.cat([t.sum(-1).reshape(-1) for t in sums]) if sums else None
-    c, like = [], norm_sq if s is None else s
+    c: list[Tensor] = []
     for _, a, b, p, q, root, eps in rows:
-        value = like.new_tensor(a)
+        value = s.new_tensor(a)
         if b:
             above, below = (s[int(p)].sqrt(), s[int(q)].sqrt()) if root else (s[int(p)], s[int(q)])
             below = below + eps
@@ -250,9 +254,10 @@ def coefficients(coefs: list[float], sums: list[Tensor], rescale: int, norm_sq: 
         head = sums[0].shape[0] if sums[0].dim() == 2 else 1  # rows of the Gram matrix
         n = (math.isqrt(8 * head + 1) - 1) // 2
         if rescale >= 0:
-            square = sum(
+            products = [
                 c[u] * c[v] * s[v * (v + 1) // 2 + u] * (1 if u == v else 2) for v in range(n) for u in range(v + 1)
-            )
+            ]
+            square = sum(products, s.new_zeros(()))
             factor = s[rescale].sqrt() / (square.clamp(min=0).sqrt() + EPS)
             c[:n] = [x * factor for x in c[:n]]
         poison = s[:head].sum()
@@ -334,9 +339,9 @@ def update(
 ) -> None:
     """One step of ``rule`` on Σ cₖ xₖ, for every row that has a term; ``status`` becomes UNTOUCHED in any case.
 
-    SGD is ``torch.optim.SGD``, columns ``SGD_COLUMNS``, states [momentum_buffer] or none; ADAM is ``torch.optim.Adam`` or, where
-    decoupled, ``AdamW``, columns ``ADAM_COLUMNS``, states [exp_avg, exp_avg_sq] and with amsgrad max_exp_avg_sq. ``step``
-    counts every parameter's updates; a momentum buffer begins with the gradient where it is still 0.
+    SGD is ``torch.optim.SGD``, columns ``SGD_COLUMNS``, states [momentum_buffer] or none; ADAM is ``torch.optim.Adam`` or,
+    where decoupled, ``AdamW``, columns ``ADAM_COLUMNS``, states [exp_avg, exp_avg_sq] and with amsgrad max_exp_avg_sq.
+    ``step`` counts every parameter's updates; a momentum buffer begins with the gradient where it is still 0.
     """
     lists = _lists(terms, len(coefs) // len(COEFFICIENT))
     c = coefficients(coefs, sums, rescale, norm_sq)
@@ -366,7 +371,7 @@ def update(
 def _sgd(w: Tensor, g: Tensor, states: list[Tensor], row: list[float], count: Tensor | None) -> Tensor:
     lr, momentum, dampening, weight_decay, nesterov, maximize = row[: len(SGD_COLUMNS)]
     g = -g if maximize else g
-    if weight_decay:
+    if w.new_tensor(weight_decay):  # which may be 0 in the arithmetic type
         g = g + w * weight_decay
     if momentum:
         assert count is not None, "momentum needs step"

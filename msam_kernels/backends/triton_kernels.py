@@ -1,42 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators in Triton: for NVIDIA GPUs without nvcc, and for ROCm and XPU. Imported when first asked for.
 
-One program works on a chunk at a time. ``ascend`` is two launches, every other operator one. The formulas are those of
-csrc/update_math.h, in the same order of operations and without contraction into FMA, so that element-wise results have the
-bits of the C++ kernels.
+One program works on one row of the table at a time. ``ascend`` is two launches, every other operator one. The formulas are
+those of csrc/update_math.h, in the same order of operations and without contraction into FMA, so that element-wise results
+have the bits of the C++ kernels.
 
-Memory reaches the kernels as int64 addresses, and what is absent as address 0: one compiled kernel then serves flat and
-listed weights, with and without saved weights, mean, fresh flags and norm. A chunk whose addresses and length are multiples
-of 16 is walked in 128-bit accesses, any other one element by element.
+Memory reaches the kernels as int64 addresses, and what is absent as address 0, where nothing is read or written. One compiled
+kernel then serves flat and listed weights, rows with and without a gradient, and calls with and without saved weights, sums
+and norm. A row whose addresses and length are multiples of 16 is walked in 128-bit accesses, any other one element by element.
 
 With ``TRITON_INTERPRET=1``, set before this module is imported, the same kernels run on CPU tensors, slowly.
 """
 
 import inspect
+import itertools
 import struct
 from collections import OrderedDict
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.graph import increment_version
+from torch import Tensor
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
-WARPS = 4 if torch.version.hip else 8  # 256 threads
+THREADS = tl.constexpr(256)  # of a program
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
-# Per thread at most, on NVIDIA GPUs: left alone, ptxas spills a few bytes to fit one program more.
-REGISTERS = {"inner_products": 64, "perturb": 112, "dots": 96, "restore": 64, "sgd": 80, "adam": 80}
-LISTS = 3  # of gradients that a descent combines, at most
+# Of a thread, at most, on NVIDIA GPUs: a multiprocessor has them for four programs at 64, three at 80, two at 128. Left alone,
+# ptxas takes more than are good for the number of programs, or spills a few bytes to fit one more. What needs more gets more.
+REGISTERS = {"norm_kernel": 64, "perturb_kernel": 64, "gram_kernel": 128, "descend_kernel": 80, "update_kernel": 80}
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# As in csrc/update_math.h: values of status, values of rule, the columns of a coefficient; and what there is at most.
+UNTOUCHED, SAVED, PERTURBED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SGD, ADAM = tl.constexpr(0), tl.constexpr(1)
+COEFFICIENT_COLUMNS = tl.constexpr(7)
+TERMS, VECTORS, SUM_TENSORS, SUM_ROWS = 4, 3, 3, 8
+# The columns of settings, and the states, of which the last may be missing.
+RULES = {0: (6, ("momentum_buffer",)), 1: (8, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))}
 
 
-def _kernel(f):
+def _kernel(f: Callable[..., Any]) -> Any:
     """Compiled once per choice of constants: nothing is specialised on the value of an address or a number."""
     parameters = inspect.signature(f).parameters.items()
     return triton.jit(do_not_specialize=[n for n, p in parameters if p.annotation is not tl.constexpr])(f)
@@ -75,8 +85,8 @@ def quotient(x, y):
 
 
 @triton.jit
-def ascent_scale(norm_sq, rho):
-    return rho / (tl.sqrt(norm_sq) + 1e-12)
+def ascent_scale(norm_sq, radius):
+    return radius / (tl.sqrt(norm_sq) + 1e-12)
 
 
 @triton.jit
@@ -113,46 +123,79 @@ def perturbed(w, d, scale, eta, ADAPTIVE: tl.constexpr):
 
 
 @triton.jit
-def weighted(g, c):
-    return c * g
+def coefficient(row, sums):
+    """``row``: where the seven numbers of a term are; ``sums``: eight of them."""
+    a, b, eps = tl.load(row + 1), tl.load(row + 2), tl.load(row + 6)
+    above, below = entry(sums, tl.load(row + 3)), entry(sums, tl.load(row + 4))
+    root = truth(tl.load(row + 5) != 0)
+    above, below = tl.where(root, tl.sqrt(above), above), tl.where(root, tl.sqrt(below), below) + eps
+    ratio = tl.where(truth(below == 0) | (is_finite(below) == 0), 0.0, above / below)
+    return tl.where(b == 0, a, a + b * ratio)
 
 
 @triton.jit
-def accumulated(acc, g, c_acc, c):
-    return c_acc * acc + weighted(g, c)
+def rescale_factor(c, sums, gram, rescale):
+    """By which the first ``gram`` terms become as long as they shall be; the sums begin with their Gram matrix."""
+    square = tl.full([], 0.0, tl.float64)
+    for v in range(0, gram):
+        for u in range(0, v + 1):
+            square += entry(c, u) * entry(c, v) * entry(sums, v * (v + 1) // 2 + u) * tl.where(u == v, 1.0, 2.0)
+    return tl.sqrt(entry(sums, rescale)) / (tl.sqrt(tl.where(square < 0, 0.0, square)) + 1e-12)
 
 
 @triton.jit
-def sgd_step(w, g, buffer, lr, momentum, one_minus_dampening, weight_decay, nesterov, maximize, fresh):
-    """(w, momentum buffer)."""
+def weighted(x, c):
+    return c * x
+
+
+@triton.jit
+def sgd_settings(row, step, T: tl.constexpr):
+    lr, momentum, dampening, weight_decay = column(row, 0), column(row, 1), column(row, 2), column(row, 3)
+    nesterov, maximize = truth(column(row, 4) != 0), truth(column(row, 5) != 0)
+    return lr.to(T), momentum.to(T), (1 - dampening).to(T), weight_decay.to(T), nesterov, maximize, step == 1
+
+
+@triton.jit
+def sgd(w, g, states, settings, STATES: tl.constexpr):
+    """(w, states)."""
+    lr, momentum, one_minus_dampening, weight_decay, nesterov, maximize, fresh = settings
     g = tl.where(maximize, g * -1.0, g)
     g = tl.where(weight_decay != 0, g + weight_decay * w, g)
-    buffer = tl.where(fresh, g, momentum * buffer + one_minus_dampening * g)
-    g = tl.where(momentum != 0, tl.where(nesterov, g + momentum * buffer, buffer), g)
-    return w - lr * g, buffer
+    if STATES > 0:
+        buffer = tl.where(fresh, g, momentum * states[0] + one_minus_dampening * g)
+        g = tl.where(momentum != 0, tl.where(nesterov, g + momentum * buffer, buffer), g)
+        states = [buffer]
+    return w - lr * g, states
 
 
 @triton.jit
-def adam_gradient(w, g, weight_decay, coupled, maximize):
+def adam_settings(row, step, T: tl.constexpr):
+    lr, beta1, beta2, eps, weight_decay = column(row, 0), column(row, 1), column(row, 2), column(row, 3), column(row, 4)
+    amsgrad, maximize, decoupled = truth(column(row, 5) != 0), truth(column(row, 6) != 0), truth(column(row, 7) != 0)
+    decay = tl.where(decoupled, 1 - lr * weight_decay, 1.0).to(T)
+    step_size = (lr / (1 - integer_power(beta1, step))).to(T)
+    correction = tl.sqrt(1 - integer_power(beta2, step)).to(T)
+    coupled, small = (decoupled == 0) & truth(weight_decay != 0), truth(1 - beta1 < 0.5)
+    factors = beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T), eps.to(T), weight_decay.to(T), decay
+    return factors, step_size, correction, amsgrad, maximize, coupled, small
+
+
+@triton.jit
+def adam(w, g, states, settings, STATES: tl.constexpr):
+    """(w, states)."""
+    factors, step_size, correction, amsgrad, maximize, coupled, small = settings
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay = factors
     g = tl.where(maximize, g * -1.0, g)
-    return tl.where(coupled, g + weight_decay * w, g)
-
-
-@triton.jit
-def adam_first(exp_avg, g, beta1, one_minus_beta1, small):
-    """The two branches of torch.lerp."""
-    change = g - exp_avg
-    return tl.where(small, exp_avg + one_minus_beta1 * change, g - change * beta1)
-
-
-@triton.jit
-def adam_second(exp_avg_sq, g, beta2, one_minus_beta2):
-    return beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
-
-
-@triton.jit
-def adam_weight(w, decay, exp_avg, v, step_size, bias_correction2_sqrt, eps):
-    return w * decay - step_size * quotient(exp_avg, quotient(square_root(v), bias_correction2_sqrt) + eps)
+    g = tl.where(coupled, g + weight_decay * w, g)
+    change = g - states[0]
+    first = tl.where(small, states[0] + one_minus_beta1 * change, g - change * beta1)  # the two branches of torch.lerp
+    second = beta2 * states[1] + one_minus_beta2 * (g * g)
+    v = second
+    if STATES > 2:
+        # A NaN in v, which stays there, wins as in torch.maximum.
+        v = tl.where(amsgrad & (v <= states[2]), states[2], v)
+    states = [first, second, v][:STATES]
+    return w * decay - step_size * quotient(first, quotient(square_root(v), correction) + eps), states
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------
@@ -165,53 +208,67 @@ def number(bits, T: tl.constexpr):
 
 
 @triton.jit
+def pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):
+    p = address.to(tl.int64).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        p = tl.multiple_of(p, 16)
+    return p
+
+
+@triton.jit
+def load(address, at, here, S: tl.constexpr, ALIGNED: tl.constexpr):
+    """Zeros where there is nothing."""
+    return tl.load(pointer(address, S, ALIGNED) + at, mask=here & (address != 0), other=0.0)
+
+
+@triton.jit
+def store(address, at, here, x, S: tl.constexpr, ALIGNED: tl.constexpr):
+    tl.store(pointer(address, S, ALIGNED) + at, x.to(S), mask=here & (address != 0))
+
+
+@triton.jit
 def column(row, i: tl.constexpr):
-    return tl.load(row.to(tl.pointer_type(tl.float64)) + i)
+    return tl.load(pointer(row, tl.float64) + i)
 
 
 @triton.jit
-def flag(row, i: tl.constexpr):
-    return truth(column(row, i) != 0)
-
-
-@triton.jit
-def load_chunk(chunks, k):
+def load_row(table, k):
     """(segment, begin, offset, numel, group), as in csrc/segments.h."""
-    row = chunks.to(tl.int64).to(tl.pointer_type(tl.int64)) + k * 5
+    row = pointer(table, tl.int64) + k * 5
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
 
 
 @triton.jit
 def in_flat(base, offset, S: tl.constexpr):
-    """The address of a chunk in a flat buffer; 0 where there is no buffer."""
-    return tl.where(base != 0, base + offset * (S.primitive_bitwidth // 8), base).to(tl.int64)
+    """The address of a row in a flat buffer; 0 where there is no buffer."""
+    return tl.where(base != 0, base + offset * (S.primitive_bitwidth // 8), 0).to(tl.int64)
 
 
 @triton.jit
-def in_list(table, segment, begin, S: tl.constexpr):
-    """The address of a chunk in a list of tensors, of which the table holds the addresses; 0 where there is no list."""
-    there = table != 0
-    base = tl.load(table.to(tl.int64).to(tl.pointer_type(tl.int64)) + segment, mask=there, other=0)
-    return tl.where(there, base + begin * (S.primitive_bitwidth // 8), 0)
+def in_list(pointers, segment, begin, S: tl.constexpr):
+    """The address of a row in a list of tensors; 0 where there is no list, or no tensor in it."""
+    return in_flat(tl.load(pointer(pointers, tl.int64) + segment, mask=pointers != 0, other=0), begin, S)
 
 
 @triton.jit
-def in_further_list(
-    table, i: tl.constexpr, lists, segments, segment, begin, S: tl.constexpr, COMBINED: tl.constexpr
-):  # fmt: skip
-    """The same in the i-th of several lists, one after the other; 0 where there are not so many."""
-    if COMBINED:
-        return in_list(tl.where(i < lists, table + i * segments * 8, 0), segment, begin, S)
-    else:
-        return tl.full([], 0, tl.int64)
+def in_lists(pointers, segments, segment, begin, S: tl.constexpr, COUNT: tl.constexpr):
+    """The same in several lists that stand one after the other."""
+    return [in_list(pointers + k * segments * 8, segment, begin, S) for k in (0, 1, 2, 3)[:COUNT]]
 
 
 @triton.jit
-def pointer(address, S: tl.constexpr, ALIGNED: tl.constexpr):
-    p = address.to(tl.pointer_type(S))
-    if ALIGNED:
-        p = tl.multiple_of(p, 16)
-    return p
+def union(addresses, COUNT: tl.constexpr):
+    """Every bit of any of them: a multiple of 16 if all are, 0 if all are."""
+    bits = tl.full([], 0, tl.int64)
+    for k in tl.static_range(COUNT):
+        bits = bits | addresses[k]
+    return bits
+
+
+@triton.jit
+def is_aligned(bits):
+    """1 or 0."""
+    return tl.where(bits % 16 == 0, 1, 0)
 
 
 @triton.jit
@@ -222,775 +279,721 @@ def length(numel, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def load_status(status, k):
+    return tl.load(pointer(status, tl.uint8) + k, mask=status != 0, other=0)
+
+
+@triton.jit
+def store_status(status, k, value, where):
+    tl.debug_barrier()  # every thread has read it
+    tl.store(pointer(status, tl.uint8) + k, value, mask=where & (status != 0))
+
+
+@triton.jit
 def total(terms, n):
     """The sum of a list of fp64, in one order for all programs."""
     LANES: tl.constexpr = 1024
     lanes = tl.arange(0, LANES)
-    p = terms.to(tl.int64).to(tl.pointer_type(tl.float64))
     sums = tl.zeros([LANES], tl.float64)
     for i in range(0, n, LANES):
-        sums += tl.load(p + i + lanes, mask=lanes < n - i, other=0.0)
+        sums += tl.load(pointer(terms, tl.float64) + i + lanes, mask=lanes < n - i, other=0.0)
     return tl.sum(sums, 0)
 
 
-# ---- kernels. S: storage type, T: arithmetic type -----------------------------------------------------------------------
+@triton.jit
+def no_sums():
+    """One for each thread."""
+    return tl.zeros([THREADS], tl.float64)
 
 
 @triton.jit
-def inner_products_chunk(
+def folded(x):
+    """Sums of the neighbours that one thread has: as many sums as elements would not fit its registers."""
+    return tl.sum(tl.reshape(x, [THREADS, x.shape[0] // THREADS]), 1)
+
+
+@triton.jit
+def entry(sums, i):
+    """One of eight numbers."""
+    return tl.sum(tl.where(tl.arange(0, 8) == i, sums, 0.0), 0)
+
+
+# ---- norm and perturb. S: storage type, T: arithmetic type --------------------------------------------------------------
+
+
+@triton.jit
+def norm_of_row(
     w, g, ema, numel, sigma, eta, S: tl.constexpr, T: tl.constexpr,
     FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
-    wp, gp, ep = pointer(w, S, ALIGNED), pointer(g, S, ALIGNED), pointer(ema, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float64)
+    sums = no_sums()
     for i in range(0, numel, BLOCK):
-        here = lanes < numel - i
-        d = tl.load(gp + i + lanes, mask=here, other=0.0).to(T)
+        at, here = i + lanes, lanes < numel - i
+        d = load(g, at, here, S, ALIGNED).to(T)
         if FRIENDLY:
-            d = residual(d, tl.load(ep + i + lanes, mask=here, other=0.0).to(T), sigma)
+            d = residual(d, load(ema, at, here, S, ALIGNED).to(T), sigma)
         if ADAPTIVE:
-            d = stretch(tl.load(wp + i + lanes, mask=here, other=0.0).to(T), eta) * d
+            d = stretch(load(w, at, here, S, ALIGNED).to(T), eta) * d
         wide = d.to(tl.float64)
-        sums += wide * wide
+        sums += folded(wide * wide)
     return tl.sum(sums, 0)
 
 
 @_kernel
-def inner_products_kernel(
-    terms: tl.int64, chunks: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64,
-    ema: tl.int64, sigma: tl.int64, eta: tl.int64, S: tl.constexpr, T: tl.constexpr,
-    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+def norm_kernel(
+    out: tl.int64, table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64,
+    ema: tl.int64, sigma: tl.int64, eta: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sums = tl.full([], 0.0, tl.float64)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
-        segment, begin, offset, numel, _ = load_chunk(chunks, k)
-        g = in_list(grads, segment, begin, S)
-        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
+        segment, begin, offset, numel, _ = load_row(table, k)
+        w, g = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_list(grads, segment, begin, S)
         e = in_flat(ema, offset, S)
-        if (g | w | e | numel) % 16 == 0:
-            part = inner_products_chunk(
-                w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK, True
-            )
-        else:
-            part = inner_products_chunk(
-                w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE, BLOCK // 4, False
-            )
-        sums += part
-    tl.store(terms.to(tl.int64).to(tl.pointer_type(tl.float64)) + tl.program_id(0), sums)
+        numel = tl.where(g != 0, numel, 0)
+        for ALIGNED in tl.static_range(2):
+            if is_aligned(w | g | e | numel) == ALIGNED:
+                sums += norm_of_row(
+                    w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE,
+                    BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
+                )  # fmt: skip
+    tl.store(pointer(out, tl.float64) + tl.program_id(0), sums)
 
 
 @triton.jit
-def no_sum(BLOCK: tl.constexpr):
-    return tl.zeros([BLOCK // 8], tl.float64)
+def picked_by(mask, offset, i, lanes, here):
+    """Bit k of byte j is that of element 8·j + k; i is a multiple of 8."""
+    bit = (offset % 8).to(tl.int32) + lanes
+    bytes = tl.load(pointer(mask, tl.uint8) + (offset + i) // 8 + bit // 8, mask=here, other=0)
+    return ((bytes.to(tl.int32) >> bit % 8) & 1) != 0
 
 
 @triton.jit
-def folded(x, BLOCK: tl.constexpr):
-    """Sums of eight neighbours, which one thread has: so many sums at once would not fit its registers otherwise."""
-    return tl.sum(tl.reshape(x, [BLOCK // 8, 8]), 1)
-
-
-@triton.jit
-def dots_chunk(x, y, z, numel, S: tl.constexpr, THREE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """The chunk's parts of x·x, x·y, y·y, x·z, y·z and z·z."""
-    numel = length(numel, ALIGNED)
-    xp, yp, zp = pointer(x, S, ALIGNED), pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
-    lanes = tl.arange(0, BLOCK)
-    xx, xy, yy = no_sum(BLOCK), no_sum(BLOCK), no_sum(BLOCK)
-    xz, yz, zz = no_sum(BLOCK), no_sum(BLOCK), no_sum(BLOCK)
-    for i in range(0, numel, BLOCK):
-        here = lanes < numel - i
-        a = tl.load(xp + i + lanes, mask=here, other=0.0).to(tl.float64)
-        b = tl.load(yp + i + lanes, mask=here, other=0.0).to(tl.float64)
-        xx += folded(a * a, BLOCK)
-        xy += folded(a * b, BLOCK)
-        yy += folded(b * b, BLOCK)
-        if THREE:
-            c = tl.load(zp + i + lanes, mask=here, other=0.0).to(tl.float64)
-            xz += folded(a * c, BLOCK)
-            yz += folded(b * c, BLOCK)
-            zz += folded(c * c, BLOCK)
-    return tl.sum(xx, 0), tl.sum(xy, 0), tl.sum(yy, 0), tl.sum(xz, 0), tl.sum(yz, 0), tl.sum(zz, 0)
-
-
-@_kernel
-def dots_kernel(
-    terms: tl.int64, chunks: tl.int64, rows: tl.int64, xs: tl.int64, ys: tl.int64, zs: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, THREE: tl.constexpr, BLOCK: tl.constexpr,
+def perturb_row(
+    w, g, saved, ema, mask, offset, numel, status, finite, renew, numbers, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    xx, xy, yy = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    xz, yz, zz = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
-        segment, begin, _, numel, _ = load_chunk(chunks, k)
-        x, y = in_list(xs, segment, begin, S), in_list(ys, segment, begin, S)
-        z = in_list(zs, segment, begin, S)
-        if (x | y | z | numel) % 16 == 0:
-            xx_part, xy_part, yy_part, xz_part, yz_part, zz_part = dots_chunk(x, y, z, numel, S, THREE, BLOCK, True)
-        else:
-            xx_part, xy_part, yy_part, xz_part, yz_part, zz_part = dots_chunk(
-                x, y, z, numel, S, THREE, BLOCK // 4, False
-            )
-        xx += xx_part
-        xy += xy_part
-        yy += yy_part
-        xz += xz_part
-        yz += yz_part
-        zz += zz_part
-    p = terms.to(tl.int64).to(tl.pointer_type(tl.float64)) + tl.program_id(0)
-    tl.store(p, xx)
-    tl.store(p + tl.num_programs(0), xy)
-    tl.store(p + 2 * tl.num_programs(0), yy)
-    if THREE:
-        tl.store(p + 3 * tl.num_programs(0), xz)
-        tl.store(p + 4 * tl.num_programs(0), yz)
-        tl.store(p + 5 * tl.num_programs(0), zz)
-
-
-@triton.jit
-def perturb_chunk(
-    w, origin, g, saved, ema, mask, first_bit, numel, finite, scale, sigma, lmbda, one_minus_lmbda, renew, eta,
-    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """The chunk's part of the achieved norm, squared."""
+    """The row's part of the achieved norm, squared."""
+    scale, sigma, eta, lmbda, one_minus_lmbda = numbers
+    start = tl.where(status == PERTURBED, saved, w)
     numel = length(numel, ALIGNED)
-    wp, op, gp = pointer(w, S, ALIGNED), pointer(origin, S, ALIGNED), pointer(g, S, ALIGNED)
-    sp, ep = pointer(saved, S, ALIGNED), pointer(ema, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float64)
+    sums = no_sums()
     for i in range(0, numel, BLOCK):
-        here = lanes < numel - i
-        stored = tl.load(op + i + lanes, mask=here, other=0.0)
-        d = tl.load(gp + i + lanes, mask=here, other=0.0).to(T)
-        # Read again only after a whole backward pass: past the caches.
-        tl.store(sp + i + lanes, stored, mask=here & (saved != 0), cache_modifier=".cs")
+        at, here = i + lanes, lanes < numel - i
+        stored, d = load(start, at, here, S, ALIGNED), load(g, at, here, S, ALIGNED).to(T)
+        store(saved, at, here & (status == UNTOUCHED), stored, S, ALIGNED)
         if FRIENDLY:
-            average = tl.load(ep + i + lanes, mask=here, other=0.0).to(T)
-            following = ema_next(average, d, lmbda, one_minus_lmbda)
-            tl.store(ep + i + lanes, following.to(S), mask=here & finite & renew)
+            average = load(ema, at, here, S, ALIGNED).to(T)
+            store(ema, at, here & finite & renew, ema_next(average, d, lmbda, one_minus_lmbda), S, ALIGNED)
             d = residual(d, average, sigma)
-        result = perturbed(stored.to(T), d, scale, eta, ADAPTIVE).to(S)
         picked = here & finite
         if MASKED:
-            bit = (first_bit % 8).to(tl.int32) + lanes
-            bytes = tl.load(mask.to(tl.pointer_type(tl.uint8)) + (first_bit + i) // 8 + bit // 8, mask=here, other=0)
-            picked = picked & (((bytes.to(tl.int32) >> bit % 8) & 1) != 0)  # i is a multiple of 8
-        # Weights that come from elsewhere are stored in any case.
-        result = tl.where(picked, result, stored)
-        tl.store(wp + i + lanes, result, mask=here & (picked | (origin != w)))
-        next, old = result.to(tl.float64), stored.to(tl.float64)
-        change = tl.where(here & finite & truth(next != old), next - old, 0.0)  # inf - inf is NaN
-        sums += change * change
-    return tl.sum(sums, 0)
-
-
-@triton.jit
-def add_chunk(acc, g, numel, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """acc <- acc + g, and the squared norm that acc had."""
-    numel = length(numel, ALIGNED)
-    ap, gp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED)
-    lanes = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float64)
-    for i in range(0, numel, BLOCK):
-        here = lanes < numel - i
-        x = tl.load(ap + i + lanes, mask=here, other=0.0).to(T)
-        following = accumulated(x, tl.load(gp + i + lanes, mask=here, other=0.0).to(T), 1.0, 1.0)
-        tl.store(ap + i + lanes, following.to(S), mask=here)
-        wide = x.to(tl.float64)
-        sums += wide * wide
+            picked = picked & picked_by(mask, offset, i, lanes, here)
+        result = tl.where(picked, perturbed(stored.to(T), d, scale, eta, ADAPTIVE).to(S), stored)
+        store(w, at, here & (picked | (status == PERTURBED)), result, S, ALIGNED)
+        after, before = result.to(T), stored.to(T)
+        moved = here & finite & truth(after != before)  # inf - inf is NaN
+        change = tl.where(moved, after - before, 0.0).to(tl.float64)
+        sums += folded(change * change)
     return tl.sum(sums, 0)
 
 
 @_kernel
 def perturb_kernel(
-    norm_sq: tl.int64, norm_terms: tl.int64, achieved_sq: tl.int64, acc_sq: tl.int64, chunks: tl.int64, rows: tl.int64,
-    hyper: tl.int64, columns: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64, acc: tl.int64,
-    saved: tl.int64, origin: tl.int64, ema: tl.int64, mask: tl.int64, sigma: tl.int64, lmbda: tl.int64,
-    one_minus_lmbda: tl.int64, renew: tl.int64, eta: tl.int64,
+    table: tl.int64, rows: tl.int64, norm_sq: tl.int64, norm_terms: tl.int64, radii: tl.int64, flat_weights: tl.int64,
+    weights: tl.int64, grads: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64, ema: tl.int64,
+    mask: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = total(norm_sq, norm_terms)
-    finite = is_finite(norm)
     for before in range(tl.program_id(0), rows, tl.num_programs(0)):
-        k = rows - 1 - before  # backwards: what inner_products read last may still be in the L2 cache
-        segment, begin, offset, numel, group = load_chunk(chunks, k)
-        g = in_list(grads, segment, begin, S)
-        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
+        k = rows - 1 - before  # backwards: what norm_kernel read last may still be in the L2 cache
+        segment, begin, offset, numel, group = load_row(table, k)
+        w, g = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_list(grads, segment, begin, S)
         s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
-        o = tl.where(origin != 0, in_flat(origin, offset, S), w)
-        a, added = in_list(acc, segment, begin, S), tl.where(acc != 0, numel, 0)
-        scale = ascent_scale(norm, column(hyper + group * columns * 8, 0)).to(T)
-        if (g | w | o | s | e | a | numel) % 16 == 0:
-            before_sq = add_chunk(a, g, added, S, T, BLOCK, True)
-            achieved = perturb_chunk(
-                w, o, g, s, e, mask, offset, numel, finite, scale, number(sigma, T), number(lmbda, T),
-                number(one_minus_lmbda, T), renew != 0, number(eta, T), S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK, True,
-            )  # fmt: skip
-        else:
-            before_sq = add_chunk(a, g, added, S, T, BLOCK // 4, False)
-            achieved = perturb_chunk(
-                w, o, g, s, e, mask, offset, numel, finite, scale, number(sigma, T), number(lmbda, T),
-                number(one_minus_lmbda, T), renew != 0, number(eta, T), S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK // 4, False,
-            )  # fmt: skip
-        tl.store(achieved_sq.to(tl.int64).to(tl.pointer_type(tl.float64)) + k, achieved)
-        tl.store(acc_sq.to(tl.int64).to(tl.pointer_type(tl.float64)) + k, before_sq, mask=acc_sq != 0)
+        there, was = (w != 0) & (g != 0), load_status(status, k)
+        numel = tl.where(there, numel, 0)
+        scale = ascent_scale(norm, tl.load(pointer(radii, tl.float64) + group)).to(T)
+        numbers = scale, number(sigma, T), number(eta, T), number(lmbda, T), number(one_minus_lmbda, T)
+        for ALIGNED in tl.static_range(2):
+            if is_aligned(w | g | s | e | numel) == ALIGNED:
+                achieved = perturb_row(
+                    w, g, s, e, mask, offset, numel, was, is_finite(norm), renew != 0, numbers, S, T,
+                    FRIENDLY, ADAPTIVE, MASKED, BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
+                )  # fmt: skip
+                tl.store(pointer(achieved_sq, tl.float64) + k, achieved)
+        store_status(status, k, PERTURBED, there)
+
+
+# ---- gram -----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def combination(gp, yp, zp, lanes, here, coefs, second, third, T: tl.constexpr, COMBINED: tl.constexpr):
-    """The gradients, or what stands in their place: the first coefficient times g, and so on where y and z are there."""
-    g = tl.load(gp + lanes, mask=here, other=0.0).to(T)
-    if COMBINED:
-        # Loaded for every block: registers are short, the cache is not.
-        c = coefs.to(tl.int64).to(tl.pointer_type(tl.float64))
-        c0, c1 = tl.load(c).to(T), tl.load(c + 1, mask=second, other=0.0).to(T)
-        c2 = tl.load(c + 2, mask=third, other=0.0).to(T)
-        y = tl.load(yp + lanes, mask=here & truth(c1 != 0), other=0.0).to(T)
-        z = tl.load(zp + lanes, mask=here & truth(c2 != 0), other=0.0).to(T)
-        g = tl.where(c0 != 0, 0.0 + weighted(g, c0), 0.0)
-        g = tl.where(c1 != 0, g + weighted(y, c1), g)
-        g = tl.where(c2 != 0, g + weighted(z, c2), g)
-    return g
-
-
-@triton.jit
-def restore_chunk(
-    w, saved, acc, g, y, z, numel, finite, c_acc, c, coefs, S: tl.constexpr, T: tl.constexpr,
-    COMBINED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+def gram_of_row(xs, numel, S: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """The row's part of x·x, x·y, y·y, x·z, y·z and z·z, the first of eight numbers."""
     numel = length(numel, ALIGNED)
-    wp, sp = pointer(w, S, ALIGNED), pointer(saved, S, ALIGNED)
-    ap, gp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED)
-    yp, zp = pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    summed = (acc != 0) & (g != 0)
-    read = summed & truth(c_acc != 0)
+    sums = [no_sums() for _ in (0, 1, 2, 3, 4, 5)[: COUNT * (COUNT + 1) // 2]]
     for i in range(0, numel, BLOCK):
-        here = lanes < numel - i
-        before = tl.load(sp + i + lanes, mask=here & (w != 0), other=0.0)
-        mean = tl.load(ap + i + lanes, mask=here & read, other=0.0).to(T)
-        gradient = combination(
-            gp + i, yp + i, zp + i, lanes, here & summed, coefs, y != 0, z != 0, T, COMBINED
-        )  # fmt: skip
-        tl.store(wp + i + lanes, before, mask=here & (w != 0))
-        # Without gradients it is stored only where c, and with it every element, is NaN.
-        mean = tl.where(read, accumulated(mean, gradient, c_acc, c), weighted(gradient, c))
-        tl.store(ap + i + lanes, mean.to(S), mask=here & (summed | ((acc != 0) & (finite == 0))))
+        at, here = i + lanes, lanes < numel - i
+        values = [load(x, at, here, S, ALIGNED).to(tl.float64) for x in xs]
+        following = []
+        for v in tl.static_range(COUNT):
+            for u in tl.static_range(v + 1):
+                following += [sums[v * (v + 1) // 2 + u] + folded(values[u] * values[v])]
+        sums = following
+    out = tl.zeros([8], tl.float64)
+    for v in tl.static_range(COUNT):
+        for u in tl.static_range(v + 1):
+            there = (xs[u] != 0) & (xs[v] != 0)  # what one holds may be infinite, and 0 times that is NaN
+            this = tl.arange(0, 8) == v * (v + 1) // 2 + u
+            out = tl.where(this & there, tl.sum(sums[v * (v + 1) // 2 + u], 0), out)
+    return out
 
 
 @_kernel
-def restore_kernel(
-    norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, flat_weights: tl.int64,
-    weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64, c_acc: tl.int64, c: tl.int64,
-    coefs: tl.int64, lists: tl.int64, segments: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, COMBINED: tl.constexpr, BLOCK: tl.constexpr,
+def gram_kernel(
+    out: tl.int64, table: tl.int64, rows: tl.int64, terms: tl.int64, segments: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    norm = total(norm_sq, norm_terms)
-    finite = is_finite(norm)
+    sums, lanes = tl.zeros([8], tl.float64), tl.arange(0, 8)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
-        segment, begin, offset, numel, _ = load_chunk(chunks, k)
-        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
-        s, a, g = in_flat(saved, offset, S), in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
-        y = in_further_list(grads, 1, lists, segments, segment, begin, S, COMBINED)
-        z = in_further_list(grads, 2, lists, segments, segment, begin, S, COMBINED)
-        scale = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
-        if (w | s | a | g | y | z | numel) % 16 == 0:
-            restore_chunk(
-                w, s, a, g, y, z, numel, finite, number(c_acc, T), scale, coefs, S, T, COMBINED, BLOCK, True
-            )  # fmt: skip
-        else:
-            restore_chunk(
-                w, s, a, g, y, z, numel, finite, number(c_acc, T), scale, coefs, S, T, COMBINED, BLOCK // 4, False
-            )  # fmt: skip
+        segment, begin, _offset, numel, _group = load_row(table, k)
+        xs = in_lists(terms, segments, segment, begin, S, COUNT)
+        for ALIGNED in tl.static_range(2):
+            if is_aligned(union(xs, COUNT) | numel) == ALIGNED:
+                sums += gram_of_row(xs, numel, S, COUNT, BLOCK if ALIGNED else BLOCK // 4, ALIGNED)
+    place = pointer(out, tl.float64) + lanes * tl.num_programs(0) + tl.program_id(0)
+    tl.store(place, sums, mask=lanes < COUNT * (COUNT + 1) // 2)
+
+
+# ---- descend and update ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def descent(ap, g, lanes, here, has_acc, c_acc, c, T: tl.constexpr):
-    """The step's gradient: c g, or c_acc acc + c g."""
-    has_acc = has_acc & truth(c_acc != 0)
-    acc = tl.load(ap + lanes, mask=here & has_acc, other=0.0).to(T)
-    return tl.where(has_acc, accumulated(acc, g, c_acc, c), weighted(g, c))
+def coefficients_of_sums(combination, COUNT: tl.constexpr):
+    """Eight numbers, the first of them the coefficients. ``combination`` is what the host's ``_combination`` writes."""
+    row, words = pointer(combination, tl.float64), pointer(combination, tl.int64) + COUNT * COEFFICIENT_COLUMNS
+    gram, rescale, rows = tl.load(words), tl.load(words + 1), tl.load(words + 2)
+    lanes = tl.arange(0, 8)
+    sums, c = tl.zeros([8], tl.float64), tl.zeros([8], tl.float64)
+    for r in range(0, rows):
+        sums = tl.where(lanes == r, total(tl.load(words + 3 + 2 * r), tl.load(words + 4 + 2 * r)), sums)
+    for k in range(0, COUNT):
+        c = tl.where(lanes == k, coefficient(row + k * COEFFICIENT_COLUMNS, sums), c)
+    if rescale >= 0:
+        c = tl.where(lanes < gram, c * rescale_factor(c, sums, gram, rescale), c)
+    poison = tl.sum(tl.where(lanes < gram * (gram + 1) // 2, sums - sums, 0.0), 0)  # NaN where the matrix is not finite
+    return (c + poison) * tl.load(row + lanes * COEFFICIENT_COLUMNS, mask=lanes < COUNT, other=0.0)
 
 
 @triton.jit
-def sgd_chunk(
-    w, before, acc, g, y, z, buffer, numel, c_acc, c, coefs, lr, momentum, one_minus_dampening, weight_decay, nesterov,
-    maximize, fresh, S: tl.constexpr, T: tl.constexpr, MOMENTUM: tl.constexpr, COMBINED: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+def coefficients(
+    c0, c1, c2, c3, combination, norm_sq, norm_terms, T: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr
 ):  # fmt: skip
+    """Those of the arguments, or where there are sums what follows from these; NaN where the norm is not finite."""
+    norm = total(norm_sq, norm_terms)
+    if SUMS:
+        evaluated = coefficients_of_sums(combination, COUNT)
+        c = [entry(evaluated, k) for k in (0, 1, 2, 3)[:COUNT]]
+    else:
+        c = [number(bits, tl.float64) for bits in (c0, c1, c2, c3)[:COUNT]]
+    return [(x + (norm - norm)).to(T) for x in c]
+
+
+@triton.jit
+def combination(xs, c, at, here, S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Σ cₖ xₖ; 0 where no term is there."""
+    sum, begun = tl.zeros(at.shape, T), tl.full([], False, tl.int1)
+    for k in tl.static_range(COUNT):
+        counts = (xs[k] != 0) & truth(c[k] != 0)
+        term = weighted(load(xs[k], at, here & counts, S, ALIGNED).to(T), c[k])
+        sum = tl.where(counts, tl.where(begun, sum + term, term), sum)  # 0 + -0 would not be -0
+        begun = begun | counts
+    return sum
+
+
+@triton.jit
+def is_only(out, xs, c, COUNT: tl.constexpr):
+    """Whether the combination is ``out`` as it stands: with coefficient 1 the only term."""
+    others, itself = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    for k in tl.static_range(COUNT):
+        counts, same = (xs[k] != 0) & truth(c[k] != 0), (xs[k] == out) & truth(c[k] == 1)
+        itself += tl.where(counts & same, 1, 0)
+        others += tl.where(counts & (same == 0), 1, 0)
+    return (itself == 1) & (others == 0)
+
+
+@triton.jit
+def descend_row(
+    w, saved, out, xs, c, numel, reads, writes, S: tl.constexpr, T: tl.constexpr,
+    COUNT: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The row's part of the squared norm of what ``out`` becomes."""
     numel = length(numel, ALIGNED)
-    wp, bp = pointer(w, S, ALIGNED), pointer(before, S, ALIGNED)
-    ap, gp, mp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED), pointer(buffer, S, ALIGNED)
-    yp, zp = pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
-    has_momentum = truth(momentum != 0)
     lanes = tl.arange(0, BLOCK)
+    sums = no_sums()
     for i in range(0, numel, BLOCK):
-        here = lanes < numel - i
-        x = tl.load(bp + i + lanes, mask=here, other=0.0).to(T)
-        d = combination(gp + i, yp + i, zp + i, lanes, here, coefs, y != 0, z != 0, T, COMBINED)
-        d = descent(ap + i, d, lanes, here, acc != 0, c_acc, c, T)
-        average = tl.zeros([BLOCK], T)
-        if MOMENTUM:
-            average = tl.load(mp + i + lanes, mask=here & has_momentum, other=0.0).to(T)
-        x, average = sgd_step(x, d, average, lr, momentum, one_minus_dampening, weight_decay, nesterov, maximize, fresh)
-        tl.store(wp + i + lanes, x.to(S), mask=here)
-        if MOMENTUM:
-            tl.store(mp + i + lanes, average.to(S), mask=here & has_momentum)
+        at, here = i + lanes, lanes < numel - i
+        before = load(saved, at, here, S, ALIGNED)
+        x = combination(xs, c, at, here & reads, S, T, COUNT, ALIGNED).to(S)
+        store(w, at, here, before, S, ALIGNED)
+        store(out, at, here & writes, x, S, ALIGNED)
+        if SQUARED:
+            wide = tl.where(here & reads, x.to(tl.float64), 0.0)
+            sums += folded(wide * wide)
+    return tl.sum(sums, 0) if SQUARED else 0.0
 
 
 @_kernel
-def sgd_kernel(
-    norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, hyper: tl.int64, columns: tl.int64,
-    flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64, buffers: tl.int64,
-    fresh: tl.int64, c_acc: tl.int64, c: tl.int64, coefs: tl.int64, lists: tl.int64, segments: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, MOMENTUM: tl.constexpr, COMBINED: tl.constexpr, BLOCK: tl.constexpr,
+def descend_kernel(
+    table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, status: tl.int64,
+    terms: tl.int64, segments: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
+    norm_sq: tl.int64, norm_terms: tl.int64, outs: tl.int64, last: tl.int64, out_sq: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr,
+    SQUARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    norm = total(norm_sq, norm_terms)
+    c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, T, COUNT, SUMS)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
-        segment, begin, offset, numel, group = load_chunk(chunks, k)
-        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
-        before = tl.where(saved != 0, in_flat(saved, offset, S), w)
-        a, g = in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
-        y = in_further_list(grads, 1, lists, segments, segment, begin, S, COMBINED)
-        z = in_further_list(grads, 2, lists, segments, segment, begin, S, COMBINED)
-        b = in_flat(buffers, offset, S)
-        scale = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
-        row = hyper + group * columns * 8
-        lr, momentum, one_minus_dampening = column(row, 1).to(T), column(row, 2).to(T), (1 - column(row, 3)).to(T)
-        weight_decay, nesterov, maximize = column(row, 4).to(T), flag(row, 5), flag(row, 6)
-        flags = fresh.to(tl.int64).to(tl.pointer_type(tl.uint8))
-        begins = tl.load(flags + segment, mask=fresh != 0, other=0) != 0
-        if (w | before | a | g | y | z | b | numel) % 16 == 0:
-            sgd_chunk(
-                w, before, a, g, y, z, b, numel, number(c_acc, T), scale, coefs, lr, momentum, one_minus_dampening,
-                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, COMBINED, BLOCK, True,
-            )  # fmt: skip
-        else:
-            sgd_chunk(
-                w, before, a, g, y, z, b, numel, number(c_acc, T), scale, coefs, lr, momentum, one_minus_dampening,
-                weight_decay, nesterov, maximize, begins, S, T, MOMENTUM, COMBINED, BLOCK // 4, False,
-            )  # fmt: skip
+        segment, begin, offset, numel, _ = load_row(table, k)
+        w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, S)
+        was, listed = load_status(status, k), w != 0
+        restored = listed & (was == PERTURBED)
+        w, s = tl.where(restored, w, 0), tl.where(restored, s, 0)
+        o, xs = in_list(outs, segment, begin, S), in_lists(terms, segments, segment, begin, S, COUNT)
+        writes = (o != 0) & (is_only(o, xs, c, COUNT) == 0)
+        reads = (o != 0) if SQUARED else writes
+        numel = tl.where(restored | reads, numel, 0)
+        for ALIGNED in tl.static_range(2):
+            if is_aligned(w | s | o | union(xs, COUNT) | numel) == ALIGNED:
+                square = descend_row(
+                    w, s, o, xs, c, numel, reads, writes, S, T, COUNT, SQUARED,
+                    BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
+                )  # fmt: skip
+                if SQUARED:
+                    tl.store(pointer(out_sq, tl.float64) + k, square)
+        following = tl.where((last == 0) & (was != UNTOUCHED), SAVED, UNTOUCHED)
+        store_status(status, k, following, listed)
 
 
 @triton.jit
-def adam_chunk(
-    w, before, acc, g, y, z, exp_avg, exp_avg_sq, max_exp_avg_sq, numel, c_acc, c, coefs,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt,
-    maximize, coupled, small, amsgrad,
-    S: tl.constexpr, T: tl.constexpr, AMSGRAD: tl.constexpr, COMBINED: tl.constexpr, BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
+def update_row(
+    w, start, xs, states, c, settings, numel, there, S: tl.constexpr, T: tl.constexpr,
+    RULE: tl.constexpr, COUNT: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
-    wp, bp = pointer(w, S, ALIGNED), pointer(before, S, ALIGNED)
-    ap, gp = pointer(acc, S, ALIGNED), pointer(g, S, ALIGNED)
-    yp, zp = pointer(y, S, ALIGNED), pointer(z, S, ALIGNED)
-    mp, vp, xp = pointer(exp_avg, S, ALIGNED), pointer(exp_avg_sq, S, ALIGNED), pointer(max_exp_avg_sq, S, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     for i in range(0, numel, BLOCK):
-        here = lanes < numel - i
-        x = tl.load(bp + i + lanes, mask=here, other=0.0).to(T)
-        d = combination(gp + i, yp + i, zp + i, lanes, here, coefs, y != 0, z != 0, T, COMBINED)
-        d = descent(ap + i, d, lanes, here, acc != 0, c_acc, c, T)
-        m = tl.load(mp + i + lanes, mask=here, other=0.0).to(T)
-        v = tl.load(vp + i + lanes, mask=here, other=0.0).to(T)
-        d = adam_gradient(x, d, weight_decay, coupled, maximize)
-        m = adam_first(m, d, beta1, one_minus_beta1, small)
-        v = adam_second(v, d, beta2, one_minus_beta2)
-        tl.store(mp + i + lanes, m.to(S), mask=here)
-        tl.store(vp + i + lanes, v.to(S), mask=here)
-        if AMSGRAD:
-            largest = tl.load(xp + i + lanes, mask=here & amsgrad, other=0.0).to(T)
-            # A NaN in v, which stays there, wins as in torch.maximum.
-            v = tl.where(amsgrad & (v <= largest), largest, v)
-            tl.store(xp + i + lanes, v.to(S), mask=here & amsgrad)
-        x = adam_weight(x, decay, m, v, step_size, bias_correction2_sqrt, eps)
-        tl.store(wp + i + lanes, x.to(S), mask=here)
-
-
-@_kernel
-def adam_kernel(
-    norm_sq: tl.int64, norm_terms: tl.int64, chunks: tl.int64, rows: tl.int64, hyper: tl.int64, columns: tl.int64,
-    flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, acc: tl.int64, grads: tl.int64,
-    exp_avgs: tl.int64, exp_avg_sqs: tl.int64, max_exp_avg_sqs: tl.int64, step: tl.int64, segments: tl.int64,
-    c_acc: tl.int64, c: tl.int64, coefs: tl.int64, lists: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, AMSGRAD: tl.constexpr, COMBINED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    norm = total(norm_sq, norm_terms)
-    steps = step.to(tl.int64).to(tl.pointer_type(tl.float32))
-    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
-        segment, begin, offset, numel, group = load_chunk(chunks, k)
-        w = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S)
-        before = tl.where(saved != 0, in_flat(saved, offset, S), w)
-        a, g = in_list(acc, segment, begin, S), in_list(grads, segment, begin, S)
-        y = in_further_list(grads, 1, lists, segments, segment, begin, S, COMBINED)
-        z = in_further_list(grads, 2, lists, segments, segment, begin, S, COMBINED)
-        m, v = in_flat(exp_avgs, offset, S), in_flat(exp_avg_sqs, offset, S)
-        x = in_flat(max_exp_avg_sqs, offset, S)
-        scale = (number(c, tl.float64) - (norm - norm)).to(T)  # NaN where the norm is not finite
-        row = hyper + group * columns * 8
-        lr, beta1, beta2, eps = column(row, 1), column(row, 2), column(row, 3), column(row, 4)
-        weight_decay, amsgrad, maximize, decoupled = column(row, 5), flag(row, 6), flag(row, 7), flag(row, 8)
-        decay = tl.where(decoupled, 1 - lr * weight_decay, 1.0).to(T)
-        count = tl.load(steps + segment).to(tl.int64) + 1
-        step_size = (lr / (1 - integer_power(beta1, count))).to(T)
-        bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, count)).to(T)
-        coupled, small = (decoupled == 0) & truth(weight_decay != 0), truth(1 - beta1 < 0.5)
-        if (w | before | a | g | y | z | m | v | x | numel) % 16 == 0:
-            adam_chunk(
-                w, before, a, g, y, z, m, v, x, numel, number(c_acc, T), scale, coefs,
-                beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T), eps.to(T), weight_decay.to(T), decay,
-                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, COMBINED, BLOCK, True,
-            )  # fmt: skip
+        at, here = i + lanes, lanes < numel - i
+        before = load(start, at, here, S, ALIGNED)
+        g = combination(xs, c, at, here, S, T, COUNT, ALIGNED)
+        values = [load(state, at, here, S, ALIGNED).to(T) for state in states]
+        if RULE == SGD:
+            x, values = sgd(before.to(T), g, values, settings, STATES)
         else:
-            adam_chunk(
-                w, before, a, g, y, z, m, v, x, numel, number(c_acc, T), scale, coefs,
-                beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T), eps.to(T), weight_decay.to(T), decay,
-                step_size, bias_correction2_sqrt, maximize, coupled, small, amsgrad, S, T, AMSGRAD, COMBINED, BLOCK // 4, False,
-            )  # fmt: skip
-    # The last program to come here counts the steps: by then every other one has read them.
+            x, values = adam(before.to(T), g, values, settings, STATES)
+        for k in tl.static_range(STATES):
+            store(states[k], at, here, values[k], S, ALIGNED)
+        store(w, at, here, tl.where(there, x.to(S), before), S, ALIGNED)
+
+
+@triton.jit
+def count_steps(step, table, rows, terms, segments, COUNT: tl.constexpr):
+    """The last program to come here adds 1 for each parameter that has a term: by then every other one has read its step."""
     tl.debug_barrier()
-    ticket = (step + segments * 4).to(tl.int64).to(tl.pointer_type(tl.int32))
+    steps, ticket = pointer(step, tl.float32), pointer(step + segments * 4, tl.int32)
     if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
         LANES: tl.constexpr = 1024
         lanes = tl.arange(0, LANES)
-        table = chunks.to(tl.int64).to(tl.pointer_type(tl.int64))
-        for k in range(0, rows, LANES):
-            here = lanes < rows - k
-            segment = tl.load(table + (k + lanes) * 5, mask=here, other=0)
-            here = here & (tl.load(table + (k + lanes) * 5 + 1, mask=here, other=1) == 0)
+        for i in range(0, rows, LANES):
+            row, here = pointer(table, tl.int64) + (i + lanes) * 5, lanes < rows - i
+            here = here & (tl.load(row + 1, mask=here, other=1) == 0)  # it begins its parameter
+            segment = tl.load(row, mask=here, other=0)
+            bits = tl.zeros([LANES], tl.int64)
+            for k in tl.static_range(COUNT):
+                bits = bits | tl.load(pointer(terms, tl.int64) + k * segments + segment, mask=here, other=0)
+            here = here & (bits != 0)
             tl.store(steps + segment, tl.load(steps + segment, mask=here, other=0.0) + 1, mask=here)
         tl.store(ticket, 0)
 
 
 @_kernel
-def write_pointers_kernel(
-    table: tl.int64,
-    p0: tl.int64, p1: tl.int64, p2: tl.int64, p3: tl.int64, p4: tl.int64, p5: tl.int64, p6: tl.int64, p7:
-    tl.int64, p8: tl.int64, p9: tl.int64, p10: tl.int64, p11: tl.int64, p12: tl.int64, p13: tl.int64, p14:
-    tl.int64, p15: tl.int64,
+def update_kernel(
+    table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, status: tl.int64,
+    terms: tl.int64, segments: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
+    norm_sq: tl.int64, norm_terms: tl.int64, settings: tl.int64, columns: tl.int64, step: tl.int64,
+    state0: tl.int64, state1: tl.int64, state2: tl.int64, S: tl.constexpr, T: tl.constexpr,
+    RULE: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Addresses into a table, out of the arguments of the launch: a captured graph then holds them itself."""
-    p = table.to(tl.int64).to(tl.pointer_type(tl.int64))
-    tl.store(p + 0, p0)
-    tl.store(p + 1, p1)
-    tl.store(p + 2, p2)
-    tl.store(p + 3, p3)
-    tl.store(p + 4, p4)
-    tl.store(p + 5, p5)
-    tl.store(p + 6, p6)
-    tl.store(p + 7, p7)
-    tl.store(p + 8, p8)
-    tl.store(p + 9, p9)
-    tl.store(p + 10, p10)
-    tl.store(p + 11, p11)
-    tl.store(p + 12, p12)
-    tl.store(p + 13, p13)
-    tl.store(p + 14, p14)
-    tl.store(p + 15, p15)
+    c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, T, COUNT, SUMS)
+    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
+        segment, begin, offset, numel, group = load_row(table, k)
+        w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, S)
+        restored = load_status(status, k) == PERTURBED
+        start = tl.where(restored, s, w)
+        xs = in_lists(terms, segments, segment, begin, S, COUNT)
+        there = union(xs, COUNT) != 0
+        numel = tl.where((w != 0) & (there | restored), numel, 0)
+        number_of_step = tl.load(pointer(step, tl.float32) + segment, mask=step != 0, other=0.0).to(tl.int64) + 1
+        row = settings + group * columns * 8
+        if RULE == SGD:
+            numbers = sgd_settings(row, number_of_step, T)
+            kept = tl.where(truth(numbers[1] != 0), state0, 0), state1, state2  # a momentum of 0 has no buffer
+        else:
+            numbers = adam_settings(row, number_of_step, T)
+            kept = state0, state1, tl.where(numbers[3], state2, 0)  # nor has a group without amsgrad the third
+        states = [in_flat(tl.where(there, state, 0), offset, S) for state in kept[:STATES]]
+        for ALIGNED in tl.static_range(2):
+            if is_aligned(w | start | union(xs, COUNT) | union(states, STATES) | numel) == ALIGNED:
+                update_row(
+                    w, start, xs, states, c, numbers, numel, there, S, T, RULE, COUNT, STATES,
+                    BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
+                )  # fmt: skip
+        store_status(status, k, UNTOUCHED, w != 0)
+    if step != 0:
+        count_steps(step, table, rows, terms, segments, COUNT)
+
+
+@_kernel
+def write_words_kernel(
+    table: tl.int64,
+    w0: tl.int64, w1: tl.int64, w2: tl.int64, w3: tl.int64, w4: tl.int64, w5: tl.int64, w6: tl.int64, w7: tl.int64,
+    w8: tl.int64, w9: tl.int64, w10: tl.int64, w11: tl.int64, w12: tl.int64, w13: tl.int64, w14: tl.int64, w15: tl.int64,
+):  # fmt: skip
+    """Sixteen words into a table, out of the arguments of the launch: a captured graph then holds them itself."""
+    words = w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15
+    for i in tl.static_range(16):
+        tl.store(pointer(table, tl.int64) + i, words[i])
 
 
 # ---- host -------------------------------------------------------------------------------------------------------------
 
-INTERPRETED = not isinstance(inner_products_kernel, triton.JITFunction)
+PLATFORM = "hip" if torch.version.hip else "cuda" if torch.version.cuda else "other"
+INTERPRETED = not isinstance(norm_kernel, triton.JITFunction)
 
 
-def _bits(x):
-    return struct.unpack("<q", struct.pack("<d", x))[0]
+def _bits(*numbers: float) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
 
 
-def registers(kernel):
-    """Options for the compiler, on NVIDIA GPUs."""
-    name = kernel.__name__.removesuffix("_kernel")
-    return {"maxnreg": REGISTERS[name]} if name in REGISTERS else {}
+def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = PLATFORM) -> dict[str, Any]:
+    """For the compiler."""
+    found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
+    if platform == "cuda" and kernel.__name__ in REGISTERS:
+        large = constants.get("MASKED") or constants.get("STATES") == 3 or constants.get("COUNT") == 4
+        # A mean more is a few registers more.
+        usual = REGISTERS[kernel.__name__] + 8 * bool(constants.get("FRIENDLY"))
+        found["maxnreg"] = 168 if constants["T"] == tl.float64 else 128 if large else usual
+    return found
 
 
-def _launch(kernel, programs, *args, **constants):
-    limit = registers(kernel) if torch.version.cuda else {}
-    kernel[(programs,)](*args, **constants, num_warps=WARPS, enable_fp_fusion=False, **limit)
+def _launch(kernel: Any, programs: int, *args: int, **constants: Any) -> None:
+    kernel[(programs,)](*args, **constants, **compiler_options(kernel, constants))
 
 
-_tables: OrderedDict = OrderedDict()  # addresses -> the device tensor that holds them
+# Words, and where they are needed -> the device tensor that holds them.
+_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 TABLES = 64
-_ready: set = set()  # devices on which the kernel that a capture needs is loaded
+_ready: set[torch.device] = set()  # devices on which the kernel that a capture needs is loaded
 
 
 class _Call:
-    """What every operator shares: the table and its checks, the pointers, the device. Used as a context around launches.
+    """What every operator shares: the table, checks, pointers, the device.
 
-    The rows of ``chunks`` are on the device, where the host does not look: what they name must be there.
+    The rows of ``table`` are on the device, where the host does not look: what they name must be there.
     """
 
-    def __init__(self, chunks, dtype):
-        self.chunks, self.dtype, self.device, self.rows = chunks, dtype, chunks.device, chunks.shape[0]
-        if not (
-            chunks.dim() == 2 and chunks.shape[1] == 5 and (chunks.dtype == torch.int64) and chunks.is_contiguous()
-        ):
+    def __init__(self, table: Tensor, **lists: list[Tensor]):
+        if not (table.dim() == 2 and table.shape[1] == 5 and table.dtype == torch.int64 and table.is_contiguous()):
             raise RuntimeError(
-                f"chunks must be a contiguous int64 tensor of shape [n, 5], got {chunks.dtype} of shape {list(chunks.shape)}"
+                f"table must be a contiguous int64 tensor of shape [rows, 5], got {table.dtype} of shape {list(table.shape)}"
             )
-        if dtype not in STORAGE:
-            raise RuntimeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-        self.programs = min(self.rows, PROGRAMS)
+        tensors = next(filter(None, lists.values()), None)
+        if tensors is None:
+            raise RuntimeError(f"{' and '.join(lists)} missing: the lists are empty")
+        self.dtype, self.device, self.rows = tensors[0].dtype, table.device, len(table)
+        if self.dtype not in STORAGE:
+            raise RuntimeError(f"dtype must be float32, float64, bfloat16 or float16, got {self.dtype}")
+        self.table, self.programs = (table.data_ptr(), self.rows), min(self.rows, PROGRAMS)
         self.kind = None if self.device.type == "cpu" else torch.get_device_module(self.device)
-        self.types = {
-            "S": STORAGE[dtype],
-            "T": tl.float64 if dtype == torch.float64 else tl.float32,
-            "BLOCK": BLOCK // 2 if dtype == torch.float64 else BLOCK,
-        }
 
-    def on_device(self):
+    def launch(self, kernel: Any, *args: int, **constants: Any) -> None:
+        double = self.dtype == torch.float64
+        types = {"S": STORAGE[self.dtype], "T": tl.float64 if double else tl.float32, "BLOCK": BLOCK >> double}
+        if self.rows:
+            with self.on_device():
+                _launch(kernel, self.programs, *args, **types, **constants)
+
+    def on_device(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device."""
         if self.kind is None or self.kind.current_device() == self.device.index:
             return nullcontext()
-        return self.kind.device(self.device)
+        device: AbstractContextManager[Any] = self.kind.device(self.device)
+        return device
 
-    def lists(self, **lists):
-        """The addresses of tables with the pointers of each list; 0 for an empty list."""
-        lists = {name: tensors for name, tensors in lists.items() if tensors}
-        addresses = tuple(t.data_ptr() for tensors in lists.values() for t in tensors)
-        stream = self.kind and self.kind.current_stream(self.device)
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        # A table is there for the stream that it was copied on; one made in a capture is filled when that is replayed.
-        key = (self.device, stream, self.dtype, addresses, *map(len, lists.values()))
-        table = None if capturing else _tables.get(key)
-        if table is not None:
-            _tables.move_to_end(key)
-        else:
-            self._check_lists(lists)
-            table = self._captured(addresses) if capturing else self._copied(addresses)
-            if not capturing:
-                if self.device.type == "cuda" and self.device not in _ready:
-                    self._captured((0,))  # compiled now: a capture is no place to load a kernel
-                    _ready.add(self.device)
-                if len(_tables) >= TABLES:
-                    _tables.popitem(last=False)
-                _tables[key] = table
-        self.table = table  # lives as long as the call
-        at, found = table.data_ptr(), {}
-        for name, tensors in lists.items():
-            found[name], at = at, at + 8 * len(tensors)
-        return found
-
-    def _check_lists(self, lists):
-        for name, tensors in lists.items():
-            for t in tensors:
-                # An empty tensor stands for a parameter that the table does not name.
-                if t.numel():
-                    self._check_dense(t, name)
-
-    def _check_dense(self, t, name):
+    def dense(self, name: str, t: Tensor | None) -> int:
+        """The address of a tensor of weights, gradients and what is like them; 0 for None."""
+        if t is None:
+            return 0
         if t.dtype != self.dtype:
-            raise RuntimeError(f"{name} must be {self.dtype} like the weights, got {t.dtype}")
+            raise RuntimeError(f"{name} must be {self.dtype} like the others, got {t.dtype}")
         if t.device != self.device:
             raise RuntimeError(f"{name} must be on {self.device} like the table, got {t.device}")
         if not (t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)):
             raise RuntimeError(f"{name} must be dense in memory, got strides {t.stride()}")
-
-    def _copied(self, addresses):
-        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
-
-    def _captured(self, addresses):
-        table = torch.empty(-(-len(addresses) // 16) * 16, dtype=torch.int64, device=self.device)
-        addresses += (0,) * (len(table) - len(addresses))
-        with self.on_device():
-            for i in range(0, len(table), 16):
-                _launch(write_pointers_kernel, 1, table.data_ptr() + 8 * i, *addresses[i : i + 16])
-        return table
-
-    def weights(self, weights):
-        """(address of the flat buffer or 0, list of tensors or nothing)."""
-        if len(weights) != 1:
-            return 0, weights
-        self._check_dense(weights[0], "weights")
-        return weights[0].data_ptr(), []
-
-    def flat(self, name, t):
-        if t is None:
-            return 0
-        self._check_dense(t, name)
         return t.data_ptr()
 
-    def tensor(self, name, t, dtype, dim=1):
-        """A small tensor that is no storage: its address and its length."""
+    def plain(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64, dim: int = 1) -> int:
+        """The address of a tensor of plain numbers; 0 for None."""
         if t is None:
-            return 0, 0
-        if not (t.dim() == dim and t.dtype == dtype and t.is_contiguous() and (t.device == self.device)):
+            return 0
+        if not (t.dim() == dim and t.dtype == dtype and t.is_contiguous()):
             raise RuntimeError(
-                f"{name} must be a contiguous {dim}-d {dtype} tensor on {self.device}, got {t.dtype} of shape "
-                f"{list(t.shape)} on {t.device}"
+                f"{name} must be a contiguous {dim}-d {dtype} tensor, got {t.dtype} of shape {list(t.shape)}"
             )
-        return t.data_ptr(), t.shape[0]
+        if t.device != self.device:
+            raise RuntimeError(f"{name} must be on {self.device} like the table, got {t.device}")
+        return t.data_ptr()
 
-    def hyper(self, hyper, columns):
-        address, _ = self.tensor("hyper", hyper, torch.float64, dim=2)
-        if hyper.shape[1] < columns:
-            raise RuntimeError(f"hyper must have at least {columns} columns, got {hyper.shape[1]}")
-        return address, hyper.shape[1]
+    def per_row(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64) -> int:
+        address = self.plain(name, t, dtype)
+        if t is not None and len(t) != self.rows:
+            raise RuntimeError(f"{name} must have one element per row of the table, {self.rows}, got {len(t)}")
+        return address
 
-    def coefs(self, coefs, grads):
-        """(address or 0, the number of lists that grads holds, the number of tensors in each)."""
-        if coefs is None:
-            return 0, 1, len(grads)
-        address, lists = self.tensor("coefs", coefs, torch.float64)
-        if not 1 <= lists <= LISTS:
-            raise RuntimeError(f"coefs must be a contiguous float64 tensor of 1 to {LISTS} values, got {lists}")
-        if not grads or len(grads) % lists:
-            raise RuntimeError(f"grads must hold a list of tensors for each of {lists} coefs, got {len(grads)} tensors")
-        return address, lists, len(grads) // lists
+    def sum(self, name: str, t: Tensor | None) -> tuple[int, int]:
+        """(address, number of terms) of a sum that is one row; zeros for None."""
+        return self.plain(name, t), 0 if t is None else len(t)
 
-    def launch(self, kernel, *args, **constants):
-        if self.rows:
-            with self.on_device():
-                _launch(kernel, self.programs, *args, **self.types, **constants)
+    def pointers(
+        self, weights: list[Tensor], count: int = 1, words: tuple[int, ...] = (), **lists: list[Tensor]
+    ) -> list[int]:
+        """Where the kernels find addresses: flat weights, pointers of listed weights, of each of ``lists``, and ``words``.
+
+        What is absent is 0. ``words`` are integers that go along. The list that is called terms holds ``count`` lists.
+        """
+        flat, listed = (self.dense("weights", weights[0]), []) if len(weights) == 1 else (0, weights)
+        lists = {"weights": listed, **lists}
+        sizes = {name: len(tensors) / (count if name == "terms" else 1) for name, tensors in lists.items() if tensors}
+        self.segments = int(next(iter(sizes.values()), 0))
+        if any(size != self.segments for size in sizes.values()):
+            raise RuntimeError(f"lists must have one tensor per parameter, got {sizes}")
+        if not (sizes or words):
+            return [flat, *(0 for _ in lists), 0]
+        content = (*map(torch.Tensor.data_ptr, itertools.chain(*lists.values())), *words)
+        self.held = self._table(content, lists)  # lives as long as the call
+        at, found = self.held.data_ptr(), [flat]
+        for length in (*map(len, lists.values()), len(words)):
+            found.append(at if length else 0)
+            at += 8 * length
+        return found
+
+    def _table(self, content: tuple[int, ...], lists: Mapping[str, list[Tensor]]) -> Tensor:
+        """A tensor with these words on the device."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        stream = self.kind and self.kind.current_stream(self.device)
+        # A table is there for the stream that it was copied on; one made in a capture is filled when that is replayed.
+        key = (self.device, stream, self.dtype, content, *map(len, lists.values()))
+        if not capturing and key in _tables:
+            _tables.move_to_end(key)
+            return _tables[key]
+        for name, tensors in lists.items():
+            for t in tensors:
+                if t.numel():  # an empty tensor stands for a parameter that is absent
+                    self.dense(name, t)
+        if capturing:
+            return self._captured(content)
+        if self.device.type == "cuda" and self.device not in _ready:
+            self._captured((0,))  # compiled now: a capture is no place to load a kernel
+            _ready.add(self.device)
+        if len(_tables) >= TABLES:
+            _tables.popitem(last=False)
+        _tables[key] = self._copied(content)
+        return _tables[key]
+
+    def _copied(self, words: tuple[int, ...]) -> Tensor:
+        table = torch.tensor(words, dtype=torch.int64, device="cpu")
+        return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
+
+    def _captured(self, words: tuple[int, ...]) -> Tensor:
+        words += (0,) * (-len(words) % 16)
+        table = torch.empty(len(words), dtype=torch.int64, device=self.device)
+        with self.on_device():
+            for i in range(0, len(words), 16):
+                _launch(write_words_kernel, 1, table.data_ptr() + 8 * i, *words[i : i + 16])
+        return table
 
 
-def _dtype_of(*lists):
-    for tensors in lists:
-        if tensors:
-            return tensors[0].dtype
-    raise RuntimeError("weights and grads are empty")
+# ---- the operators: see reference.py ------------------------------------------------------------------------------------
+
+_Direction = tuple[list[int], int, dict[str, bool]]  # pointers to what d is made of, the address of the mean, constants
 
 
-def _direction(call, weights, grads, ema, eta, acc=()):
-    """What the direction d is made of; and the address of ``acc``, which is in the same table of pointers."""
+def _direction(
+    call: _Call, weights: list[Tensor], grads: list[Tensor], ema: Tensor | None, eta: float | None
+) -> _Direction:
     if not grads:
-        raise RuntimeError("grads are missing")
+        raise RuntimeError("grads are missing: the list is empty")
     if eta is not None and not weights:
-        raise RuntimeError("eta needs the weights")
-    flat_weights, listed = call.weights(weights)
-    tables = call.lists(weights=listed, grads=grads, acc=acc)
-    constants = {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None}
-    pointers = flat_weights, tables.get("weights", 0), tables["grads"]
-    return pointers, tables.get("acc", 0), call.flat("ema", ema), constants
+        raise RuntimeError("eta needs the weights, and the list of weights is empty")
+    *pointers, _ = call.pointers(weights, grads=grads)
+    return pointers, call.dense("ema", ema), {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None}
 
 
-def _inner_products(call, direction, sigma, eta):
-    pointers, _, ema, constants = direction
+def _norm(call: _Call, direction: _Direction, sigma: float, eta: float | None) -> Tensor:
+    pointers, ema, constants = direction
     terms = torch.empty(call.programs, dtype=torch.float64, device=call.device)
-    call.launch(
-        inner_products_kernel, terms.data_ptr(), call.chunks.data_ptr(), call.rows, *pointers, ema,
-        _bits(sigma), _bits(eta or 0.0), **constants,
-    )  # fmt: skip
+    call.launch(norm_kernel, terms.data_ptr(), *call.table, *pointers, ema, *_bits(sigma, eta or 0.0), **constants)
     return terms if call.rows else terms.new_zeros(1)
 
 
-def _perturb(call, direction, norm_sq, hyper, achieved_sq, acc_sq, saved, origin, mask, sigma, lmbda, eta):
-    pointers, acc, ema, constants = direction
-    if saved is not None and origin is not None:
-        raise RuntimeError("weights that are perturbed from origin are not saved: give saved or origin")
-    achieved, terms = call.tensor("achieved_sq", achieved_sq, torch.float64)
-    if terms != call.rows:
-        raise RuntimeError(f"achieved_sq must have one element per chunk, {call.rows}, got {terms}")
-    before_sq, terms = call.tensor("acc_sq", acc_sq, torch.float64)
-    if (acc_sq is not None) != (acc != 0):
-        raise RuntimeError("acc and acc_sq go together: give both or neither")
-    if acc_sq is not None and terms != call.rows:
-        raise RuntimeError(f"acc_sq must have one element per chunk, {call.rows}, got {terms}")
-    arguments = (
-        *call.tensor("norm_sq", norm_sq, torch.float64), achieved, before_sq, call.chunks.data_ptr(), call.rows,
-        *call.hyper(hyper, 1), *pointers, acc, call.flat("saved", saved), call.flat("origin", origin), ema,
-        call.tensor("mask", mask, torch.uint8)[0],
-        _bits(sigma), _bits(lmbda or 0.0), _bits(1 - (lmbda or 0.0)), int(lmbda is not None), _bits(eta or 0.0),
+def _perturb(
+    call: _Call, direction: _Direction, norm_sq: Tensor, sigma: float, eta: float | None, *, radii: Tensor, saved: Tensor,
+    status: Tensor, achieved_sq: Tensor, mask: Tensor | None = None, lmbda: float | None = None,
+) -> None:  # fmt: skip
+    pointers, ema, constants = direction
+    call.launch(
+        perturb_kernel, *call.table, *call.sum("norm_sq", norm_sq), call.plain("radii", radii), *pointers,
+        call.dense("saved", saved), call.per_row("status", status, torch.uint8), call.per_row("achieved_sq", achieved_sq),
+        ema, call.plain("mask", mask, torch.uint8), int(lmbda is not None),
+        *_bits(sigma, eta or 0.0, lmbda or 0.0, 1 - (lmbda or 0.0)), MASKED=mask is not None, **constants,
     )  # fmt: skip
-    call.launch(perturb_kernel, *arguments, MASKED=mask is not None, **constants)
-    increment_version(achieved_sq)  # the weights are saved; before, the compiler may have been interrupted
 
 
-def inner_products(weights, grads, chunks, *, ema=None, sigma=0.0, eta=None):
-    call = _Call(chunks, _dtype_of(grads))
-    return _inner_products(call, _direction(call, weights if eta is not None else [], grads, ema, eta), sigma, eta)
+def norm(
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, ema: Tensor | None = None, sigma: float = 0.0,
+    eta: float | None = None,
+) -> Tensor:  # fmt: skip
+    call = _Call(table, grads=grads)
+    return _norm(call, _direction(call, weights if eta is not None else [], grads, ema, eta), sigma, eta)
 
 
 def perturb(
-    weights, acc, grads, chunks, *, norm_sq, hyper, achieved_sq, acc_sq=None, saved=None, origin=None, ema=None,
-    mask=None, sigma=0.0, lmbda=None, eta=None,
-):  # fmt: skip
-    if not weights:
-        raise RuntimeError("perturb needs weights")
-    call = _Call(chunks, _dtype_of(weights))
-    direction = _direction(call, weights, grads, ema, eta, acc)
-    _perturb(call, direction, norm_sq, hyper, achieved_sq, acc_sq, saved, origin, mask, sigma, lmbda, eta)
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, norm_sq: Tensor, ema: Tensor | None = None,
+    sigma: float = 0.0, eta: float | None = None, **options: Any,
+) -> None:  # fmt: skip
+    call = _Call(table, weights=weights)
+    _perturb(call, _direction(call, weights, grads, ema, eta), norm_sq, sigma, eta, **options)
 
 
 def ascend(
-    weights, grads, chunks, *, hyper, achieved_sq, saved=None, ema=None, mask=None, sigma=0.0, lmbda=None, eta=None
-):
-    if not weights:
-        raise RuntimeError("ascend needs weights")
-    call = _Call(chunks, _dtype_of(weights))
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, ema: Tensor | None = None, sigma: float = 0.0,
+    eta: float | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    call = _Call(table, weights=weights)
     direction = _direction(call, weights, grads, ema, eta)
-    norm_sq = _inner_products(call, direction, sigma, eta)
-    _perturb(call, direction, norm_sq, hyper, achieved_sq, None, saved, None, mask, sigma, lmbda, eta)
+    norm_sq = _norm(call, direction, sigma, eta)
+    _perturb(call, direction, norm_sq, sigma, eta, **options)
     return norm_sq
 
 
-def dots(x, y, z, chunks):
-    for name, tensors in (("x", x), ("y", y)):
-        if not tensors:
-            raise RuntimeError(f"{name} is empty")
-    call = _Call(chunks, x[0].dtype)
-    tables = call.lists(x=x, y=y, z=z)
-    terms = torch.empty(6 if z else 3, call.programs, dtype=torch.float64, device=call.device)
-    addresses = tables["x"], tables["y"], tables.get("z", 0)
-    call.launch(dots_kernel, terms.data_ptr(), chunks.data_ptr(), call.rows, *addresses, THREE=bool(z))
-    return terms if call.rows else terms.new_zeros(len(terms), 1)
+def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
+    if not 1 <= count <= VECTORS:
+        raise RuntimeError(f"count must be 1 to {VECTORS}, got {count}")
+    call = _Call(table, terms=terms)
+    *_, pointers, _ = call.pointers([], count, terms=terms)
+    sums = torch.empty(count * (count + 1) // 2, call.programs, dtype=torch.float64, device=call.device)
+    call.launch(gram_kernel, sums.data_ptr(), *call.table, pointers, call.segments, COUNT=count)
+    return sums if call.rows else sums.new_zeros(len(sums), 1)
 
 
-def _gathered(call, weights, acc, grads, saved):
-    flat_weights, listed = call.weights(weights)
-    tables = call.lists(weights=listed, acc=acc, grads=grads)
-    saved = call.flat("saved", saved)
-    return flat_weights, tables.get("weights", 0), saved, tables.get("acc", 0), tables.get("grads", 0)
+def _combination(
+    call: _Call, coefs: list[float], sums: list[Tensor], rescale: int
+) -> tuple[list[float], tuple[int, ...]]:
+    """(coefficients that depend on no sum, or the words from which the kernels work them out)."""
+    width: int = COEFFICIENT_COLUMNS.value
+    if len(coefs) % width or len(coefs) > TERMS * width:
+        raise RuntimeError(f"coefs must be {width} numbers for each of at most {TERMS} terms, got {len(coefs)}")
+    addresses: list[tuple[int, int]] = []  # of each row of the sums, with its number of terms
+    for k, t in enumerate(sums):
+        start = call.plain(f"sums[{k}]", t, dim=2 if t.dim() == 2 else 1)
+        if not t.numel():
+            raise RuntimeError(f"sums[{k}] is empty, of shape {list(t.shape)}")
+        n = t.shape[-1]
+        addresses += [(start + 8 * n * row, n) for row in range(t.numel() // n)]
+    rows = len(addresses)
+    if len(sums) > SUM_TENSORS or rows > SUM_ROWS:
+        raise RuntimeError(
+            f"sums must be at most {SUM_TENSORS} tensors of {SUM_ROWS} rows in all, got {len(sums)} tensors of {rows} rows"
+        )
+    for b, p, q in zip(coefs[2::width], coefs[3::width], coefs[4::width], strict=True):
+        if b and not (0 <= p < rows and 0 <= q < rows):
+            raise RuntimeError(f"coefs name the sums {p:g} and {q:g}, of which there are {rows}")
+    if not -1 <= rescale < rows:
+        raise RuntimeError(f"rescale must be -1 or one of the {rows} sums, got {rescale}")
+    if not sums:
+        return [scale * a for scale, a in zip(coefs[::width], coefs[1::width], strict=True)], ()
+    head = sums[0].shape[0] if sums[0].dim() == 2 else 1
+    size = {1: 1, 3: 2, 6: 3}.get(head)
+    if size is None or size * width > len(coefs):
+        raise RuntimeError(
+            "sums[0] must be the Gram matrix of the first terms, 1, 3 or 6 rows for 1, 2 or 3 of "
+            f"{len(coefs) // width}, got {head} rows"
+        )
+    return [], (*_bits(*coefs), size, rescale, rows, *itertools.chain(*addresses))
 
 
-def restore(weights, acc, grads, chunks, *, saved=None, norm_sq=None, coefs=None, c_acc=1.0, c=1.0):
+def _descent(
+    call: _Call, weights: list[Tensor], out: list[Tensor], terms: list[Tensor], coefs: list[float], sums: list[Tensor],
+    rescale: int, norm_sq: Tensor | None, saved: Tensor | None, status: Tensor | None,
+) -> tuple[tuple[int, ...], int, dict[str, Any]]:  # fmt: skip
+    """The arguments that ``descend`` and ``update`` have in common; where ``out`` is; and the constants."""
+    if (saved is None) != (status is None):
+        raise RuntimeError("saved and status go together: give both or neither")
+    c, words = _combination(call, coefs, sums, rescale)
+    count = len(coefs) // COEFFICIENT_COLUMNS.value
+    if not count == 0 == len(terms) and not (count and terms and len(terms) % count == 0):
+        raise RuntimeError(
+            "terms must be as many lists of tensors, one after the other, as there are coefficients, "
+            f"{count}; got {len(terms)} tensors"
+        )
+    flat, listed, out_at, terms_at, words_at = call.pointers(weights, count, words, out=out, terms=terms)
+    arguments = (
+        *call.table, flat, listed, call.dense("saved", saved), call.per_row("status", status, torch.uint8), terms_at,
+        call.segments, *_bits(*c, *(0.0,) * (TERMS - len(c))), words_at, *call.sum("norm_sq", norm_sq),
+    )  # fmt: skip
+    return arguments, out_at, {"COUNT": count, "SUMS": bool(sums)}
+
+
+def descend(
+    weights: list[Tensor], out: list[Tensor], terms: list[Tensor], table: Tensor, *, coefs: list[float], sums: list[Tensor],
+    rescale: int = -1, norm_sq: Tensor | None = None, saved: Tensor | None = None, status: Tensor | None = None,
+    last: bool = True, out_sq: Tensor | None = None,
+) -> None:  # fmt: skip
     if weights and saved is None:
-        raise RuntimeError("weights are restored from saved, which is missing")
-    if grads and not acc:
-        raise RuntimeError("grads are added to acc, which is missing")
-    call = _Call(chunks, _dtype_of(weights, acc))
+        raise RuntimeError("weights are brought back from saved, which is missing")
+    call = _Call(table, weights=weights, out=out)
+    arguments, out_at, constants = _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status)
+    squares = call.per_row("out_sq", out_sq)
+    call.launch(descend_kernel, *arguments, out_at, int(last), squares, **constants, SQUARED=out_sq is not None)
+
+
+def update(
+    weights: list[Tensor], states: list[Tensor], terms: list[Tensor], table: Tensor, *, rule: int, settings: Tensor,
+    step: Tensor | None = None, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None,
+    saved: Tensor | None = None, status: Tensor | None = None,
+) -> None:  # fmt: skip
+    if rule not in RULES:
+        raise RuntimeError(f"rule must be 0 (SGD) or 1 (Adam), got {rule}")
+    columns, names = RULES[rule]
+    if not len(names) - 1 <= len(states) <= len(names):
+        raise RuntimeError(f"states must be {names} or those without the last, got {len(states)}")
+    if states and step is None:
+        raise RuntimeError("states need step, which is missing")
+    call = _Call(table, weights=weights)
+    arguments, _, constants = _descent(call, weights, [], terms, coefs, sums, rescale, norm_sq, saved, status)
+    settings_at, steps = call.plain("settings", settings, dim=2), call.plain("step", step, torch.float32)
+    if settings.shape[1] < columns:
+        raise RuntimeError(f"settings must have {columns} columns for this rule, got {settings.shape[1]}")
+    expected = call.segments + 1
+    if step is not None and terms and len(step) != expected:
+        raise RuntimeError(f"step must have one element per parameter and one more, {expected}, got {len(step)}")
+    kept = [call.dense(name, t) for name, t in zip(names, states, strict=False)]
     call.launch(
-        restore_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
-        *_gathered(call, weights, acc, grads, saved if weights else None), _bits(c_acc), _bits(c),
-        *call.coefs(coefs, grads), COMBINED=coefs is not None,
-    )  # fmt: skip
-
-
-def sgd(
-    weights, acc, grads, chunks, *, hyper, saved=None, momentum_buffer=None, fresh=None, norm_sq=None, coefs=None,
-    c_acc=1.0, c=1.0,
-):  # fmt: skip
-    if not (weights and grads):
-        raise RuntimeError("sgd needs weights and grads")
-    call = _Call(chunks, _dtype_of(weights))
-    call.launch(
-        sgd_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
-        *call.hyper(hyper, 7), *_gathered(call, weights, acc, grads, saved),
-        call.flat("momentum_buffer", momentum_buffer), call.tensor("fresh", fresh, torch.uint8)[0],
-        _bits(c_acc), _bits(c), *call.coefs(coefs, grads),
-        MOMENTUM=momentum_buffer is not None, COMBINED=coefs is not None,
-    )  # fmt: skip
-
-
-def adam(
-    weights, acc, grads, chunks, *, hyper, exp_avg, exp_avg_sq, step, max_exp_avg_sq=None, saved=None, norm_sq=None,
-    coefs=None, c_acc=1.0, c=1.0,
-):  # fmt: skip
-    if not (weights and grads):
-        raise RuntimeError("adam needs weights and grads")
-    call = _Call(chunks, _dtype_of(weights))
-    steps, count = call.tensor("step", step, torch.float32)
-    coefs, lists, segments = call.coefs(coefs, grads)
-    if count != segments + 1:
-        raise RuntimeError(f"step must have an element per parameter and one more, {segments + 1}, got {count}")
-    call.launch(
-        adam_kernel, *call.tensor("norm_sq", norm_sq, torch.float64), chunks.data_ptr(), call.rows,
-        *call.hyper(hyper, 9), *_gathered(call, weights, acc, grads, saved),
-        call.flat("exp_avg", exp_avg), call.flat("exp_avg_sq", exp_avg_sq), call.flat("max_exp_avg_sq", max_exp_avg_sq),
-        steps, segments, _bits(c_acc), _bits(c), coefs, lists,
-        AMSGRAD=max_exp_avg_sq is not None, COMBINED=coefs != 0,
+        update_kernel, *arguments, settings_at, settings.shape[1], steps, *kept, *(0,) * (3 - len(kept)),
+        RULE=rule, **constants, STATES=len(kept),
     )  # fmt: skip
