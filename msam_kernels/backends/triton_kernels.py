@@ -29,8 +29,9 @@ PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a l
 THREADS = tl.constexpr(256)  # of a program
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
 # Of a thread, at most, on NVIDIA GPUs: a multiprocessor has them for four programs at 64, three at 80, two at 128. Left alone,
-# ptxas takes more than are good for the number of programs, or spills a few bytes to fit one more. What needs more gets more.
+# ptxas takes more than are good for the number of programs, or spills a few bytes to fit one more. Some options take more.
 REGISTERS = {"norm_kernel": 64, "perturb_kernel": 64, "gram_kernel": 128, "descend_kernel": 80, "update_kernel": 80}
+MORE_REGISTERS = {"FRIENDLY": 80, "SQUARED": 96, "MASKED": 128}
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -684,10 +685,9 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     """For the compiler."""
     found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
     if platform == "cuda" and kernel.__name__ in REGISTERS:
-        large = constants.get("MASKED") or constants.get("STATES") == 3 or constants.get("COUNT") == 4
-        # A mean more is a few registers more.
-        usual = REGISTERS[kernel.__name__] + 8 * bool(constants.get("FRIENDLY"))
-        found["maxnreg"] = 168 if constants["T"] == tl.float64 else 128 if large else usual
+        limits = [n for option, n in MORE_REGISTERS.items() if constants.get(option)]
+        limits += [168] if constants["T"] == tl.float64 else [128] if constants.get("STATES") == 3 or constants.get("COUNT") == 4 else []
+        found["maxnreg"] = max(REGISTERS[kernel.__name__], *limits, 0)
     return found
 
 
