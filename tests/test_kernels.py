@@ -884,10 +884,20 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         _with(grads=_in_each(_meta, only=1)),
         "one device, got (cpu and meta|meta and cpu)",
     ),
-    "weights elsewhere": ("update", "sgd", _with(weights=_in_each(_meta)), "one device, got (cpu and meta|meta and cpu)"),
+    "weights elsewhere": (
+        "update",
+        "sgd",
+        _with(weights=_in_each(_meta)),
+        "one device, got (cpu and meta|meta and cpu)",
+    ),
     "saved elsewhere": ("descend", "weights", _with(saved=_meta), "one device, got (cpu and meta|meta and cpu)"),
     "status elsewhere": ("perturb", "plain", _with(status=_meta), "one device, got (cpu and meta|meta and cpu)"),
-    "a sum elsewhere": ("descend", "out, ratios", _with(sums=_in_each(_meta)), "one device, got (cpu and meta|meta and cpu)"),
+    "a sum elsewhere": (
+        "descend",
+        "out, ratios",
+        _with(sums=_in_each(_meta)),
+        "one device, got (cpu and meta|meta and cpu)",
+    ),
     "lists of different lengths": (
         "perturb",
         "listed",
