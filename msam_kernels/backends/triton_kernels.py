@@ -685,12 +685,10 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     """For the compiler."""
     found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
     if platform == "cuda" and kernel.__name__ in REGISTERS:
-        limits = [n for option, n in MORE_REGISTERS.items() if constants.get(option)]
-        if constants.get("STATES") == 3 or constants.get("COUNT") == 4:
-            limits.append(128)
-        if constants["T"] == tl.float64:
-            limits.append(168)
-        found["maxnreg"] = max(REGISTERS[kernel.__name__], *limits, 0)
+        limits = [REGISTERS[kernel.__name__], *(n for option, n in MORE_REGISTERS.items() if constants.get(option))]
+        limits += [96] if constants.get("COUNT", 0) > 3 else []
+        limits += [168] if constants["T"] == tl.float64 else [128] if constants.get("STATES") == 3 else []
+        found["maxnreg"] = max(limits)
     return found
 
 
