@@ -6,13 +6,12 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
-#include <string>
 #include <string_view>
 #include <vector>
 
@@ -174,97 +173,58 @@ bool has_layout(const py::list& groups, const py::bytes& known) {
   return bytes == std::string_view(reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t));
 }
 
-// ---- the operators as functions of Python ------------------------------------------------------------------------------
-
-// An operator's parameter. Its name and default are those of the schema in backends/__init__.py.
-struct Parameter {
-  PyObject* name;
-  PyObject* otherwise;  // null where it must be given
-  bool keyword_only;
-};
-
-// What an argument is during the call. Python's own objects outlive it.
-template <class T>
-struct Argument;
-
-template <>
-struct Argument<const Tensor&> {
-  const Tensor& value;
-  Argument(PyObject* given, const Parameter& p) : value(of(given, p)) {}
-  static const Tensor& of(PyObject* given, const Parameter& p) {
-    TORCH_CHECK_TYPE(THPVariable_Check(given), PyUnicode_AsUTF8(p.name), " must be a tensor, got ", Py_TYPE(given)->tp_name);
-    return THPVariable_Unpack(given);
+// The tensors of a list that nobody changes during the call: owning each costs more than a small kernel.
+class Borrowed {
+ public:
+  explicit Borrowed(const py::list& list) : Borrowed() {  // made already, so what throws here ends in the destructor
+    tensors_.reserve(list.size());
+    for (py::handle t : list) {
+      TORCH_CHECK_TYPE(THPVariable_Check(t.ptr()), "expected a list of tensors, got ", Py_TYPE(t.ptr())->tp_name, " in it");
+      tensors_.push_back(Traits::createBorrow(THPVariable_Unpack(t.ptr())));
+    }
   }
-};
-
-template <>
-struct Argument<const MaybeTensor&> {
-  MaybeTensor value;
-  Argument(PyObject* given, const Parameter& p) {
-    if (given != Py_None) value = Argument<const Tensor&>::of(given, p);
+  Borrowed(const Borrowed&) = delete;
+  ~Borrowed() {
+    for (Tensor& t : tensors_) Traits::destroyBorrow(t);
   }
-};
-
-// Tensors that nobody changes during the call: owning each would cost more than a small kernel.
-template <>
-struct Argument<TensorList> {
-  using Traits = c10::MaybeOwnedTraits<Tensor>;
-  c10::SmallVector<Tensor, 64> value;
-  Argument(PyObject* given, const Parameter& p) : Argument() {  // made already, so what throws here ends in the destructor
-    TORCH_CHECK_TYPE(PyList_Check(given), PyUnicode_AsUTF8(p.name), " must be a list of tensors, got ", Py_TYPE(given)->tp_name);
-    value.reserve(PyList_GET_SIZE(given));
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); ++i)
-      value.push_back(Traits::createBorrow(Argument<const Tensor&>::of(PyList_GET_ITEM(given, i), p)));
-  }
-  Argument(const Argument&) = delete;
-  ~Argument() {
-    for (Tensor& t : value) Traits::destroyBorrow(t);
-  }
+  operator TensorList() const { return tensors_; }
 
  private:
-  Argument() = default;
+  using Traits = c10::MaybeOwnedTraits<Tensor>;
+  Borrowed() = default;
+  std::vector<Tensor> tensors_;
 };
 
-double number(PyObject* given) {
-  const double value = PyFloat_AsDouble(given);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
+class Numbers {
+ public:
+  explicit Numbers(const py::list& list) {
+    for (py::handle x : list) numbers_.push_back(x.cast<double>());
+  }
+  operator at::ArrayRef<double>() const { return numbers_; }
+
+ private:
+  c10::SmallVector<double, msam::kTerms * msam::kCoefficientColumns> numbers_;
+};
+
+// What an operator's argument is in Python, and what keeps it during the call.
+template <class T>
+struct Argument {
+  using Python = T;
+  using Kept = T;
+};
+template <>
+struct Argument<TensorList> {
+  using Python = const py::list&;
+  using Kept = Borrowed;
+};
 template <>
 struct Argument<at::ArrayRef<double>> {
-  c10::SmallVector<double, msam::kTerms * msam::kCoefficientColumns> value;
-  Argument(PyObject* given, const Parameter& p) {
-    TORCH_CHECK_TYPE(PyList_Check(given), PyUnicode_AsUTF8(p.name), " must be a list of numbers, got ", Py_TYPE(given)->tp_name);
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); ++i) value.push_back(number(PyList_GET_ITEM(given, i)));
-  }
-};
-template <>
-struct Argument<double> {
-  double value;
-  Argument(PyObject* given, const Parameter&) : value(number(given)) {}
-};
-template <>
-struct Argument<msam::MaybeDouble> {
-  msam::MaybeDouble value;
-  Argument(PyObject* given, const Parameter&) {
-    if (given != Py_None) value = number(given);
-  }
-};
-template <>
-struct Argument<int64_t> {
-  int64_t value;
-  Argument(PyObject* given, const Parameter&) : value(PyLong_AsLongLong(given)) {
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
-};
-template <>
-struct Argument<bool> {
-  bool value;
-  Argument(PyObject* given, const Parameter&) : value(PyObject_IsTrue(given) == 1) {}
+  using Python = const py::list&;
+  using Kept = Numbers;
 };
 
-// Refuses what the dispatcher would take to another device: with a meta tensor among others to the operator's fake, which
-// does nothing.
+// Refuses what the dispatcher would take to another device: a meta tensor among others to the operator's fake, which does
+// nothing.
 struct OneDevice {
   std::optional<at::Device> device;
 
@@ -276,114 +236,41 @@ struct OneDevice {
   void operator()(const MaybeTensor& t) {
     if (t) (*this)(*t);
   }
-  void operator()(TensorList list) {
-    for (const Tensor& t : list) (*this)(t);
+  void operator()(const Borrowed& list) {
+    for (const Tensor& t : TensorList(list)) (*this)(t);
   }
   template <class Other>
   void operator()(const Other&) {}
 };
 
-// An operator as torch.ops would call it under no_grad, but typed, and past autograd's fallback: both would box the lists,
-// which takes longer than a kernel on a small model, as does pybind11's way of sorting arguments by name.
+// An operator of backends/__init__.py as torch.ops would call it under no_grad, but typed, and past autograd's fallback: both
+// would box the lists, which takes longer than a kernel on a small model.
 template <class Result, class... Args>
-class Function {
+class Typed {
  public:
-  Function(PyObject* module, const char* name) : full_name_(std::string("msam_kernels::") + name) {
-    method_ = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL | METH_KEYWORDS,
-               "An operator; see msam_kernels.backends."};
-    const py::capsule self(this);
-    const auto function = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method_, self.ptr(), nullptr));
-    py::setattr(module, name, function);
+  explicit Typed(const char* name) : name_(name) {}
+
+  Result operator()(typename Argument<Args>::Python... args) {
+    if (!found_) found_ = c10::Dispatcher::singleton().findSchemaOrThrow(name_, "").typed<Result(Args...)>();
+    return call(typename Argument<Args>::Kept(args)...);
   }
 
  private:
-  static constexpr size_t kCount = sizeof...(Args);
-
-  // The schemas are defined after this module is loaded.
-  void find() {
-    const auto found = c10::Dispatcher::singleton().findSchemaOrThrow(full_name_.c_str(), "");
-    size_t k = 0;
-    for (const c10::Argument& a : found.schema().arguments()) {
-      const auto& value = a.default_value();
-      py::object otherwise = py::none();
-      if (value && value->isDouble()) otherwise = py::float_(value->toDouble());
-      if (value && value->isInt()) otherwise = py::int_(value->toInt());
-      if (value && value->isBool()) otherwise = py::bool_(value->toBool());
-      parameters_[k++] = {PyUnicode_InternFromString(a.name().c_str()), value ? otherwise.release().ptr() : nullptr,
-                          a.kwarg_only()};
-    }
-    operator_ = found.typed<Result(Args...)>();
-  }
-
-  size_t position(PyObject* name) const {
-    for (size_t k = 0; k < kCount; ++k)  // nearly always the very same object
-      if (parameters_[k].name == name) return k;
-    for (size_t k = 0; k < kCount; ++k)
-      if (PyUnicode_Compare(parameters_[k].name, name) == 0) return k;
-    TORCH_CHECK_TYPE(false, method_.ml_name, "() has no argument '", PyUnicode_AsUTF8(name), "'");
-  }
-  // Every argument in the order of the parameters.
-  void sort(PyObject* const* given, size_t positional, PyObject* names, PyObject** sorted) const {
-    for (size_t k = 0; k < positional; ++k) {
-      TORCH_CHECK_TYPE(k < kCount && !parameters_[k].keyword_only, method_.ml_name, "() takes ", k, " positional arguments, got ",
-                       positional);
-      sorted[k] = given[k];
-    }
-    const Py_ssize_t count = names ? PyTuple_GET_SIZE(names) : 0;
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject*& place = sorted[position(PyTuple_GET_ITEM(names, i))];
-      TORCH_CHECK_TYPE(!place, method_.ml_name, "() got '", PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, i)), "' twice");
-      place = given[positional + i];
-    }
-    for (size_t k = 0; k < kCount; ++k) {
-      if (!sorted[k]) sorted[k] = parameters_[k].otherwise;
-      TORCH_CHECK_TYPE(sorted[k], method_.ml_name, "() needs '", PyUnicode_AsUTF8(parameters_[k].name), "'");
-    }
-  }
-
-  PyObject* run(const Argument<Args>&... arguments) const {
+  Result call(const typename Argument<Args>::Kept&... args) {
     OneDevice check;
-    (check(arguments.value), ...);
-    const auto dispatch = [&] {
-      py::gil_scoped_release no_gil;
-      at::AutoDispatchBelowADInplaceOrView no_autograd;
-      return operator_->call(arguments.value...);
-    };
-    if constexpr (std::is_void_v<Result>) {
-      dispatch();
-      Py_RETURN_NONE;
-    } else {
-      return THPVariable_Wrap(dispatch());
-    }
-  }
-  template <size_t... k>
-  PyObject* convert(PyObject* const* sorted, std::index_sequence<k...>) const {
-    return run(Argument<Args>(sorted[k], parameters_[k])...);
+    (check(args), ...);
+    py::gil_scoped_release no_gil;
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    return found_->call(args...);
   }
 
-  static PyObject* call(PyObject* self, PyObject* const* given, Py_ssize_t positional, PyObject* names) {
-    try {
-      auto& f = *static_cast<Function*>(PyCapsule_GetPointer(self, nullptr));
-      if (!f.operator_) f.find();
-      PyObject* sorted[kCount] = {};
-      f.sort(given, positional, names, sorted);
-      return f.convert(sorted, std::index_sequence_for<Args...>());
-    } catch (...) {
-      torch::translate_exception_to_python(std::current_exception());
-      return nullptr;
-    }
-  }
-
-  const std::string full_name_;
-  PyMethodDef method_;
-  Parameter parameters_[kCount];
-  std::optional<c10::TypedOperatorHandle<Result(Args...)>> operator_;
+  const char* name_;
+  std::optional<c10::TypedOperatorHandle<Result(Args...)>> found_;  // the schemas are defined after this module is loaded
 };
 
-// Lives as long as the process.
-template <class Result, class... Args>
-void define(const py::module_& m, const char* name, Result (*)(Args...)) {
-  new Function<Result, Args...>(m.ptr(), name);
+template <class Result, class... Args, class... Extra>
+void define(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
+  m.def(std::strchr(name, ':') + 2, Typed<Result, Args...>(name), extra...);
 }
 
 }  // namespace
@@ -398,13 +285,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("memory_layout", &memory_layout, "(parameter groups) -> bytes that change when their parameters or these' memory does");
   m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether memory_layout would return these bytes");
+  using py::arg;
+  const auto none = [](const char* name) { return arg(name) = py::none(); };
+  const py::kw_only kw_only;
   using Types = msam::Operators<msam::Call>;
-#define MSAM_DEFINE(name) define(m, #name, static_cast<decltype(&Types::name)>(nullptr))
-  MSAM_DEFINE(norm);
-  MSAM_DEFINE(perturb);
-  MSAM_DEFINE(ascend);
-  MSAM_DEFINE(gram);
-  MSAM_DEFINE(descend);
-  MSAM_DEFINE(update);
+#define MSAM_DEFINE(name, ...) define(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
+  MSAM_DEFINE(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
+  MSAM_DEFINE(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
+            arg("status"), arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
+  MSAM_DEFINE(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("status"),
+            arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
+  MSAM_DEFINE(gram, arg("terms"), arg("table"), kw_only, arg("count"));
+  MSAM_DEFINE(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),
+            arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"), arg("last") = true, none("out_sq"));
+  MSAM_DEFINE(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
+            none("step"), arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"));
 #undef MSAM_DEFINE
 }
