@@ -137,6 +137,7 @@ class Checkout:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 # -- in turns ----------------------------------------------------------------------------------------------------------

@@ -139,16 +139,6 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   return py::make_tuple(std::move(grads), regular, absent);
 }
 
-// Whether the same parameters are absent from two lists.
-bool same_absence(const py::list& a, const py::list& b) {
-  TORCH_CHECK(a.size() == b.size(), "same_absence takes lists of one length, got ", a.size(), " and ", b.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    TORCH_CHECK(THPVariable_Check(a[i].ptr()) && THPVariable_Check(b[i].ptr()), "same_absence takes tensors");
-    if ((THPVariable_Unpack(a[i].ptr()).numel() == 0) != (THPVariable_Unpack(b[i].ptr()).numel() == 0)) return false;
-  }
-  return true;
-}
-
 // What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out.
 using Layout = c10::SmallVector<int64_t, 512>;
 Layout layout_of(const py::list& groups) {
@@ -279,7 +269,7 @@ class Typed {
 };
 
 template <class Result, class... Args, class... Extra>
-void bind_operator(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
+void define(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
   m.def(std::strchr(name, ':') + 2, Typed<Result, Args...>(name), extra...);
 }
 
@@ -293,23 +283,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
   m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, of any other tensor");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
-  m.def("same_absence", &same_absence, "(tensors, tensors) -> whether the same ones are empty in both lists");
   m.def("memory_layout", &memory_layout, "(parameter groups) -> bytes that change when their parameters or these' memory does");
   m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether memory_layout would return these bytes");
   using py::arg;
   const auto none = [](const char* name) { return arg(name) = py::none(); };
   const py::kw_only kw_only;
   using Types = msam::Operators<msam::Call>;
-#define MSAM_BIND(name, ...) bind_operator(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
-  MSAM_BIND(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
-  MSAM_BIND(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
+#define MSAM_DEFINE(name, ...) define(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
+  MSAM_DEFINE(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
+  MSAM_DEFINE(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
             arg("status"), arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
-  MSAM_BIND(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("status"),
+  MSAM_DEFINE(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("status"),
             arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
-  MSAM_BIND(gram, arg("terms"), arg("table"), kw_only, arg("count"));
-  MSAM_BIND(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),
+  MSAM_DEFINE(gram, arg("terms"), arg("table"), kw_only, arg("count"));
+  MSAM_DEFINE(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),
             arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"), arg("last") = true, none("out_sq"));
-  MSAM_BIND(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
+  MSAM_DEFINE(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
             none("step"), arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"));
-#undef MSAM_BIND
+#undef MSAM_DEFINE
 }

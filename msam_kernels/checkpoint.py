@@ -62,7 +62,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
             memory.buffer.fill_(begin)
             for i, values in there.items():
                 memory.parts[i].copy_(values)
-            flat.measure(memory)
+            if name == "v":
+                flat.measure(memory)
         masks = {i: tensors["mask"][at] for i, at in mine.items() if at in tensors["mask"]}
         flat.mask = None
         if len(masks) == len(flat.params):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class SAM(MicroBatchSAM):
             self.zero_grad()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Both steps; ``closure`` runs forward and backward at w + e. A sequence of closures is ``MicroBatchSAM.step``'s.
 
         Returns:

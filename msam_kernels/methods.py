@@ -7,7 +7,8 @@ Methods compose with ``+``, where that means something::
 
 Every method takes ``start``: the optimizer steps that the base optimizer takes alone, with one pass per micro-batch, before
 the method sets in (late-phase SAM, 2410.10373: the last 5-10 % of training are enough). The base optimizer's state carries
-over.
+over. And it takes ``every``: from there on, every so many steps are the method's, and the base optimizer takes the others
+alone (an interval, as Composer has it).
 """
 
 from __future__ import annotations
@@ -119,9 +120,11 @@ class SAM:
     """
 
     start: int = field(default=0, kw_only=True)
+    every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check_integer("start", self.start, 0)
+        check_integer("every", self.every, 1)
 
     def __add__(self, other: SAM) -> SAM:
         """Both methods at once, e.g. one's direction and the other's mask.
@@ -137,9 +140,12 @@ class SAM:
         starts = sorted({method.start for method in (self, other) if method.start})
         if len(starts) > 1:
             raise ValueError(f"{self} and {other} start at different steps: give one start, to either")
-        told = [replace(part, start=0) for part in parts if type(part) is not SAM] or [SAM()]
+        intervals = sorted({method.every for method in (self, other) if method.every > 1})
+        if len(intervals) > 1:
+            raise ValueError(f"{self} and {other} have different intervals: give one every, to either")
+        told = [replace(part, start=0, every=1) for part in parts if type(part) is not SAM] or [SAM()]
         whole = told[0] if len(told) == 1 else Composition(tuple(told))
-        return replace(whole, start=starts[0] if starts else 0)
+        return replace(whole, start=(starts or [0])[0], every=(intervals or [1])[0])
 
     # What a method says. ``change`` is all that most have to say.
 
@@ -168,8 +174,8 @@ class SAM:
 
     def plan(self, steps: int, has_v: Callable[[], bool]) -> Plan:
         """The plan of the next step, after ``steps`` of them. ``has_v``: whether there is a "v" to reuse."""
-        since = steps - self.start
-        if since < 0:
+        since, rest = divmod(steps - self.start, self.every)
+        if since < 0 or rest:
             return BASE
         if since % self.period == 0:
             return self.full
@@ -316,7 +322,7 @@ class LookSAM(SAM):
     Source: Liu et al., 2203.02714, with global norms.
     """
 
-    k: int = 5
+    k: int = 5  # with ``every``, of the method's own steps
     alpha: float = 0.7
 
     def __post_init__(self) -> None:
@@ -417,7 +423,11 @@ class Composition(SAM):
             )
 
     def __repr__(self) -> str:
-        return " + ".join(map(repr, self.parts)) + (f" from step {self.start}" if self.start else "")
+        return (
+            " + ".join(map(repr, self.parts))
+            + (f" from step {self.start}" if self.start else "")
+            + (f" every {self.every} steps" if self.every > 1 else "")
+        )
 
     @cached_property
     def alternating(self) -> SAM | None:

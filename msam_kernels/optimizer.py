@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["MicroBatchSAM", "Stats"]
 
 
-def _of_engine(name: str, doc: str) -> property:
-    """An attribute that is the engine's."""
+def _of_engine(name: str, doc: str) -> Any:
+    """A property: an attribute that is the engine's. ``Any``, so that it can be declared with the attribute's own type."""
     return property(
         lambda self: getattr(self.engine, name), lambda self, value: setattr(self.engine, name, value), doc=doc
     )
@@ -144,9 +144,9 @@ class MicroBatchSAM(Optimizer):
 
         self.base_optimizer.register_load_state_dict_pre_hook(keep_rho)
 
-    method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")  # type: ignore[assignment]
-    enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")  # type: ignore[assignment]
-    steps: int = _of_engine("steps", "Steps taken so far.")  # type: ignore[assignment]
+    method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
+    enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
+    steps: int = _of_engine("steps", "Steps taken so far.")
 
     @property
     def model(self) -> nn.Module | None:
@@ -348,7 +348,8 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("train_step()")
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
-        return self.step(self.micro_batches(loss_fn, batch))  # type: ignore[no-any-return]
+        loss: Tensor = self.step(self.micro_batches(loss_fn, batch))
+        return loss
 
     @property
     def split(self) -> Split:

@@ -181,10 +181,18 @@ class Tables:
             opposite = [-float(rho_min) if rho else 0.0 for rho in radii]
         settings = [] if rule is None else [tuple(map(_number, row)) for _, row in said[1]]
         changes = callable(plan.opposite) or self._radii.schedules or _holds_tensors(said)
-        self._said = None if changes else said
         rows = (radii, opposite, settings)
-        if rows == self._rows:
-            return
+        if rows != self._rows:
+            self._write(rows, devices, changed)
+            if rule is not None:
+                self.names = tuple(rule.names(group) for group in groups)
+            self._rows = rows
+        self._said = None if changes else said
+
+    def _write(
+        self, rows: tuple[list[Any], list[Any], list[Any]], devices: Iterable[torch.device], changed: Callable[[], None]
+    ) -> None:
+        radii, _, _ = rows
         for rho in radii:
             check_rho(rho)
         changed()
@@ -193,9 +201,6 @@ class Tables:
                 table = torch.tensor(values, dtype=torch.float64, device="cpu")
                 for device in devices:
                     self._put(name, device, table)
-        if rule is not None:
-            self.names = tuple(rule.names(group) for group in groups)
-        self._rows = rows
 
     def forget(self) -> None:
         """There are new groups or devices."""

@@ -112,8 +112,11 @@ class Engine:
 
     def follow(self) -> None:
         """Notice parameters that somebody re-pointed since the last look."""
-        if not self.store.is_current():
-            self.adopt()
+        if self.store.is_current():
+            return
+        self.adopt()
+        if self.step is not None:
+            self.step.follow()
 
     def prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
@@ -142,9 +145,10 @@ class Engine:
         device = self.store.device
         norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
         achieved_sq = [
-            sum(flat.achieved_sq(i).sum().to(device) for flat in self.store.flats) for i in range(len(self.norms_sq))
+            sum((flat.achieved_sq(i).sum().to(device) for flat in self.store.flats), norms_sq.new_zeros(()))
+            for i in range(len(self.norms_sq))
         ]
-        return Stats(norms_sq.sqrt(), torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())  # type: ignore[arg-type]
+        return Stats(norms_sq.sqrt(), torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
 
     # -- Sparse SAM -------------------------------------------------------------------------------------------------------
 
@@ -261,7 +265,7 @@ class Engine:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         self.statistics.thaw()
         step, error = self.step, None
-        if self.broken or (step is not None and step.perturbed):
+        if self.broken or (step is not None and step.saves):
             self.broken = True
             try:
                 self.store.restore()
@@ -293,15 +297,16 @@ class Step:
 
     Attributes:
         perturbed: whether weights may be perturbed: the kernels know which.
-        aside: by flat, the gradients of before the step, and the same in memory that nobody else writes to; None where they
-            are in ``p.grad``.
+        saves: whether weights were saved that the kernels hold to be those of this step.
+        aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
+            None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
     """
 
     def __init__(self, engine: Engine, plan: Plan, shares: list[float], scores: list[list[Tensor]] | None, clear: bool):
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.clear = clear
-        self.perturbed = False
+        self.perturbed = self.saves = False
         self.chose_mask = False
         self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
@@ -340,7 +345,9 @@ class Step:
 
     def drop_before(self) -> None:
         """The user has cleared the gradients: those of before the step too."""
-        self.aside = [([], []) for _ in self.store.flats]
+        self.adds_to_v = False  # which is of gradients that are gone
+        if self.aside is not None:
+            self.aside = [([], []) for _ in self.store.flats]
 
     def give_back_grads(self) -> None:
         """What was set aside is in ``p.grad`` again, the same tensors with the same values."""
@@ -381,6 +388,13 @@ class Step:
         if self.engine.step is not self:
             raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
 
+    def follow(self) -> None:
+        """Bring the gradients of earlier passes into the memory order that their parameters have by now."""
+        store = self.store
+        self._held = [store.in_order(vector) for vector in self._held]
+        if self._mean is not None:
+            self._mean = store.in_order(self._mean)
+
     # -- ascent -----------------------------------------------------------------------------------------------------------
 
     def ascend(self) -> None:
@@ -399,7 +413,7 @@ class Step:
                 assert plan.sparse is not None
                 engine.choose_mask(self._scores, plan.sparse, engine.steps)
                 self.chose_mask = True
-        self.perturbed = True
+        self.perturbed = self.saves = True
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
         engine.norms_sq.append(self._norm_sq)
         torch.clear_autocast_cache()
@@ -414,7 +428,7 @@ class Step:
         torch.clear_autocast_cache()
 
     def _hold(self, grads: Vectors) -> None:
-        """For the descent, until there."""
+        """Keep the gradients of a pass for the micro-batch's descent."""
         self._held.insert(0, Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent))
 
     def _check_model(self, model: nn.Module) -> None:
@@ -453,7 +467,7 @@ class Step:
     def _accumulate(self) -> None:
         """The micro-batch's descent into the mean, and the weights back for the next one."""
         descent = self._descent()
-        self._descend(self._into(descent, whole=True), descent, last=False)
+        self._descend(self._into(descent, self._mean, whole=True), descent, last=False)
 
     def end_in_grads(self) -> None:
         """The last descent: weights back, the mean added to the gradients of before the step, as ``backward()`` would."""
@@ -462,10 +476,10 @@ class Step:
         single = len(self.shares) == 1
         if before is not None and single and self.plan.reuses is None:
             descent.add(before, PLAIN)
-            self._descend(before.filled(descent.terms[0]), descent, last=True)
+            self._descend(self._into(descent, before, whole=False), descent, last=True)
             before = None
         else:
-            self._descend(self._into(descent, whole=False), descent, last=True)
+            self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
         if self.plan.reuses is not None:
             assert self._mean is not None
             self._descend(self._mean, self._reused(self._mean), last=True, weights=False)
@@ -483,7 +497,7 @@ class Step:
         rule = fused_rule(engine.base)
         descent = self._descent()
         if rule is None or (plan.reuses is not None and self._mean is not None):
-            self._descend(self._into(descent, whole=False), descent, last=True)
+            self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
             assert self._mean is not None
             descent = Descent()
             descent.add(self._mean, PLAIN)
@@ -492,7 +506,7 @@ class Step:
         mark_stepped(engine.base)
         if rule is not None:
             self.store.update(rule, engine.tables, engine.base.state, descent)
-            self.perturbed = False
+            self.perturbed = self.saves = False
         else:
             if plan.reuses is not None:
                 assert self._mean is not None
@@ -524,7 +538,9 @@ class Step:
                 assert self._norm_sq is not None
                 descent.sums.append(self._norm_sq)
         for vector, coefficient in zip(vectors, plan.descent, strict=False):
-            descent.add(vector, coefficient.row(share))
+            # What is there for its length alone does not make a parameter one that has a gradient.
+            counts = coefficient.a or coefficient.b
+            descent.add(vector if counts else vector.present(vectors[0]), coefficient.row(share))
         if self._mean is not None:
             # The first descent was kept as it is until there was a second.
             descent.add(self._mean, Coefficient().row(self.shares[0] if i == 1 else 1.0))
@@ -532,12 +548,13 @@ class Step:
         self._norm_sq = None
         return descent
 
-    def _into(self, descent: Descent, *, whole: bool) -> Vectors:
-        """Where the mean goes: into the memory of the descents so far, the first into that of its own gradient."""
-        grads, mean = descent.terms[0], self._mean
-        if mean is None or mean.absent:
+    @staticmethod
+    def _into(descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:
+        """Where the descent goes: into the memory of what it is added to, where that is absent into its own gradients'."""
+        grads = descent.terms[0]
+        if sum_so_far is None or sum_so_far.absent:
             grads.lists = own_memory_of_lists(grads.lists, whole=whole)
-        out = grads if mean is None else mean.filled(grads)
+        out = grads if sum_so_far is None else sum_so_far.filled(grads)
         for vector in descent.terms:
             out = out.filled(vector)
         return out
@@ -548,8 +565,9 @@ class Step:
         if weights or not alone:
             self.store.descend(out, descent, weights=weights, last=last)
         self._mean = out
-        if last and weights:
+        if weights:
             self.perturbed = False
+            self.saves = not last
         torch.clear_autocast_cache()
 
     def _keep_v(self, vectors: list[Vectors], products: Tensor) -> None:
@@ -581,7 +599,7 @@ class Step:
     # -- gradients of before the step ------------------------------------------------------------------------------------
 
     def _before(self) -> Vectors:
-        """They as the kernels take them."""
+        """The gradients of before the step, as the kernels take them."""
         lists, absent = [], 0
         for flat, (_, grads) in zip(self.store.flats, self.aside or (), strict=True):
             pairs = zip(flat.params, grads or [None] * len(flat.params), strict=True)

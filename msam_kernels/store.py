@@ -21,6 +21,7 @@ from .gradients import (
     has_layout,
     memory_layout,
     own_memory_of_lists,
+    regular_gradient,
     set_grads,
 )
 from .methods import Plan
@@ -168,6 +169,14 @@ class Store:
             [None if t is flat.absent else t for t in tensors] if vector.absent else list(tensors)
             for flat, tensors in zip(self.flats, vector.lists, strict=True)
         ]
+
+    def in_order(self, vector: Vectors) -> Vectors:
+        """``vector`` in the memory order of the parameters; copies only where that is another one."""
+        lists = [
+            [t if t is flat.absent else regular_gradient(p, t) for p, t in zip(flat.params, tensors, strict=True)]
+            for flat, tensors in zip(self.flats, vector.lists, strict=True)
+        ]
+        return Vectors(lists, vector.absent)
 
     def memory(self, name: str, begin: float) -> list[Memory]:
         return [flat.memory(name, begin) for flat in self.flats]

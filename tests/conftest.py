@@ -74,9 +74,24 @@ def extension() -> None:
     require_extension()
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
+# What holds for one backend holds for the others as far as their operators agree, which these test; the rest of the suite
+# runs on the compiled backends alone, and on the reference where nothing was compiled.
+ON_EVERY_BACKEND = {"test_kernels", "test_golden", "test_old_files", "test_methods"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and not any("backend" in names for names in named):
+        compiled = [name for name in BACKENDS if name != "reference"]
+        if os.environ.get("MSAM_KERNELS_CPP") == "0" and backends.available_backends()["cpu"]:
+            compiled = ["reference"]
+        names = BACKENDS if metafunc.module.__name__ in ON_EVERY_BACKEND else compiled
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def backend(request) -> str:
-    """Every backend that runs here, by the name that ``MicroBatchSAM(backend=...)`` takes."""
+    """A backend, by the name that ``MicroBatchSAM(backend=...)`` takes."""
     if request.param == "cpu":
         require_extension()
     return request.param

@@ -390,3 +390,19 @@ def test_a_first_step_in_inference_mode_can_be_given_up():
     assert not same_bits(model.parameters(), before)
     opt.restore()
     assert same_bits(model.parameters(), before)
+
+
+@pytest.mark.parametrize("cleared", [True, False], ids=["zero_grad=True", "zero_grad=False"])
+def test_restore_between_the_two_steps_leaves_the_gradients_that_are_there(cleared, backend):
+    """They are the user's: nothing was put aside."""
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    before = weights(model)
+    loss_of(model, *batch()).backward()
+    opt.first_step(zero_grad=cleared)
+    assert not same_bits(model.parameters(), before)
+    loss_of(model, *batch()).backward()
+    grads = gradients(model)
+    opt.restore()
+    assert same_bits(model.parameters(), before)
+    assert same_bits(gradients(model), grads)

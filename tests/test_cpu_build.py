@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from msam_kernels import ops
+from msam_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 STORAGE = ("float", "double", "bf16", "half")
@@ -121,7 +121,7 @@ def code(extension) -> dict[str, list[str]]:
     """The library's instructions by instruction set; under "any", those that every processor runs."""
     out: dict[str, list[str]] = {"any": []}
     into = out["any"]
-    for line in output("objdump", "-d", "-C", "--no-show-raw-insn", ops._C.__file__).splitlines():
+    for line in output("objdump", "-d", "-C", "--no-show-raw-insn", backends.extension.__file__).splitlines():
         if line.endswith(">:"):
             names = re.search(r"<(?:.*\b)?msam::cpu::(baseline|avx2|avx512)::", line)
             into = out.setdefault(names[1], []) if names else out["any"]

@@ -33,6 +33,7 @@ METHODS = {
     "F-SAM sigma=1 lmbda=0.6": (RHO, methods.FriendlySAM(sigma=1.0, lmbda=0.6)),
     "F-SAM sigma=0.5 lmbda=0.9": (RHO, methods.FriendlySAM(sigma=0.5, lmbda=0.9)),
     "late start=2": (RHO, methods.SAM(start=2)),
+    "every k=2": (RHO, methods.SAM(every=2)),
     "Stable SAM": (RHO, methods.StableSAM()),
     "GSAM alpha=0.4": (RHO, methods.GapSAM(alpha=0.4)),
     "LookSAM k=2 alpha=0.5": (RHO, methods.LookSAM(k=2, alpha=0.5)),
@@ -136,6 +137,16 @@ GOLDEN = {
         (0.948787321875, 0.600000000000),
         (0.855426853696, 0.400000000000),
         (0.709020452837, -0.140000000000),
+    ],
+    ("every k=2", 1): [
+        (0.948759652654, 0.560308884931),
+        (0.857767374777, 0.340463327397),
+        (0.713318590342, -0.232944950445),
+    ],
+    ("every k=2", 2): [
+        (0.948787321875, 0.560597149997),
+        (0.857817179375, 0.340895724996),
+        (0.713103618872, -0.232287913571),
     ],
     ("late start=2", 1): [
         (0.950000000000, 0.600000000000),
@@ -251,7 +262,8 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
                     if mistake == "the residual feeds the ema":
                         following = averaged(ema, direction)
                 ema = following
-            radius = rho if len(trajectory) >= method.start and looks else 0.0
+            since = len(trajectory) - method.start
+            radius = rho if since >= 0 and since % method.every == 0 and looks else 0.0
             radius = radius / len(parts) if mistake == "rho is divided by the micro-batches" else radius
             norm = math.hypot(*(t * d for t, d in zip(stretch, direction, strict=True)))
             e = [radius * t * t * d / (norm + 1e-12) for t, d in zip(stretch, direction, strict=True)]

@@ -275,6 +275,7 @@ def test_a_term_that_is_absent_or_has_coefficient_0_is_left_out_whatever_it_hold
     assert combined([nan, one, nan], 0.0, 0.5, 0.0) == 0.5
     assert combined([nan, one, nan], {"scale": 0.0, "a": 2.0}, 0.5, 1e-60) == 0.5, "1e-60 is 0 in fp32"
     assert combined([nan, one, nan[:0]], {"b": 1.0, "p": 0, "q": 1}, 0.5, 1.0, sums=[f64(0.0), f64(4.0)]) == 0.5
+    assert combined([]) == 0.0
     assert combined([one[:0], nan], 1.0, 0.0) == 0.0
     assert combined([one[:0], one[:0]], 1.0, 0.3) == 0.0
     assert math.isnan(combined([one, one], 0.0, 0.0, norm_sq=f64(INF)))
@@ -381,11 +382,10 @@ def test_a_step_of_two_micro_batches_returns_to_the_weights_bit_for_bit(dtype, b
 # ---- declaration -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flat", [True, False], ids=["flat weights", "listed weights"])
 @pytest.mark.parametrize(("operator", "variant"), LARGEST, ids=lambda v: v)
-def test_opcheck_accepts_the_operator(operator, variant, flat):
-    options = {**VARIANTS[operator][variant], "alias": None}  # of schemas that mutate, none allows it
-    args, kwargs = make(operator, options, sizes=(5, 0, 33), flat=flat).args()
+def test_opcheck_accepts_the_operator(operator, variant):
+    options = {**VARIANTS[operator][variant], "alias": None}  # a term that is mutated is beyond what a schema can say
+    args, kwargs = make(operator, options, sizes=(5, 0, 33), flat=False).args()
     torch.library.opcheck(getattr(torch.ops.msam_kernels, operator).default, args, kwargs)
 
 
@@ -540,14 +540,15 @@ def test_the_norm_is_within_a_few_ulp_of_the_exact_one(dtype, n, decades):
 
 @each_dtype
 def test_the_norm_of_a_residual_and_of_a_stretched_direction_is_within_two_ulp(dtype):
+    n = CHUNK + 4097
     for variant in ("friendly", "adaptive", "friendly and adaptive"):
-        call = make("norm", variant, dtype, (40001,))
+        call = make("norm", variant, dtype, (n,))
         a = call.in_double().arguments
         d = a["grads"][0]
         if "sigma" in a:
-            d = d - a["sigma"] * a["ema"][:40001]
+            d = d - a["sigma"] * a["ema"][:n]
         if "eta" in a:
-            d = (a["weights"][0][:40001].abs() + a["eta"]) * d
+            d = (a["weights"][0][:n].abs() + a["eta"]) * d
         norm, exact = math.sqrt(call.run().item()), math.sqrt(exact_sum_of_squares(d))
         # 16-bit data too: what is summed are fp32 directions that were never rounded to 16 bits.
         ulp = math.ulp(exact) if dtype == torch.float64 else 2.0 ** (math.frexp(exact)[1] - 24)
@@ -556,13 +557,16 @@ def test_the_norm_of_a_residual_and_of_a_stretched_direction_is_within_two_ulp(d
 
 @each_dtype
 def test_sums_by_row_are_of_what_was_stored(dtype):
+    def wide(t: Tensor) -> Tensor:
+        return t if dtype == torch.float64 else t.float()
+
     ascent = make("perturb", "plain", dtype, (40001,))
-    before = ascent.arguments["weights"][0].clone().double()
+    before = wide(ascent.arguments["weights"][0].clone())
     ascent.run()
     descent = make("descend", "out", dtype, (40001,))
     descent.run()
     stored = {
-        "achieved_sq": (ascent, (ascent.arguments["weights"][0].double() - before)[:40001]),
+        "achieved_sq": (ascent, (wide(ascent.arguments["weights"][0]) - before)[:40001]),
         "out_sq": (descent, descent.arguments["out"][0].double()),
     }
     for name, (call, what) in stored.items():
@@ -829,7 +833,7 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "a table of int32": ("update", "sgd", _with(table=_as(INT)), "table must be a contiguous int64 .* Int"),
     "a table of four columns": ("gram", "two", _with(table=lambda t: t[:, :4].contiguous()), "table must .* 5.*4"),
     "a table by columns": ("norm", "plain", _with(table=_by_columns), "table must be a contiguous"),
-    "a table elsewhere": ("update", "sgd", _with(table=_meta), "table must be on cpu, got meta"),
+    "a table elsewhere": ("update", "sgd", _with(table=_meta), "one device, got (cpu and meta|meta and cpu)"),
     "a row past the gradient": ("norm", "plain", _row(numel=34), r"row 2 of the table .* 34 of grads\[2\], .* 33"),
     "a row past the flat weights": ("update", "sgd", _row(offset=1000), "weights .* the table reaches 1033"),
     "a row past the listed weights": (
@@ -853,7 +857,7 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "a negative begin": ("norm", "plain", _row(begin=-1), "row 2 of the table.* begin -1"),
     "a negative offset": ("update", "sgd", _row(offset=-1), "row 2 of the table.* offset -1"),
     "a negative count": ("descend", "mean", _row(numel=-1), "row 2 of the table.* numel -1"),
-    "a negative segment": ("perturb", "plain", _row(segment=-1), "row 2 of the table.* segment -1"),
+    "a negative segment": ("perturb", "plain", _row(segment=-1), "row 2 of the table.*segment -1"),
     "a negative group": ("update", "adam", _row(group=-1), "row 2 of the table.* group -1"),
     "a segment that is not there": ("norm", "plain", _row(segment=3), "grads has 3 tensors.* segment 3"),
     "a group that is not there": ("perturb", "plain", _row(group=3), "radii has 3 .* group 3"),
@@ -878,12 +882,12 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         "norm",
         "plain",
         _with(grads=_in_each(_meta, only=1)),
-        r"grads\[1\] must be on cpu .* meta",
+        "one device, got (cpu and meta|meta and cpu)",
     ),
-    "weights elsewhere": ("update", "sgd", _with(weights=_in_each(_meta)), "weights must be on cpu .* meta"),
-    "saved elsewhere": ("descend", "weights", _with(saved=_meta), "saved must be on cpu .* meta"),
-    "status elsewhere": ("perturb", "plain", _with(status=_meta), "status must be on cpu .* meta"),
-    "a sum elsewhere": ("descend", "out, ratios", _with(sums=_in_each(_meta)), r"sums\[0\] must be on cpu .* meta"),
+    "weights elsewhere": ("update", "sgd", _with(weights=_in_each(_meta)), "one device, got (cpu and meta|meta and cpu)"),
+    "saved elsewhere": ("descend", "weights", _with(saved=_meta), "one device, got (cpu and meta|meta and cpu)"),
+    "status elsewhere": ("perturb", "plain", _with(status=_meta), "one device, got (cpu and meta|meta and cpu)"),
+    "a sum elsewhere": ("descend", "out, ratios", _with(sums=_in_each(_meta)), "one device, got (cpu and meta|meta and cpu)"),
     "lists of different lengths": (
         "perturb",
         "listed",
@@ -942,10 +946,8 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "perturb without gradients": ("ascend", "plain", _with(grads=[]), "needs weights and grads"),
     "weights without saved": ("descend", "weights", _with(saved=None, status=None), "saved, which is missing"),
     "saved without status": ("update", "sgd, scaled", _with(status=None), "saved and status go together"),
-    "out without terms": ("descend", "out", _with(terms=[], coefs=[]), "out"),
     "neither weights nor out": ("descend", "out", _with(out=[]), "weights and out"),
     "an update without weights": ("update", "sgd", _with(weights=[]), "weights"),
-    "an update without terms": ("update", "adam", _with(terms=[], coefs=[]), "terms"),
     # coefficients
     "coefs of six numbers": ("descend", "out", _with(coefs=lambda v: v[:6]), "coefs must be 7 numbers .* got 6"),
     "coefs of five terms": (
@@ -955,7 +957,7 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         "at most 4 terms, got 35",
     ),
     "more coefs than terms": ("update", "sgd", _with(coefs=lambda v: v * 2), "terms must be .* 2; got 3"),
-    "more terms than coefs": ("update", "sgd, mean", _with(coefs=lambda v: v[:7]), "weights|terms"),
+    "more terms than coefs": ("descend", "out, two terms", _with(coefs=lambda v: v[:7]), "out has 3 tensors, .* 6"),
     "a sum that is not there": (
         *("descend", "out, ratios", _with(coefs=coefs(({"b": 1.0, "p": 0, "q": 3}, 1.0)))),
         "sums 0 and 3 for term 0, there are 3",
@@ -1104,8 +1106,11 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
     norm_sq = kernels.norm([], [grad], rows)
     expected = -(-n // 1000) + 1.5**2 + 2**2 + 3**2 + 4**2
     assert norm_sq.item() == expected
-    # With a radius of ‖g‖ and zero weights, w + e is g.
-    achieved_sq, status = torch.empty(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.uint8)
+    # With a radius of ‖g‖ and zero weights, w + e is g. Zeros that are only read take no memory.
+    achieved_sq, status = (
+        torch.empty(len(rows), dtype=torch.float64),
+        torch.full((len(rows),), PERTURBED).to(torch.uint8),
+    )
     written = {"saved": saved, "status": status, "achieved_sq": achieved_sq}
     kernels.perturb([weights], [grad], rows, norm_sq=norm_sq, radii=norm_sq.sqrt(), **written)
     assert torch.equal(weights, grad)
@@ -1120,8 +1125,8 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
 @pytest.mark.slow
 def test_more_than_2_31_elements_are_all_summed_perturbed_and_restored():
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    if available < 14 << 30:
-        pytest.skip("needs 14 GB of free memory")
+    if available < 10 << 30:
+        pytest.skip("needs 10 GB of free memory")
     done = child("beyond-32-bits")
     assert done.returncode == 0, done.stderr
 

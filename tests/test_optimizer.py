@@ -645,6 +645,40 @@ def test_gradients_from_before_stay_where_a_parameter_gets_none(backend):
     assert (model.sometimes.grad == 3).all()
 
 
+@pytest.mark.parametrize("passes_with", [{0}, {1}, {0, 1}])
+@pytest.mark.parametrize("method", [methods.SAM(), methods.GapSAM(), methods.BilateralSAM()], ids=str)
+def test_a_gradient_of_some_passes_is_added_to_none_beside_others_that_are_added_to_some(method, passes_with, backend):
+    def grads(*, first_loop):
+        w, v = (nn.Parameter(torch.linspace(lo, 2, 5, dtype=FLOAT64)) for lo in (0.5, -1))
+        opt = MicroBatchSAM(SGD([w, v], lr=0.1), 0.1, method=method, backend=backend)
+        if first_loop:
+            w.grad = torch.ones_like(w)
+        for turn, _ in enumerate(opt.passes()):
+            loss = w.pow(3).sum() + (v.pow(3).sum() if turn in passes_with else 0)
+            loss.backward()
+        return w.grad, v.grad
+
+    w_alone, v_alone = grads(first_loop=False)
+    w, v = grads(first_loop=True)
+    torch.testing.assert_close(w, w_alone + 1, rtol=1e-12, atol=1e-12)
+    assert (v is None) == (v_alone is None)
+    torch.testing.assert_close(v, v_alone, rtol=1e-12, atol=1e-12)
+
+
+def test_one_tensor_as_two_gradients_is_added_to_others_as_two():
+    def grads(before):
+        params = [nn.Parameter(torch.linspace(lo, 2, 5, dtype=FLOAT64)) for lo in (0.5, -1, -2)]
+        opt = MicroBatchSAM(SGD(params, lr=0.1), 0.1, method=methods.BilateralSAM())
+        params[0].grad = before
+        for turn, _ in enumerate(opt.passes()):
+            (params[0].sum() + params[1].pow(3).sum()).backward()
+            params[2].grad = params[1].grad if turn != 1 else 7 * params[1].grad
+        return [p.grad.clone() for p in params]
+
+    alone, together = grads(None), grads(torch.ones(5, dtype=FLOAT64))
+    torch.testing.assert_close(together, [alone[0] + 1, *alone[1:]], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("name", ["SGD momentum", "Adam", "RMSprop"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -882,3 +916,22 @@ def test_stats_are_those_of_the_latest_step_and_ask_for_one(backend):
     opt.train_step(lambda *part: loss_of(model, *part), *data)
     assert len(opt.stats.grad_norm) == 1
     assert len(kept.grad_norm) == 2, "earlier records do not change"
+
+
+@pytest.mark.parametrize(
+    "method", [methods.SAM(), methods.GapSAM(), methods.BilateralSAM(), methods.LookSAM(k=2)], ids=str
+)
+def test_a_new_memory_order_between_passes_takes_the_held_gradients_along(method):
+    def run(when):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3, dtype=FLOAT64)
+        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.1, num_micro_batches=2, method=method)
+        x = torch.randn(4, 3, 5, 5, dtype=FLOAT64)
+        for turn, part in enumerate(opt.passes(x)):
+            if turn == when:
+                model.to(memory_format=torch.channels_last)
+            model(part).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    for when in range(1, 4):
+        torch.testing.assert_close(run(when), run(None), rtol=1e-12, atol=1e-12)

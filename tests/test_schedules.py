@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a method is at work and how far it goes: ``start``, ``opt.enabled``, and rho as a function of the step."""
+"""When a method is at work and how far it goes: ``start``, ``every``, ``opt.enabled``, and rho as a function of the step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, lr_scheduler
 
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
+from msam_kernels.methods import BASE
 from plain import batch, closure_of, gradients, loss_of, mlp, same_bits, split, weights
 
 BASES = {
@@ -259,6 +260,62 @@ def test_a_function_that_goes_wrong_is_refused_before_anything_changes(value, ba
 def test_a_start_that_is_no_number_of_steps_is_refused(method, start):
     with pytest.raises(ValueError, match="start must be an integer >= 0, got"):
         METHODS[method](start=start)
+
+
+# ---- every -----------------------------------------------------------------------------------------------------------
+
+
+@each_way
+@each_method
+def test_every_kth_step_is_the_methods_and_the_others_the_base_optimizers(method, way, backend):
+    interval = Counted(method=METHODS[method](every=3, start=1), backend=backend)
+    by_hand = Counted(method=METHODS[method](), backend=backend)
+    for step in range(7):
+        by_hand.opt.enabled = step in (1, 4)
+        taken = interval.step(way, batch(seed=step))
+        assert taken == by_hand.step(way, batch(seed=step)) == COUNT * (2 if step in (1, 4) else 1)
+    assert same_bits(interval.model.parameters(), by_hand.model.parameters())
+
+
+@each_way
+def test_looksam_counts_its_own_steps_where_it_has_an_interval(way, backend):
+    run = Counted(method=methods.LookSAM(k=2, every=3), backend=backend)
+    plans = [run.opt.method.plan(step, lambda: True) for step in range(7)]
+    assert plans == [run.opt.method.full, BASE, BASE, run.opt.method.between, BASE, BASE, run.opt.method.full]
+    expected = [2 * COUNT, *[COUNT] * 5, 2 * COUNT]
+    assert [run.step(way, batch(seed=seed)) for seed in range(7)] == expected
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_training_resumes_in_the_midst_of_an_interval(steps, backend):
+    options = {"method": methods.FriendlySAM(every=3), "backend": backend}
+    whole, first = Counted(**options), Counted(**options)
+    for seed in range(6):
+        whole.step("train_step", batch(seed=seed))
+    for seed in range(steps):
+        first.step("train_step", batch(seed=seed))
+    second = Counted(**options)
+    second.model.load_state_dict(first.model.state_dict())
+    second.opt.load_state_dict(first.opt.state_dict())
+    for seed in range(steps, 6):
+        second.step("train_step", batch(seed=seed))
+    assert same_bits(whole.model.parameters(), second.model.parameters())
+
+
+def test_intervals_compose():
+    method = methods.FriendlySAM() + methods.SAM(every=4, start=2) + methods.StableSAM()
+    assert (method.every, method.start) == (4, 2)
+    assert [part.every for part in method.parts] == [1, 1]
+    assert repr(method).endswith("StableSAM(start=0, every=1) from step 2 every 4 steps")
+    with pytest.raises(ValueError, match="different intervals: give one every, to either"):
+        methods.FriendlySAM(every=2) + methods.StableSAM(every=3)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, None])
+@each_method
+def test_an_interval_that_is_no_number_of_steps_is_refused(method, every):
+    with pytest.raises(ValueError, match="every must be an integer >= 1, got"):
+        METHODS[method](every=every)
 
 
 # ---- passes ----------------------------------------------------------------------------------------------------------

@@ -181,20 +181,24 @@ inline void finish_streaming(bool stream) {
 // ---- reductions: kLanes fixed lanes in double, whatever the width of the registers ----------------------------------
 
 struct Lanes {
-  Doubles8 lane[kLanes / 8] = {};
+  static constexpr int kPacks = kLanes / kWidth;
+  Doubles lanes[kPacks] = {};
 
-  // Of the n elements of the block at i; value(j) is a vector of the terms j .. j + 7.
+  // Of the n elements of the block at i; value(j) is a vector of the terms from j on.
   template <class A, class F>
   void add(int64_t i, int n, const A& ahead, F&& value) {
-    Doubles8 a = lane[0], b = lane[1], c = lane[2], d = lane[3];
+    Doubles sums[kPacks];
+    for (int p = 0; p < kPacks; ++p) sums[p] = lanes[p];
     for (int j = 0; j < n; j += kLanes) {
       ahead(i + j);
-      a += value(j), b += value(j + 8), c += value(j + 16), d += value(j + 24);
+      for (int p = 0; p < kPacks; ++p) sums[p] += value(j + p * kWidth);
     }
-    lane[0] = a, lane[1] = b, lane[2] = c, lane[3] = d;
+    for (int p = 0; p < kPacks; ++p) lanes[p] = sums[p];
   }
   double total() const {
-    Doubles8 s = (lane[0] + lane[1]) + (lane[2] + lane[3]);
+    const auto lane = [&](int i) { return lanes[i / kWidth][i % kWidth]; };
+    double s[8];
+    for (int i = 0; i < 8; ++i) s[i] = (lane(i) + lane(8 + i)) + (lane(16 + i) + lane(24 + i));
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
   }
 };
@@ -209,55 +213,56 @@ inline const T* padded(const T* p, T* tmp, int n) {
   return tmp;
 }
 
-// Whole lanes of a block, in vectors of eight: the compiler's own type, which the formulas take like a number.
+// Whole lanes of a block, in vectors of kWidth: the compiler's own type, which the formulas take like a number.
 template <class T>
-using Eight = std::conditional_t<std::is_same_v<T, float>, Floats8, Doubles8>;
+using Pack = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
 template <class T>
-inline Eight<T> load8(const T* p) {
-  Eight<T> v;
+inline Pack<T> load_pack(const T* p) {
+  Pack<T> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 template <class T>
-inline void store8(T* p, Eight<T> v) {
+inline void store_pack(T* p, Pack<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
-inline Doubles8 doubles(Floats8 v) { return __builtin_convertvector(v, Doubles8); }
-inline Doubles8 doubles(Doubles8 v) { return v; }
-template <class T>
-inline Eight<T> all8(T x) {
-  return Eight<T>{} + x;
+inline Doubles doubles(Floats v) { return __builtin_convertvector(v, Doubles); }
+inline Doubles doubles(Doubles v) { return v; }
+template <class V>
+inline Doubles square(V v) {
+  return doubles(v) * doubles(v);
 }
 template <class T>
-inline Eight<T> all8(const Number& number) {
+inline Pack<T> pack_of(T x) {
+  return Pack<T>{} + x;
+}
+template <class T>
+inline Pack<T> pack_of(const Number& number) {
   T x;
   number.get(&x);
-  return all8(x);
+  return pack_of(x);
 }
 
 // ---- norm -------------------------------------------------------------------------------------------------------
 
+// ||d||^2 of n elements; `a` has sigma and eta, and may be null where d is the gradient.
 template <class S, bool friendly, bool adaptive>
-double norm_of(const Norm& a, const Context& x, const Chunk& c) {
+double norm_of(const Norm* a, const S* grads, const S* emas, const S* weights, int64_t numel, bool large) {
   using T = typename Arithmetic<S>::type;
-  const S* grads = at<S>(x, a.grads, c);
-  const S* weights = adaptive ? at<S>(x, a.weights, c) : nullptr;
-  const S* emas = friendly ? at<S>(a.ema, c) : nullptr;
-  if (!grads || (adaptive && !weights)) return 0;
-  const Eight<T> sigma = all8<T>(a.sigma), eta = all8<T>(a.eta);
-  const Ahead<S> ahead(x.large, {grads, emas, weights});
+  const Pack<T> sigma = friendly ? pack_of<T>(a->sigma) : Pack<T>{}, eta = adaptive ? pack_of<T>(a->eta) : Pack<T>{};
+  const Ahead<S> ahead(large, {grads, emas, weights});
   Lanes lanes;
-  for_blocks(c.numel, [&](int64_t i, auto count) {
+  for_blocks(numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T gt[kBlock], et[kBlock], wt[kBlock];
     const T* g = padded(load(grads + i, gt, n), gt, n);
     const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
     const T* w = adaptive ? padded(load(weights + i, wt, n), wt, n) : nullptr;
     lanes.add(i, whole_lanes(n), ahead, [&](int j) {
-      Eight<T> d = load8(g + j);
-      if constexpr (friendly) d = residual(d, load8(ema + j), sigma);
-      if constexpr (adaptive) d = stretch(load8(w + j), eta) * d;
-      return doubles(d) * doubles(d);
+      Pack<T> d = load_pack(g + j);
+      if constexpr (friendly) d = residual(d, load_pack(ema + j), sigma);
+      if constexpr (adaptive) d = stretch(load_pack(w + j), eta) * d;
+      return square(d);
     });
   });
   return lanes.total();
@@ -267,7 +272,12 @@ template <class S>
 void norm(const Norm& a, const Context& x, int64_t first, int64_t last) {
   const auto row = a.ema ? (a.adaptive ? norm_of<S, true, true> : norm_of<S, true, false>)
                          : (a.adaptive ? norm_of<S, false, true> : norm_of<S, false, false>);
-  for (int64_t k = first; k < last; ++k) a.partials[k] = row(a, x, a.table[k]);
+  for (int64_t k = first; k < last; ++k) {
+    const Chunk& c = a.table[k];
+    const S *grads = at<S>(x, a.grads, c), *weights = a.adaptive ? at<S>(x, a.weights, c) : nullptr;
+    const bool there = grads && (weights || !a.adaptive);
+    a.partials[k] = there ? row(&a, grads, at<S>(a.ema, c), weights, c.numel, x.large) : 0;
+  }
 }
 
 // ---- gram -------------------------------------------------------------------------------------------------------
@@ -276,7 +286,7 @@ void norm(const Norm& a, const Context& x, int64_t first, int64_t last) {
 template <class S, int vectors>
 void products_of(const S* const* from, int64_t numel, bool large, double* out) {
   using T = typename Arithmetic<S>::type;
-  constexpr int kProducts = vectors * (vectors + 1) / 2, kTurns = kLanes / 8;
+  constexpr int kProducts = vectors * (vectors + 1) / 2, kTurns = kLanes / kWidth, kStep = kBlock / kTurns;
   Ahead<S> ahead(large, {});
   for (int v = 0; v < vectors; ++v) ahead.add(from[v]);
   Lanes sums[kProducts];
@@ -285,17 +295,18 @@ void products_of(const S* const* from, int64_t numel, bool large, double* out) {
     alignas(64) T tmp[vectors][kBlock];
     const T* x[vectors];
     for (int v = 0; v < vectors; ++v) x[v] = padded(load(from[v] + i, tmp[v], n), tmp[v], n);
-    for (int lane = 0; lane < kTurns; ++lane) {  // in turns, so that all sums stay in registers
-      for (int j = 0; j < kBlock / kTurns; j += kLanes) ahead(i + lane * (kBlock / kTurns) + j);
-      Doubles8 sum[kProducts];
-      for (int r = 0; r < kProducts; ++r) sum[r] = sums[r].lane[lane];
-      for (int j = 8 * lane; j < whole_lanes(n); j += kLanes) {
-        Doubles8 wide[vectors];
-        for (int v = 0; v < vectors; ++v) wide[v] = doubles(load8(x[v] + j));
+    for (int turn = 0; turn < kTurns; ++turn) {  // in turns, so that all sums stay in registers
+      for (int j = turn * kStep; j < (turn + 1) * kStep; j += kLanes)
+        if (j % kLanes == 0) ahead(i + j);
+      Doubles sum[kProducts];
+      for (int r = 0; r < kProducts; ++r) sum[r] = sums[r].lanes[turn];
+      for (int j = turn * kWidth; j < whole_lanes(n); j += kLanes) {
+        Doubles wide[vectors];
+        for (int v = 0; v < vectors; ++v) wide[v] = doubles(load_pack(x[v] + j));
         for (int v = 0; v < vectors; ++v)
           for (int u = 0; u <= v; ++u) sum[v * (v + 1) / 2 + u] += wide[u] * wide[v];
       }
-      for (int r = 0; r < kProducts; ++r) sums[r].lane[lane] = sum[r];
+      for (int r = 0; r < kProducts; ++r) sums[r].lanes[turn] = sum[r];
     }
   });
   for (int r = 0; r < kProducts; ++r) out[r] = sums[r].total();
@@ -316,7 +327,7 @@ void gram(const Gram& a, const Context& x, int64_t first, int64_t last) {
     else if (n == 2)
       products_of<S, 2>(from, c.numel, x.large, products);
     else if (n == 1)
-      products_of<S, 1>(from, c.numel, x.large, products);
+      products[0] = norm_of<S, false, false>(nullptr, from[0], nullptr, nullptr, c.numel, x.large);
     for (int r = 0; r < a.count * (a.count + 1) / 2; ++r) a.partials[r * a.rows + k] = 0;
     for (int v = 0; v < n; ++v)
       for (int u = 0; u <= v; ++u)
@@ -337,18 +348,20 @@ inline void block_bits(const uint8_t* mask, int64_t bit, int n, uint8_t* bits) {
   std::memset(bits + bytes, 0, kBlock / 8 - bytes);
 }
 
-// `next` where the bit is set, `old` where not.
+// `next` where the bit of an element is set, `old` where not.
 template <class V>
-inline V where8(uint8_t bits, V next, V old) {
-  using Whole = std::conditional_t<sizeof(V) == 32, Ints8, Longs8>;
-  const Whole each = {1, 2, 4, 8, 16, 32, 64, 128};
-  return ((Whole{} + bits) & each) != 0 ? next : old;
+inline V where(unsigned bits, V next, V old) {
+  using Element = std::conditional_t<std::is_same_v<V, Floats>, int32_t, int64_t>;
+  using Elements = std::conditional_t<std::is_same_v<V, Floats>, Ints, Longs>;
+  static constexpr Element kEach[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  Elements each;
+  std::memcpy(&each, kEach, sizeof each);
+  return ((Elements{} + Element(bits)) & each) != 0 ? next : old;
 }
 
 template <class V>
-inline Doubles8 difference_sq(V next, V old) {
-  const Doubles8 difference = doubles(next == old ? V{} : next - old);  // inf - inf is NaN
-  return difference * difference;
+inline Doubles difference_sq(V next, V old) {
+  return square(next == old ? V{} : next - old);  // inf - inf is NaN
 }
 
 // Weights of a row from `base` to w + e; returns ||e||^2 as it was stored. `saved` is null where nothing is to be saved.
@@ -358,9 +371,9 @@ double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* 
   const S* grads = at<S>(x, a.grads, c);
   const S* emas = friendly ? at<S>(a.ema, c) : nullptr;
   S* emas_out = friendly ? at<S>(a.ema_out, c) : nullptr;
-  const Eight<T> scale = all8(T(ascent_scale(x.norm_sq, a.radii[c.group])));
-  const Eight<T> sigma = all8<T>(a.sigma), eta = all8<T>(a.eta);
-  const Eight<T> lmbda = all8<T>(a.lmbda), one_minus_lmbda = all8<T>(a.one_minus_lmbda);
+  const Pack<T> scale = pack_of(T(ascent_scale(x.norm_sq, a.radii[c.group])));
+  const Pack<T> sigma = pack_of<T>(a.sigma), eta = pack_of<T>(a.eta);
+  const Pack<T> lmbda = pack_of<T>(a.lmbda), one_minus_lmbda = pack_of<T>(a.one_minus_lmbda);
   const bool past_cache = stream && base != weights;  // weights that were not read
   const Ahead<S> ahead(stream, {base, grads, emas});
   Lanes lanes;
@@ -378,16 +391,16 @@ double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* 
     T* w_new = w_direct ? reinterpret_cast<T*>(weights + i) : w_result;
     T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
     const auto change_sq = [&](int j) {
-      const Eight<T> old = load8(w + j);
-      Eight<T> d = load8(g + j);
+      const Pack<T> old = load_pack(w + j);
+      Pack<T> d = load_pack(g + j);
       if constexpr (friendly) {
-        const Eight<T> average = load8(ema + j);
-        store8(ema_new + j, ema_next(average, d, lmbda, one_minus_lmbda));
+        const Pack<T> average = load_pack(ema + j);
+        store_pack(ema_new + j, ema_next(average, d, lmbda, one_minus_lmbda));
         d = residual(d, average, sigma);
       }
-      Eight<T> next = perturbed(old, d, scale, eta, adaptive);
-      if constexpr (masked) next = where8(bits[j / 8], next, old);
-      store8(w_new + j, next);
+      Pack<T> next = perturbed(old, d, scale, eta, adaptive);
+      if constexpr (masked) next = where<Pack<T>>(bits[j / 8] >> j % 8, next, old);
+      store_pack(w_new + j, next);
       return difference_sq(next, old);
     };
     if constexpr (std::is_same_v<S, T>) {
@@ -400,7 +413,7 @@ double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* 
       narrow(w_result, weights + i, n);
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
-      lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return difference_sq(load8(stored + j), load8(w + j)); });
+      lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return difference_sq(load_pack(stored + j), load_pack(w + j)); });
     }
   });
   return lanes.total();
@@ -499,7 +512,7 @@ static_assert(kTerms == 4, "block() knows so many terms");
 
 // The combination into `outs`; returns its squared norm as stored, if asked for.
 template <class S, bool stream>
-double combine_row(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool square) {
+double combine_row(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool squared) {
   using T = typename Arithmetic<S>::type;
   Ahead<S> ahead(large, {});
   terms.add_to(ahead);
@@ -509,28 +522,22 @@ double combine_row(const Terms<S>& terms, S* outs, int64_t numel, bool large, bo
     alignas(64) T result[kBlock];
     const Out<stream, S, T> out{outs + i, result};
     terms.block(i, out.values(), count, ahead);
-    out.commit(n, square);
-    if (!square) return;
+    out.commit(n, squared);
+    if (!squared) return;
     const T* stored = padded<T>(out.values(), result, n);
-    lanes.add(i, whole_lanes(n), InCache(), [&](int j) {
-      const Doubles8 v = doubles(load8(stored + j));
-      return v * v;
-    });
+    lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return square(load_pack(stored + j)); });
   });
   return lanes.total();
 }
 
 template <class S>
-double combine(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool square) {
-  double products = 0;
-  if (terms.is_plain() && terms.from[0] == outs) {  // nothing changes
-    if (square) products_of<S, 1>(terms.from, numel, large, &products);
-    return products;
-  }
+double combine(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool squared) {
+  if (terms.is_plain() && terms.from[0] == outs)  // nothing changes
+    return squared ? norm_of<S, false, false>(nullptr, outs, nullptr, nullptr, numel, large) : 0;
   const bool stream = large && !terms.reads(outs);  // what is only written goes past the cache
-  if (terms.is_plain() && !square) return copy(terms.from[0], outs, numel, stream), 0;
-  return stream ? combine_row<S, true>(terms, outs, numel, large, square)
-                : combine_row<S, false>(terms, outs, numel, large, square);
+  if (terms.is_plain() && !squared) return copy(terms.from[0], outs, numel, stream), 0;
+  return stream ? combine_row<S, true>(terms, outs, numel, large, squared)
+                : combine_row<S, false>(terms, outs, numel, large, squared);
 }
 
 template <class S>
@@ -542,8 +549,8 @@ void descend(const Descend& a, const Context& x, int64_t first, int64_t last) {
       if (a.last || a.status[k] == kPerturbed) a.status[k] = a.last ? kUntouched : kSaved;
     }
     S* outs = at<S>(x, a.out, c);
-    const double square = outs ? combine(Terms<S>(a, x, c), outs, c.numel, x.large, a.out_sq) : 0;
-    if (a.out_sq) a.out_sq[k] = square;
+    const double out_sq = outs ? combine(Terms<S>(a, x, c), outs, c.numel, x.large, a.out_sq) : 0;
+    if (a.out_sq) a.out_sq[k] = out_sq;
   }
   finish_streaming(x.large);
 }

@@ -32,10 +32,19 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int kLanes = 32;
 static_assert(kBlock % kLanes == 0, "a full block is whole lanes");
-typedef double Doubles8 __attribute__((vector_size(64)));
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef int64_t Longs8 __attribute__((vector_size(64)));
-typedef int32_t Ints8 __attribute__((vector_size(32)));
+
+// Doubles of a register: gcc takes wider vectors apart, and compares and selects their elements one by one.
+#if defined(__AVX512F__)
+constexpr int kWidth = 8;
+#elif defined(__AVX__)
+constexpr int kWidth = 4;
+#else
+constexpr int kWidth = 2;
+#endif
+typedef double Doubles __attribute__((vector_size(8 * kWidth)));
+typedef int64_t Longs __attribute__((vector_size(8 * kWidth)));
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 
 #include "loops.h"
 

@@ -16,18 +16,22 @@ import inspect
 import itertools
 import struct
 from collections import OrderedDict
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 THREADS = tl.constexpr(256)  # of a program
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
 # Of a thread, at most, on NVIDIA GPUs: a multiprocessor has them for four programs at 64, three at 80, two at 128. Left alone,
-# ptxas takes more than are good for the number of programs, or spills a few bytes to fit one more.
+# ptxas takes more than are good for the number of programs, or spills a few bytes to fit one more. Some options take more.
 REGISTERS = {"norm_kernel": 64, "perturb_kernel": 64, "gram_kernel": 128, "descend_kernel": 80, "update_kernel": 80}
+MORE_REGISTERS = {"FRIENDLY": 80, "SQUARED": 96, "MASKED": 128}
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -43,7 +47,7 @@ TERMS, VECTORS, SUM_TENSORS, SUM_ROWS = 4, 3, 3, 8
 RULES = {0: (6, ("momentum_buffer",)), 1: (8, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))}
 
 
-def _kernel(f):
+def _kernel(f: Callable[..., Any]) -> Any:
     """Compiled once per choice of constants: nothing is specialised on the value of an address or a number."""
     parameters = inspect.signature(f).parameters.items()
     return triton.jit(do_not_specialize=[n for n, p in parameters if p.annotation is not tl.constexpr])(f)
@@ -392,7 +396,8 @@ def perturb_row(
         result = tl.where(picked, perturbed(stored.to(T), d, scale, eta, ADAPTIVE).to(S), stored)
         store(w, at, here & (picked | (status == PERTURBED)), result, S, ALIGNED)
         after, before = result.to(T), stored.to(T)
-        change = tl.where(here & finite & truth(after != before), after - before, 0.0).to(tl.float64)  # inf - inf is NaN
+        moved = here & finite & truth(after != before)  # inf - inf is NaN
+        change = tl.where(moved, after - before, 0.0).to(tl.float64)
         sums += folded(change * change)
     return tl.sum(sums, 0)
 
@@ -638,10 +643,10 @@ def update_kernel(
         row = settings + group * columns * 8
         if RULE == SGD:
             numbers = sgd_settings(row, number_of_step, T)
-            kept = (tl.where(truth(numbers[1] != 0), state0, 0),)  # a momentum of 0 has no buffer
+            kept = tl.where(truth(numbers[1] != 0), state0, 0), state1, state2  # a momentum of 0 has no buffer
         else:
             numbers = adam_settings(row, number_of_step, T)
-            kept = (state0, state1, tl.where(numbers[3], state2, 0))  # nor has a group without amsgrad the third
+            kept = state0, state1, tl.where(numbers[3], state2, 0)  # nor has a group without amsgrad the third
         states = [in_flat(tl.where(there, state, 0), offset, S) for state in kept[:STATES]]
         for ALIGNED in tl.static_range(2):
             if is_aligned(w | start | union(xs, COUNT) | union(states, STATES) | numel) == ALIGNED:
@@ -672,26 +677,31 @@ PLATFORM = "hip" if torch.version.hip else "cuda" if torch.version.cuda else "ot
 INTERPRETED = not isinstance(norm_kernel, triton.JITFunction)
 
 
-def _bits(*numbers):
+def _bits(*numbers: float) -> tuple[int, ...]:
     return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
 
 
-def compiler_options(kernel, constants, platform=PLATFORM):
+def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = PLATFORM) -> dict[str, Any]:
     """For the compiler."""
-    found = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
+    found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
     if platform == "cuda" and kernel.__name__ in REGISTERS:
-        large = constants["T"] == tl.float64 or constants.get("MASKED") or constants.get("STATES") == 3
-        found["maxnreg"] = 128 if large else REGISTERS[kernel.__name__]
+        limits = [n for option, n in MORE_REGISTERS.items() if constants.get(option)]
+        if constants.get("STATES") == 3 or constants.get("COUNT") == 4:
+            limits.append(128)
+        if constants["T"] == tl.float64:
+            limits.append(168)
+        found["maxnreg"] = max(REGISTERS[kernel.__name__], *limits, 0)
     return found
 
 
-def _launch(kernel, programs, *args, **constants):
+def _launch(kernel: Any, programs: int, *args: int, **constants: Any) -> None:
     kernel[(programs,)](*args, **constants, **compiler_options(kernel, constants))
 
 
-_tables: OrderedDict = OrderedDict()  # words, and where they are needed -> the device tensor that holds them
+# Words, and where they are needed -> the device tensor that holds them.
+_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 TABLES = 64
-_ready: set = set()  # devices on which the kernel that a capture needs is loaded
+_ready: set[torch.device] = set()  # devices on which the kernel that a capture needs is loaded
 
 
 class _Call:
@@ -700,7 +710,7 @@ class _Call:
     The rows of ``table`` are on the device, where the host does not look: what they name must be there.
     """
 
-    def __init__(self, table, **lists):
+    def __init__(self, table: Tensor, **lists: list[Tensor]):
         if not (table.dim() == 2 and table.shape[1] == 5 and table.dtype == torch.int64 and table.is_contiguous()):
             raise RuntimeError(
                 f"table must be a contiguous int64 tensor of shape [rows, 5], got {table.dtype} of shape {list(table.shape)}"
@@ -714,20 +724,21 @@ class _Call:
         self.table, self.programs = (table.data_ptr(), self.rows), min(self.rows, PROGRAMS)
         self.kind = None if self.device.type == "cpu" else torch.get_device_module(self.device)
 
-    def launch(self, kernel, *args, **constants):
+    def launch(self, kernel: Any, *args: int, **constants: Any) -> None:
         double = self.dtype == torch.float64
         types = {"S": STORAGE[self.dtype], "T": tl.float64 if double else tl.float32, "BLOCK": BLOCK >> double}
         if self.rows:
             with self.on_device():
                 _launch(kernel, self.programs, *args, **types, **constants)
 
-    def on_device(self):
+    def on_device(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device."""
         if self.kind is None or self.kind.current_device() == self.device.index:
             return nullcontext()
-        return self.kind.device(self.device)
+        device: AbstractContextManager[Any] = self.kind.device(self.device)
+        return device
 
-    def dense(self, name, t):
+    def dense(self, name: str, t: Tensor | None) -> int:
         """The address of a tensor of weights, gradients and what is like them; 0 for None."""
         if t is None:
             return 0
@@ -739,7 +750,7 @@ class _Call:
             raise RuntimeError(f"{name} must be dense in memory, got strides {t.stride()}")
         return t.data_ptr()
 
-    def plain(self, name, t, dtype=torch.float64, dim=1):
+    def plain(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64, dim: int = 1) -> int:
         """The address of a tensor of plain numbers; 0 for None."""
         if t is None:
             return 0
@@ -751,38 +762,40 @@ class _Call:
             raise RuntimeError(f"{name} must be on {self.device} like the table, got {t.device}")
         return t.data_ptr()
 
-    def per_row(self, name, t, dtype=torch.float64):
+    def per_row(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64) -> int:
         address = self.plain(name, t, dtype)
         if t is not None and len(t) != self.rows:
             raise RuntimeError(f"{name} must have one element per row of the table, {self.rows}, got {len(t)}")
         return address
 
-    def sum(self, name, t):
+    def sum(self, name: str, t: Tensor | None) -> tuple[int, int]:
         """(address, number of terms) of a sum that is one row; zeros for None."""
         return self.plain(name, t), 0 if t is None else len(t)
 
-    def pointers(self, weights, count=1, words=(), **lists):
+    def pointers(
+        self, weights: list[Tensor], count: int = 1, words: tuple[int, ...] = (), **lists: list[Tensor]
+    ) -> list[int]:
         """Where the kernels find addresses: flat weights, pointers of listed weights, of each of ``lists``, and ``words``.
 
         What is absent is 0. ``words`` are integers that go along. The list that is called terms holds ``count`` lists.
         """
-        flat, listed = (self.dense("weights", weights[0]), ()) if len(weights) == 1 else (0, weights)
+        flat, listed = (self.dense("weights", weights[0]), []) if len(weights) == 1 else (0, weights)
         lists = {"weights": listed, **lists}
         sizes = {name: len(tensors) / (count if name == "terms" else 1) for name, tensors in lists.items() if tensors}
         self.segments = int(next(iter(sizes.values()), 0))
         if any(size != self.segments for size in sizes.values()):
             raise RuntimeError(f"lists must have one tensor per parameter, got {sizes}")
         if not (sizes or words):
-            return flat, *(0 for _ in lists), 0
+            return [flat, *(0 for _ in lists), 0]
         content = (*map(torch.Tensor.data_ptr, itertools.chain(*lists.values())), *words)
         self.held = self._table(content, lists)  # lives as long as the call
         at, found = self.held.data_ptr(), [flat]
-        for tensors in (*lists.values(), words):
-            found.append(at if tensors else 0)
-            at += 8 * len(tensors)
+        for length in (*map(len, lists.values()), len(words)):
+            found.append(at if length else 0)
+            at += 8 * length
         return found
 
-    def _table(self, content, lists):
+    def _table(self, content: tuple[int, ...], lists: Mapping[str, list[Tensor]]) -> Tensor:
         """A tensor with these words on the device."""
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         stream = self.kind and self.kind.current_stream(self.device)
@@ -805,11 +818,11 @@ class _Call:
         _tables[key] = self._copied(content)
         return _tables[key]
 
-    def _copied(self, words):
+    def _copied(self, words: tuple[int, ...]) -> Tensor:
         table = torch.tensor(words, dtype=torch.int64, device="cpu")
         return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
 
-    def _captured(self, words):
+    def _captured(self, words: tuple[int, ...]) -> Tensor:
         words += (0,) * (-len(words) % 16)
         table = torch.empty(len(words), dtype=torch.int64, device=self.device)
         with self.on_device():
@@ -820,9 +833,12 @@ class _Call:
 
 # ---- the operators: see reference.py ------------------------------------------------------------------------------------
 
+_Direction = tuple[list[int], int, dict[str, bool]]  # pointers to what d is made of, the address of the mean, constants
 
-def _direction(call, weights, grads, ema, eta):
-    """The pointers and constants of what the direction d is made of."""
+
+def _direction(
+    call: _Call, weights: list[Tensor], grads: list[Tensor], ema: Tensor | None, eta: float | None
+) -> _Direction:
     if not grads:
         raise RuntimeError("grads are missing: the list is empty")
     if eta is not None and not weights:
@@ -831,7 +847,7 @@ def _direction(call, weights, grads, ema, eta):
     return pointers, call.dense("ema", ema), {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None}
 
 
-def _norm(call, direction, sigma, eta):
+def _norm(call: _Call, direction: _Direction, sigma: float, eta: float | None) -> Tensor:
     pointers, ema, constants = direction
     terms = torch.empty(call.programs, dtype=torch.float64, device=call.device)
     call.launch(norm_kernel, terms.data_ptr(), *call.table, *pointers, ema, *_bits(sigma, eta or 0.0), **constants)
@@ -839,8 +855,9 @@ def _norm(call, direction, sigma, eta):
 
 
 def _perturb(
-    call, direction, norm_sq, sigma, eta, *, radii, saved, status, achieved_sq, mask=None, lmbda=None
-):  # fmt: skip
+    call: _Call, direction: _Direction, norm_sq: Tensor, sigma: float, eta: float | None, *, radii: Tensor, saved: Tensor,
+    status: Tensor, achieved_sq: Tensor, mask: Tensor | None = None, lmbda: float | None = None,
+) -> None:  # fmt: skip
     pointers, ema, constants = direction
     call.launch(
         perturb_kernel, *call.table, *call.sum("norm_sq", norm_sq), call.plain("radii", radii), *pointers,
@@ -850,17 +867,26 @@ def _perturb(
     )  # fmt: skip
 
 
-def norm(weights, grads, table, *, ema=None, sigma=0.0, eta=None):
+def norm(
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, ema: Tensor | None = None, sigma: float = 0.0,
+    eta: float | None = None,
+) -> Tensor:  # fmt: skip
     call = _Call(table, grads=grads)
     return _norm(call, _direction(call, weights if eta is not None else [], grads, ema, eta), sigma, eta)
 
 
-def perturb(weights, grads, table, *, norm_sq, ema=None, sigma=0.0, eta=None, **options):
+def perturb(
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, norm_sq: Tensor, ema: Tensor | None = None,
+    sigma: float = 0.0, eta: float | None = None, **options: Any,
+) -> None:  # fmt: skip
     call = _Call(table, weights=weights)
     _perturb(call, _direction(call, weights, grads, ema, eta), norm_sq, sigma, eta, **options)
 
 
-def ascend(weights, grads, table, *, ema=None, sigma=0.0, eta=None, **options):
+def ascend(
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, ema: Tensor | None = None, sigma: float = 0.0,
+    eta: float | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
     call = _Call(table, weights=weights)
     direction = _direction(call, weights, grads, ema, eta)
     norm_sq = _norm(call, direction, sigma, eta)
@@ -868,7 +894,7 @@ def ascend(weights, grads, table, *, ema=None, sigma=0.0, eta=None, **options):
     return norm_sq
 
 
-def gram(terms, table, *, count):
+def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
     if not 1 <= count <= VECTORS:
         raise RuntimeError(f"count must be 1 to {VECTORS}, got {count}")
     call = _Call(table, terms=terms)
@@ -878,12 +904,14 @@ def gram(terms, table, *, count):
     return sums if call.rows else sums.new_zeros(len(sums), 1)
 
 
-def _combination(call, coefs, sums, rescale):
+def _combination(
+    call: _Call, coefs: list[float], sums: list[Tensor], rescale: int
+) -> tuple[list[float], tuple[int, ...]]:
     """(coefficients that depend on no sum, or the words from which the kernels work them out)."""
-    width = COEFFICIENT_COLUMNS.value
+    width: int = COEFFICIENT_COLUMNS.value
     if len(coefs) % width or len(coefs) > TERMS * width:
         raise RuntimeError(f"coefs must be {width} numbers for each of at most {TERMS} terms, got {len(coefs)}")
-    addresses = []  # of each row of the sums, with its number of terms
+    addresses: list[tuple[int, int]] = []  # of each row of the sums, with its number of terms
     for k, t in enumerate(sums):
         start = call.plain(f"sums[{k}]", t, dim=2 if t.dim() == 2 else 1)
         if not t.numel():
@@ -912,7 +940,10 @@ def _combination(call, coefs, sums, rescale):
     return [], (*_bits(*coefs), size, rescale, rows, *itertools.chain(*addresses))
 
 
-def _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status):
+def _descent(
+    call: _Call, weights: list[Tensor], out: list[Tensor], terms: list[Tensor], coefs: list[float], sums: list[Tensor],
+    rescale: int, norm_sq: Tensor | None, saved: Tensor | None, status: Tensor | None,
+) -> tuple[tuple[int, ...], int, dict[str, Any]]:  # fmt: skip
     """The arguments that ``descend`` and ``update`` have in common; where ``out`` is; and the constants."""
     if (saved is None) != (status is None):
         raise RuntimeError("saved and status go together: give both or neither")
@@ -923,28 +954,32 @@ def _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, st
             "terms must be as many lists of tensors, one after the other, as there are coefficients, "
             f"{count}; got {len(terms)} tensors"
         )
-    flat, listed, out, terms, words = call.pointers(weights, count, words, out=out, terms=terms)
+    flat, listed, out_at, terms_at, words_at = call.pointers(weights, count, words, out=out, terms=terms)
     arguments = (
-        *call.table, flat, listed, call.dense("saved", saved), call.per_row("status", status, torch.uint8), terms,
-        call.segments, *_bits(*c, *(0.0,) * (TERMS - len(c))), words, *call.sum("norm_sq", norm_sq),
+        *call.table, flat, listed, call.dense("saved", saved), call.per_row("status", status, torch.uint8), terms_at,
+        call.segments, *_bits(*c, *(0.0,) * (TERMS - len(c))), words_at, *call.sum("norm_sq", norm_sq),
     )  # fmt: skip
-    return arguments, out, {"COUNT": count, "SUMS": bool(sums)}
+    return arguments, out_at, {"COUNT": count, "SUMS": bool(sums)}
 
 
 def descend(
-    weights, out, terms, table, *, coefs, sums, rescale=-1, norm_sq=None, saved=None, status=None, last=True, out_sq=None
-):  # fmt: skip
+    weights: list[Tensor], out: list[Tensor], terms: list[Tensor], table: Tensor, *, coefs: list[float], sums: list[Tensor],
+    rescale: int = -1, norm_sq: Tensor | None = None, saved: Tensor | None = None, status: Tensor | None = None,
+    last: bool = True, out_sq: Tensor | None = None,
+) -> None:  # fmt: skip
     if weights and saved is None:
         raise RuntimeError("weights are brought back from saved, which is missing")
     call = _Call(table, weights=weights, out=out)
-    arguments, out, constants = _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status)
+    arguments, out_at, constants = _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status)
     squares = call.per_row("out_sq", out_sq)
-    call.launch(descend_kernel, *arguments, out, int(last), squares, **constants, SQUARED=out_sq is not None)
+    call.launch(descend_kernel, *arguments, out_at, int(last), squares, **constants, SQUARED=out_sq is not None)
 
 
 def update(
-    weights, states, terms, table, *, rule, settings, step=None, coefs, sums, rescale=-1, norm_sq=None, saved=None, status=None
-):  # fmt: skip
+    weights: list[Tensor], states: list[Tensor], terms: list[Tensor], table: Tensor, *, rule: int, settings: Tensor,
+    step: Tensor | None = None, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None,
+    saved: Tensor | None = None, status: Tensor | None = None,
+) -> None:  # fmt: skip
     if rule not in RULES:
         raise RuntimeError(f"rule must be 0 (SGD) or 1 (Adam), got {rule}")
     columns, names = RULES[rule]

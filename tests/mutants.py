@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plants one fault at a time and shows that a test catches it. Not part of ``make test``: it takes an hour.
+
+    python tests/mutants.py               # all, in a copy of the checkout; the exit status counts those that survive
+    python tests/mutants.py --only flat   # those whose file or fault has that in it
+    python tests/mutants.py --list
+
+Each fault is a text of one file and what stands in its place; the text must be there exactly once, so that a fault that no
+longer fits is noticed. ``tests`` are what has to fail. Faults in the formulas of csrc/update_math.h run in the emulated CUDA
+kernels, beside the CPU kernels as they are built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GOLDEN = "tests/test_golden.py -k cpu"
+REFERENCE = "tests/test_golden.py -k reference"
+KERNELS = "tests/test_kernels.py -m 'not slow'"
+EMULATED = "tests/test_cuda_emulated.py -k 'bits_of_the_cpu'"
+TRITON = "tests/test_triton.py -k 'bits_of_the_specification'"
+P, B = "msam_kernels/", "msam_kernels/backends/"
+
+MUTANTS = [
+    # -- methods: the plans
+    Mutant("a wrong sign in GSAM", P + "methods.py", "Coefficient(-self.alpha)", "Coefficient(self.alpha)", GOLDEN),
+    Mutant(
+        "GSAM along the other vector",
+        P + "methods.py",
+        "p=dot(0, 1), q=dot(0, 0), eps=0.0",
+        "p=dot(0, 1), q=dot(1, 1), eps=0.0",
+        GOLDEN,
+    ),
+    Mutant(
+        "Bilateral's lengths swapped",
+        P + "methods.py",
+        "p=dot(1, 1), q=dot(0, 0), root=True",
+        "p=dot(0, 0), q=dot(1, 1), root=True",
+        GOLDEN,
+    ),
+    Mutant("no root in Bilateral", P + "methods.py", "q=dot(0, 0), root=True", "q=dot(0, 0), root=False", GOLDEN),
+    Mutant(
+        "LookSAM's projection onto the other vector",
+        P + "methods.py",
+        "p=dot(0, 1), q=dot(1, 1))",
+        "p=dot(0, 1), q=dot(0, 0))",
+        GOLDEN,
+    ),
+    Mutant(
+        "v has the wrong sign",
+        P + "methods.py",
+        "v = (Coefficient(), Coefficient(0.0, -1.0",
+        "v = (Coefficient(), Coefficient(0.0, 1.0",
+        GOLDEN,
+    ),
+    Mutant(
+        "alpha is lost", P + "methods.py", "reuses=Coefficient(0.0, self.alpha,", "reuses=Coefficient(0.0, 1.0,", GOLDEN
+    ),
+    Mutant(
+        "a period off by one", P + "methods.py", "if since % self.period == 0:", "if since % self.period == 1:", GOLDEN
+    ),
+    Mutant("start off by one", P + "methods.py", "if since < 0", "if since <= 0", GOLDEN),
+    Mutant("sigma is lost", P + "methods.py", "sigma=float(self.sigma)", "sigma=1.0", GOLDEN),
+    Mutant("lmbda is lost", P + "methods.py", "lmbda=float(self.lmbda)", "lmbda=0.5", GOLDEN),
+    Mutant("eta is lost", P + "methods.py", "eta=float(self.eta)", "eta=0.0", GOLDEN),
+    Mutant(
+        "the length of another vector",
+        P + "methods.py",
+        "return dot(self.holds, self.holds) if self.holds else 1",
+        "return 0",
+        GOLDEN,
+    ),
+    Mutant(
+        "Stable SAM forgets another direction's g",
+        P + "methods.py",
+        "if plan.rescale and not plan.is_plain and not plan.holds:",
+        "if False:",
+        "tests/test_methods.py -k cpu",
+    ),
+    # -- step and store
+    Mutant(
+        "micro-batches weigh the same",
+        P + "batches.py",
+        "[size / samples for size in sizes]",
+        "[1 / len(sizes) for size in sizes]",
+        "tests/test_golden.py tests/test_optimizer.py -k cpu",
+    ),
+    Mutant(
+        "the tail is dropped",
+        P + "batches.py",
+        "[min(self.size, samples - start) for start in range(0, samples, self.size)]",
+        "[self.size for start in range(0, samples - self.size + 1, self.size)]",
+        "tests/test_golden.py tests/test_optimizer.py -k cpu",
+    ),
+    Mutant(
+        "a wrong share of the first micro-batch",
+        P + "step.py",
+        "self.shares[0] if i == 1 else 1.0",
+        "self.shares[0] if i == 2 else 1.0",
+        GOLDEN,
+    ),
+    Mutant(
+        "the share of v is lost",
+        P + "step.py",
+        "share = self.shares[self._i] if len(self.shares) > 1 else 1.0",
+        "share = 1.0",
+        GOLDEN,
+    ),
+    Mutant(
+        "v begins anew in every micro-batch",
+        P + "step.py",
+        "if self._i or self.adds_to_v:",
+        "if self.adds_to_v:",
+        GOLDEN,
+    ),
+    Mutant("v is never begun anew", P + "step.py", "if self._i or self.adds_to_v:", "if True:", GOLDEN),
+    Mutant(
+        "a forgotten restore",
+        P + "step.py",
+        "                self.store.restore()\n                self.broken = False",
+        "                self.broken = False",
+        "tests/test_restore.py -m 'not slow'",
+    ),
+    Mutant(
+        "gradients of before are not given back",
+        P + "step.py",
+        "        if step is not None:\n            step.give_back_grads()",
+        "        if step is not None:",
+        "tests/test_restore.py -m 'not slow'",
+    ),
+    Mutant(
+        "the EMA moves in the first of two perturbations",
+        P + "store.py",
+        "renew = plan.opposite is None",
+        "renew = True",
+        "tests/test_methods.py tests/test_golden.py -k cpu",
+    ),
+    Mutant("the EMA never moves", P + "store.py", "if renew and plan.lmbda is not None:", "if False:", GOLDEN),
+    Mutant(
+        "the norm of one flat only",
+        P + "store.py",
+        "return torch.cat([_moved(t, self.device) for t in parts], -1)",
+        "return parts[0]",
+        "tests/test_optimizer.py tests/test_methods.py -k cpu",
+    ),
+    Mutant("the mask is lost", P + "store.py", 'options["mask"] = flat.mask', "pass", GOLDEN),
+    Mutant(
+        "shared gradients are written to",
+        P + "gradients.py",
+        "    if owns_memory(grads, whole):\n        return grads",
+        "    return grads",
+        "tests/test_optimizer.py tests/test_conventions.py -k cpu",
+    ),
+    Mutant(
+        "gradients of several flats share memory",
+        P + "store.py",
+        "lists = own_memory_of_lists([grads for grads, _ in collected], whole=False)",
+        "lists = [grads for grads, _ in collected]",
+        "tests/test_optimizer.py tests/test_methods.py -k cpu",
+    ),
+    Mutant(
+        "held gradients are not the step's own",
+        P + "step.py",
+        "Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent)",
+        "grads",
+        "tests/test_conventions.py tests/test_methods.py -k cpu",
+    ),
+    Mutant(
+        "re-pointed parameters are not noticed",
+        P + "step.py",
+        "if not self.store.is_current():",
+        "if False:",
+        "tests/test_flatten.py",
+    ),
+    Mutant(
+        "statistics are not held still",
+        P + "statistics.py",
+        "if self.model is not None:\n            for layer",
+        "if False:\n            for layer",
+        "tests/test_batchnorm.py",
+    ),
+    Mutant(
+        "statistics stay held", P + "statistics.py", "while self._frozen:", "while False:", "tests/test_batchnorm.py"
+    ),
+    Mutant(
+        "steps are not counted",
+        P + "step.py",
+        "            self.steps += 1",
+        "            pass",
+        "tests/test_schedules.py",
+    ),
+    Mutant(
+        "a stale table of settings",
+        P + "rules.py",
+        "if said == self._said:",
+        "if self._said:",
+        "tests/test_conventions.py tests/test_schedules.py",
+    ),
+    Mutant(
+        "opposite without its sign",
+        P + "rules.py",
+        "[-float(rho_min) if rho else 0.0 for rho in radii]",
+        "[float(rho_min) if rho else 0.0 for rho in radii]",
+        GOLDEN,
+    ),
+    Mutant(
+        "nesterov in the place of maximize",
+        P + "rules.py",
+        "tuple([group[name] for name in reference.SGD_COLUMNS])",
+        "tuple([group[name] for name in sorted(reference.SGD_COLUMNS)])",
+        "tests/test_optimizer.py -k cpu",
+    ),
+    Mutant(
+        "AdamW decays like Adam",
+        P + "rules.py",
+        "return _adam_settings(group, True)",
+        "return _adam_settings(group, False)",
+        "tests/test_optimizer.py -k cpu",
+    ),
+    Mutant("a patched step is not called", P + "rules.py", "or any(step_hooks(base))", "", "tests/test_conventions.py"),
+    # -- flat and checkpoint
+    Mutant(
+        "a parameter off by one row",
+        P + "flat.py",
+        "for begin in range(0, p.numel(), CHUNK)",
+        "for begin in range(0, p.numel() - 1, CHUNK)",
+        "tests/test_golden.py tests/test_flatten.py -k cpu",
+    ),
+    Mutant(
+        "off by one at chunk borders",
+        P + "flat.py",
+        "min(CHUNK, p.numel() - begin)",
+        "min(CHUNK - 1, p.numel() - begin)",
+        "tests/test_flatten.py tests/test_optimizer.py",
+    ),
+    Mutant(
+        "lost momentum",
+        P + "flat.py",
+        "view.copy_(old)\n                    loaded.append(i)",
+        "loaded.append(i)",
+        "tests/test_resume.py",
+    ),
+    Mutant(
+        "a loaded momentum begins anew",
+        P + "flat.py",
+        "step[torch.tensor(loaded, dtype=torch.int64, device=self.device)] = 1",
+        "pass",
+        "tests/test_resume.py",
+    ),
+    Mutant(
+        "memory that somebody took is overwritten",
+        P + "flat.py",
+        "elif all(self._places[i].expired() for i in moved):",
+        "elif True:",
+        "tests/test_flatten.py",
+    ),
+    Mutant(
+        "memory order is not followed",
+        P + "flat.py",
+        "buffer.as_strided(p.size(), p.stride(), offset).copy_(values)",
+        "pass",
+        "tests/test_flatten.py",
+    ),
+    Mutant(
+        "parameters that overlap are taken",
+        P + "flat.py",
+        "if on == device and first < end:",
+        "if False:",
+        "tests/test_errors.py",
+    ),
+    Mutant(
+        "a saved EMA is not loaded",
+        P + "checkpoint.py",
+        "memory.parts[i].copy_(values)",
+        "pass",
+        "tests/test_resume.py",
+    ),
+    Mutant(
+        "steps are not saved",
+        P + "checkpoint.py",
+        '{"steps": engine.steps}',
+        '{"steps": 0}',
+        "tests/test_resume.py tests/test_schedules.py",
+    ),
+    Mutant(
+        "v is not measured when it is loaded",
+        P + "checkpoint.py",
+        "                flat.measure(memory)\n",
+        "",
+        "tests/test_resume.py tests/test_old_files.py",
+    ),
+    Mutant(
+        "shapes of a state dict are not looked at",
+        P + "checkpoint.py",
+        "if shaped and value.shape != shape:",
+        "if False:",
+        "tests/test_errors.py",
+    ),
+    Mutant(
+        "a mask bit",
+        P + "flat.py",
+        "return (mask[:, None] & places != 0).view(-1)",
+        "return (mask[:, None] & places > 1).view(-1)",
+        "tests/test_masks.py -m 'not slow'",
+    ),
+    Mutant(
+        "one element too many in a mask",
+        P + "masks.py",
+        "count = round((1 - sparse.sparsity) * whole)",
+        "count = round((1 - sparse.sparsity) * whole) + 1",
+        "tests/test_masks.py -m 'not slow'",
+    ),
+    Mutant(
+        "a dynamic mask drops nothing",
+        P + "masks.py",
+        "dropped = min(round(sparse.share_dropped(step) * count), whole - count)",
+        "dropped = 0",
+        "tests/test_masks.py -m 'not slow'",
+    ),
+    Mutant(
+        "a graph of stale addresses",
+        P + "capture.py",
+        "return kept and self._current_addresses() == graph.addresses",
+        "return kept",
+        "tests/test_graphs.py",
+    ),
+    # -- the specification
+    Mutant(
+        "a missing epsilon",
+        B + "reference.py",
+        "(norm_sq.sqrt() + EPS)).to(w.dtype)",
+        "norm_sq.sqrt()).to(w.dtype)",
+        "tests/test_kernels.py tests/test_methods.py -k reference",
+    ),
+    Mutant(
+        "the stretch is applied once",
+        B + "reference.py",
+        "d = _stretch(w, eta).square() * d",
+        "d = _stretch(w, eta) * d",
+        REFERENCE,
+    ),
+    Mutant("a stale EMA", B + "reference.py", "_wide(ema) * lmbda + g * (1 - lmbda)", "_wide(ema)", REFERENCE),
+    Mutant(
+        "dampening is lost",
+        B + "reference.py",
+        "_wide(buffer) * momentum + g * (1 - dampening)",
+        "_wide(buffer) * momentum + g",
+        "tests/test_kernels.py",
+    ),
+    Mutant(
+        "Adam counts from 0", B + "reference.py", "t = int(count) + 1", "t = int(count) or 1", "tests/test_kernels.py"
+    ),
+    # -- Triton
+    Mutant(
+        "Triton: lmbda for its complement",
+        B + "triton_kernels.py",
+        "lmbda * ema + one_minus_lmbda * g",
+        "lmbda * ema + lmbda * g",
+        TRITON,
+    ),
+    Mutant(
+        "Triton: nothing is saved",
+        B + "triton_kernels.py",
+        "store(saved, at, here & (status == UNTOUCHED), stored, S, ALIGNED)",
+        "pass",
+        TRITON,
+    ),
+    Mutant(
+        "Triton: the EMA of a step that is not finite",
+        B + "triton_kernels.py",
+        "store(ema, at, here & finite & renew,",
+        "store(ema, at, here & renew,",
+        TRITON,
+    ),
+    Mutant("Triton: sigma is lost", B + "triton_kernels.py", "g - sigma * ema", "g - ema", TRITON),
+    # -- formulas, in the emulated CUDA kernels
+    Mutant("a wrong sign in the residual", "csrc/update_math.h", "g - sigma * ema", "g + sigma * ema", EMULATED),
+    Mutant(
+        "no epsilon under the norm",
+        "csrc/update_math.h",
+        "rho / (std::sqrt(norm_sq) + 1e-12)",
+        "rho / std::sqrt(norm_sq)",
+        EMULATED,
+    ),
+    Mutant(
+        "a ratio of 0 and 0",
+        "csrc/update_math.h",
+        "below == 0 || !is_finite(below) ? 0. : above / below",
+        "above / below",
+        EMULATED,
+    ),
+    Mutant("products counted once beside the diagonal", "csrc/update_math.h", "(u == v ? 1 : 2)", "1", EMULATED),
+    Mutant(
+        "weight decay of the old sign",
+        "csrc/update_math.h",
+        "g = weight_decay != 0 ? g + weight_decay * w : g;",
+        "g = weight_decay != 0 ? g - weight_decay * w : g;",
+        EMULATED,
+    ),
+    Mutant(
+        "AMSGrad takes the smaller", "csrc/update_math.h", "v <= max_exp_avg_sq ?", "v >= max_exp_avg_sq ?", EMULATED
+    ),
+]
+
+
+def command(tests: str) -> list[str]:
+    import shlex
+
+    return [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *shlex.split(tests)]
+
+
+class Copy:
+    """A copy of the checkout's files as git knows them, with what is built."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        built = [p.relative_to(ROOT) for p in (ROOT / "msam_kernels").glob("_C.*")]
+        for name in [*map(Path, listed.splitlines()), *built]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+        self.environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+    def run(self, words: Sequence[str], limit: float) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=limit
+        )
+
+    def verdict(self, mutant: Mutant, limit: float) -> str:
+        path = self.folder / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return f"does not fit: its text is there {text.count(mutant.old)} times"
+        try:
+            path.write_text(text.replace(mutant.old, mutant.new))
+            try:
+                done = self.run(command(mutant.tests), limit)
+            except subprocess.TimeoutExpired:
+                return "caught: no end"
+        finally:
+            path.write_text(text)
+        if done.returncode == 1:
+            return "caught"
+        return "survives" if done.returncode == 0 else f"pytest ended with {done.returncode}: {done.stdout[-300:]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="those that have this in their fault or file")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for the tests of one fault")
+    args = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if args.only in m.fault or args.only in m.file]
+    if args.list:
+        print(*(f"{m.file}: {m.fault}" for m in chosen), sep="\n")
+        return 0
+    left = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder))
+        for i, mutant in enumerate(chosen, 1):
+            start = time.monotonic()
+            verdict = copy.verdict(mutant, args.limit)
+            print(
+                f"{i}/{len(chosen)} {mutant.file}: {mutant.fault}: {verdict}, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+            if not verdict.startswith("caught"):
+                left.append(mutant)
+    print(f"{len(chosen) - len(left)} of {len(chosen)} faults caught")
+    for mutant in left:
+        print(f"survivor: {mutant.file}: {mutant.fault}")
+    return len(left)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
