@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 // Pointers that a launch may carry, if that is fewer than fit. For tests.
 #ifndef MSAM_LAUNCH_POINTERS

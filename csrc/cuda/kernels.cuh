@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <new>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -60,8 +61,10 @@ constexpr int kWidth = 16 / sizeof(S);
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
+// Adam keeps more values than SGD, several terms more than one, and 16-bit storage widens twice as many at once as fp32.
 template <class S, Rule rule, bool combined>
-constexpr int kUpdateBlocks = kBlocks<S> - (sizeof(S) == 2 && combined) - (rule == kAdam && (sizeof(S) != 4 || combined));
+constexpr int kUpdateBlocks =
+    kBlocks<S> - (sizeof(S) == 2 && combined) - (rule == kAdam && (sizeof(S) != 4 || combined));
 
 template <class S, int N>
 struct PackOf {
@@ -593,7 +596,8 @@ MSAM_DEVICE int add_up(const Descent& a, Shared& shared) {
   return rows;
 }
 
-// By one thread, as in shared_constants. Unless `known`, every coefficient is NaN.
+// Finds a row's terms and evaluates their coefficients, by one thread as in shared_constants. Unless what the update needs is
+// `known`, every coefficient is NaN.
 template <class S, class P>
 MSAM_DEVICE void find_terms(const P& p, const Chunk& c, bool known, Terms<S>& terms, Shared& shared) {
   using T = typename Traits<S>::T;
@@ -616,7 +620,7 @@ MSAM_DEVICE void find_terms(const P& p, const Chunk& c, bool known, Terms<S>& te
   __syncthreads();
 }
 
-// Their sum: of one at most, or combined of several.
+// The sum of those terms: of at most one, or combined of several.
 template <class S_, bool combined>
 struct Gradient {
   using S = S_;
@@ -625,7 +629,7 @@ struct Gradient {
   const S* from[kMost];  // null where there are fewer
   const T* coefs;        // shared: registers are short
 
-  // The first term is read in any case. Where there is none `instead` is, and does not count.
+  // The first term is read without a branch, which saves registers. Where there is none, `instead` is read and left out.
   MSAM_DEVICE Gradient(const Terms<S>& terms, const S* instead) : coefs(terms.coefs) {
     from[0] = terms.count > 0 ? terms.from[0] : instead;
 #pragma unroll
@@ -665,13 +669,13 @@ struct Gradient {
   }
 };
 
-// What a row's weights return to; null where they stay. To be asked before the barrier of find_terms.
+// What a row's weights return to: `saved` where they are perturbed, null where they stay as they are.
 template <class S, class Args>
 MSAM_DEVICE const S* base_of(const Args& a, int64_t k, const Chunk& c) {
   return a.weights && a.status && a.status[k] == kPerturbed ? at<S>(a.saved, c) : nullptr;
 }
 
-// The weights have returned.
+// Notes that a row's weights have returned.
 MSAM_DEVICE void settle(const Descent& a, int64_t k, bool last) {
   if (!a.weights || !a.status) return;
   __syncthreads();  // every thread has asked for its base
@@ -807,7 +811,8 @@ struct UpdateOp {
 };
 
 template <class S, Rule rule, bool option, bool combined, class P>
-MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights, const Terms<S>& terms, Shared& shared) {
+MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights, const Terms<S>& terms,
+                            Shared& shared) {
   using Op = UpdateOp<S, rule, option, combined>;
   using Made = Formula<typename Op::T, rule, option>;
   const auto& a = p.args;

@@ -23,7 +23,8 @@ int64_t cooperative_bytes() {
   if (!asked) return int64_t(32) << 20;
   char* end = nullptr;
   const long long bytes = std::strtoll(asked, &end, 10);
-  TORCH_CHECK(end != asked && !*end && bytes >= 0, "MSAM_KERNELS_COOPERATIVE_BYTES must be a number of bytes, got ", asked);
+  TORCH_CHECK(end != asked && !*end && bytes >= 0, "MSAM_KERNELS_COOPERATIVE_BYTES must be a number of bytes, got ",
+              asked);
   return int64_t(bytes);
 }
 

@@ -31,7 +31,7 @@ BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 
 # Of a thread, at most, on NVIDIA GPUs: a multiprocessor has them for four programs at 64, three at 80, two at 128. Left alone,
 # ptxas takes more than are good for the number of programs, or spills a few bytes to fit one more. Some options take more.
 REGISTERS = {"norm_kernel": 64, "perturb_kernel": 64, "gram_kernel": 128, "descend_kernel": 80, "update_kernel": 80}
-MORE_REGISTERS = {"FRIENDLY": 80, "SQUARED": 96, "MASKED": 128}
+MORE_REGISTERS = {"FRIENDLY": 80, "SQUARED": 128, "MASKED": 128}
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -685,12 +685,10 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     """For the compiler."""
     found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
     if platform == "cuda" and kernel.__name__ in REGISTERS:
-        limits = [n for option, n in MORE_REGISTERS.items() if constants.get(option)]
-        if constants.get("STATES") == 3 or constants.get("COUNT") == 4:
-            limits.append(128)
-        if constants["T"] == tl.float64:
-            limits.append(168)
-        found["maxnreg"] = max(REGISTERS[kernel.__name__], *limits, 0)
+        limits = [REGISTERS[kernel.__name__], *(n for option, n in MORE_REGISTERS.items() if constants.get(option))]
+        limits += [128] if constants.get("STATES") == 3 or constants.get("COUNT") == TERMS else []
+        limits += [168] if constants["T"] == tl.float64 else []
+        found["maxnreg"] = max(limits)
     return found
 
 
