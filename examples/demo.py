@@ -30,7 +30,7 @@ from msam_kernels import methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
-from training import QUICK, SHARPNESS_SAMPLES, TASKS, Contestant, Cost, Effort, Row, Task, Timed
+from training import QUICK, TASKS, Contestant, Cost, Effort, Row, Task, Timed
 
 # Import name: name on PyPI.
 PACKAGES = {"sklearn": "scikit-learn", "mnist1d": "mnist1d", "matplotlib": "matplotlib"}
@@ -87,9 +87,9 @@ def table(task: Task, rows: list[Row]) -> str:
     )
 
 
-NOTES = f"""\
+NOTES = """\
 In parentheses: the number of micro-batches. Mean ± standard deviation over the seeds.
-Sharpness: top eigenvalue of the Hessian of the training loss at the end, in eval mode, on {SHARPNESS_SAMPLES:,} samples
+Sharpness: top eigenvalue of the Hessian of the training loss at the end, in eval mode, on {samples:,} samples
 at most. Step: median milliseconds of a training step on one thread. Optimizer: the part of it that is neither forward
 nor backward; plain is the same method as a PyTorch loop over the parameters (benchmarks/peers.py)."""
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = training.compare(Path(__file__).stem, tasks, contestants, costs, effort, args.workers)
     for task, lines in zip(tasks, rows, strict=True):
         print("\n" + table(task, lines))
-    print("\n" + NOTES)
+    print("\n" + NOTES.format(samples=effort.samples))
     training.draw(tasks, rows, args.output)
     print(f"\nPicture: {args.output}   ({time.perf_counter() - begin:.0f} s)")
 

@@ -29,7 +29,7 @@ from msam_kernels import methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
-from training import QUICK, SHARPNESS_SAMPLES, TASKS, Contestant, Cost, Effort, Row, Task, Timed
+from training import QUICK, TASKS, Contestant, Cost, Effort, Row, Task, Timed
 
 # Import name: name on PyPI.
 PACKAGES = {"mnist1d": "mnist1d", "matplotlib": "matplotlib"}
@@ -91,9 +91,9 @@ def table(task: Task, rows: list[Row]) -> str:
     return training.table(task, rows, ("passes", "step, ms", "optimizer, ms"), cells)
 
 
-NOTES = f"""\
+NOTES = """\
 In parentheses: the number of micro-batches. Mean ± standard deviation over the seeds.
-Sharpness: top eigenvalue of the Hessian of the training loss at the end, in eval mode, on {SHARPNESS_SAMPLES:,} samples.
+Sharpness: top eigenvalue of the Hessian of the training loss at the end, in eval mode, on {samples:,} samples.
 Passes: forward and backward passes per micro-batch and step, counted. Step: mean milliseconds of a training step on one
 thread, all kinds of steps in their proportion; optimizer: the part of it that is neither forward nor backward."""
 
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
     (rows,) = training.compare(Path(__file__).stem, [task], contestants, costs, effort, args.workers)
     print("\n" + table(task, rows))
-    print("\n" + NOTES)
+    print("\n" + NOTES.format(samples=effort.samples))
     training.draw([task], [rows], args.output)
     print(f"\nPicture: {args.output}   ({time.perf_counter() - begin:.0f} s)")
 

@@ -30,9 +30,6 @@ from msam_kernels import MicroBatchSAM, backends, flatness, methods
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from measure import Progress, table_lines
 
-# The Hessian is of the loss on that many of the training samples.
-SHARPNESS_SAMPLES = 1000
-
 
 # -- the tasks ---------------------------------------------------------------------------------------------------------
 
@@ -201,10 +198,11 @@ class Effort(NamedTuple):
     seeds: int = 3
     max_epochs: int = 1000
     tolerance: float = 1e-3  # of the Hessian's eigenvector; its eigenvalue is far more precise
+    samples: int = 1000  # of the training data, for the loss that the Hessian is of
     timed_steps: int = 60
 
 
-QUICK = Effort(seeds=1, max_epochs=2, tolerance=0.1, timed_steps=5)  # just enough to see that it runs
+QUICK = Effort(seeds=1, max_epochs=2, tolerance=0.1, samples=100, timed_steps=2)  # just enough to see that it runs
 
 
 class Outcome(NamedTuple):
@@ -220,7 +218,7 @@ class Job(NamedTuple):
     task: Task
     contestant: int
     seed: int
-    tolerance: float
+    effort: Effort
     work: int  # passes
 
 
@@ -245,10 +243,10 @@ def run_job(job: Job) -> Outcome:
             _counter.value += 1
 
     model = train(task, contestant, job.seed, done)
-    data, count = load(task.source), SHARPNESS_SAMPLES
+    data, count = load(task.source), job.effort.samples
     return Outcome(
         accuracy(model, data.x_test, data.y_test),
-        sharpness(model, data.x[:count], data.y[:count], job.tolerance),
+        sharpness(model, data.x[:count], data.y[:count], job.effort.tolerance),
         sum(counted) / (task.steps * contestant.num_micro_batches),
     )
 
@@ -541,7 +539,7 @@ def compare(
     """
     seeds = range(effort.seeds)
     jobs = [
-        Job(script, task, c, seed, effort.tolerance, task.steps * contestant.passes)
+        Job(script, task, c, seed, effort, task.steps * contestant.passes)
         for task in tasks
         for c, contestant in enumerate(contestants(task))
         for seed in seeds

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import subprocess
@@ -1105,38 +1106,45 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
         assert_same_bits(*results, "the result")
 
 
+def zeros(n: int) -> Tensor:
+    """In bfloat16. Where they are only read they take no memory, and in huge pages little time."""
+    memory = mmap.mmap(-1, 2 * n)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.bfloat16)
+
+
 def sum_perturb_and_restore_beyond_32_bits() -> None:
     n = 2**31 + 3 * CHUNK + 5
     begin = torch.arange(0, n, CHUNK)
     rows = torch.stack([begin * 0, begin, begin, (n - begin).clamp(max=CHUNK), begin * 0], 1)
-    weights, saved, grad = (torch.zeros(n, dtype=torch.bfloat16) for _ in range(3))
-    grad[::1000] = 1.0
-    grad[torch.tensor([1, 2**31 - 1, 2**31 + 1, n - 1])] = torch.tensor([1.5, -2.0, 3.0, -4.0], dtype=torch.bfloat16)
+    one = torch.tensor([[0, 0, 0, n, 0]])  # a row whose count does not fit 32 bits
+    weights, saved, grad = (zeros(n) for _ in range(3))
+    places = torch.tensor([0, 1, 2**31 - 1, 2**31 + 1, n - 1])
+    grad[places] = torch.tensor([2.5, 1.5, -2.0, 3.0, -4.0], dtype=torch.bfloat16)
+    expected = grad[places].double().square().sum().item()
     kernels = kernels_of("cpu")
+    assert kernels.norm([], [grad], one).sum().item() == expected
     norm_sq = kernels.norm([], [grad], rows)
-    expected = -(-n // 1000) + 1.5**2 + 2**2 + 3**2 + 4**2
-    assert norm_sq.item() == expected
-    # With a radius of ‖g‖ and zero weights, w + e is g. Zeros that are only read take no memory.
-    achieved_sq, status = (
-        torch.empty(len(rows), dtype=torch.float64),
-        torch.full((len(rows),), PERTURBED).to(torch.uint8),
-    )
+    assert norm_sq.sum().item() == expected
+    # With a radius of ‖g‖ and zero weights, w + e is g: where any is, and in the rows beside.
+    near = (rows[:, 1, None] - places).abs().amin(1) <= 2 * CHUNK
+    assert near.sum() < 20
+    some = rows[near]
+    achieved_sq, status = torch.empty(len(some), dtype=torch.float64), torch.zeros(len(some), dtype=torch.uint8)
     written = {"saved": saved, "status": status, "achieved_sq": achieved_sq}
-    kernels.perturb([weights], [grad], rows, norm_sq=norm_sq, radii=norm_sq.sqrt(), **written)
-    assert torch.equal(weights, grad)
+    kernels.perturb([weights], [grad], some, norm_sq=norm_sq, radii=norm_sq.sqrt(), **written)
+    assert torch.equal(weights[places], grad[places])
     assert achieved_sq.sum().item() == expected
-    # In a single row, whose count does not fit 32 bits.
-    weights.fill_(0.5)
-    one = {"saved": grad, "status": torch.tensor([PERTURBED], dtype=torch.uint8)}
-    kernels.descend([weights], [], [], torch.tensor([[0, 0, 0, n, 0]]), coefs=[], sums=[], **one)
-    assert torch.equal(weights, grad)
+    kernels.descend([weights], [], [], some, coefs=[], sums=[], saved=saved, status=status)
+    assert not weights[places].any()
 
 
 @pytest.mark.slow
 def test_more_than_2_31_elements_are_all_summed_perturbed_and_restored():
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    if available < 10 << 30:
-        pytest.skip("needs 10 GB of free memory")
+    if available < 5 << 30:
+        pytest.skip("needs 5 GB of free memory")
     done = child("beyond-32-bits")
     assert done.returncode == 0, done.stderr
 

@@ -451,7 +451,7 @@ def each_old_or_new(now, old, new):
         ("passes", "F-SAM", "reference"),
         ("passes given up", "SAM", BACKENDS[0]),
         ("closures, SGD", "SAM", BACKENDS[0]),
-        ("closures, SGD", "F-SAM", "reference"),
+        ("closures, SGD", "F-SAM", BACKENDS[0]),
         ("closures, Adam", "F-SAM", BACKENDS[0]),
         ("closures, RMSprop", "SAM", BACKENDS[0]),
         ("first_step and second_step", "SAM", BACKENDS[0]),

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -67,6 +68,23 @@ def bf16_as_torch_rounds(x, from_type, to_type, rounding):
     return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).float().numpy()
 
 
+_PATCHED: set[str] = set()
+
+
+class _Patched:
+    def restore(self):
+        pass
+
+
+def patch_once(function, patch=None):
+    """Interpreted, every call of a function in a kernel patches triton.language anew, which took most of the time."""
+    module = function.__globals__["__name__"]
+    if module not in _PATCHED:
+        patch(function)
+        _PATCHED.add(module)
+    return _Patched()
+
+
 @pytest.fixture(autouse=True)
 def _triton():
     if find_spec("triton") is None:
@@ -75,9 +93,12 @@ def _triton():
     if ON_GPU:
         yield
         return
+    from triton.runtime import interpreter
+
     with (
         np.errstate(all="ignore"),  # the interpreter computes with NumPy, which warns of NaN and infinity
         mock.patch("triton.runtime.interpreter._convert_float", bf16_as_torch_rounds),
+        mock.patch("triton.runtime.interpreter._patch_lang", partial(patch_once, patch=interpreter._patch_lang)),
     ):
         yield
 
