@@ -30,7 +30,6 @@ from msam_kernels import MicroBatchSAM, backends, flatness, methods
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from measure import Progress, table_lines
 
-
 # -- the tasks ---------------------------------------------------------------------------------------------------------
 
 

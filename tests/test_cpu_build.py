@@ -88,7 +88,10 @@ def calls(way: str, folder: Path) -> dict[str, list[str]]:
 
 def left_by_build(source: str) -> Path | None:
     """The object file that ``build_ext --inplace`` made of the sources as they are; None where it is not there."""
-    (*_, made) = (None, *ROOT.glob(f"build/temp.*-{sys.implementation.cache_tag}/csrc/{Path(source).with_suffix('.o')}"))
+    (*_, made) = (
+        None,
+        *ROOT.glob(f"build/temp.*-{sys.implementation.cache_tag}/csrc/{Path(source).with_suffix('.o')}"),
+    )
     sources = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
     return made if made and made.stat().st_mtime > max(p.stat().st_mtime for p in sources) else None
 

@@ -104,7 +104,9 @@ def kernels(tmp_path_factory) -> dict[str, list[Kernel]]:
     for architecture in ARCHITECTURES:
         code = check([tool("cuobjdump"), "-sass", "-arch", f"sm_{architecture}", target])
         parts = re.split(r"Function : (\w+)\n", code)
-        operations = {entry: set(OPERATIONS.findall(text)) for entry, text in zip(parts[1::2], parts[2::2], strict=True)}
+        operations = {
+            entry: set(OPERATIONS.findall(text)) for entry, text in zip(parts[1::2], parts[2::2], strict=True)
+        }
         out[architecture] = [
             Kernel(name, int(stack), int(stores) + int(loads), int(registers), operations[entry])
             for name, (entry, of, stack, stores, loads, registers) in zip(readable, usage, strict=True)
