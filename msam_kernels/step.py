@@ -298,6 +298,7 @@ class Step:
     Attributes:
         perturbed: whether weights may be perturbed: the kernels know which.
         saves: whether weights were saved that the kernels hold to be those of this step.
+        had_gradients: whether any were set aside, and not dropped since.
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
             None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
@@ -307,7 +308,7 @@ class Step:
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.clear = clear
         self.perturbed = self.saves = False
-        self.chose_mask = False
+        self.chose_mask = self.had_gradients = False
         self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
         self._scores = scores
@@ -319,9 +320,10 @@ class Step:
     def __enter__(self) -> Step:
         try:
             before = self.store.current_grads()
-            there = any(before)
-            self.aside = list(zip(before, own_memory_of_lists(before, whole=True) if there else before, strict=True))
-            if there:
+            self.had_gradients = any(before)
+            own = own_memory_of_lists(before, whole=True) if self.had_gradients else before
+            self.aside = list(zip(before, own, strict=True))
+            if self.had_gradients:
                 self.store.set_grads(None)
             return self
         except BaseException:
@@ -338,14 +340,9 @@ class Step:
         else:
             self.engine.step = None
 
-    @property
-    def had_gradients(self) -> bool:
-        """Whether any were set aside."""
-        return any(before for before, _ in self.aside or ())
-
     def drop_before(self) -> None:
         """The user has cleared the gradients: those of before the step too."""
-        self.adds_to_v = False  # which is of gradients that are gone
+        self.adds_to_v = self.had_gradients = False  # v is of gradients that are gone
         if self.aside is not None:
             self.aside = [([], []) for _ in self.store.flats]
 
@@ -611,7 +608,7 @@ class Step:
         """The mean into ``p.grad``; where a gradient was there before, into its own tensor."""
         assert self._mean is not None
         lists = self.store.optionals(self._mean)
-        for (before, _), grads in zip(self.aside or (), lists, strict=False):
+        for (before, _), grads in zip(self.aside or (), lists, strict=False) if self.had_gradients else ():
             for i, old in enumerate(before):
                 new = grads[i]
                 if old is not None and new is not None:
