@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plants one fault at a time and shows that a test catches it. Not part of ``make test``: it takes an hour.
 
-    python tests/mutants.py               # all, in a copy of the checkout; the exit status counts those that survive
+    python tests/mutants.py               # all, in copies of the checkout; the exit status counts those that survive
     python tests/mutants.py --only flat   # those whose file or fault has that in it
     python tests/mutants.py --list
 
 Each fault is a text of one file and what stands in its place; the text must be there exactly once, so that a fault that no
-longer fits is noticed. ``tests`` are what has to fail. Faults in the formulas of csrc/update_math.h run in the emulated CUDA
-kernels, beside the CPU kernels as they are built.
+longer fits is noticed. ``tests`` are what has to fail. A fault in the C++ of the CPU names the object files that are compiled
+anew, as the last build compiled them; the baseline's kernels then run. Faults in csrc/update_math.h and csrc/cuda run in the
+emulated CUDA kernels, beside the CPU kernels as they are built.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,12 +35,18 @@ class Mutant(NamedTuple):
     old: str
     new: str
     tests: str
+    objects: tuple[str, ...] = ()
 
 
 GOLDEN = "tests/test_golden.py -k cpu"
 REFERENCE = "tests/test_golden.py -k reference"
 KERNELS = "tests/test_kernels.py -m 'not slow'"
 EMULATED = "tests/test_cuda_emulated.py -k 'bits_of_the_cpu'"
+ALL_EMULATED = "tests/test_cuda_emulated.py"
+SPECIFIED = "tests/test_kernels.py -k 'bits_of_the_specification and fp32'"
+SPECIFIED_16 = "tests/test_kernels.py -k 'bits_of_the_specification and bf16'"
+FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf16",), ("cpu/operators",)
+LOOPS, DEVICE = "csrc/cpu/loops.h", "csrc/cuda/kernels.cuh"
 TRITON = "tests/test_triton.py -k 'bits_of_the_specification'"
 P, B = "msam_kernels/", "msam_kernels/backends/"
 
@@ -188,8 +197,8 @@ MUTANTS = [
     Mutant(
         "re-pointed parameters are not noticed",
         P + "step.py",
-        "if not self.store.is_current():",
-        "if False:",
+        "if self.store.is_current():",
+        "if True:",
         "tests/test_flatten.py",
     ),
     Mutant(
@@ -420,6 +429,217 @@ MUTANTS = [
     Mutant(
         "AMSGrad takes the smaller", "csrc/update_math.h", "v <= max_exp_avg_sq ?", "v >= max_exp_avg_sq ?", EMULATED
     ),
+    # -- the CPU's loops and operators
+    Mutant(
+        "CPU: the tail is skipped",
+        LOOPS,
+        "if (i < numel) body(i, int(numel - i));",
+        "if (i < numel) body(i, int(numel - i - 1));",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: the first block is not saved",
+        LOOPS,
+        "if (saved) copy(weights + i, saved + i, n, stream);",
+        "if (saved && i) copy(weights + i, saved + i, n, stream);",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: what is saved already is saved again",
+        LOOPS,
+        "row(a, x, c, base, weights, untouched ? saved : nullptr)",
+        "row(a, x, c, base, weights, saved)",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: perturbed from where the weights are",
+        LOOPS,
+        "const S* base = a.status[k] == kPerturbed ? saved : weights;",
+        "const S* base = weights;",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: the mask's complement",
+        LOOPS,
+        "next, old);\n      store_pack",
+        "old, next);\n      store_pack",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: the mask of another row",
+        LOOPS,
+        "block_bits(a.mask, c.offset + i,",
+        "block_bits(a.mask, c.begin + i,",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: a row that is not perturbed is restored",
+        LOOPS,
+        "if (a.status[k] == kPerturbed) copy(at<S>(a.saved, c)",
+        "if (a.status[k] != kUntouched) copy(at<S>(a.saved, c)",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: a row stays saved",
+        LOOPS,
+        "a.status[k] = a.last ? kUntouched : kSaved;",
+        "a.status[k] = kSaved;",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: swapped coefficients",
+        LOOPS,
+        "coefficients[live++] = T(x.coefficients[k]);",
+        "coefficients[live++] = T(x.coefficients[a.combination.count - 1 - k]);",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: a fourth term is left out",
+        LOOPS,
+        "combine<4>(i, out, n, ahead)",
+        "combine<3>(i, out, n, ahead)",
+        SPECIFIED,
+        FLOAT,
+    ),
+    Mutant(
+        "CPU: the norm of what was not rounded yet",
+        LOOPS,
+        "const T* stored = padded(load(weights + i, w_result, n), w_result, n);",
+        "const T* stored = padded<T>(w_result, w_result, n);",
+        SPECIFIED_16,
+        BF16,
+    ),
+    Mutant(
+        "CPU: bf16 is cut off",
+        "csrc/cpu/storage.h",
+        "(u + 0x7fff + ((u >> 16) & 1)) >> 16",
+        "u >> 16",
+        SPECIFIED_16,
+        BF16,
+    ),
+    Mutant(
+        "CPU: a step is counted for every row",
+        "csrc/cpu/operators.cpp",
+        "if (a.table[k].begin == 0 && has_term(",
+        "if (has_term(",
+        KERNELS,
+        OPERATORS,
+    ),
+    Mutant(
+        "CPU: what the sum lost stays lost",
+        "csrc/cpu/operators.cpp",
+        "is_finite(lost) ? sum + lost : sum",
+        "sum",
+        KERNELS,
+        OPERATORS,
+    ),
+    Mutant(
+        "CPU: the last piece of the work is left out",
+        "csrc/cpu/operators.cpp",
+        "if (sum >= enough || k + 1 == rows())",
+        "if (sum >= enough)",
+        KERNELS,
+        OPERATORS,
+    ),
+    Mutant(
+        "CPU: a list too short for the table is taken",
+        "csrc/checks.h",
+        "TORCH_CHECK(size == 0 || c.begin + c.numel <= size,",
+        "TORCH_CHECK(true,",
+        KERNELS,
+        OPERATORS,
+    ),
+    Mutant(
+        "CPU: a list of another dtype is taken",
+        "csrc/checks.h",
+        "TORCH_CHECK(t.scalar_type() == dtype, label,",
+        "TORCH_CHECK(true, label,",
+        KERNELS,
+        OPERATORS,
+    ),
+    # -- the CUDA kernels, emulated
+    Mutant(
+        "CUDA: the tail is skipped",
+        DEVICE,
+        "int i = vectors * N + threadIdx.x;",
+        "int i = vectors * N + 1 + threadIdx.x;",
+        EMULATED,
+    ),
+    Mutant(
+        "CUDA: a warp is not added up",
+        DEVICE,
+        "for (int i = 1; i < kWarps; ++i)",
+        "for (int i = 1; i < kWarps - 1; ++i)",
+        EMULATED,
+    ),
+    Mutant(
+        "CUDA: the norm of the last launch's parameters alone",
+        DEVICE,
+        "a.begin > 0 ? a.partials[which] + sum : sum",
+        "sum",
+        ALL_EMULATED,
+    ),
+    Mutant(
+        "CUDA: the mask of another row",
+        DEVICE,
+        "uint64_t(address(a.mask)) * 8 + c.offset",
+        "uint64_t(address(a.mask)) * 8 + c.begin",
+        EMULATED,
+    ),
+    Mutant(
+        "CUDA: perturbed from where the weights are",
+        DEVICE,
+        "const S* base = before == kPerturbed ? saved : weights;",
+        "const S* base = weights;",
+        EMULATED,
+    ),
+    Mutant(
+        "CUDA: what is saved already is saved again",
+        DEVICE,
+        "before == kUntouched ? saved : nullptr,",
+        "saved,",
+        EMULATED,
+    ),
+    Mutant(
+        "CUDA: products of one vector alone", DEVICE, ".add(j, x[u][j], x[v][j])", ".add(j, x[v][j], x[v][j])", EMULATED
+    ),
+    Mutant(
+        "CUDA: the squared norm of a sum that stays is not made",
+        DEVICE,
+        "terms.coefs[0] == 1 && !a.out_sq);",
+        "terms.coefs[0] == 1);",
+        EMULATED,
+    ),
+    Mutant(
+        "CUDA: a step is counted for every row",
+        DEVICE,
+        "if (c.begin != 0 || !is_here(a, c)) continue;",
+        "if (!is_here(a, c)) continue;",
+        ALL_EMULATED,
+    ),
+    Mutant(
+        "CUDA: a missing state is made do without",
+        DEVICE,
+        "find_terms(p, c, !missing, terms, shared);",
+        "find_terms(p, c, true, terms, shared);",
+        ALL_EMULATED,
+    ),
+    Mutant(
+        "CUDA: nothing is saved of a gradient that is not finite",
+        DEVICE,
+        "} else if (before != kSaved) {",
+        "} else if (before == kPerturbed) {",
+        EMULATED,
+    ),
 ]
 
 
@@ -440,6 +660,32 @@ class Copy:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
         self.environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        (self.library,) = (folder / "msam_kernels").glob("_C.*")
+        (self.objects,) = ROOT.glob(f"build/temp.*-{sys.implementation.cache_tag}")
+
+    def rebuild(self, names: Sequence[str]) -> None:
+        """Compile these objects anew, from the copy's sources, and link them with the others of the last build."""
+        import torch
+
+        told = subprocess.run(
+            ["ninja", "-C", self.objects, "-t", "commands"], capture_output=True, text=True, check=True
+        ).stdout
+        built = self.folder / "objects"
+        objects = []
+        for made in sorted(self.objects.rglob("*.o")):
+            name = made.relative_to(self.objects / "csrc").with_suffix("").as_posix()
+            if name not in names:
+                objects.append(made)
+                continue
+            (line,) = (line for line in told.splitlines() if f" -o {made} " in line)
+            objects.append(built / made.relative_to(self.objects))
+            objects[-1].parent.mkdir(parents=True, exist_ok=True)
+            line = line.replace(str(self.objects), str(built)).replace(str(ROOT / "csrc"), str(self.folder / "csrc"))
+            subprocess.run(line, shell=True, check=True, capture_output=True)
+        library = Path(torch.__file__).parent / "lib"
+        link = [line.split()[0], "-shared", *objects, "-fopenmp", f"-L{library}", f"-Wl,-rpath,{library}"]
+        link += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
+        subprocess.run([*link, "-o", self.library], check=True, capture_output=True)
 
     def run(self, words: Sequence[str], limit: float) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -453,12 +699,21 @@ class Copy:
             return f"does not fit: its text is there {text.count(mutant.old)} times"
         try:
             path.write_text(text.replace(mutant.old, mutant.new))
+            if mutant.objects:
+                try:
+                    self.rebuild(mutant.objects)
+                except subprocess.CalledProcessError as error:
+                    return f"does not compile: {error.stderr.decode()[:300]}"
+                self.environment["MSAM_KERNELS_ISA"] = "baseline"
             try:
                 done = self.run(command(mutant.tests), limit)
             except subprocess.TimeoutExpired:
                 return "caught: no end"
         finally:
             path.write_text(text)
+            if mutant.objects:
+                shutil.copy2(ROOT / "msam_kernels" / self.library.name, self.library)
+                self.environment.pop("MSAM_KERNELS_ISA", None)
         if done.returncode == 1:
             return "caught"
         return "survives" if done.returncode == 0 else f"pytest ended with {done.returncode}: {done.stdout[-300:]}"
@@ -469,21 +724,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="those that have this in their fault or file")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--limit", type=float, default=600, help="seconds for the tests of one fault")
+    parser.add_argument("--jobs", type=int, default=2, help="faults side by side")
     args = parser.parse_args(argv)
     chosen = [m for m in MUTANTS if args.only in m.fault or args.only in m.file]
     if args.list:
         print(*(f"{m.file}: {m.fault}" for m in chosen), sep="\n")
         return 0
     left = []
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Copy(Path(folder))
-        for i, mutant in enumerate(chosen, 1):
-            start = time.monotonic()
-            verdict = copy.verdict(mutant, args.limit)
-            print(
-                f"{i}/{len(chosen)} {mutant.file}: {mutant.fault}: {verdict}, {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+        for k in range(args.jobs):
+            copies.put(Copy(Path(folder, str(k))))
+
+        def verdict_of(mutant: Mutant) -> tuple[str, float]:
+            copy, start = copies.get(), time.monotonic()
+            try:
+                return copy.verdict(mutant, args.limit), time.monotonic() - start
+            finally:
+                copies.put(copy)
+
+        for i, (mutant, (verdict, seconds)) in enumerate(zip(chosen, pool.map(verdict_of, chosen), strict=True), 1):
+            print(f"{i}/{len(chosen)} {mutant.file}: {mutant.fault}: {verdict}, {seconds:.0f} s", flush=True)
             if not verdict.startswith("caught"):
                 left.append(mutant)
     print(f"{len(chosen) - len(left)} of {len(chosen)} faults caught")
