@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks of Sparse SAM: one bit per element of a flat buffer, chosen over all parameters at once.
 
-The choice looks at slices of the flat buffers, several times, and keeps counts only: nothing here grows with the model but
-the masks, and of the scores nothing leaves its device.
+To choose a mask, slices of the flat buffers are read several times and only counts are kept: besides the masks no memory
+grows with the model, and scores never leave their device.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ RUN = 1 << 16  # random numbers drawn together
 _DIGIT = 16  # bits of a key that are looked at together
 
 
-#: By flat and parameter: a tensor in the memory order of the parameter, of which the absolute value counts; an empty one
-#: counts as zeros.
+#: By flat and parameter: a tensor in the memory order of the parameter. Its absolute values count; an empty one counts as
+#: zeros.
 Scores = Sequence[Sequence[Tensor]]
 Place = tuple[Flat, int]  # a slice of a flat buffer: where it begins
 
@@ -43,16 +43,16 @@ def add_up(scores: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
 
 
 def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) -> None:
-    """Give every flat its new ``mask``, after ``methods.SparseSAM``'s rule: the first one to all, if any has none yet.
+    """Choose a new ``mask`` for every flat by the rule of ``methods.SparseSAM``. If any has none yet, all get a first one.
 
     Args:
-        flats: as in ``flat.py``.
-        scores: of every flat, for each parameter a tensor in its memory order, of which the absolute value counts; an empty
-            one counts as zeros.
+        flats: those of all parameters.
+        scores: what the mask is chosen by.
         sparse: the method: ``sparsity``, ``mask``, ``share_dropped``, ``seed``.
-        step: which random numbers are drawn depends on it.
+        step: seeds the random numbers, together with ``sparse.seed``.
     """
-    # Of the same device and dtype one after the other, as in an optimizer that was made with all of them.
+    # Flats of the same device and dtype one after the other: groups that were added later then get the mask that an
+    # optimizer made with all of them would choose.
     kinds = list(dict.fromkeys((flat.device, flat.dtype) for flat in flats))
     scores_of = {id(flat): tensors for flat, tensors in zip(flats, scores, strict=True)}
     flats = sorted(flats, key=lambda flat: kinds.index((flat.device, flat.dtype)))
@@ -95,7 +95,7 @@ def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) 
         for place in places:
             bits = inside(place)
             write(place, stays(by_score(place) * bits) | comes(at_random(place) * ~bits))
-    for flat in flats:  # all at once: what is interrupted before leaves the old ones
+    for flat in flats:  # all at once: an interruption before leaves the old masks
         if flat.mask is None:
             flat.mask = new[id(flat)]
         else:
@@ -108,7 +108,7 @@ def _bytes(mask: Tensor, place: Place) -> Tensor:
 
 
 def _parts(place: Place) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
-    """Keys of a slice of a flat buffer, all 0; for every parameter in it: index, what of its memory, the place of its keys."""
+    """The keys of a slice, all 0, and for every parameter in it: its index, which part of its memory, a view of its keys."""
     flat, begin = place
     end = min(begin + SLICE, flat.size)
     keys = torch.zeros(end - begin, dtype=torch.int64, device=flat.device)
@@ -124,7 +124,7 @@ def _parts(place: Place) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
 
 
 def _keys(place: Place, scores: Sequence[Tensor], wide: bool) -> Tensor:
-    """Of a slice of a flat buffer, int64 that are ordered as the scores: 0 for padding, more for every parameter's element."""
+    """The int64 keys of a slice, ordered as the scores are: 0 for padding, at least 1 for an element of a parameter."""
     keys, parts = _parts(place)
     for i, part, here in parts:
         if scores[i].numel() == 0:
@@ -138,7 +138,7 @@ def _keys(place: Place, scores: Sequence[Tensor], wide: bool) -> Tensor:
 
 
 def _random_keys(place: Place, first: int, seed: str) -> Tensor:
-    """The same at random; ``first``: the number of the flat's first parameter."""
+    """Random keys of a slice. ``first`` is the number of the flat's first parameter."""
     flat, _ = place
     keys, parts = _parts(place)
     generator = torch.Generator(flat.device)
@@ -153,9 +153,9 @@ def _random_keys(place: Place, first: int, seed: str) -> Tensor:
 
 
 def _largest(slices: Callable[[], Iterator[Tensor]], count: int, wide: bool) -> Callable[[Tensor], Tensor]:
-    """Tells of slices of keys, one after the other in the same order, which are among the ``count`` largest, as bools.
+    """A function that takes the slices again, in the same order, and returns which keys are among the ``count`` largest.
 
-    Of equal keys the first are taken; a key of 0 never is. The last one's key is found digit by digit.
+    Of equal keys the first are taken; a key of 0 never is. The smallest key that is taken is found digit by digit.
     """
     if count <= 0:
         return lambda keys: torch.zeros_like(keys, dtype=torch.bool)
