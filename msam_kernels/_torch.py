@@ -52,14 +52,14 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], dict[i
 
 
 def has_listeners(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether anybody wants to know of this optimizer's steps."""
+    """Whether hooks or a profiler listen to this optimizer's steps."""
     return bool(
         profiler_enabled() or any(step_hooks(optimizer)) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     )
 
 
 def is_shared(grad: Tensor) -> bool:
-    """Whether another tensor holds the memory. In doubt it is, and a copy is right."""
+    """Whether another tensor holds the memory too. In doubt the answer is yes: a copy is always right."""
     holders = getattr(torch._C, "_storage_Use_Count", None)
     # What untyped_storage() returns holds it as well.
     return holders is None or holders(grad.untyped_storage()._cdata) > 2
@@ -74,7 +74,7 @@ def leave_to_eager(package: str) -> None:
 
 
 def children_of(module: nn.Module) -> Iterable[nn.Module | None]:
-    """Those of ``children()``, which takes several times as long: it looks for duplicates."""
+    """The module's children. ``children()`` takes several times as long, because it looks for duplicates."""
     return module._modules.values()
 
 

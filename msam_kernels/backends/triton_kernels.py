@@ -58,7 +58,7 @@ def _kernel(f: Callable[..., Any]) -> Any:
 
 @triton.jit
 def truth(condition):
-    """The same; the interpreter cannot combine the outcome of a comparison of floats with a mask."""
+    """A comparison of floats as a mask: the interpreter cannot combine its own outcome with one."""
     return tl.where(condition, 1, 0) != 0
 
 
@@ -125,7 +125,7 @@ def perturbed(w, d, scale, eta, ADAPTIVE: tl.constexpr):
 
 @triton.jit
 def coefficient(row, sums):
-    """``row``: where the seven numbers of a term are; ``sums``: eight of them."""
+    """A term's coefficient. ``row`` points to its seven numbers; ``sums`` holds eight."""
     a, b, eps = tl.load(row + 1), tl.load(row + 2), tl.load(row + 6)
     above, below = entry(sums, tl.load(row + 3)), entry(sums, tl.load(row + 4))
     root = truth(tl.load(row + 5) != 0)
@@ -136,7 +136,7 @@ def coefficient(row, sums):
 
 @triton.jit
 def rescale_factor(c, sums, gram, rescale):
-    """By which the first ``gram`` terms become as long as they shall be; the sums begin with their Gram matrix."""
+    """The factor that gives Σ cₖ xₖ its length. The sums begin with the Gram matrix of the first ``gram`` terms."""
     square = tl.full([], 0.0, tl.float64)
     for v in range(0, gram):
         for u in range(0, v + 1):
@@ -204,7 +204,7 @@ def adam(w, g, states, settings, STATES: tl.constexpr):
 
 @triton.jit
 def number(bits, T: tl.constexpr):
-    """A float argument, which Triton would round to fp32: it comes as the bits of an fp64."""
+    """A float argument. It comes as the bits of an fp64, because Triton would round a float to fp32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(T)
 
 
@@ -218,7 +218,7 @@ def pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):
 
 @triton.jit
 def load(address, at, here, S: tl.constexpr, ALIGNED: tl.constexpr):
-    """Zeros where there is nothing."""
+    """Values in storage type; zeros where there is no memory, or the row has ended."""
     return tl.load(pointer(address, S, ALIGNED) + at, mask=here & (address != 0), other=0.0)
 
 
@@ -268,7 +268,7 @@ def union(addresses, COUNT: tl.constexpr):
 
 @triton.jit
 def is_aligned(bits):
-    """1 or 0."""
+    """Whether all addresses are multiples of 16, as 1 or 0."""
     return tl.where(bits % 16 == 0, 1, 0)
 
 
@@ -303,19 +303,19 @@ def total(terms, n):
 
 @triton.jit
 def no_sums():
-    """One for each thread."""
+    """Zeros to add to, one for each thread."""
     return tl.zeros([THREADS], tl.float64)
 
 
 @triton.jit
 def folded(x):
-    """Sums of the neighbours that one thread has: as many sums as elements would not fit its registers."""
+    """The elements of each thread added up: one sum for each of them would not fit the registers."""
     return tl.sum(tl.reshape(x, [THREADS, x.shape[0] // THREADS]), 1)
 
 
 @triton.jit
 def entry(sums, i):
-    """One of eight numbers."""
+    """Entry i of eight numbers."""
     return tl.sum(tl.where(tl.arange(0, 8) == i, sums, 0.0), 0)
 
 
@@ -477,7 +477,7 @@ def gram_kernel(
 
 @triton.jit
 def coefficients_of_sums(combination, COUNT: tl.constexpr):
-    """Eight numbers, the first of them the coefficients. ``combination`` is what the host's ``_combination`` writes."""
+    """The coefficients, the first of eight numbers. ``combination`` is what ``_combination`` writes on the host."""
     row, words = pointer(combination, tl.float64), pointer(combination, tl.int64) + COUNT * COEFFICIENT_COLUMNS
     gram, rescale, rows = tl.load(words), tl.load(words + 1), tl.load(words + 2)
     lanes = tl.arange(0, 8)
@@ -496,7 +496,7 @@ def coefficients_of_sums(combination, COUNT: tl.constexpr):
 def coefficients(
     c0, c1, c2, c3, combination, norm_sq, norm_terms, T: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr
 ):  # fmt: skip
-    """Those of the arguments, or where there are sums what follows from these; NaN where the norm is not finite."""
+    """The coefficients: the arguments, or worked out from the sums where there are some. NaN if the norm is not finite."""
     norm = total(norm_sq, norm_terms)
     if SUMS:
         evaluated = coefficients_of_sums(combination, COUNT)
@@ -520,7 +520,7 @@ def combination(xs, c, at, here, S: tl.constexpr, T: tl.constexpr, COUNT: tl.con
 
 @triton.jit
 def is_only(out, xs, c, COUNT: tl.constexpr):
-    """Whether the combination is ``out`` as it stands: with coefficient 1 the only term."""
+    """Whether the combination is ``out`` as it stands: ``out`` is the only term, with coefficient 1."""
     others, itself = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for k in tl.static_range(COUNT):
         counts, same = (xs[k] != 0) & truth(c[k] != 0), (xs[k] == out) & truth(c[k] == 1)
@@ -604,7 +604,7 @@ def update_row(
 
 @triton.jit
 def count_steps(step, table, rows, terms, segments, COUNT: tl.constexpr):
-    """The last program to come here adds 1 for each parameter that has a term: by then every other one has read its step."""
+    """The last program to arrive adds 1 for each parameter that has a term: every other one has read its step by then."""
     tl.debug_barrier()
     steps, ticket = pointer(step, tl.float32), pointer(step + segments * 4, tl.int32)
     if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
@@ -665,7 +665,7 @@ def write_words_kernel(
     w0: tl.int64, w1: tl.int64, w2: tl.int64, w3: tl.int64, w4: tl.int64, w5: tl.int64, w6: tl.int64, w7: tl.int64,
     w8: tl.int64, w9: tl.int64, w10: tl.int64, w11: tl.int64, w12: tl.int64, w13: tl.int64, w14: tl.int64, w15: tl.int64,
 ):  # fmt: skip
-    """Sixteen words into a table, out of the arguments of the launch: a captured graph then holds them itself."""
+    """Write sixteen words, which are arguments of the launch, into a table: a captured graph then holds them itself."""
     words = w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15
     for i in tl.static_range(16):
         tl.store(pointer(table, tl.int64) + i, words[i])
@@ -682,7 +682,7 @@ def _bits(*numbers: float) -> tuple[int, ...]:
 
 
 def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = PLATFORM) -> dict[str, Any]:
-    """For the compiler."""
+    """Options of Triton's compiler: threads, no contraction, and the limit of registers."""
     found: dict[str, Any] = {"num_warps": THREADS.value // (64 if platform == "hip" else 32), "enable_fp_fusion": False}
     if platform == "cuda" and kernel.__name__ in REGISTERS:
         limits = [REGISTERS[kernel.__name__], *(n for option, n in MORE_REGISTERS.items() if constants.get(option))]
@@ -730,7 +730,7 @@ class _Call:
                 _launch(kernel, self.programs, *args, **types, **constants)
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device."""
+        """A context in which ``device`` is the current one, where Triton launches."""
         if self.kind is None or self.kind.current_device() == self.device.index:
             return nullcontext()
         device: AbstractContextManager[Any] = self.kind.device(self.device)
