@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,25 +59,41 @@ class PlainSAM:
         self.v: dict[Tensor, Tensor] = {}
         self.mask: dict[Tensor, Tensor] = {}
         self.steps = self.mask_step = 0
+        self.enabled = True
         self.grad_norms: list[Tensor] = []
         self.perturbation_norms: list[Tensor] = []
 
-    def step(self, closures: Sequence[Callable[[], Any]], shares: Sequence[float] | None = None) -> None:
-        """One step; ``closures``: forward and backward of each micro-batch, ``shares``: its part of the samples."""
+    @property
+    def looks(self) -> bool:
+        """Whether the next step perturbs."""
+        return self.enabled and (self.look is None or self.steps % self.look.k == 0)
+
+    def step(
+        self,
+        closures: Sequence[Callable[[], Any]],
+        shares: Sequence[float] | None = None,
+        before: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        """One step; ``closures``: forward and backward of each micro-batch, ``shares``: its part of the samples.
+
+        ``before``: gradients to which those of the step are added.
+        """
         shares = shares or [1 / len(closures)] * len(closures)
         rho = {p: group.get("rho", self.rho) for group in self.base.param_groups for p in group["params"]}
         mean: dict[Tensor, Tensor] = {}
         self.grad_norms, self.perturbation_norms = [], []
-        looks = self.look is None or self.steps % self.look.k == 0
+        looks = self.looks
         self.v = {} if looks else self.v
         self.scores: dict[Tensor, Tensor] = {}
         for closure, share in zip(closures, shares, strict=True):
             descent = self._gradients(rho, closure, share) if looks else self._backward(rho, closure)
             for p, g in descent.items():
                 mean[p] = share * g if p not in mean else mean[p] + share * g
-        if not looks:
+        if self.enabled and not looks:
             factor = self.look.alpha * _length(mean) / (_length(self.v) + 1e-12)
             mean = {p: g + (factor * self.v[p]).to(p.dtype) if p in self.v else g for p, g in mean.items()}
+        for p, g in (before or {}).items():
+            mean[p] = g + mean[p] if p in mean else g
         for p in rho:
             p.grad = mean.get(p)
         self.base.step()
@@ -87,18 +103,28 @@ class PlainSAM:
         if self.sparse and looks and self.steps - self.mask_step >= self.sparse.update_every:
             self._choose_mask(rho, self.steps)
 
+    def give_up(self, closures: Sequence[Callable[[], Any]], passes: int | None) -> None:
+        """A loop that is left in so many passes, None: not at all. What was perturbed until then has moved the EMA on."""
+        if not self.looks:
+            return
+        rho = {p: group.get("rho", self.rho) for group in self.base.param_groups for p in group["params"]}
+        v = self.v
+        for closure in closures if passes is None else closures[: passes // 2]:
+            self._gradients(rho, closure)
+        self.v = v if passes is not None else self.v
+
     @torch.no_grad()
     def _gradients(
         self, rho: dict[Tensor, float], closure: Callable[[], Any], share: float = 1.0
     ) -> dict[Tensor, Tensor]:
         g = self._backward(rho, closure)
-        direction, stretch = {}, {}
+        direction, stretch, ema = {}, {}, dict(self.ema)
         for p in g:
             direction[p] = g[p] - self.sigma * self.ema[p] if p in self.ema else g[p]
             stretch[p] = torch.ones_like(p) if self.eta is None else p.abs() + self.eta
             if self.sigma is not None:
                 old = self.ema.get(p)
-                self.ema[p] = g[p] if old is None else self.lmbda * old + (1 - self.lmbda) * g[p]
+                ema[p] = g[p] if old is None else self.lmbda * old + (1 - self.lmbda) * g[p]
         if self.sparse:
             for p in g:
                 self.scores[p] = self.scores.get(p, torch.zeros_like(p)) + g[p].square()
@@ -106,10 +132,12 @@ class PlainSAM:
                 self._choose_mask(rho, self.steps)
         norm = _length({p: stretch[p] * direction[p] for p in g})
         self.grad_norms.append(norm)
+        finite = bool(norm.isfinite())  # else nothing is perturbed, and the EMA stays
+        self.ema = ema if finite else self.ema
         e = {p: stretch[p].square() * direction[p] / (norm + 1e-12).to(p.dtype) for p in g}
         e = {p: u * self.mask[p] if self.sparse else u for p, u in e.items()}
         saved = {p: p.clone() for p in rho}
-        for p in g:
+        for p in g if finite else ():
             p += rho[p] * e[p]
         self.perturbation_norms.append(_length({p: p - saved[p] for p in rho}))
         descent = self._backward(rho, closure)
