@@ -9,7 +9,7 @@ from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
@@ -308,6 +308,9 @@ def problems(draw):
 @settings(max_examples=60)
 @given(problem=problems())
 def test_any_parameters_and_any_gradients_follow_the_plain_loops(problem, backend):
+    if METHODS[problem["method"]].period > 1:
+        # Of a single number that has a gradient nothing is orthogonal to another one: v would be rounding over 1e-12.
+        assume(all(calls is None for calls in problem["present"]) and sum(map(math.prod, problem["shapes"])) > 1)
     generator = random_numbers(problem["seed"])
     start, targets, curvatures = [], [], []
     for shape, reverse in zip(problem["shapes"], problem["reverse"], strict=True):

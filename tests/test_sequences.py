@@ -192,6 +192,7 @@ OPERATIONS = {
     "copy": st.tuples(),
 }
 STEPS = ("passes", "whole_step")
+USES = (*STEPS, "give_up")
 
 
 @st.composite
@@ -201,11 +202,17 @@ def sequences(draw: st.DrawFn) -> tuple[tuple[Any, ...], list[tuple[str, tuple[A
     base = draw(st.sampled_from([name for name in BASES if dtype == torch.float64 or name.startswith("SGD")]))
     method = draw(st.sampled_from(NAMES))
     operations = list(OPERATIONS)
-    if METHODS[method].period > 1:  # between two of its own steps it wants to be left as it was
-        operations = [name for name in operations if name not in ("enable", "add_group")]
+    everything, looks = 2 ** len(SHAPES) - 1, METHODS[method].period > 1
+    if looks:  # between two of its own steps LookSAM wants to be left as it was
+        operations = [name for name in operations if name not in ("enable", "add_group", "freeze")]
     chosen = draw(st.lists(st.sampled_from(operations) | st.sampled_from(STEPS), min_size=2, max_size=7))
     twins = base, method, draw(st.integers(1, 3)), dtype, draw(st.booleans())
-    return twins, [(name, draw(OPERATIONS[name])) for name in chosen]
+    drawn = [(name, draw(OPERATIONS[name])) for name in chosen]
+    if (
+        looks
+    ):  # of a single number that has a gradient nothing is orthogonal to another one: v would be rounding over 1e-12
+        drawn = [(name, (everything, *rest[1:]) if name in USES else rest) for name, rest in drawn]
+    return twins, drawn
 
 
 # A gradient that is not finite leaves nothing perturbed; what is made of several passes is then not finite either.
