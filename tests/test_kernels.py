@@ -310,6 +310,25 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
+@pytest.mark.parametrize("large", [2e19, 1e21, -3e19, 1e-19, 1e-22], ids=str)
+def test_adam_takes_gradients_whose_square_is_no_fp32_number_as_torch_does(large, amsgrad, backend):
+    """(1 − beta2)·g·g, from the left: it overflows and underflows later than g·g."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([p], lr=0.1, amsgrad=amsgrad, foreach=False)
+    rows, weights, step = table((3,))[0], torch.ones(32), torch.zeros(2)
+    states = [torch.zeros(32) for _ in range(2 + amsgrad)]
+    settings = f64(0.1, 0.9, 0.999, 1e-8, 0.0, float(amsgrad), 0.0, 0.0)[None]
+    one = {"coefs": coefs((1.0,)), "sums": []}
+    for g in (large, 0.5, large):
+        p.grad = torch.tensor([g, -g, 1.0])
+        optimizer.step()
+        kernels_of(backend).update([weights], states, [p.grad], rows, rule=ADAM, settings=settings, step=step, **one)
+        torch.testing.assert_close(states[1][:3], optimizer.state[p]["exp_avg_sq"], rtol=1e-6, atol=1e-44)
+        assert states[1].isfinite().all() == (abs(large) < 6e20)
+        torch.testing.assert_close(weights[:3], p.detach(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_update_follows_torch_optim(name, backend):
     """On a mean of two gradients, of which one or both are absent now and then: such a parameter begins late."""

@@ -405,7 +405,7 @@ def _adam(w: Tensor, g: Tensor, states: list[Tensor], row: list[float], count: T
     m, v = states[0], states[1]
     first = _wide(m)
     first = first + (g - first) * (1 - beta1) if 1 - beta1 < 0.5 else g - (g - first) * beta1
-    second = _wide(v) * beta2 + g * g * (1 - beta2)
+    second = _wide(v) * beta2 + g * (1 - beta2) * g  # in this order, as torch: g * g may overflow
     m.copy_(first)
     v.copy_(second)
     if amsgrad:

@@ -190,7 +190,7 @@ def adam(w, g, states, settings, STATES: tl.constexpr):
     g = tl.where(coupled, g + weight_decay * w, g)
     change = g - states[0]
     first = tl.where(small, states[0] + one_minus_beta1 * change, g - change * beta1)  # the two branches of torch.lerp
-    second = beta2 * states[1] + one_minus_beta2 * (g * g)
+    second = beta2 * states[1] + one_minus_beta2 * g * g  # in this order: g * g may overflow
     v = second
     if STATES > 2:
         # A NaN in v, which stays there, wins as in torch.maximum.
