@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -223,24 +224,62 @@ struct Argument<at::ArrayRef<double>> {
   using Kept = Numbers;
 };
 
-// Refuses what the dispatcher would take to another device: a meta tensor among others to the operator's fake, which does
-// nothing.
-struct OneDevice {
-  std::optional<at::Device> device;
+// The first argument that is a tensor by itself.
+struct FindTable {
+  const Tensor* table = nullptr;
 
-  void operator()(const Tensor& t) {
-    TORCH_CHECK(!device || t.device() == *device, "the tensors of a call must be on one device, got ", *device, " and ",
-                t.device());
-    device = t.device();
-  }
-  void operator()(const MaybeTensor& t) {
-    if (t) (*this)(*t);
-  }
-  void operator()(const Borrowed& list) {
-    for (const Tensor& t : TensorList(list)) (*this)(t);
-  }
+  void operator()(const Tensor& t) { table = table ? table : &t; }
   template <class Other>
   void operator()(const Other&) {}
+};
+
+// Refuses what would make the dispatcher take the whole call elsewhere: a meta tensor among others to the operator's fake,
+// which does nothing; a sparse one, or one of a class that dispatches in Python, to errors that name no argument.
+class LikeTheTable {
+ public:
+  LikeTheTable(const Tensor& table, const c10::FunctionSchema& schema)
+      : table_(table), schema_(schema), device_(table.device()), python_(table.key_set() & kPython) {}
+
+  void operator()(const Tensor& t) { look(t, -1), ++argument_; }
+  void operator()(const MaybeTensor& t) {
+    if (t) look(*t, -1);
+    ++argument_;
+  }
+  void operator()(const Borrowed& list) {
+    int64_t index = 0;
+    for (const Tensor& t : TensorList(list)) look(t, index++);
+    ++argument_;
+  }
+  template <class Other>
+  void operator()(const Other&) {
+    ++argument_;
+  }
+
+ private:
+  using Key = c10::DispatchKey;
+  static constexpr c10::DispatchKeySet kPython = c10::python_ks;
+  static constexpr c10::DispatchKeySet kOther =
+      c10::DispatchKeySet({Key::Sparse, Key::SparseCsr, Key::MkldnnCPU, Key::Quantized, Key::NestedTensor});
+
+  static std::string kind(const Tensor& t) {
+    if (!t.key_set().has_any(kPython)) return "an ordinary tensor";
+    return Py_TYPE(py::reinterpret_steal<py::object>(THPVariable_Wrap(t)).ptr())->tp_name;
+  }
+  void look(const Tensor& t, int64_t index) const {
+    if (t.device() == device_ && (t.key_set() & (kPython | kOther)) == python_) return;
+    const msam::Label label{schema_.arguments()[argument_].name().c_str(), index};
+    TORCH_CHECK(!t.key_set().has_any(kOther), label, " must be an ordinary dense tensor, got ", t.toString(),
+                ": convert it first");
+    TORCH_CHECK((t.key_set() & kPython) == python_, label, " must be of one kind with the table, ", kind(table_), ", got ",
+                kind(t), ": convert it first");
+    msam::check_device(t, label, device_);
+  }
+
+  const Tensor& table_;
+  const c10::FunctionSchema& schema_;
+  at::Device device_;
+  c10::DispatchKeySet python_;  // not empty where the table's class dispatches in Python
+  size_t argument_ = 0;
 };
 
 // An operator of backends/__init__.py as torch.ops would call it under no_grad, but typed, and past autograd's fallback: both
@@ -257,7 +296,9 @@ class Typed {
 
  private:
   Result call(const typename Argument<Args>::Kept&... args) {
-    OneDevice check;
+    FindTable find;
+    (find(args), ...);
+    LikeTheTable check(*find.table, found_->schema());
     (check(args), ...);
     py::gil_scoped_release no_gil;
     at::AutoDispatchBelowADInplaceOrView no_autograd;
