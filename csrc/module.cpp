@@ -140,19 +140,21 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   return py::make_tuple(std::move(grads), regular, absent);
 }
 
-// What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out.
+// What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out. Groups
+// that hold something else are like none that were looked at, and are refused at the next look.
 using Layout = c10::SmallVector<int64_t, 512>;
+constexpr int64_t kUnknown = -1;
 Layout layout_of(const py::list& groups) {
   Layout layout;
   for (py::handle group : groups) {
     const py::object params = py::reinterpret_borrow<py::dict>(group)["params"];
-    const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "params must be a list"));
-    if (!sequence) throw py::error_already_set();
+    if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) return {kUnknown};
+    const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), ""));
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
     layout.push_back(count);
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* p = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
-      TORCH_CHECK(THPVariable_Check(p), "the groups hold tensors");
+      if (!THPVariable_Check(p)) return {kUnknown};
       const at::Tensor& param = THPVariable_Unpack(p);
       layout.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
       layout.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));

@@ -66,6 +66,8 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         ValueError: two parameters that share memory without being the same object.
     """
     for name, p in named:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
         if p.layout != torch.strided or type(p.data) is not Tensor:
             raise TypeError(
                 f"{name} must be an ordinary dense tensor, got {type(p.data).__name__} of layout {p.layout}"

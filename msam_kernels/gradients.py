@@ -75,7 +75,11 @@ def _owns_memory(grads: Sequence[Tensor | None], whole: bool) -> bool:
 
 
 def _memory_layout(groups: list[dict[str, Any]]) -> object:
-    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in group["params"]] for group in groups]
+    lists = [group["params"] for group in groups]
+    # What holds something else is like nothing that was looked at, and is refused at the next look.
+    if not all(isinstance(params, (list, tuple)) and all(isinstance(p, Tensor) for p in params) for params in lists):
+        return None
+    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in params] for params in lists]
 
 
 def _has_layout(groups: list[dict[str, Any]], layout: object) -> bool:

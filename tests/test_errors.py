@@ -642,6 +642,51 @@ def test_parameters_that_leave_a_group_by_hand_are_followed_or_refused(where):
         torch.testing.assert_close(p.detach(), old - expected.get(p, 0.0) * torch.ones(3))
 
 
+PARAMS = {
+    "an iterator": (iter, r"params of group 0 must be a list of tensors, got list_iterator"),
+    "a set": (set, r"must be a list of tensors, got set"),
+    "a tensor": (lambda params: params[0], r"must be a list of tensors, got Parameter"),
+    "numbers": (lambda params: [1, 2], r"parameter 0 of group 0 must be a tensor, got int"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after the first step"])
+@pytest.mark.parametrize(("make", "match"), PARAMS.values(), ids=PARAMS)
+def test_params_of_a_group_that_are_no_list_of_tensors_are_refused(make, match, when):
+    model = mlp()
+    base = sgd(model.parameters())
+    params = base.param_groups[0]["params"]
+    if when == "before":
+        base.param_groups[0]["params"] = make(params)
+        with pytest.raises(TypeError, match=match):
+            MicroBatchSAM(base)
+        return
+    opt = MicroBatchSAM(base)
+    step_with_passes(opt, model, (X, Y))
+    before = weights(model)
+    base.param_groups[0]["params"] = make(params)
+    with pytest.raises(TypeError, match=match):
+        step_with_passes(opt, model, (X, Y))
+    assert same_bits(model.parameters(), before)
+    base.param_groups[0]["params"] = params
+    step_with_passes(opt, model, (X, Y))
+
+
+def test_params_of_a_group_may_be_a_tuple():
+    models = mlp(), mlp()
+    for model, kind in zip(models, (list, tuple), strict=True):
+        base = sgd(model.parameters())
+        base.param_groups[0]["params"] = kind(base.param_groups[0]["params"])
+        opt = MicroBatchSAM(base)
+        for step in (step_with_passes, step_with_train_step):
+            step(opt, model, (X, Y))
+            opt.zero_grad()
+            opt.load_state_dict(copy.deepcopy(opt).state_dict())
+        base.param_groups[0]["params"] = kind(base.param_groups[0]["params"])
+        step_with_passes(opt, model, (X, Y))
+    assert same_bits(*(model.parameters() for model in models))
+
+
 # ---- state dicts ------------------------------------------------------------------------------------------------------------
 
 
