@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DispatchKeySet.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -24,6 +25,28 @@ inline std::ostream& operator<<(std::ostream& out, const Label& label) {
   return label.index < 0 ? out : out << "[" << label.index << "]";
 }
 
+// Whether torch is to negate or conjugate what the memory holds, or there is no memory, only zeros: kernels do not know.
+inline bool is_lazy(const at::Tensor& t) {
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet keys{Key::Negative, Key::Conjugate, Key::ZeroTensor};
+  return t.key_set().has_any(keys);
+}
+
+inline void check_device(const at::Tensor& t, Label label, at::Device device) {
+  TORCH_CHECK(t.device() == device, label, " must be on ", device,
+              " like the table: the tensors of a call must be on one device, got ", device, " and ", t.device());
+}
+
+// That the values of a tensor without gaps are in its memory, all of them.
+inline void check_memory(const at::Tensor& t, Label label) {
+  TORCH_CHECK(!is_lazy(t), label, " stands for other values than its memory holds: pass it through resolve_neg() and "
+              "resolve_conj(), or a clone of it");
+  if (t.numel() == 0) return;
+  const int64_t there = int64_t(t.storage().nbytes()), reach = (t.storage_offset() + t.numel()) * int64_t(t.itemsize());
+  TORCH_CHECK(reach <= there, label, " reaches byte ", reach, " of a storage of ", there,
+              ": it was freed or shrunk, and must have its size and its values again");
+}
+
 // How far the rows of a table reach. The host cannot look at a table on a GPU, so that there nothing is checked against it.
 struct Reach {
   const Chunk* rows = nullptr;
@@ -38,6 +61,7 @@ inline Reach check_table(const at::Tensor& table, bool readable) {
   TORCH_CHECK(table.dim() == 2 && table.size(1) == kChunkColumns && table.scalar_type() == at::kLong && table.is_contiguous(),
               "table must be a contiguous int64 tensor of shape [rows, ", kChunkColumns, "], got ", table.scalar_type(),
               " of shape ", table.sizes());
+  check_memory(table, {"table"});
   Reach reach;
   if (!readable) return reach;
   reach.rows = reinterpret_cast<const Chunk*>(table.const_data_ptr<int64_t>());
@@ -61,15 +85,17 @@ inline Reach check_table(const at::Tensor& table, bool readable) {
 inline void check_dense(const at::Tensor& t, Label label, at::ScalarType dtype, at::Device device) {
   TORCH_CHECK(t.layout() == at::kStrided, label, " must be strided, got ", t.layout());
   TORCH_CHECK(t.scalar_type() == dtype, label, " must be ", dtype, " like the others, got ", t.scalar_type());
-  TORCH_CHECK(t.device() == device, label, " must be on ", device, " like the table, got ", t.device());
+  check_device(t, label, device);
   TORCH_CHECK(t.is_non_overlapping_and_dense(), label, " must be dense in memory, got strides ", t.strides());
+  check_memory(t, label);
 }
 
 // A tensor of plain numbers.
 inline void check_plain(const at::Tensor& t, Label label, at::ScalarType dtype, at::Device device, int64_t dim) {
   TORCH_CHECK(t.layout() == at::kStrided && t.dim() == dim && t.scalar_type() == dtype && t.is_contiguous(), label,
               " must be a contiguous ", dim, "-d ", dtype, " tensor, got ", t.scalar_type(), " of shape ", t.sizes());
-  TORCH_CHECK(t.device() == device, label, " must be on ", device, " like the table, got ", t.device());
+  check_device(t, label, device);
+  check_memory(t, label);
 }
 
 // One tensor per segment, long enough for every row of the table; an empty one is absent.

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -53,10 +55,12 @@ py::dict build_info() {
   return info;
 }
 
-// Same device, dtype and memory order as the parameter, so that both can be walked as one run of memory.
+// Same device, dtype and memory order as the parameter, so that both can be walked as one run of memory, which holds the
+// values and may be written to.
 bool is_regular(const at::Tensor& grad, const at::Tensor& param) {
   if (grad.layout() != at::kStrided || grad.scalar_type() != param.scalar_type() || grad.device() != param.device() ||
-      grad.requires_grad() || !grad.sizes().equals(param.sizes()))
+      grad.requires_grad() || msam::is_lazy(grad) || (grad.is_inference() && !c10::InferenceMode::is_enabled()) ||
+      !grad.sizes().equals(param.sizes()))
     return false;
   for (int64_t d = 0; d < grad.dim(); ++d)
     if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;
@@ -82,19 +86,45 @@ bool is_shared(const at::Tensor& grad) {
   return grad.storage().use_count() > (lone ? 2 : 1);
 }
 
-// Whether no two gradients are the same memory, and with `whole` no other tensor holds that of any; Nones are ignored.
-bool owns_memory(const py::list& grads, bool whole) {
-  c10::SmallVector<const void*, 64> places;
+// From the first byte of a tensor that has elements to the end of its last one; and its place in a list.
+struct Span {
+  Span(const at::Tensor& t, size_t index) : first(static_cast<const char*>(t.const_data_ptr())), index(index) {
+    const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+    int64_t last = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+    end = first + (last + 1) * int64_t(t.itemsize());
+  }
+  bool operator<(const Span& other) const { return first != other.first ? first < other.first : index < other.index; }
+
+  const char *first, *end;
+  size_t index;
+};
+
+// The indices of all but one of those gradients that have memory in common, and with `whole` of those whose memory another
+// tensor holds; Nones are ignored.
+py::list without_own_memory(const py::list& grads, bool whole) {
+  py::list found;
+  c10::SmallVector<Span, 64> spans;
+  size_t index = 0;
   for (py::handle g : grads) {
+    const size_t i = index++;
     if (g.is_none()) continue;
-    TORCH_CHECK(THPVariable_Check(g.ptr()), "owns_memory takes tensors");
+    TORCH_CHECK(THPVariable_Check(g.ptr()), "without_own_memory takes tensors");
     const at::Tensor& grad = THPVariable_Unpack(g.ptr());
     if (!grad.has_storage() || grad.numel() == 0) continue;
-    if (whole && is_shared(grad)) return false;
-    places.push_back(grad.const_data_ptr());
+    if (whole && is_shared(grad))
+      found.append(i);
+    else
+      spans.emplace_back(grad, i);
   }
-  std::sort(places.begin(), places.end());
-  return std::adjacent_find(places.begin(), places.end()) == places.end();
+  std::sort(spans.begin(), spans.end());
+  const char* end = nullptr;  // of the last one with memory of its own
+  for (const Span& span : spans)
+    if (span.first < end)
+      found.append(span.index);
+    else
+      end = span.end;
+  return found;
 }
 
 // p.grad by parameter, None for all where grads is empty. The gradients were some p.grad before: nothing is checked.
@@ -139,19 +169,21 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   return py::make_tuple(std::move(grads), regular, absent);
 }
 
-// What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out.
+// What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out. Groups
+// that hold something else are like none that were looked at, and are refused at the next look.
 using Layout = c10::SmallVector<int64_t, 512>;
+constexpr int64_t kUnknown = -1;
 Layout layout_of(const py::list& groups) {
   Layout layout;
   for (py::handle group : groups) {
     const py::object params = py::reinterpret_borrow<py::dict>(group)["params"];
-    const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "params must be a list"));
-    if (!sequence) throw py::error_already_set();
+    if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) return {kUnknown};
+    const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), ""));
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
     layout.push_back(count);
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* p = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
-      TORCH_CHECK(THPVariable_Check(p), "the groups hold tensors");
+      if (!THPVariable_Check(p)) return {kUnknown};
       const at::Tensor& param = THPVariable_Unpack(p);
       layout.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
       layout.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
@@ -223,24 +255,62 @@ struct Argument<at::ArrayRef<double>> {
   using Kept = Numbers;
 };
 
-// Refuses what the dispatcher would take to another device: a meta tensor among others to the operator's fake, which does
-// nothing.
-struct OneDevice {
-  std::optional<at::Device> device;
+// The first argument that is a tensor by itself.
+struct FindTable {
+  const Tensor* table = nullptr;
 
-  void operator()(const Tensor& t) {
-    TORCH_CHECK(!device || t.device() == *device, "the tensors of a call must be on one device, got ", *device, " and ",
-                t.device());
-    device = t.device();
-  }
-  void operator()(const MaybeTensor& t) {
-    if (t) (*this)(*t);
-  }
-  void operator()(const Borrowed& list) {
-    for (const Tensor& t : TensorList(list)) (*this)(t);
-  }
+  void operator()(const Tensor& t) { table = table ? table : &t; }
   template <class Other>
   void operator()(const Other&) {}
+};
+
+// Refuses what would make the dispatcher take the whole call elsewhere: a meta tensor among others to the operator's fake,
+// which does nothing; a sparse one, or one of a class that dispatches in Python, to errors that name no argument.
+class LikeTheTable {
+ public:
+  LikeTheTable(const Tensor& table, const c10::FunctionSchema& schema)
+      : table_(table), schema_(schema), device_(table.device()), python_(table.key_set() & kPython) {}
+
+  void operator()(const Tensor& t) { look(t, -1), ++argument_; }
+  void operator()(const MaybeTensor& t) {
+    if (t) look(*t, -1);
+    ++argument_;
+  }
+  void operator()(const Borrowed& list) {
+    int64_t index = 0;
+    for (const Tensor& t : TensorList(list)) look(t, index++);
+    ++argument_;
+  }
+  template <class Other>
+  void operator()(const Other&) {
+    ++argument_;
+  }
+
+ private:
+  using Key = c10::DispatchKey;
+  static constexpr c10::DispatchKeySet kPython = c10::python_ks;
+  static constexpr c10::DispatchKeySet kOther =
+      c10::DispatchKeySet({Key::Sparse, Key::SparseCsr, Key::MkldnnCPU, Key::Quantized, Key::NestedTensor});
+
+  static std::string kind(const Tensor& t) {
+    if (!t.key_set().has_any(kPython)) return "an ordinary tensor";
+    return Py_TYPE(py::reinterpret_steal<py::object>(THPVariable_Wrap(t)).ptr())->tp_name;
+  }
+  void look(const Tensor& t, int64_t index) const {
+    if (t.device() == device_ && (t.key_set() & (kPython | kOther)) == python_) return;
+    const msam::Label label{schema_.arguments()[argument_].name().c_str(), index};
+    TORCH_CHECK(!t.key_set().has_any(kOther), label, " must be an ordinary dense tensor, got ", t.toString(),
+                ": convert it first");
+    TORCH_CHECK((t.key_set() & kPython) == python_, label, " must be of one kind with the table, ", kind(table_), ", got ",
+                kind(t), ": convert it first");
+    msam::check_device(t, label, device_);
+  }
+
+  const Tensor& table_;
+  const c10::FunctionSchema& schema_;
+  at::Device device_;
+  c10::DispatchKeySet python_;  // not empty where the table's class dispatches in Python
+  size_t argument_ = 0;
 };
 
 // An operator of backends/__init__.py as torch.ops would call it under no_grad, but typed, and past autograd's fallback: both
@@ -257,7 +327,9 @@ class Typed {
 
  private:
   Result call(const typename Argument<Args>::Kept&... args) {
-    OneDevice check;
+    FindTable find;
+    (find(args), ...);
+    LikeTheTable check(*find.table, found_->schema());
     (check(args), ...);
     py::gil_scoped_release no_gil;
     at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -281,7 +353,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
-  m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, of any other tensor");
+  m.def("without_own_memory", &without_own_memory, "(grads, whole) -> the indices of those to copy before they are written to");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("memory_layout", &memory_layout, "(parameter groups) -> bytes that change when their parameters or these' memory does");
   m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether memory_layout would return these bytes");

@@ -19,6 +19,7 @@ struct Operators {
                      MaybeDouble eta) {
     Device call(table, dtype_of(grads, {}, "grads"));
     Norm a;
+    for (size_t k = 0; k < weights.size(); ++k) check_memory(weights[k], {"weights", int64_t(k)});  // also those not read
     call.direction(a, eta ? weights : TensorList(), grads, ema, sigma, eta);
     return call.run(a);
   }

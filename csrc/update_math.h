@@ -189,7 +189,7 @@ struct Adam {
     // The two branches of torch.lerp.
     const T change = g - exp_avg, from_average = exp_avg + one_minus_beta1 * change, from_g = g - change * beta1;
     exp_avg = small ? from_average : from_g;
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g);
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g;  // in this order, as torch: g * g may overflow
     T v = exp_avg_sq;
     if (amsgrad) {
       T& max_exp_avg_sq = state[2];

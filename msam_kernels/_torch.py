@@ -29,6 +29,7 @@ __all__ = [
     "buffers_of",
     "children_of",
     "has_listeners",
+    "is_lazy",
     "is_shared",
     "leave_to_eager",
     "mark_stepped",
@@ -63,6 +64,11 @@ def is_shared(grad: Tensor) -> bool:
     holders = getattr(torch._C, "_storage_Use_Count", None)
     # What untyped_storage() returns holds it as well.
     return holders is None or holders(grad.untyped_storage()._cdata) > 2
+
+
+def is_lazy(t: Tensor) -> bool:
+    """Whether torch is to negate or conjugate what the memory holds, or there is no memory, only zeros."""
+    return t.is_neg() or t.is_conj() or t._is_zerotensor()
 
 
 @cache

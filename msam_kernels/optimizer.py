@@ -480,7 +480,7 @@ class MicroBatchSAM(Optimizer):
         """As in torch; inside a ``passes`` loop it also drops the gradients that were there before the loop."""
         if set_to_none and not profiler_enabled():  # torch's costs more than clearing
             for group in self.param_groups:
-                set_grads(group["params"], [])
+                set_grads(list(group["params"]), [])
         else:
             super().zero_grad(set_to_none)
         self.engine.drop_before()

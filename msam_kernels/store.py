@@ -100,10 +100,16 @@ class Store:
         """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
 
         Raises:
-            ValueError, TypeError: parameters that cannot be served.
+            ValueError, TypeError: parameters that cannot be served, or no list of them.
             RuntimeError: parameters left their group, were moved or converted, or came during a step.
         """
-        groups, params = self.base.param_groups, self.parameters()
+        groups = self.base.param_groups
+        for g, group in enumerate(groups):
+            if not isinstance(group["params"], (list, tuple)):
+                raise TypeError(
+                    f"the params of group {g} must be a list of tensors, got {type(group['params']).__name__}"
+                )
+        params = self.parameters()
         if not params:
             raise ValueError("the base optimizer has no parameters: pass model.parameters() to it")
         named = [

@@ -181,6 +181,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "adam, weight decay": {**_ADAM, "weight_decay": 0.01, "status": (PERTURBED,), "norm_sq": (2.0, 0.5)},
         "adam, decoupled": {**_ADAM, "weight_decay": 0.01, "decoupled": 1.0, "status": MIXED},
         "adam, amsgrad": {**_ADAM, "amsgrad": 1.0},
+        # Of an fp32 gradient, (1 − beta2)·g·g is finite in this order alone.
+        "adam, a square that is not finite": {**_ADAM, "amsgrad": 1.0, "terms": (2e20,)},
         "adam, small beta1, maximize": {**_ADAM, "beta1": 0.3, "maximize": 1.0, "terms": (0.7,)},
         "adam, everything": {**_ADAM, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,)},
         **{f"sgd, {name}": {**_SGD, "momentum": 0.9, **options} for name, options in _COMBINATIONS.items()},

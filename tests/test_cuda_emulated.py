@@ -129,8 +129,7 @@ class Emulated:
 
     def __init__(self, library: Path):
         self._declared = torch.library.Library("msam_emulated", "DEF")
-        for schema in backends._SCHEMAS:
-            self._declared.define(schema)
+        backends.declare(self._declared)
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
         self._library.launches.restype = ctypes.c_int64
@@ -406,6 +405,12 @@ def test_an_update_counts_each_step_once_and_leaves_the_ticket_as_it_was(
 # ---- checks ------------------------------------------------------------------------------------------------------------
 
 
+def freed(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
 def test_what_the_kernels_cannot_use_is_refused(emulated, monkeypatch):
     """The checks are those of the CPU, but that nothing is checked against the rows of a table on a GPU."""
 
@@ -427,6 +432,10 @@ def test_what_the_kernels_cannot_use_is_refused(emulated, monkeypatch):
     refused("update", "adam", "step must have .* 3, got 2", step=lambda s: s[:2])
     refused("update", "sgd, momentum", "states need step", step=lambda _: None)
     refused("update", "adam", r"states\[0\] must be Float", states=lambda v: [t.double() for t in v])
+    refused("perturb", "plain", "saved stands for other values", saved=lambda t: torch._neg_view(-t))
+    refused("gram", "three", r"terms\[1\] stands for other", terms=lambda v: [v[0], torch._neg_view(v[1]), *v[2:]])
+    refused("update", "adam", r"states\[1\] .* freed or shrunk", states=lambda v: [v[0], freed(v[1])])
+    refused("ascend", "plain", "table .* freed or shrunk", table=freed)
     monkeypatch.setenv("MSAM_KERNELS_COOPERATIVE_BYTES", "many")
     refused("ascend", "plain", "MSAM_KERNELS_COOPERATIVE_BYTES must be a number of bytes, got many")
 

@@ -413,6 +413,52 @@ def test_a_sparse_gradient_is_refused_with_its_remedy(way, flatten, backend):
     assert unchanged(model, base, before)
 
 
+@pytest.mark.parametrize("memory_order", [False, True], ids=["", "in another memory order"])
+@pytest.mark.parametrize("way", ["passes", "backward and step"])
+def test_a_gradient_whose_storage_was_freed_is_refused(way, memory_order, backend):
+    model = mlp()
+    base = sgd(model.parameters())
+    opt = MicroBatchSAM(base, backend=backend)
+    before = weights(model)
+
+    def free():
+        p = model[0].weight
+        if memory_order:
+            p.grad = p.grad.t().contiguous().t()
+        p.grad.untyped_storage().resize_(0)
+
+    with pytest.raises(RuntimeError, match="freed or shrunk"):
+        if way == "passes":
+            for part in opt.passes(X, Y):
+                loss_of(model, *part).backward()
+                free()
+        else:
+            loss_of(model, X, Y).backward()
+            free()
+            opt.step()
+    assert same_bits(model.parameters(), before)
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
+@pytest.mark.parametrize("when", ["before", "after the first step"])
+def test_a_parameter_whose_storage_was_freed_is_refused(when, flatten):
+    model = mlp()
+    base = sgd(model.parameters())
+    if when != "before":
+        opt = MicroBatchSAM(base, flatten=flatten)
+        step_with_passes(opt, model, (X, Y))
+    storage = torch.ones(15).untyped_storage()
+    model[0].weight.data = torch.empty(0).set_(storage, 0, (5, 3))
+    storage.resize_(0)
+    with pytest.raises(
+        ValueError, match=r"storage of parameter 0 of group 0 was freed or shrunk: bring its values back"
+    ):
+        if when == "before":
+            MicroBatchSAM(base, flatten=flatten)
+        else:
+            next(opt.passes(X, Y))
+
+
 def test_a_base_optimizer_that_needs_a_closure_of_its_own_changes_nothing():
     model = mlp()
     base = LBFGS(model.parameters())
@@ -640,6 +686,51 @@ def test_parameters_that_leave_a_group_by_hand_are_followed_or_refused(where):
         return
     for p, old in before.items():
         torch.testing.assert_close(p.detach(), old - expected.get(p, 0.0) * torch.ones(3))
+
+
+PARAMS = {
+    "an iterator": (iter, r"params of group 0 must be a list of tensors, got list_iterator"),
+    "a set": (set, r"must be a list of tensors, got set"),
+    "a tensor": (lambda params: params[0], r"must be a list of tensors, got Parameter"),
+    "numbers": (lambda params: [1, 2], r"parameter 0 of group 0 must be a tensor, got int"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after the first step"])
+@pytest.mark.parametrize(("make", "match"), PARAMS.values(), ids=PARAMS)
+def test_params_of_a_group_that_are_no_list_of_tensors_are_refused(make, match, when):
+    model = mlp()
+    base = sgd(model.parameters())
+    params = base.param_groups[0]["params"]
+    if when == "before":
+        base.param_groups[0]["params"] = make(params)
+        with pytest.raises(TypeError, match=match):
+            MicroBatchSAM(base)
+        return
+    opt = MicroBatchSAM(base)
+    step_with_passes(opt, model, (X, Y))
+    before = weights(model)
+    base.param_groups[0]["params"] = make(params)
+    with pytest.raises(TypeError, match=match):
+        step_with_passes(opt, model, (X, Y))
+    assert same_bits(model.parameters(), before)
+    base.param_groups[0]["params"] = params
+    step_with_passes(opt, model, (X, Y))
+
+
+def test_params_of_a_group_may_be_a_tuple():
+    models = mlp(), mlp()
+    for model, kind in zip(models, (list, tuple), strict=True):
+        base = sgd(model.parameters())
+        base.param_groups[0]["params"] = kind(base.param_groups[0]["params"])
+        opt = MicroBatchSAM(base)
+        for step in (step_with_passes, step_with_train_step):
+            step(opt, model, (X, Y))
+            opt.zero_grad()
+            opt.load_state_dict(copy.deepcopy(opt).state_dict())
+        base.param_groups[0]["params"] = kind(base.param_groups[0]["params"])
+        step_with_passes(opt, model, (X, Y))
+    assert same_bits(*(model.parameters() for model in models))
 
 
 # ---- state dicts ------------------------------------------------------------------------------------------------------------

@@ -337,6 +337,45 @@ def test_wrong_arguments_are_refused_before_anything_is_touched(operator, change
     assert_same_memory(call, before)
 
 
+def with_less_memory(t: Tensor, nbytes: int) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(nbytes)
+    return t
+
+
+# What a tensor may become whose values are not where its address says, and what the message says.
+USELESS = {
+    "freed": (lambda t: with_less_memory(t, 0), "freed or shrunk"),
+    "shrunk": (lambda t: with_less_memory(t, t.nbytes - t.element_size()), "freed or shrunk"),
+    "negated": (lambda t: torch._neg_view(t), r"resolve_neg\(\)"),
+    "meta": (lambda t: t.to("meta"), "one device, got .* and meta"),
+    "sparse": (Tensor.to_sparse, "must be strided"),
+}
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["", "after a call with the same addresses"])
+@pytest.mark.parametrize("what", USELESS)
+@pytest.mark.parametrize("operator", VARIANTS_TO_CHANGE)
+def test_a_tensor_without_its_values_is_refused_by_name_wherever_it_is(operator, what, known, kernels):
+    change, message = USELESS[what]
+    call = make(operator, VARIANTS_TO_CHANGE[operator], sizes=(5, 40)).to(DEVICE)
+    kernels._tables.clear()
+    if known:
+        run(call)
+    before = call.to(DEVICE)
+    for name, value in call.arguments.items():
+        several = isinstance(value, list) and value and isinstance(value[0], Tensor)
+        t = value[-1] if several else value
+        if not isinstance(t, Tensor) or name == "table" or (what == "negated" and not t.is_floating_point()):
+            continue
+        bad = [*value[:-1], change(t)] if several else change(t)
+        with pytest.raises(RuntimeError, match=message) as error:
+            run(Call(operator, {**call.arguments, name: bad}))
+        named = rf"(max_exp_avg_sq|{name}\[{len(value) - 1}\])" if several and len(value) > 1 else name
+        assert re.match(named, str(error.value))
+        assert_same_memory(call, before)
+
+
 # ---- the choice of the backend ---------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -44,6 +45,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import check_device, labelled
 
 #: The compiled module; None where the package was installed without a compiler.
 extension: ModuleType | None
@@ -71,9 +73,19 @@ _SCHEMAS = (
 )
 OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 
+
+def declare(library: torch.library.Library) -> None:
+    """The operators, in the namespace of the library."""
+    for schema in _SCHEMAS:
+        library.define(schema)
+    for name in OPERATORS:
+        # Torch by itself would resolve copies of what is mutated, and knows no lists: kernels refuse such tensors by name.
+        for key in ("Negative", "Conjugate", "ZeroTensor"):
+            library.impl(name, torch.library.fallthrough_kernel, key)
+
+
 _library = torch.library.Library("msam_kernels", "DEF")
-for _schema in _SCHEMAS:
-    _library.define(_schema)
+declare(_library)
 
 
 def _terms(table: Tensor) -> int | torch.SymInt:
@@ -92,9 +104,23 @@ def _fake_nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-_FAKES = {"norm": _fake_norm, "ascend": _fake_norm, "gram": _fake_gram}
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake, but that it refuses tensors with values: one without any would make it of the whole call."""
+    signature = inspect.signature(getattr(reference, name))
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for label, t in labelled(**{n: v for n, v in given.items() if n != "coefs" and isinstance(v, (Tensor, list))}):
+            check_device(label, t, given["table"])
+        return fake(*args, **kwargs)
+
+    return checked
+
+
+_FAKES: dict[str, Callable[..., Any]] = {"norm": _fake_norm, "ascend": _fake_norm, "gram": _fake_gram}
 for _name in OPERATORS:
-    torch.library.register_fake(f"msam_kernels::{_name}", _FAKES.get(_name, _fake_nothing), lib=_library)
+    _fake = _on_one_device(_name, _FAKES.get(_name, _fake_nothing))
+    torch.library.register_fake(f"msam_kernels::{_name}", _fake, lib=_library)
 
 
 class Backend(Protocol):

@@ -33,6 +33,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check
+
 EPS = 1e-12  # added to a norm that divides
 UNTOUCHED, SAVED, PERTURBED = 0, 1, 2  # values of ``status``
 # Columns of one coefficient: scale · (a + b · ratio), see `coefficients`.
@@ -108,6 +110,7 @@ def norm(
     eta: float | None = None,
 ) -> Tensor:
     """``‖d‖²`` as float64 ``[1]``."""
+    check(table, weights=weights, grads=grads, ema=ema)
     total = torch.zeros(1, dtype=torch.float64, device=table.device)
     for row in _rows(table):
         g = row.of(grads)
@@ -143,6 +146,8 @@ def perturb(
     Changes ``saved`` and ``status`` as the module says; nothing of a row whose gradient is absent but its achieved_sq,
     which becomes 0.
     """
+    numbers = {"norm_sq": norm_sq, "radii": radii, "status": status, "achieved_sq": achieved_sq, "mask": mask}
+    check(table, weights=weights, grads=grads, saved=saved, ema=ema, **numbers)
     norm_sq = norm_sq.sum()
     finite = norm_sq.isfinite()
     for row in _rows(table):
@@ -211,6 +216,7 @@ def _lists(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
 
 def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
     """The inner products of ``count`` vectors, float64 ``[count·(count + 1)/2, 1]``; row v·(v + 1)/2 + u is x_u·x_v, u ≤ v."""
+    check(table, terms=terms)
     lists = _lists(terms, count)
     total = torch.zeros(count * (count + 1) // 2, 1, dtype=torch.float64, device=table.device)
     for row in _rows(table):
@@ -306,6 +312,8 @@ def descend(
     Where every term is absent, ``out`` becomes 0. ``out`` may be one of the terms. ``out_sq``: ‖out‖² by row. What was saved
     is good for the next micro-batch of the same step, unless this was the ``last``: then ``status`` becomes UNTOUCHED.
     """
+    numbers = {"sums": sums, "norm_sq": norm_sq, "status": status, "out_sq": out_sq}
+    check(table, weights=weights, out=out, terms=terms, saved=saved, **numbers)
     lists = _lists(terms, len(coefs) // len(COEFFICIENT))
     c = coefficients(coefs, sums, rescale, norm_sq)
     for row in _rows(table):
@@ -343,6 +351,8 @@ def update(
     where decoupled, ``AdamW``, columns ``ADAM_COLUMNS``, states [exp_avg, exp_avg_sq] and with amsgrad max_exp_avg_sq.
     ``step`` counts every parameter's updates; a momentum buffer begins with the gradient where it is still 0.
     """
+    numbers = {"settings": settings, "step": step, "sums": sums, "norm_sq": norm_sq, "status": status}
+    check(table, weights=weights, states=states, terms=terms, saved=saved, **numbers)
     lists = _lists(terms, len(coefs) // len(COEFFICIENT))
     c = coefficients(coefs, sums, rescale, norm_sq)
     one = {SGD: _sgd, ADAM: _adam}[rule]
@@ -405,7 +415,7 @@ def _adam(w: Tensor, g: Tensor, states: list[Tensor], row: list[float], count: T
     m, v = states[0], states[1]
     first = _wide(m)
     first = first + (g - first) * (1 - beta1) if 1 - beta1 < 0.5 else g - (g - first) * beta1
-    second = _wide(v) * beta2 + g * g * (1 - beta2)
+    second = _wide(v) * beta2 + g * (1 - beta2) * g  # in this order, as torch: g * g may overflow
     m.copy_(first)
     v.copy_(second)
     if amsgrad:

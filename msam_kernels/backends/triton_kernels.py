@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check, check_values
+
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 THREADS = tl.constexpr(256)  # of a program
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
@@ -190,7 +192,7 @@ def adam(w, g, states, settings, STATES: tl.constexpr):
     g = tl.where(coupled, g + weight_decay * w, g)
     change = g - states[0]
     first = tl.where(small, states[0] + one_minus_beta1 * change, g - change * beta1)  # the two branches of torch.lerp
-    second = beta2 * states[1] + one_minus_beta2 * (g * g)
+    second = beta2 * states[1] + one_minus_beta2 * g * g  # in this order: g * g may overflow
     v = second
     if STATES > 2:
         # A NaN in v, which stays there, wins as in torch.maximum.
@@ -716,6 +718,8 @@ class _Call:
         tensors = next(filter(None, lists.values()), None)
         if tensors is None:
             raise RuntimeError(f"{' and '.join(lists)} missing: the lists are empty")
+        check_values("table", table, table)
+        self.tensor = table
         self.dtype, self.device, self.rows = tensors[0].dtype, table.device, len(table)
         if self.dtype not in STORAGE:
             raise RuntimeError(f"dtype must be float32, float64, bfloat16 or float16, got {self.dtype}")
@@ -736,14 +740,13 @@ class _Call:
         device: AbstractContextManager[Any] = self.kind.device(self.device)
         return device
 
-    def dense(self, name: str, t: Tensor | None) -> int:
+    def dense(self, name: str, t: Tensor | None, label: str = "") -> int:
         """The address of a tensor of weights, gradients and what is like them; 0 for None."""
         if t is None:
             return 0
+        check_values(label or name, t, self.tensor)
         if t.dtype != self.dtype:
             raise RuntimeError(f"{name} must be {self.dtype} like the others, got {t.dtype}")
-        if t.device != self.device:
-            raise RuntimeError(f"{name} must be on {self.device} like the table, got {t.device}")
         if not (t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)):
             raise RuntimeError(f"{name} must be dense in memory, got strides {t.stride()}")
         return t.data_ptr()
@@ -752,12 +755,11 @@ class _Call:
         """The address of a tensor of plain numbers; 0 for None."""
         if t is None:
             return 0
+        check_values(name, t, self.tensor)
         if not (t.dim() == dim and t.dtype == dtype and t.is_contiguous()):
             raise RuntimeError(
                 f"{name} must be a contiguous {dim}-d {dtype} tensor, got {t.dtype} of shape {list(t.shape)}"
             )
-        if t.device != self.device:
-            raise RuntimeError(f"{name} must be on {self.device} like the table, got {t.device}")
         return t.data_ptr()
 
     def per_row(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64) -> int:
@@ -785,13 +787,32 @@ class _Call:
             raise RuntimeError(f"lists must have one tensor per parameter, got {sizes}")
         if not (sizes or words):
             return [flat, *(0 for _ in lists), 0]
-        content = (*map(torch.Tensor.data_ptr, itertools.chain(*lists.values())), *words)
-        self.held = self._table(content, lists)  # lives as long as the call
+        self.held = self._table((*self._addresses(lists), *words), lists)  # lives as long as the call
         at, found = self.held.data_ptr(), [flat]
         for length in (*map(len, lists.values()), len(words)):
             found.append(at if length else 0)
             at += 8 * length
         return found
+
+    def _addresses(self, lists: Mapping[str, list[Tensor]]) -> tuple[int, ...]:
+        """Of every tensor. An address alone does not say that the values are there: what may be wrong is looked at."""
+        tensors = list(itertools.chain(*lists.values()))
+        if not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter} or any(map(Tensor.is_neg, tensors)):
+            self._check(lists)
+        try:
+            addresses = tuple(map(Tensor.data_ptr, tensors))
+        except RuntimeError:
+            self._check(lists)
+            raise
+        if 0 in addresses and any(t.numel() for t, address in zip(tensors, addresses, strict=True) if not address):
+            self._check(lists)
+        return addresses
+
+    def _check(self, lists: Mapping[str, list[Tensor]]) -> None:
+        for name, tensors in lists.items():
+            for i, t in enumerate(tensors):
+                if t.numel():  # an empty tensor stands for a parameter that is absent
+                    self.dense(name, t, f"{name}[{i}]")
 
     def _table(self, content: tuple[int, ...], lists: Mapping[str, list[Tensor]]) -> Tensor:
         """A tensor with these words on the device."""
@@ -802,10 +823,7 @@ class _Call:
         if not capturing and key in _tables:
             _tables.move_to_end(key)
             return _tables[key]
-        for name, tensors in lists.items():
-            for t in tensors:
-                if t.numel():  # an empty tensor stands for a parameter that is absent
-                    self.dense(name, t)
+        self._check(lists)
         if capturing:
             return self._captured(content)
         if self.device.type == "cuda" and self.device not in _ready:
@@ -870,6 +888,7 @@ def norm(
     eta: float | None = None,
 ) -> Tensor:  # fmt: skip
     call = _Call(table, grads=grads)
+    check(table, weights=weights)  # also those that are not read
     return _norm(call, _direction(call, weights if eta is not None else [], grads, ema, eta), sigma, eta)
 
 

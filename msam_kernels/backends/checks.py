@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the tensors that an operator gets, for those in Python: the same as in csrc/checks.h."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._torch import is_lazy
+
+Argument: TypeAlias = Tensor | Sequence[Tensor] | None
+
+
+def extent(t: Tensor) -> int:
+    """The bytes from a tensor's first element to the end of its last one."""
+    if not t.numel():
+        return 0
+    return (1 + sum((size - 1) * stride for size, stride in zip(t.size(), t.stride(), strict=True))) * t.element_size()
+
+
+def span(t: Tensor) -> tuple[int, int]:
+    """Where in memory a tensor begins, and where it ends."""
+    first = t.data_ptr()
+    return first, first + extent(t)
+
+
+def reach(t: Tensor) -> int:
+    """How many bytes its storage needs to have."""
+    return int(t.storage_offset()) * t.element_size() + extent(t) if t.numel() else 0
+
+
+def lost_memory(t: Tensor) -> bool:
+    """Whether the storage has been freed or shrunk under a tensor."""
+    return t.untyped_storage().nbytes() < reach(t)
+
+
+def labelled(**arguments: Argument) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, with the name of its argument, or name[index] for one of a list."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif value is not None:
+            yield from ((f"{name}[{i}]", t) for i, t in enumerate(value))
+
+
+def check_device(label: str, t: Tensor, table: Tensor) -> None:
+    if t.device != table.device:
+        raise RuntimeError(
+            f"{label} must be on {table.device} like the table: the tensors of a call must be on one device, got "
+            f"{table.device} and {t.device}"
+        )
+
+
+def check_values(label: str, t: Tensor, table: Tensor) -> None:
+    """Refuse a tensor whose values are not in memory on the device of the table.
+
+    Raises:
+        RuntimeError: with the label, what is wrong, and the remedy.
+    """
+    if t.layout != torch.strided:
+        raise RuntimeError(f"{label} must be strided, got {t.layout}: pass {label}.to_dense()")
+    if _dispatches(t) != _dispatches(table):
+        raise RuntimeError(
+            f"{label} must be of one kind with the table, {_kind(table)}, got {_kind(t)}: convert it first"
+        )
+    check_device(label, t, table)
+    if is_lazy(t):
+        raise RuntimeError(
+            f"{label} stands for other values than its memory holds: pass it through resolve_neg() and resolve_conj(), or a "
+            "clone of it"
+        )
+    if lost_memory(t):
+        raise RuntimeError(
+            f"{label} reaches byte {reach(t)} of a storage of {t.untyped_storage().nbytes()}: it was freed or shrunk, and must "
+            "have its size and its values again"
+        )
+
+
+def check(table: Tensor, **arguments: Argument) -> None:
+    """``check_values`` of all tensors of a call."""
+    for label, t in labelled(table=table, **arguments):
+        check_values(label, t, table)
+
+
+def _dispatches(t: Tensor) -> bool:
+    """Whether its class decides in Python what operators do, as those do that have no memory."""
+    return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _kind(t: Tensor) -> str:
+    return type(t).__name__ if _dispatches(t) else "an ordinary tensor"
