@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 # A batch is any tree of tensors; torch's public name for this is newer than the oldest torch that is served.
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = [
     "LIKE_NEW",
@@ -36,8 +36,6 @@ __all__ = [
     "profiler_enabled",
     "step_hooks",
     "tree_flatten",
-    "tree_leaves",
-    "tree_map",
     "tree_unflatten",
 ]
 

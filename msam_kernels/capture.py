@@ -94,6 +94,15 @@ class CapturedStep:
         check_integer("warm_up", warm_up, 1)
         opt.micro_batches(loss_fn, batch)  # refuses what cannot be split
         leaves, self._structure = tree_flatten(batch)
+        for leaf in leaves:
+            if leaf is not None and not (
+                isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
+            ):
+                what = f"tensor of layout {leaf.layout}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(
+                    f"a captured step copies each batch to where the graph reads it: dense tensors, in dicts, tuples and "
+                    f"lists; got a {what}: use train_step for such batches"
+                )
         self._opt, self._loss_fn, self._recorder, self._warm_up = opt, loss_fn, recorder, warm_up
         # The graph's inputs: their addresses stay.
         self._inputs = [t if t is None else torch.empty_like(t, device=recorder.device) for t in leaves]

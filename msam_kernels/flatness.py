@@ -39,8 +39,8 @@ from torch.optim import SGD
 
 from . import methods as _methods
 from ._checks import check_integer, check_number
-from ._torch import buffers_of, parameters_of, tree_leaves, tree_map
-from .batches import Split, mean, split
+from ._torch import buffers_of, parameters_of
+from .batches import Split, leaves_of, mean, rebuilt, renewal, split
 from .flat import check_parameters
 from .gradients import Optionals
 from .optimizer import MicroBatchSAM
@@ -269,7 +269,8 @@ class _Evaluations:
         devices: set[torch.device],
     ):
         self.loss_fn, self.params, self.opt = loss_fn, params, opt
-        self.parts, self.shares = split(data, opt.split.sizes)
+        self.parts, self.shares = split(data, opt.split)
+        self._renewed = renewal(self.parts[0])
         self._unpack = len(data) > 1
         self._rewind, self._devices = rewind, devices
         self._random: dict[int, _RandomStates] = {}  # by micro-batch: what its first evaluation began with
@@ -284,6 +285,8 @@ class _Evaluations:
             self._random[i] = _random_states(self._devices)
         torch.clear_autocast_cache()  # an autocast around the call would go on with casts of the weights at w
         part = self.parts[i]
+        if self._renewed is not None:
+            part = self._renewed(part)
         loss = self.loss_fn(*part) if self._unpack else self.loss_fn(part)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
@@ -376,11 +379,11 @@ def _evaluations(
         sparse = method.full.sparse
         if sparse is not None and sparse.update_every is None:
             raise ValueError(f"{sparse} chooses no mask by itself, and no other is known here: give it update_every")
-    tensors = [t for t in chain(model.parameters(), model.buffers(), tree_leaves(data)) if isinstance(t, Tensor)]
+    tensors = [t for t in chain(model.parameters(), model.buffers(), leaves_of(data)) if isinstance(t, Tensor)]
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     with _converted(model, dtype), _undisturbed(model, devices) as rewind:
         if dtype is not None:
-            data = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, data)
+            data = rebuilt(data, lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t)
         params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         # Never stepped: it splits the batch, looks at the arguments as always, and makes the perturbation.
         opt = MicroBatchSAM(

@@ -271,8 +271,10 @@ class MicroBatchSAM(Optimizer):
         """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
 
         ``batch``: tensors, or dicts, tuples and lists of them, that share dim 0. Several arguments are yielded as a tuple,
-        one as it came, both sliced along dim 0 (views). Without arguments the loop is one micro-batch of somebody else's
-        accumulation, and yields None.
+        one as it came, both sliced along dim 0 (views). Where there is one micro-batch and so nothing to slice, anything
+        goes: strings, numbers, images of several sizes, sparse tensors. Without arguments the loop is one micro-batch of
+        somebody else's accumulation, and yields None. Each pass gets containers of its own, with the same tensors in them:
+        what a body takes out of its dict is there in the next pass.
 
         After the loop the weights are bit for bit what they were, and the mean descent gradient, weighted by micro-batch
         size, has been added to ``p.grad``, as ``backward()`` would. A ``break``, an exception or a dropped iterator
@@ -281,11 +283,12 @@ class MicroBatchSAM(Optimizer):
 
         Raises:
             ValueError: tensors of different length, or more micro-batches than samples.
-            TypeError: something in ``batch`` that is neither a tensor nor None.
+            TypeError: something in ``batch`` that cannot be sliced.
             RuntimeError: another loop is under way.
         """
         self.engine.check_idle("passes()")
-        return self.engine.passes(*batches.split(batch, self.split.sizes))
+        parts, shares = batches.split(batch, self.split)
+        return self.engine.passes(parts, shares, batches.renewal(parts[0]))
 
     def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Update the weights.
@@ -358,7 +361,7 @@ class MicroBatchSAM(Optimizer):
 
     def micro_batches(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...]) -> MicroBatches:
         """The closures that ``train_step`` runs, one per micro-batch."""
-        return batches.closures_of(loss_fn, batch, self.split.sizes)
+        return batches.closures_of(loss_fn, batch, self.split)
 
     def capture(self, loss_fn: Callable[..., Tensor], *example_batch: Any, warm_up: int = 3) -> CapturedStep:
         """``train_step(loss_fn, *batch)`` as one CUDA graph: both passes of every micro-batch, all kernels, the update.
@@ -465,9 +468,7 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("update_mask()")
         if not samples:
             raise ValueError("update_mask needs samples: update_mask(loss_fn, x, y)")
-        closures = batches.closures_of(loss_fn, samples, batches.single_samples)
-        if not closures:
-            raise ValueError("the batch has no samples")
+        closures = batches.closures_of(loss_fn, samples, Split(None, 1))
         self.engine.update_mask(closures, sparse)
 
     def _check_sparse(self, what: str) -> methods.SparseSAM:

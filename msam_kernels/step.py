@@ -200,13 +200,15 @@ class Engine:
 
     # -- steps ------------------------------------------------------------------------------------------------------------
 
-    def passes(self, parts: list[Any], shares: list[float]) -> Generator[Any, None, None]:
-        """The loop of one step without the update: each micro-batch as often as the plan says."""
+    def passes(
+        self, parts: list[Any], shares: list[float], renewed: Callable[[Any], Any] | None
+    ) -> Generator[Any, None, None]:
+        """The loop of one step without the update: each micro-batch as often as the plan says, renewed for each pass."""
         self.check_idle("passes()")
         with self.begin(shares) as step:
             step.adds_to_v = step.had_gradients and self.v_step == self.steps
             for _, part in step.turns(parts):
-                yield part
+                yield part if renewed is None else renewed(part)
             step.conclude()
             step.end_in_grads()
 
