@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -93,7 +93,7 @@ def sharpness(
     with _evaluations(model, loss_fn, data, split, rho=rho, method=method, backend=backend) as evaluations:
         opt, rises = evaluations.opt, []
         for i in range(len(evaluations.parts)):
-            with closing(opt.passes()) as passes:  # given up half-way: the weights are back, nothing is learned
+            with opt.passes() as passes:  # given up half-way: the weights are back, nothing is learned
                 next(passes)
                 at_w, grads = evaluations.gradients(i)
                 _perturb(passes, evaluations.params, grads, opt)
@@ -532,7 +532,7 @@ def _ascent(evaluations: _Evaluations, backend: str) -> list[Tensor]:
     before = [p.detach().double() for p in evaluations.params]
     copies: list[Tensor] = [nn.Parameter(w.clone()) for w in before]
     opt = MicroBatchSAM(SGD(copies, lr=0.0), 1.0, method=evaluations.opt.method, flatten=False, backend=backend)
-    with closing(opt.passes()) as passes:
+    with opt.passes() as passes:
         next(passes)
         _perturb(passes, copies, gradient, opt)
         return [p.detach() - w for p, w in zip(copies, before, strict=True)]

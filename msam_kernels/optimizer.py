@@ -33,6 +33,50 @@ def _of_engine(name: str, doc: str) -> Any:
     )
 
 
+class Passes(Generator[Any, None, None]):
+    """The loop of one step, see ``MicroBatchSAM.passes``: an iterator, and a context at the end of which the loop is over."""
+
+    def __init__(self, turns: Generator[Any, None, None]):
+        self._turns: Generator[Any, None, None] | None = turns
+        self._taken = ref(turns)
+
+    def __iter__(self) -> Generator[Any, None, None]:
+        """The generator itself, which whoever loops holds alone from now on: leaving the loop drops it, and that ends it."""
+        turns = self._under_way()
+        self._turns = None
+        return turns
+
+    def _under_way(self) -> Generator[Any, None, None]:
+        turns = self._taken()
+        if turns is None:
+            raise RuntimeError("this passes() loop is over: call opt.passes() for another one")
+        return turns
+
+    def __next__(self) -> Any:
+        turns = self._taken()
+        if turns is None:
+            raise StopIteration
+        return next(turns)
+
+    def send(self, value: None) -> Any:
+        return self.__next__()
+
+    def throw(self, *error: Any) -> Any:
+        return self._under_way().throw(*error)
+
+    def close(self) -> None:
+        """Give the loop up, unless it has ended."""
+        turns = self._taken()
+        if turns is not None:
+            turns.close()
+
+    def __enter__(self) -> Passes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class MicroBatchSAM(Optimizer):
     r"""Sharpness-aware minimization over micro-batches (mSAM), with the family's other methods, around any optimizer.
 
@@ -226,7 +270,12 @@ class MicroBatchSAM(Optimizer):
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps."""
+        """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps.
+
+        Raises:
+            RuntimeError: the weights are perturbed, and would be saved as they are.
+        """
+        self.engine.check_restored("state_dict()")
         self.engine.radii.take_schedules(self.steps)
         return {**super().state_dict(), checkpoint.KEY: checkpoint.saved(self.engine)}
 
@@ -267,7 +316,7 @@ class MicroBatchSAM(Optimizer):
         """
         return self.engine.stats()
 
-    def passes(self, *batch: Any) -> Generator[Any, None, None]:
+    def passes(self, *batch: Any) -> Passes:
         """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
 
         ``batch``: tensors, or dicts, tuples and lists of them, that share dim 0. Several arguments are yielded as a tuple,
@@ -281,6 +330,15 @@ class MicroBatchSAM(Optimizer):
         restores the weights and the gradients that were there before. Until the loop ends, gradients that passes leave are
         the optimizer's alone: it keeps some, and may add to them.
 
+        A variable or a progress bar may hold what this returns. But where something keeps the iterator that was made of it,
+        as ``enumerate`` in a variable does, Python does not tell it that the loop was left. A loop that may be left early
+        then stands in a block, at the end of which it is over::
+
+            with opt.passes(x, y) as parts:
+                numbered = enumerate(parts)
+                for i, (xb, yb) in numbered:
+                    ...
+
         Raises:
             ValueError: tensors of different length, or more micro-batches than samples.
             TypeError: something in ``batch`` that cannot be sliced.
@@ -288,7 +346,7 @@ class MicroBatchSAM(Optimizer):
         """
         self.engine.check_idle("passes()")
         parts, shares = batches.split(batch, self.split)
-        return self.engine.passes(parts, shares, batches.renewal(parts[0]))
+        return Passes(self.engine.passes(parts, shares, batches.renewal(parts[0])))
 
     def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Update the weights.

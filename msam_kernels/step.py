@@ -37,6 +37,8 @@ class Stats:
     nonfinite: Tensor
 
 
+#: For a loop that was left early, which its iterator does not learn while somebody holds it.
+LEFT = "; a loop that may be left early is given up at the end of `with opt.passes(...) as parts:`"
 #: By base optimizer: the groups whose rho a wrapper put there.
 RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
@@ -77,15 +79,18 @@ class Engine:
     # -- between steps ----------------------------------------------------------------------------------------------------
 
     def check_idle(self, what: str) -> None:
-        if self.step is None and not self.broken:
-            return
+        self.check_restored(what)
+        if self.step is not None:
+            raise RuntimeError(
+                f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up{LEFT}"
+            )
+
+    def check_restored(self, what: str) -> None:
         if self.broken or (self.step is not None and self.step.perturbed):
             raise RuntimeError(
                 f"{what} while the weights are perturbed: finish the passes() loop first, or call opt.restore() to give it up"
+                f"{LEFT}"
             )
-        raise RuntimeError(
-            f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up"
-        )
 
     def adopt(self) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho."""

@@ -16,6 +16,7 @@ from torch.optim import SGD
 
 from msam_kernels import backends, flatness, methods
 from msam_kernels.batches import rebuilt
+from msam_kernels.optimizer import Passes
 from plain import DEVICE, METHODS, PlainSAM, Zoo, batch, images, loss_of, mlp, same_bits, split, weights
 
 F64 = torch.float64
@@ -767,7 +768,7 @@ def test_a_method_that_perturbs_nothing_is_refused(monkeypatch):
     def once(opt) -> Iterator[None]:
         yield None
 
-    monkeypatch.setattr(flatness.MicroBatchSAM, "passes", once)
+    monkeypatch.setattr(flatness.MicroBatchSAM, "passes", lambda opt: Passes(once(opt)))
     with pytest.raises(ValueError, match=r"SAM\(.*perturbs nothing.*give one that does"):
         flatness.sharpness(model, loss_fn_of(model), batch(dtype=F64), 0.1)
 
