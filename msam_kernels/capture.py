@@ -192,7 +192,8 @@ class CapturedStep:
             tensors += [memory.buffer for memory in flat.memories.values()]
             tensors += flat.state.values()
         fused = fused_rule(self._opt.base_optimizer) is not None
-        return engine.store.layout, engine.tables.names, fused, [t.data_ptr() for t in tensors]
+        addresses = [t.data_ptr() for t in tensors] + engine.buffers.addresses()
+        return engine.store.layout, engine.tables.names, fused, addresses
 
 
 def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:

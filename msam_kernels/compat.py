@@ -73,7 +73,7 @@ class SAM(MicroBatchSAM):
         try:
             if step.plan.perturbs:
                 step.ascend()
-                engine.statistics.freeze()
+                engine.buffers.freeze()
             else:
                 engine.step = None
         except BaseException:
@@ -96,7 +96,7 @@ class SAM(MicroBatchSAM):
                 raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
             step = engine.begin([1.0], clear=False)
         try:
-            engine.statistics.thaw()
+            engine.buffers.thaw()
             step.update()
         except BaseException:
             self.restore()

@@ -41,6 +41,7 @@ from . import methods as _methods
 from ._checks import check_integer, check_number
 from ._torch import buffers_of, parameters_of
 from .batches import Split, leaves_of, mean, rebuilt, renewal, split
+from .buffers import Buffers
 from .flat import check_parameters
 from .gradients import Optionals
 from .optimizer import MicroBatchSAM
@@ -407,9 +408,8 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
     params, modules = list(model.parameters()), list(model.modules())
     grads = [p.grad for p in params]
     training = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer, _values(buffer)) for module in modules for name, buffer in buffers_of(module).items()
-    ]
+    buffers = Buffers(model)
+    buffers.freeze()
     # Kernels want memory without gaps; only where there are some, e.g. in a column of a matrix, a copy is used.
     spread = [
         (p, p.data)
@@ -417,20 +417,12 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
         if p.requires_grad and torch.empty_like(p.data, device="meta").stride() != p.stride()
     ]
     random = _random_states(devices)
-
-    @torch.no_grad()
-    def rewind() -> None:
-        for module, name, buffer, values in buffers:
-            buffers_of(module)[name] = buffer  # a layer may assign instead of writing in place
-            if buffer is not None and values is not None:
-                buffer.copy_(values)
-
     try:
         for p in params:
             p.grad = None
         for p, memory in spread:
             p.data = memory.clone()
-        yield rewind
+        yield buffers.rewind
     finally:
         for p, memory in spread:
             p.data = memory
@@ -439,14 +431,7 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
         _set_random_states(random)
-        rewind()
-
-
-def _values(buffer: Tensor | None) -> Tensor | None:
-    """A copy; None where nobody can write: torch refuses that for expanded tensors."""
-    if buffer is None or (buffer.layout == torch.strided and 0 in buffer.stride() and buffer.numel() > 1):
-        return None
-    return buffer.detach().clone()
+        buffers.thaw()
 
 
 @contextmanager

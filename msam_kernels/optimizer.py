@@ -15,9 +15,9 @@ from . import batches, checkpoint, methods
 from ._checks import check_integer
 from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
+from .buffers import check_model
 from .gradients import set_grads
 from .rules import Radius, check_rho, rho_at
-from .statistics import check_model
 from .step import Engine, Stats
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ class MicroBatchSAM(Optimizer):
         num_micro_batches: parts into which ``passes(*batch)`` and ``train_step`` split a batch. Default 1: SAM.
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
-        model: if given, its BatchNorm-like layers update their running statistics in the first pass only.
+        model: if given, its buffers, e.g. BatchNorm's statistics or a codebook, change in the first pass of each micro-batch
+            only: after the others they are brought back from a copy, which is made in each step.
         flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower.
         backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
             "reference" (plain torch, on any device).
@@ -194,14 +195,14 @@ class MicroBatchSAM(Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """Whose running statistics are updated in the first pass only."""
-        return self.engine.statistics.model
+        """Whose buffers change in the first pass of each micro-batch only."""
+        return self.engine.buffers.model
 
     @model.setter
     def model(self, model: nn.Module | None) -> None:
         if model is not None:
             check_model(model)
-        self.engine.statistics.model = model
+        self.engine.buffers.model = model
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 
@@ -315,6 +316,18 @@ class MicroBatchSAM(Optimizer):
             RuntimeError: no pass of a step that perturbs has ended yet.
         """
         return self.engine.stats()
+
+    @property
+    def pass_index(self) -> int | None:
+        """Where the pass under way is: 0 at w, 1 at w + e, 2 at w − e. None outside of a step.
+
+        For what your own code does once per micro-batch, in the body of a loop, a closure, a layer or a hook::
+
+            if not opt.pass_index:
+                meter.update(loss)
+        """
+        step = self.engine.step
+        return None if step is None else step.turn
 
     def passes(self, *batch: Any) -> Passes:
         """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
@@ -511,7 +524,7 @@ class MicroBatchSAM(Optimizer):
         """Choose Sparse SAM's mask by the sum of squares of the gradients of single samples, the Fisher information.
 
         A mask that is "dynamic" drops and regrows by it. One forward and backward per sample, without perturbation. Weights,
-        gradients, and with ``model=`` its running statistics, stay what they are. Layers that need more than one sample
+        gradients, and with ``model=`` its buffers, stay what they are. Layers that need more than one sample
         (BatchNorm in training) are the caller's to switch: ``model.eval()``.
 
         Args:

@@ -386,21 +386,6 @@ def test_parameters_without_values_are_refused_with_the_remedy():
         MicroBatchSAM(sgd(model.parameters()))
 
 
-def test_statistics_in_torchscript_are_refused_with_the_remedy():
-    def scripted(norm: nn.Module) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is deprecated
-            return torch.jit.script(nn.Sequential(nn.Linear(2, 3), norm))
-
-    model = scripted(nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match=r"model has 1 in TorchScript.*before torch\.jit"):
-        MicroBatchSAM(sgd(model.parameters()), model=model)
-    MicroBatchSAM(sgd(model.parameters()))
-    for norm in (nn.BatchNorm1d(3, track_running_stats=False), nn.InstanceNorm1d(3), nn.LayerNorm(3)):
-        model = scripted(norm)
-        MicroBatchSAM(sgd(model.parameters()), model=model)
-
-
 def test_an_attempt_that_fails_leaves_the_earlier_wrappers_rho():
     base = sgd([nn.Parameter(torch.ones(3))])
     MicroBatchSAM(base, rho=0.03)

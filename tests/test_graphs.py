@@ -307,6 +307,20 @@ def test_each_pass_gets_the_batch_whole(count):
     assert recorder.replays == 2
 
 
+def test_a_buffer_of_another_shape_lets_it_capture_again():
+    """The graph writes to the copies of the buffers."""
+    model, opt, loss_fn = setup()
+    step, recorder = captured(opt, model, loss_fn, *data())
+    for _ in range(4):
+        step(*data())
+    assert recorder.captures == 1
+    model.register_buffer("another", torch.ones(2))
+    opt.train_step(loss_fn, *data())
+    for _ in range(4):
+        step(*data())
+    assert recorder.captures == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

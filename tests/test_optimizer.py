@@ -710,6 +710,46 @@ def test_tensors_and_tuples_of_them_come_as_they_are():
             assert part is data[0]
 
 
+# ---- which pass it is ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("method", "indices"),
+    [
+        (methods.SAM(), [0, 1]),
+        (methods.BilateralSAM(), [0, 1, 2]),
+        (methods.SAM(start=1), [0]),
+        (methods.LookSAM(k=2), [0, 1]),
+    ],
+    ids=["SAM", "Bilateral SAM", "before the start", "LookSAM"],
+)
+def test_a_layer_can_know_which_pass_it_is_in(method, indices, way, micro_batches):
+    model, seen = mlp(), []
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.5, method=method, num_micro_batches=micro_batches)
+    model.register_forward_hook(lambda *_: seen.append(opt.pass_index))
+    assert opt.pass_index is None
+    WAYS[way](opt, model, batch(6))
+    assert seen == indices * micro_batches
+    assert opt.pass_index is None
+    model(batch()[0])
+    assert seen[-1] is None
+
+
+def test_after_a_step_that_was_given_up_no_pass_is_under_way():
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1))
+    parts = opt.passes(*batch())
+    assert opt.pass_index is None
+    loss_of(model, *next(parts)).backward()
+    assert opt.pass_index == 0
+    next(parts)
+    assert opt.pass_index == 1
+    opt.restore()
+    assert opt.pass_index is None
+
+
 def test_train_step_takes_structures_as_passes_does():
     model = mlp()
     opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), num_micro_batches=2)
