@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,19 @@ from torch import Tensor, nn
 # Torch's wrapper around ``step`` names it for the profiler, and is left out where nobody listens.
 from torch._C._autograd import _profiler_enabled as profiler_enabled
 
-# A layer that normalises by its batch alone does not ask the flag that BatchNorm asks.
-from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
-
 # Hooks of all optimizers: whoever registers one there expects it to run at every step.
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 # A batch is any tree of tensors; torch's public name for this is newer than the oldest torch that is served.
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = [
     "LIKE_NEW",
-    "InstanceNorm",
+    "Table",
     "TreeSpec",
     "buffers_of",
     "children_of",
+    "copy_all",
     "has_listeners",
     "is_lazy",
     "is_shared",
@@ -37,9 +35,8 @@ __all__ = [
     "profiler_enabled",
     "step_hooks",
     "tree_flatten",
-    "tree_leaves",
-    "tree_map",
     "tree_unflatten",
+    "version_of",
 ]
 
 
@@ -89,7 +86,11 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+#: A module's buffers by name. TorchScript's modules have something that is no dict, but serves as one here.
+Table: TypeAlias = dict[str, Tensor | None]
+
+
+def buffers_of(module: nn.Module) -> Table:
     """The module's own table: one that is put there is a buffer, whatever the module does when attributes are set."""
     return module._buffers
 
@@ -97,3 +98,13 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Schedulers look at this to warn where ``scheduler.step()`` comes before ``optimizer.step()``."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def copy_all(to: list[Tensor], values: list[Tensor]) -> None:
+    """Each of ``values``, all of one dtype and device, into its tensor of ``to``; torch has no public name for it."""
+    torch._foreach_copy_(to, values)
+
+
+def version_of(t: Tensor) -> int:
+    """How often it was changed in place, which autograd asks too; torch has no public name for it."""
+    return t._version

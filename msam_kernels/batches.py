@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, MutableMapping, MutableSequence, MutableSet, Sequence
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ._torch import tree_flatten, tree_unflatten
 
@@ -20,6 +22,11 @@ class Split:
 
     count: int | None
     size: int | None
+
+    @property
+    def leaves_whole(self) -> bool:
+        """Whether there is nothing to split, whatever the batch is."""
+        return self.count == 1 and self.size is None
 
     def sizes(self, samples: int) -> list[int]:
         if samples == 0:
@@ -35,36 +42,46 @@ class Split:
         return [samples // count + (i < samples % count) for i in range(count)]
 
 
-def single_samples(samples: int) -> list[int]:
-    """Micro-batches of one sample each."""
-    return [1] * samples
+#: For what nobody can split but the user.
+WAYS_OUT = (
+    "cut the micro-batches yourself: run a passes() loop without arguments for each, with its share of the loss, or "
+    "step([closure, ...]) with a closure for each"
+)
 
 
-def split(batch: tuple[Any, ...], sizes_of: Callable[[int], list[int]]) -> tuple[list[Any], list[float]]:
+def split(batch: tuple[Any, ...], how: Split) -> tuple[list[Any], list[float]]:
     """The micro-batches, and the share of the batch's samples that each holds.
 
     One tree of tensors is split into such trees, several into tuples of them; without any there is one micro-batch, None.
+    Where there is nothing to split, the batch may be anything.
 
     Raises:
-        ValueError: tensors of different length, or what ``sizes_of`` raises.
-        TypeError: something that is neither a tensor nor None.
+        ValueError: tensors of different length, none, fewer samples than micro-batches.
+        TypeError: something that is neither a dense tensor nor None.
     """
     if not batch:
         return [None], [1.0]
     whole = batch[0] if len(batch) == 1 else batch
+    if how.leaves_whole:
+        return [whole], [1.0]
     plain = all(isinstance(t, Tensor) for t in batch)  # the usual case, without the cost of walking a tree
-    leaves, spec = (batch, None) if plain else tree_flatten(whole)
+    leaves, spec = (batch, None) if plain else tree_flatten(whole, is_leaf=lambda t: isinstance(t, PackedSequence))
     lengths = set()
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+        if leaf is not None and (what := _why_not(leaf)):
+            raise TypeError(
+                "a batch that is split into micro-batches holds dense tensors that share dim 0, in dicts, tuples and lists; "
+                f"got {what}: {WAYS_OUT}"
+            )
+        if leaf is not None:
             lengths.add(leaf.shape[0])
-        elif leaf is not None:
-            what = "a 0-d tensor" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
-            raise TypeError(f"a batch holds tensors that share dim 0, in dicts, tuples and lists; got {what}")
     if len(lengths) != 1:
-        raise ValueError(f"the tensors of a batch must share dim 0, got lengths {sorted(lengths)}")
+        raise ValueError(
+            "the tensors of a batch that is split into micro-batches must share dim 0, "
+            f"got lengths {sorted(lengths)}: {WAYS_OUT}"
+        )
     (samples,) = lengths
-    sizes = sizes_of(samples)
+    sizes = how.sizes(samples)
     if len(sizes) == 1:
         return [whole], [1.0]
     columns = [[None] * len(sizes) if leaf is None else leaf.split(sizes) for leaf in leaves]
@@ -76,6 +93,75 @@ def split(batch: tuple[Any, ...], sizes_of: Callable[[int], list[int]]) -> tuple
     return parts, [size / samples for size in sizes]
 
 
+def _why_not(leaf: Any) -> str:
+    """What it is that cannot be cut along dim 0; empty where it can."""
+    if not isinstance(leaf, Tensor):
+        return f"a {type(leaf).__name__}"
+    if leaf.is_nested or leaf.layout is not torch.strided:
+        return f"a nested tensor of layout {leaf.layout}" if leaf.is_nested else f"a tensor of layout {leaf.layout}"
+    return "" if leaf.dim() else "a 0-d tensor"
+
+
+def rebuilt(part: Any, of: Callable[[Any], Any] | None = None) -> Any:
+    """``part`` in new containers, so that whoever takes something out of them takes it out of nothing else.
+
+    What is in them is the same, or what ``of`` makes of it. Containers are dicts, lists, sets and what behaves like them,
+    and dataclasses; a tuple is rebuilt where something in it is new. What cannot be copied stays as it is.
+    """
+    known: dict[int, Any] = {}  # by id: also of containers that hold themselves
+
+    def new(old: Any) -> Any:
+        if isinstance(old, tuple):
+            items = [new(item) for item in old]
+            if all(a is b for a, b in zip(items, old, strict=True)):
+                return old
+            return tuple.__new__(type(old), items)  # named ones too
+        if isinstance(old, Tensor) or not _is_container(old):
+            return old if of is None else of(old)
+        if id(old) in known:
+            return known[id(old)]
+        try:
+            container = copy.copy(old)
+        except Exception:  # whatever somebody else's class raises
+            return old
+        known[id(old)] = container
+        own = getattr(container, "__dict__", {})  # where those that are no dict or list themselves keep one
+        own.update({name: new(value) for name, value in own.items()})
+        if isinstance(container, dict):
+            for key, value in list(dict.items(container)):
+                dict.__setitem__(container, key, new(value))
+        elif isinstance(container, list):
+            list.__setitem__(container, slice(None), [new(value) for value in list.__iter__(container)])
+        return container
+
+    return new(part)
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (dict, list, MutableMapping, MutableSequence, MutableSet)) or (
+        is_dataclass(value) and not isinstance(value, type)
+    )
+
+
+def renewal(part: Any) -> Callable[[Any], Any] | None:
+    """What makes of such a micro-batch the one that a pass gets; None where it has no containers that a pass could change."""
+    parts = part if type(part) is tuple else (part,)
+    plain = all(isinstance(t, Tensor) for t in parts)  # the usual case, without the cost of a copy
+    return None if plain or rebuilt(part) is part else rebuilt
+
+
+def leaves_of(part: Any) -> list[Any]:
+    """What is in the containers of ``part``."""
+    found = []
+
+    def find(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    rebuilt(part, find)
+    return found
+
+
 class MicroBatches(list[Callable[[], Any]]):
     """One closure per micro-batch, with the share of the batch that each has."""
 
@@ -84,9 +170,7 @@ class MicroBatches(list[Callable[[], Any]]):
         self.shares = list(shares)
 
 
-def closures_of(
-    loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], sizes_of: Callable[[int], list[int]]
-) -> MicroBatches:
+def closures_of(loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], how: Split) -> MicroBatches:
     """Closures that run ``loss_fn`` forward and backward on each micro-batch, and return the detached loss.
 
     Raises:
@@ -94,9 +178,12 @@ def closures_of(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of a micro-batch that returns its mean loss, got {loss_fn!r}")
-    parts, shares = split(batch, sizes_of)
+    parts, shares = split(batch, how)
+    renewed = renewal(parts[0])
 
     def closure(part: Any) -> Tensor:
+        if renewed is not None:
+            part = renewed(part)
         loss = loss_fn(*part) if len(batch) > 1 else loss_fn(part)
         loss.backward()
         return loss.detach()

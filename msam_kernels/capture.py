@@ -94,6 +94,15 @@ class CapturedStep:
         check_integer("warm_up", warm_up, 1)
         opt.micro_batches(loss_fn, batch)  # refuses what cannot be split
         leaves, self._structure = tree_flatten(batch)
+        for leaf in leaves:
+            if leaf is not None and not (
+                isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
+            ):
+                what = f"tensor of layout {leaf.layout}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(
+                    f"a captured step copies each batch to where the graph reads it: dense tensors, in dicts, tuples and "
+                    f"lists; got a {what}: use train_step for such batches"
+                )
         self._opt, self._loss_fn, self._recorder, self._warm_up = opt, loss_fn, recorder, warm_up
         # The graph's inputs: their addresses stay.
         self._inputs = [t if t is None else torch.empty_like(t, device=recorder.device) for t in leaves]
@@ -183,7 +192,8 @@ class CapturedStep:
             tensors += [memory.buffer for memory in flat.memories.values()]
             tensors += flat.state.values()
         fused = fused_rule(self._opt.base_optimizer) is not None
-        return engine.store.layout, engine.tables.names, fused, [t.data_ptr() for t in tensors]
+        addresses = [t.data_ptr() for t in tensors] + engine.buffers.addresses()
+        return engine.store.layout, engine.tables.names, fused, addresses
 
 
 def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import methods
-from ._torch import mark_stepped
+from ._torch import mark_stepped, version_of
 from .optimizer import MicroBatchSAM
 
 
@@ -25,19 +26,23 @@ class SAM(MicroBatchSAM):
         loss_fn(model(x), y).backward()
         opt.second_step(zero_grad=True)  # w back, base optimizer's step
 
-    ``step(closure)`` is both steps: the gradient at w is in ``p.grad`` already, the closure makes the second one.
-    Everything else is ``MicroBatchSAM``: fused kernels, exact restore, checkpoints, schedulers on either object.
+    ``step(closure)`` is both steps. Where the gradient at w is in ``p.grad`` already, the closure makes the second one;
+    where it is not, as under frameworks whose closure does everything, the closure runs at w first. Everything else is
+    ``MicroBatchSAM``: fused kernels, exact restore, checkpoints, schedulers on either object.
 
     Args:
         params: parameters or parameter groups, as for any optimizer; a group may have a "rho" of its own.
         base_optimizer: an optimizer class, e.g. ``torch.optim.SGD``.
         rho: radius of the perturbation, >= 0.
         adaptive: ASAM with eta = 0.
-        model: if given, its BatchNorm-like layers record nothing between ``first_step`` and ``second_step``.
+        model: if given, its buffers, e.g. BatchNorm's statistics, are in ``second_step`` what they were in ``first_step``.
         kwargs: for the base optimizer.
 
     Source: the interface is that of github.com/davda54/sam.
     """
+
+    #: The gradients that the last step left in ``p.grad``, or ``zero_grad`` filled with zeros, and their versions.
+    _left: Sequence[tuple[ref[Tensor], int]] = ()
 
     def __init__(
         self,
@@ -73,7 +78,7 @@ class SAM(MicroBatchSAM):
         try:
             if step.plan.perturbs:
                 step.ascend()
-                engine.statistics.freeze()
+                engine.buffers.freeze()
             else:
                 engine.step = None
         except BaseException:
@@ -96,7 +101,7 @@ class SAM(MicroBatchSAM):
                 raise RuntimeError("second_step() without first_step(): call first_step() after the first backward()")
             step = engine.begin([1.0], clear=False)
         try:
-            engine.statistics.thaw()
+            engine.buffers.thaw()
             step.update()
         except BaseException:
             self.restore()
@@ -106,13 +111,20 @@ class SAM(MicroBatchSAM):
         mark_stepped(self)
         if zero_grad:
             self.zero_grad()
+        else:
+            self._note_what_is_left()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
-        """Both steps; ``closure`` runs forward and backward at w + e. A sequence of closures is ``MicroBatchSAM.step``'s.
+        """Both steps; ``closure`` runs forward and backward. A sequence of closures is ``MicroBatchSAM.step``'s.
+
+        Where ``p.grad`` has gradients of this step, they are those at w: the closure runs once, at w + e, and leaves its
+        gradient there. They are of this step if anything was added to them, or they were made, since the last one. Where
+        there are none, or only what the last step left, or only zeros that ``zero_grad(set_to_none=False)`` put there, the
+        step is ``MicroBatchSAM.step``'s: the closure runs at w and at w + e, and ``p.grad`` is None afterwards.
 
         Returns:
-            What the closure returned, the loss at w + e.
+            What the closure returned when it first ran.
 
         Raises:
             RuntimeError: without a closure.
@@ -123,12 +135,33 @@ class SAM(MicroBatchSAM):
             )
         if not callable(closure):
             return self.step_without_hooks(closure)  # they have run: torch wraps this method
+        self.engine.check_idle("step()")
+        if not self._has_gradients_of_this_step():
+            return self.step_without_hooks(closure)
         self.first_step(zero_grad=True)
         try:
             with torch.enable_grad():
                 loss = closure()
         except BaseException:
             self.restore()
+            self._note_what_is_left()
             raise
         self.second_step()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if not set_to_none:
+            self._note_what_is_left()
+
+    def _note_what_is_left(self) -> None:
+        grads = [p.grad for p in self.engine.store.parameters() if p.grad is not None]
+        self._left = [(ref(g), version_of(g)) for g in grads]  # a reference would keep the memory
+
+    def _has_gradients_of_this_step(self) -> bool:
+        left = {id(g): version for old, version in self._left if (g := old()) is not None}
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if all(left.get(id(g)) == version_of(g) for g in grads):
+            return False
+        # The same tensors with other values: added to, or filled with zeros by somebody else's zero_grad.
+        return any(id(g) not in left for g in grads) or any(bool(g.any()) for g in grads)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -39,8 +39,9 @@ from torch.optim import SGD
 
 from . import methods as _methods
 from ._checks import check_integer, check_number
-from ._torch import buffers_of, parameters_of, tree_leaves, tree_map
-from .batches import Split, mean, split
+from ._torch import buffers_of, parameters_of
+from .batches import Split, leaves_of, mean, rebuilt, renewal, split
+from .buffers import Buffers
 from .flat import check_parameters
 from .gradients import Optionals
 from .optimizer import MicroBatchSAM
@@ -93,7 +94,7 @@ def sharpness(
     with _evaluations(model, loss_fn, data, split, rho=rho, method=method, backend=backend) as evaluations:
         opt, rises = evaluations.opt, []
         for i in range(len(evaluations.parts)):
-            with closing(opt.passes()) as passes:  # given up half-way: the weights are back, nothing is learned
+            with opt.passes() as passes:  # given up half-way: the weights are back, nothing is learned
                 next(passes)
                 at_w, grads = evaluations.gradients(i)
                 _perturb(passes, evaluations.params, grads, opt)
@@ -269,7 +270,8 @@ class _Evaluations:
         devices: set[torch.device],
     ):
         self.loss_fn, self.params, self.opt = loss_fn, params, opt
-        self.parts, self.shares = split(data, opt.split.sizes)
+        self.parts, self.shares = split(data, opt.split)
+        self._renewed = renewal(self.parts[0])
         self._unpack = len(data) > 1
         self._rewind, self._devices = rewind, devices
         self._random: dict[int, _RandomStates] = {}  # by micro-batch: what its first evaluation began with
@@ -284,6 +286,8 @@ class _Evaluations:
             self._random[i] = _random_states(self._devices)
         torch.clear_autocast_cache()  # an autocast around the call would go on with casts of the weights at w
         part = self.parts[i]
+        if self._renewed is not None:
+            part = self._renewed(part)
         loss = self.loss_fn(*part) if self._unpack else self.loss_fn(part)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
@@ -376,11 +380,11 @@ def _evaluations(
         sparse = method.full.sparse
         if sparse is not None and sparse.update_every is None:
             raise ValueError(f"{sparse} chooses no mask by itself, and no other is known here: give it update_every")
-    tensors = [t for t in chain(model.parameters(), model.buffers(), tree_leaves(data)) if isinstance(t, Tensor)]
+    tensors = [t for t in chain(model.parameters(), model.buffers(), leaves_of(data)) if isinstance(t, Tensor)]
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     with _converted(model, dtype), _undisturbed(model, devices) as rewind:
         if dtype is not None:
-            data = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, data)
+            data = rebuilt(data, lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t)
         params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         # Never stepped: it splits the batch, looks at the arguments as always, and makes the perturbation.
         opt = MicroBatchSAM(
@@ -404,9 +408,8 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
     params, modules = list(model.parameters()), list(model.modules())
     grads = [p.grad for p in params]
     training = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer, _values(buffer)) for module in modules for name, buffer in buffers_of(module).items()
-    ]
+    buffers = Buffers(model)
+    buffers.freeze()
     # Kernels want memory without gaps; only where there are some, e.g. in a column of a matrix, a copy is used.
     spread = [
         (p, p.data)
@@ -414,20 +417,12 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
         if p.requires_grad and torch.empty_like(p.data, device="meta").stride() != p.stride()
     ]
     random = _random_states(devices)
-
-    @torch.no_grad()
-    def rewind() -> None:
-        for module, name, buffer, values in buffers:
-            buffers_of(module)[name] = buffer  # a layer may assign instead of writing in place
-            if buffer is not None and values is not None:
-                buffer.copy_(values)
-
     try:
         for p in params:
             p.grad = None
         for p, memory in spread:
             p.data = memory.clone()
-        yield rewind
+        yield buffers.rewind
     finally:
         for p, memory in spread:
             p.data = memory
@@ -436,14 +431,7 @@ def _undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[Calla
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
         _set_random_states(random)
-        rewind()
-
-
-def _values(buffer: Tensor | None) -> Tensor | None:
-    """A copy; None where nobody can write: torch refuses that for expanded tensors."""
-    if buffer is None or (buffer.layout == torch.strided and 0 in buffer.stride() and buffer.numel() > 1):
-        return None
-    return buffer.detach().clone()
+        buffers.thaw()
 
 
 @contextmanager
@@ -529,7 +517,7 @@ def _ascent(evaluations: _Evaluations, backend: str) -> list[Tensor]:
     before = [p.detach().double() for p in evaluations.params]
     copies: list[Tensor] = [nn.Parameter(w.clone()) for w in before]
     opt = MicroBatchSAM(SGD(copies, lr=0.0), 1.0, method=evaluations.opt.method, flatten=False, backend=backend)
-    with closing(opt.passes()) as passes:
+    with opt.passes() as passes:
         next(passes)
         _perturb(passes, copies, gradient, opt)
         return [p.detach() - w for p, w in zip(copies, before, strict=True)]

@@ -15,9 +15,9 @@ from . import batches, checkpoint, methods
 from ._checks import check_integer
 from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
+from .buffers import check_model
 from .gradients import set_grads
 from .rules import Radius, check_rho, rho_at
-from .statistics import check_model
 from .step import Engine, Stats
 
 if TYPE_CHECKING:
@@ -31,6 +31,50 @@ def _of_engine(name: str, doc: str) -> Any:
     return property(
         lambda self: getattr(self.engine, name), lambda self, value: setattr(self.engine, name, value), doc=doc
     )
+
+
+class Passes(Generator[Any, None, None]):
+    """The loop of one step, see ``MicroBatchSAM.passes``: an iterator, and a context at the end of which the loop is over."""
+
+    def __init__(self, turns: Generator[Any, None, None]):
+        self._turns: Generator[Any, None, None] | None = turns
+        self._taken = ref(turns)
+
+    def __iter__(self) -> Generator[Any, None, None]:
+        """The generator itself, which whoever loops holds alone from now on: leaving the loop drops it, and that ends it."""
+        turns = self._under_way()
+        self._turns = None
+        return turns
+
+    def _under_way(self) -> Generator[Any, None, None]:
+        turns = self._taken()
+        if turns is None:
+            raise RuntimeError("this passes() loop is over: call opt.passes() for another one")
+        return turns
+
+    def __next__(self) -> Any:
+        turns = self._taken()
+        if turns is None:
+            raise StopIteration
+        return next(turns)
+
+    def send(self, value: None) -> Any:
+        return self.__next__()
+
+    def throw(self, *error: Any) -> Any:
+        return self._under_way().throw(*error)
+
+    def close(self) -> None:
+        """Give the loop up, unless it has ended."""
+        turns = self._taken()
+        if turns is not None:
+            turns.close()
+
+    def __enter__(self) -> Passes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class MicroBatchSAM(Optimizer):
@@ -71,7 +115,8 @@ class MicroBatchSAM(Optimizer):
         num_micro_batches: parts into which ``passes(*batch)`` and ``train_step`` split a batch. Default 1: SAM.
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
-        model: if given, its BatchNorm-like layers update their running statistics in the first pass only.
+        model: if given, its buffers, e.g. BatchNorm's statistics or a codebook, change in the first pass of each micro-batch
+            only: after the others they are brought back from a copy, which is made in each step.
         flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower.
         backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
             "reference" (plain torch, on any device).
@@ -150,14 +195,14 @@ class MicroBatchSAM(Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """Whose running statistics are updated in the first pass only."""
-        return self.engine.statistics.model
+        """Whose buffers change in the first pass of each micro-batch only."""
+        return self.engine.buffers.model
 
     @model.setter
     def model(self, model: nn.Module | None) -> None:
         if model is not None:
             check_model(model)
-        self.engine.statistics.model = model
+        self.engine.buffers.model = model
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 
@@ -226,7 +271,12 @@ class MicroBatchSAM(Optimizer):
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps."""
+        """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps.
+
+        Raises:
+            RuntimeError: the weights are perturbed, and would be saved as they are.
+        """
+        self.engine.check_restored("state_dict()")
         self.engine.radii.take_schedules(self.steps)
         return {**super().state_dict(), checkpoint.KEY: checkpoint.saved(self.engine)}
 
@@ -267,25 +317,49 @@ class MicroBatchSAM(Optimizer):
         """
         return self.engine.stats()
 
-    def passes(self, *batch: Any) -> Generator[Any, None, None]:
+    @property
+    def pass_index(self) -> int | None:
+        """Where the pass under way is: 0 at w, 1 at w + e, 2 at w − e. None outside of a step.
+
+        For what your own code does once per micro-batch, in the body of a loop, a closure, a layer or a hook::
+
+            if not opt.pass_index:
+                meter.update(loss)
+        """
+        step = self.engine.step
+        return None if step is None else step.turn
+
+    def passes(self, *batch: Any) -> Passes:
         """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
 
         ``batch``: tensors, or dicts, tuples and lists of them, that share dim 0. Several arguments are yielded as a tuple,
-        one as it came, both sliced along dim 0 (views). Without arguments the loop is one micro-batch of somebody else's
-        accumulation, and yields None.
+        one as it came, both sliced along dim 0 (views). Where there is one micro-batch and so nothing to slice, anything
+        goes: strings, numbers, images of several sizes, sparse tensors. Without arguments the loop is one micro-batch of
+        somebody else's accumulation, and yields None. Each pass gets containers of its own, with the same tensors in them:
+        what a body takes out of its dict is there in the next pass.
 
         After the loop the weights are bit for bit what they were, and the mean descent gradient, weighted by micro-batch
         size, has been added to ``p.grad``, as ``backward()`` would. A ``break``, an exception or a dropped iterator
         restores the weights and the gradients that were there before. Until the loop ends, gradients that passes leave are
         the optimizer's alone: it keeps some, and may add to them.
 
+        A variable or a progress bar may hold what this returns. But where something keeps the iterator that was made of it,
+        as ``enumerate`` in a variable does, Python does not tell it that the loop was left. A loop that may be left early
+        then stands in a block, at the end of which it is over::
+
+            with opt.passes(x, y) as parts:
+                numbered = enumerate(parts)
+                for i, (xb, yb) in numbered:
+                    ...
+
         Raises:
             ValueError: tensors of different length, or more micro-batches than samples.
-            TypeError: something in ``batch`` that is neither a tensor nor None.
+            TypeError: something in ``batch`` that cannot be sliced.
             RuntimeError: another loop is under way.
         """
         self.engine.check_idle("passes()")
-        return self.engine.passes(*batches.split(batch, self.split.sizes))
+        parts, shares = batches.split(batch, self.split)
+        return Passes(self.engine.passes(parts, shares, batches.renewal(parts[0])))
 
     def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Update the weights.
@@ -358,7 +432,7 @@ class MicroBatchSAM(Optimizer):
 
     def micro_batches(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...]) -> MicroBatches:
         """The closures that ``train_step`` runs, one per micro-batch."""
-        return batches.closures_of(loss_fn, batch, self.split.sizes)
+        return batches.closures_of(loss_fn, batch, self.split)
 
     def capture(self, loss_fn: Callable[..., Tensor], *example_batch: Any, warm_up: int = 3) -> CapturedStep:
         """``train_step(loss_fn, *batch)`` as one CUDA graph: both passes of every micro-batch, all kernels, the update.
@@ -450,7 +524,7 @@ class MicroBatchSAM(Optimizer):
         """Choose Sparse SAM's mask by the sum of squares of the gradients of single samples, the Fisher information.
 
         A mask that is "dynamic" drops and regrows by it. One forward and backward per sample, without perturbation. Weights,
-        gradients, and with ``model=`` its running statistics, stay what they are. Layers that need more than one sample
+        gradients, and with ``model=`` its buffers, stay what they are. Layers that need more than one sample
         (BatchNorm in training) are the caller's to switch: ``model.eval()``.
 
         Args:
@@ -465,9 +539,7 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("update_mask()")
         if not samples:
             raise ValueError("update_mask needs samples: update_mask(loss_fn, x, y)")
-        closures = batches.closures_of(loss_fn, samples, batches.single_samples)
-        if not closures:
-            raise ValueError("the batch has no samples")
+        closures = batches.closures_of(loss_fn, samples, Split(None, 1))
         self.engine.update_mask(closures, sparse)
 
     def _check_sparse(self, what: str) -> methods.SparseSAM:

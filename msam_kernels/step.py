@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from . import masks
 from ._torch import mark_stepped
+from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .rules import Radii, Radius, Tables, fused_rule
-from .statistics import Statistics
 from .store import Descent, Store
 
 
@@ -37,6 +37,8 @@ class Stats:
     nonfinite: Tensor
 
 
+#: For a loop that was left early, which its iterator does not learn while somebody holds it.
+LEFT = "; a loop that may be left early is given up at the end of `with opt.passes(...) as parts:`"
 #: By base optimizer: the groups whose rho a wrapper put there.
 RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
@@ -64,7 +66,7 @@ class Engine:
         backend: str,
     ):
         self.base, self.method = base, method
-        self.statistics = Statistics(model)
+        self.buffers = Buffers(model)
         self.store = Store(base, flatten=flatten, backend=backend)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
@@ -77,15 +79,18 @@ class Engine:
     # -- between steps ----------------------------------------------------------------------------------------------------
 
     def check_idle(self, what: str) -> None:
-        if self.step is None and not self.broken:
-            return
+        self.check_restored(what)
+        if self.step is not None:
+            raise RuntimeError(
+                f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up{LEFT}"
+            )
+
+    def check_restored(self, what: str) -> None:
         if self.broken or (self.step is not None and self.step.perturbed):
             raise RuntimeError(
                 f"{what} while the weights are perturbed: finish the passes() loop first, or call opt.restore() to give it up"
+                f"{LEFT}"
             )
-        raise RuntimeError(
-            f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up"
-        )
 
     def adopt(self) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho."""
@@ -175,7 +180,7 @@ class Engine:
         self.mask_step = step
 
     def update_mask(self, closures: Sequence[Callable[[], Any]], sparse: SparseSAM) -> None:
-        """Choose a mask by the gradients that the closures leave; weights, gradients and statistics stay what they are.
+        """Choose a mask by the gradients that the closures leave; weights, gradients and buffers stay what they are.
 
         Raises:
             ValueError: a gradient is not finite; the old mask is kept.
@@ -184,9 +189,9 @@ class Engine:
         self.step = Step(self, BASE, [1.0], [], True)
         with self.step as step:
             for closure in closures:
-                self.statistics.freeze()
+                self.buffers.freeze()
                 call(closure)
-                self.statistics.thaw()
+                self.buffers.thaw()
                 step.add_scores(self.store.collect(clear=True))
             if not all(bool(t.isfinite().all()) for tensors in step.scores for t in tensors):
                 raise ValueError("a gradient of the samples is not finite, and says nothing of the weights: use others")
@@ -200,13 +205,15 @@ class Engine:
 
     # -- steps ------------------------------------------------------------------------------------------------------------
 
-    def passes(self, parts: list[Any], shares: list[float]) -> Generator[Any, None, None]:
-        """The loop of one step without the update: each micro-batch as often as the plan says."""
+    def passes(
+        self, parts: list[Any], shares: list[float], renewed: Callable[[Any], Any] | None
+    ) -> Generator[Any, None, None]:
+        """The loop of one step without the update: each micro-batch as often as the plan says, renewed for each pass."""
         self.check_idle("passes()")
         with self.begin(shares) as step:
             step.adds_to_v = step.had_gradients and self.v_step == self.steps
             for _, part in step.turns(parts):
-                yield part
+                yield part if renewed is None else renewed(part)
             step.conclude()
             step.end_in_grads()
 
@@ -263,7 +270,7 @@ class Engine:
     @torch.no_grad()
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
-        self.statistics.thaw()
+        self.buffers.thaw()
         step, error = self.step, None
         if self.broken or (step is not None and step.saves):
             self.broken = True
@@ -299,6 +306,7 @@ class Step:
         perturbed: whether weights may be perturbed: the kernels know which.
         saves: whether weights were saved that the kernels hold to be those of this step.
         had_gradients: whether any were set aside, and not dropped since.
+        turn: which pass of its micro-batch is under way: 0 at w, 1 at w + e, 2 at w − e.
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
             None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
@@ -309,6 +317,7 @@ class Step:
         self.clear = clear
         self.perturbed = self.saves = False
         self.chose_mask = self.had_gradients = False
+        self.turn = 0
         self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
         self._scores = scores
@@ -357,23 +366,23 @@ class Step:
 
         The descent of the last one is left to ``end_in_grads`` or ``update``.
         """
-        plan, statistics = self.plan, self.engine.statistics
+        plan, buffers = self.plan, self.engine.buffers
         for i, part in enumerate(parts):
-            self._i = i
+            self._i, self.turn = i, 0
             yield 0, part
             self.check_current()
             if plan.perturbs:
                 self.ascend()
-                statistics.freeze()
+                buffers.freeze()
                 yield 1, part
                 self.check_current()
-                statistics.thaw()
+                buffers.thaw()
             if plan.opposite is not None and plan.perturbs:
                 self._cross()
-                statistics.freeze()
+                buffers.freeze()
                 yield 2, part
                 self.check_current()
-                statistics.thaw()
+                buffers.thaw()
             if i + 1 < len(parts):
                 self._accumulate()
 
@@ -395,7 +404,7 @@ class Step:
         engine, store, plan = self.engine, self.store, self.plan
         engine.follow()
         grads = store.collect(clear=self.clear)
-        model = engine.statistics.model
+        model = engine.buffers.model
         if grads.absent and model is not None and grads.absent == sum(len(flat.params) for flat in store.flats):
             self._check_model(model)
         if plan.holds:
@@ -407,6 +416,7 @@ class Step:
                 engine.choose_mask(self._scores, plan.sparse, engine.steps)
                 self.chose_mask = True
         self.perturbed = self.saves = True
+        self.turn = 1
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
         engine.norms_sq.append(self._norm_sq)
         torch.clear_autocast_cache()
@@ -417,6 +427,7 @@ class Step:
         at_w = self._held[0]
         self._hold(self.store.collect(clear=True))
         assert self._norm_sq is not None
+        self.turn = 2
         self.store.cross(at_w, self.plan, self.engine.tables, self._norm_sq)
         torch.clear_autocast_cache()
 
@@ -426,8 +437,8 @@ class Step:
 
     def _check_model(self, model: nn.Module) -> None:
         """No gradient at all: has the model other parameters by now?"""
-        own = set(map(id, self.store.parameters()))
-        if own.isdisjoint(map(id, model.parameters())):
+        own, theirs = set(map(id, self.store.parameters())), set(map(id, model.parameters()))
+        if theirs and own.isdisjoint(theirs):
             raise RuntimeError(
                 "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
                 "make the optimizer after that"

@@ -28,12 +28,10 @@ MAY_KNOW = {
     "__main__": {"__init__", "backends"},
     "compat": {"_torch", "methods", "optimizer"},
     "capture": {"_checks", "_torch", "batches", "methods", "optimizer", "rules"},
-    "flatness": {"_checks", "_torch", "batches", "flat", "gradients", "methods", "optimizer"},
-    "optimizer": {
-        *("_checks", "_torch", "batches", "checkpoint", "gradients", "methods", "rules", "statistics", "step")
-    },
+    "flatness": {"_checks", "_torch", "batches", "buffers", "flat", "gradients", "methods", "optimizer"},
+    "optimizer": {*("_checks", "_torch", "batches", "buffers", "checkpoint", "gradients", "methods", "rules", "step")},
     "checkpoint": {"flat", "rules", "step", "store"},
-    "step": {"_torch", "gradients", "masks", "methods", "rules", "statistics", "store"},
+    "step": {"_torch", "buffers", "gradients", "masks", "methods", "rules", "store"},
     "masks": {"flat", "methods"},
     "store": {"backends", "flat", "gradients", "methods", "rules"},
     "flat": {"backends", "backends.checks"},
@@ -41,7 +39,7 @@ MAY_KNOW = {
     "rules": {"_checks", "_torch", "backends.reference", "methods"},
     "methods": {"_checks", "backends.reference"},
     "batches": {"_torch"},
-    "statistics": {"_torch"},
+    "buffers": {"_torch"},
     "_torch": set(),
     "_checks": set(),
     "backends": {"_C", "backends.checks", "backends.reference", "backends.triton_kernels"},
@@ -274,8 +272,8 @@ def test_the_search_for_private_names_leaves_alone(source):
 
 # Names that parameters have where an object of ours is handed over.
 OF_OURS = {
-    *("backend", "descent", "engine", "evaluations", "flat", "flats", "graph", "memories", "memory", "method", "opt"),
-    *("plan", "radii", "recorder", "rule", "sparse", "split", "statistics", "step", "store", "tables"),
+    *("backend", "buffers", "descent", "engine", "evaluations", "flat", "flats", "graph", "memories", "memory"),
+    *("method", "opt", "plan", "radii", "recorder", "rule", "sparse", "split", "step", "store", "tables"),
     *("vector", "vectors"),
 }
 

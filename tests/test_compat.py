@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -377,7 +378,127 @@ def test_layers_of_the_model_record_once_between_the_steps():
         model(torch.randn(5, 3)).square().sum().backward()
         zero_grad_step(zero_grad=True)
     assert model[1].num_batches_tracked.item() == 1
-    assert model[1].track_running_stats
+
+
+# ---- closures that do everything ---------------------------------------------------------------------------------------------
+
+CLEARS = {
+    "opt.zero_grad()": lambda opt, model: opt.zero_grad(),
+    "opt.zero_grad(set_to_none=False)": lambda opt, model: opt.zero_grad(set_to_none=False),
+    "model.zero_grad()": lambda opt, model: model.zero_grad(),
+    "model.zero_grad(set_to_none=False)": lambda opt, model: model.zero_grad(set_to_none=False),
+    "nothing": lambda opt, model: None,
+}
+
+
+def whole_closure(opt, model, data, clear, values=None):
+    def closure():
+        clear(opt, model)
+        loss = loss_of(model, *data)
+        loss.backward()
+        if values is not None:
+            values.append((loss, opt.pass_index))
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("clear_first", CLEARS)
+@pytest.mark.parametrize("clear_inside", CLEARS)
+@pytest.mark.parametrize("base", ["SGD momentum", "AdamW amsgrad", "RMSprop"])
+def test_a_closure_that_does_everything_is_sam_from_the_first_step_on(base, clear_inside, clear_first):
+    """As skorch, Lightning and fastai call it."""
+    actual, ours, expected, theirs = pair(base)
+    for step in range(4):
+        data = batch(dtype=FLOAT64, seed=step)
+        values = []
+        CLEARS[clear_first](ours, actual)
+        loss = ours.step(whole_closure(ours, actual, data, CLEARS[clear_inside], values))
+        theirs.zero_grad()
+        two_steps(theirs, expected, data)
+        assert_close(actual, expected)
+        assert [at for _, at in values] == [0, 1]
+        assert loss is values[0][0], "the loss at w"
+        assert gradients(actual) == [None] * 4
+
+
+@pytest.mark.parametrize("clear", CLEARS)
+def test_gradients_of_this_step_are_those_at_w(clear):
+    """Also where they are added to what the last step left, as without ``zero_grad``."""
+    actual, ours, expected, theirs = pair("SGD momentum")
+    for step in range(4):
+        data = batch(dtype=FLOAT64, seed=step)
+        values = []
+        for opt, model in ((ours, actual), (theirs, expected)):
+            CLEARS[clear](opt, model)
+            for seed in range(2):  # accumulated
+                (loss_of(model, *batch(dtype=FLOAT64, seed=10 * step + seed)) / 2).backward()
+        ours.step(whole_closure(ours, actual, data, lambda *_: None, values))
+        theirs.step(closure_of(expected, data))
+        assert_close(actual, expected)
+        assert [at for _, at in values] == [1]
+
+
+@pytest.mark.parametrize("before", ["step(closure)", "first_step and second_step", "a closure that raises"])
+def test_gradients_that_the_last_step_left_are_not_those_of_this_one(before):
+    actual, ours, expected, theirs = pair("SGD momentum")
+    data = [batch(dtype=FLOAT64, seed=seed) for seed in range(3)]
+    for opt, model in ((ours, actual), (theirs, expected)):
+        if before == "first_step and second_step":
+            two_steps(opt, model, data[0], (True, False))
+        elif before == "step(closure)":
+            loss_of(model, *data[0]).backward()
+            opt.step(closure_of(model, data[0]))
+    if before == "a closure that raises":
+        loss_of(actual, *data[0]).backward()
+
+        def fails():
+            loss_of(actual, *data[0]).backward()
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            ours.step(fails)
+    assert all(g is not None for g in gradients(actual))
+    for batch_of_step in data[1:]:
+        ours.step(whole_closure(ours, actual, batch_of_step, CLEARS["nothing"]))
+        theirs.zero_grad()
+        two_steps(theirs, expected, batch_of_step)
+        assert_close(actual, expected)
+
+
+def test_gradients_that_are_gone_keep_no_memory():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    loss_of(model, *batch()).backward()
+    opt.step(closure_of(model, batch()))
+    left = [weakref.ref(p.grad) for p in model.parameters()]
+    opt.zero_grad()
+    assert [grad() for grad in left] == [None] * 4
+    copy.deepcopy(opt)
+
+
+def test_a_closure_that_does_everything_runs_once_where_nothing_is_perturbed():
+    model, plain = mlp(), mlp()
+    opt, base = SAM(model.parameters(), SGD, lr=0.1), SGD(plain.parameters(), lr=0.1)
+    opt.enabled = False
+    values = []
+    opt.step(whole_closure(opt, model, batch(), CLEARS["opt.zero_grad()"], values))
+    closure_of(plain, batch())()
+    base.step()
+    assert [at for _, at in values] == [0]
+    assert same_bits(model.parameters(), plain.parameters())
+
+
+def test_between_the_two_steps_the_pass_at_the_perturbed_weights_is_under_way():
+    model = mlp()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    loss_of(model, *batch()).backward()
+    assert opt.pass_index is None
+    opt.first_step(zero_grad=True)
+    assert opt.pass_index == 1
+    loss_of(model, *batch()).backward()
+    opt.second_step()
+    assert opt.pass_index is None
 
 
 def test_a_first_step_in_inference_mode_can_be_given_up():

@@ -7,6 +7,7 @@ import copy
 import math
 import re
 import warnings
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -221,14 +222,46 @@ def test_a_method_refuses_numbers_outside_its_range(make):
 # ---- batches ----------------------------------------------------------------------------------------------------------------
 
 X, Y = batch(7)
+
+
+def quietly(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is new in torch
+        return make()
+
+
 BATCHES = {
-    "different lengths": ((X, Y[:5]), {}, ValueError, r"dim 0.*5.*7"),
+    "different lengths": ((X, Y[:5]), {}, ValueError, r"micro-batches.*dim 0.*5.*7.*passes\(\).*step\(\[closure"),
     "different lengths in a dict": (({"x": X, "y": Y[:3]},), {}, ValueError, r"dim 0.*3.*7"),
-    "a string": ((X, "label"), {}, TypeError, r"tensors.*dicts.*str"),
+    "a string": ((X, "label"), {}, TypeError, r"micro-batches.*tensors.*dicts.*str.*passes\(\).*step\(\[closure"),
     "a string in a dict": (({"x": X, "id": "a"},), {}, TypeError, r"tensors.*str"),
     "a number": ((X, 3), {}, TypeError, r"tensors.*int"),
     "an array": ((np.ones(7),), {}, TypeError, r"tensors.*ndarray"),
     "a scalar tensor": ((X, torch.tensor(1.0)), {}, TypeError, r"tensors.*0-d"),
+    "sparse": ((X.to_sparse(), Y), {}, TypeError, r"micro-batches.*torch\.sparse_coo.*passes\(\).*step\(\[closure"),
+    "sparse rows": ((quietly(X.to_sparse_csr), Y), {}, TypeError, r"micro-batches.*torch\.sparse_csr.*passes\(\)"),
+    "nested": (
+        (quietly(lambda: torch.nested.nested_tensor([X[0], X[1, :2]])), Y[:2]),
+        {},
+        TypeError,
+        r"micro-batches.*nested.*passes\(\)",
+    ),
+    "jagged": (
+        (quietly(lambda: torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged)), Y[:2]),
+        {},
+        TypeError,
+        r"micro-batches.*jagged.*passes\(\)",
+    ),
+    # Packed, its tensors are as long as each other.
+    "a packed sequence": (
+        (nn.utils.rnn.pack_sequence([X]),),
+        {},
+        TypeError,
+        r"micro-batches.*PackedSequence.*passes\(\)",
+    ),
+    "a mapping": ((UserDict(x=X, y=Y),), {}, TypeError, r"micro-batches.*UserDict.*passes\(\)"),
+    "images of several sizes": (([X, X[:3]],), {}, ValueError, r"micro-batches.*\[3, 7\].*passes\(\)"),
+    "one part, by size": ((X, "label"), {"num_micro_batches": None, "micro_batch_size": 9}, TypeError, r"got a str"),
     "no samples": ((X[:0], Y[:0]), {}, ValueError, r"no samples"),
     "no samples, by size": (
         (X[:0], Y[:0]),
@@ -351,21 +384,6 @@ def test_parameters_without_values_are_refused_with_the_remedy():
     model = nn.Linear(2, 3, device="meta")
     with pytest.raises(ValueError, match=r"parameter 0 of group 0 is on the meta device.*materialise"):
         MicroBatchSAM(sgd(model.parameters()))
-
-
-def test_statistics_in_torchscript_are_refused_with_the_remedy():
-    def scripted(norm: nn.Module) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is deprecated
-            return torch.jit.script(nn.Sequential(nn.Linear(2, 3), norm))
-
-    model = scripted(nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match=r"model has 1 in TorchScript.*before torch\.jit"):
-        MicroBatchSAM(sgd(model.parameters()), model=model)
-    MicroBatchSAM(sgd(model.parameters()))
-    for norm in (nn.BatchNorm1d(3, track_running_stats=False), nn.InstanceNorm1d(3), nn.LayerNorm(3)):
-        model = scripted(norm)
-        MicroBatchSAM(sgd(model.parameters()), model=model)
 
 
 def test_an_attempt_that_fails_leaves_the_earlier_wrappers_rho():

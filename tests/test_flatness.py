@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from msam_kernels import backends, flatness, methods
+from msam_kernels.batches import rebuilt
+from msam_kernels.optimizer import Passes
 from plain import DEVICE, METHODS, PlainSAM, Zoo, batch, images, loss_of, mlp, same_bits, split, weights
 
 F64 = torch.float64
@@ -621,6 +624,28 @@ def test_a_batch_may_be_a_tensor_a_dict_or_a_list_of_arguments(count):
         torch.testing.assert_close(values, results["tuple"], rtol=1e-12, atol=0)
 
 
+def test_one_micro_batch_may_be_anything_and_comes_whole_each_time():
+    model, (x, y) = mlp(F64), batch(dtype=F64)
+
+    def loss_fn(inputs, name):
+        assert name == "a batch"
+        return loss_of(model, inputs.pop("x"), inputs.pop("rest")[0].pop())
+
+    for function, (call, options) in FUNCTIONS.items():
+        data = (UserDict(x=x, rest=[[y]]), "a batch")
+        in_64 = {"dtype": F64} if function == "eigenvalues" else {}
+        same = call(model, loss_fn, data, **options), call(model, loss_fn_of(model), (x, y), **options)
+        torch.testing.assert_close(*same, rtol=1e-12, atol=0)
+        call(
+            model.float(),
+            loss_fn,
+            rebuilt(data, lambda t: t.float() if isinstance(t, Tensor) else t),
+            **options,
+            **in_64,
+        )
+        model.double()
+
+
 def test_warnings_are_not_given_where_all_is_well():
     model = everything().train()
     with warnings.catch_warnings():
@@ -686,9 +711,9 @@ BAD = {
     "model": Bad(r"model.*Module.*str", TypeError, model="resnet"),
     "loss_fn": Bad(r"loss_fn.*function.*3", TypeError, loss_fn=3),
     "no data": Bad(r"data is empty.*\(x, y\)", data=()),
-    "no samples": Bad(r"no samples", data=(torch.ones(0, 3), torch.ones(0, 2))),
-    "lengths": Bad(r"share dim 0.*\[6, 7\]", data=(torch.ones(7, 3), torch.ones(6, 2))),
-    "a batch of strings": Bad(r"batch.*str", TypeError, data=("x", "y")),
+    "no samples": Bad(r"no samples", data=(torch.ones(0, 3), torch.ones(0, 2)), num_micro_batches=2),
+    "lengths": Bad(r"share dim 0.*\[6, 7\]", data=(torch.ones(7, 3), torch.ones(6, 2)), num_micro_batches=2),
+    "a batch of strings": Bad(r"batch.*str", TypeError, data=("x", "y"), num_micro_batches=2),
     "a loss by sample": Bad(r"loss_fn.*\(7,\).*mean", make_loss=lambda model: lambda x, y: model(x).sum(1)),
     "a loss that is a number": Bad(r"loss_fn.*got 1\.5", make_loss=lambda model: lambda x, y: 1.5),
     "a loss without gradient": Bad(r"depends on no parameter.*no_grad", make_loss=no_gradient),
@@ -743,7 +768,7 @@ def test_a_method_that_perturbs_nothing_is_refused(monkeypatch):
     def once(opt) -> Iterator[None]:
         yield None
 
-    monkeypatch.setattr(flatness.MicroBatchSAM, "passes", once)
+    monkeypatch.setattr(flatness.MicroBatchSAM, "passes", lambda opt: Passes(once(opt)))
     with pytest.raises(ValueError, match=r"SAM\(.*perturbs nothing.*give one that does"):
         flatness.sharpness(model, loss_fn_of(model), batch(dtype=F64), 0.1)
 

@@ -293,6 +293,34 @@ def test_a_batch_may_be_any_structure():
     assert len({loss.data_ptr() for loss in losses[2:]}) == 4, "each loss is its own"
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_pass_gets_the_batch_whole(count):
+    model, opt, _ = setup(count=count)
+
+    def loss_fn(inputs):
+        labels = inputs.pop("labels")
+        return F.cross_entropy(model(inputs.pop("x")), labels)
+
+    step, recorder = captured(opt, model, loss_fn, dict(zip(("x", "labels"), data(), strict=True)))
+    for seed in range(4):
+        step(dict(zip(("x", "labels"), data(seed=seed), strict=True)))
+    assert recorder.replays == 2
+
+
+def test_a_buffer_of_another_shape_lets_it_capture_again():
+    """The graph writes to the copies of the buffers."""
+    model, opt, loss_fn = setup()
+    step, recorder = captured(opt, model, loss_fn, *data())
+    for _ in range(4):
+        step(*data())
+    assert recorder.captures == 1
+    model.register_buffer("another", torch.ones(2))
+    opt.train_step(loss_fn, *data())
+    for _ in range(4):
+        step(*data())
+    assert recorder.captures == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -300,11 +328,13 @@ def test_a_batch_may_be_any_structure():
         (data(), {"warm_up": 0}, ValueError, "warm_up must be an integer >= 1, got 0"),
         (data(), {"warm_up": True}, ValueError, "warm_up must be an integer >= 1, got True"),
         ((torch.ones(1, 4),), {}, ValueError, "num_micro_batches=2 is more than the 1 samples"),
+        ((*data(), "a name"), {"count": 1}, TypeError, "dense tensors.*got a str: use train_step"),
+        ((torch.eye(4).to_sparse(),), {"count": 1}, TypeError, r"dense tensors.*torch\.sparse_coo: use train_step"),
     ],
-    ids=["no batch", "no warm-up", "warm-up True", "too small a batch"],
+    ids=["no batch", "no warm-up", "warm-up True", "too small a batch", "a string", "a sparse tensor"],
 )
 def test_bad_arguments_are_named(arguments, options, error, message):
-    model, opt, loss_fn = setup()
+    model, opt, loss_fn = setup(count=options.pop("count", 2))
     with pytest.raises(error, match=message):
         captured(opt, model, loss_fn, *arguments, **options)
     with pytest.raises(TypeError, match="loss_fn must be a function"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, UserList, deque, namedtuple
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -583,6 +585,173 @@ def test_gradients_from_before_take_no_part_in_a_step_with_closures(base, backen
         assert gradients(model) == [None] * 4
         results.append(weights(model))
     assert same_bits(*results)
+
+
+@dataclass
+class Sample:
+    """A batch of a class of its own."""
+
+    x: object
+    y: object
+    notes: list
+
+
+class Lazily(MutableMapping):
+    """A mapping that is no dict, and keeps one."""
+
+    def __init__(self, **items):
+        self._items = items
+
+    def __getitem__(self, key):
+        return self._items[key]
+
+    def __setitem__(self, key, value):
+        self._items[key] = value
+
+    def __delitem__(self, key):
+        del self._items[key]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+
+class Batch(dict):
+    """A dict with attributes."""
+
+    device = None
+
+
+class Uncopied(UserDict):
+    def __copy__(self):
+        raise NotImplementedError
+
+
+def holding_itself(x, y):
+    both = [x, y]
+    both.append(both)
+    return both
+
+
+def taken(inputs):
+    """x and y, taken out of what holds them."""
+    y, x = inputs.pop("y"), inputs.pop("x")
+    inputs["more"] = 1
+    return x, y
+
+
+def taken_of_sample(sample):
+    sample.notes.pop()
+    x, sample.x = sample.x, None
+    return x, sample.y
+
+
+# How x and y come in a batch, and how a body takes them out of it.
+CONTAINERS = {
+    "dict": (lambda x, y: ({"x": x, "y": y},), taken),
+    "list": (lambda x, y: ([y, x],), lambda a: (a.pop(), a.pop())),
+    "dict beside": (lambda x, y: (x, {"y": y}), lambda a: (a[0], a[1].pop("y"))),
+    "nested": (lambda x, y: ({"in": [x], "out": ({"y": y},)},), lambda a: (a["in"].pop(), a["out"][0].pop("y"))),
+    "named": (lambda x, y: (Pair([x], {"y": y}),), lambda a: (a.first.pop(), a.second.pop("y"))),
+    "OrderedDict": (lambda x, y: (OrderedDict(x=x, y=y),), taken),
+}
+# Of these, only whole ones.
+WHOLE = {
+    **CONTAINERS,
+    "UserDict": (lambda x, y: (UserDict(x=x, y=y),), taken),
+    "nested UserDict": (lambda x, y: (UserDict(x=[x], y=y),), lambda a: (a["x"].pop(), a.pop("y"))),
+    "UserList": (lambda x, y: (UserList([y, x]),), lambda a: (a.pop(), a.pop())),
+    "deque": (lambda x, y: (deque([y, x]),), lambda a: (a.pop(), a.pop())),
+    "a dict's subclass": (lambda x, y: (Batch(x=x, y=y),), taken),
+    "a nested one": (lambda x, y: (Batch(x=[x], y=y),), lambda a: (a["x"].pop(), a.pop("y"))),
+    "a mapping": (lambda x, y: (Lazily(x=x, y=y),), taken),
+    "a dataclass": (lambda x, y: (Sample(x, y, ["seen"]),), taken_of_sample),
+    "one that holds itself": (lambda x, y: (holding_itself(x, y),), lambda a: a.pop() and a[:2]),
+    "strings": (lambda x, y: (["a cat", "a dog"], {"x": x, "y": y}), lambda a: a[0].pop() and taken(a[1])),
+    "a number": (lambda x, y: (x, y, 0.5), lambda a: a[:2]),
+    "a 0-d tensor": (lambda x, y: (x, torch.tensor(2.0), y), lambda a: a[::2]),
+    "two lengths": (lambda x, y: (x, y, y[:2]), lambda a: a[:2]),
+    "sparse": (lambda x, y: (x.to_sparse(), y), lambda a: (a[0].to_dense(), a[1])),
+    "an array": (lambda x, y: (x.numpy(), y), lambda a: (torch.from_numpy(a[0]), a[1])),
+    "a packed sequence": (lambda x, y: (nn.utils.rnn.pack_sequence([x]), y), lambda a: (a[0].data, a[1])),
+    "something else": (lambda x, y: (Uncopied(x=x), y), lambda a: (a[0]["x"], a[1])),
+}
+
+
+@pytest.mark.parametrize("way", ["passes", "train_step", "three optimizer steps"])
+@pytest.mark.parametrize(
+    ("form", "micro_batches"), [*((form, 1) for form in WHOLE), *((form, 3) for form in CONTAINERS)], ids=str
+)
+def test_each_pass_gets_the_batch_as_it_came(form, micro_batches, way):
+    arrange, take = WHOLE[form]
+    x, y = batch(7)
+    expected, actual = mlp(), mlp()
+    opts = [
+        MicroBatchSAM(SGD(m.parameters(), lr=0.1), 0.5, num_micro_batches=micro_batches) for m in (expected, actual)
+    ]
+    data = arrange(x, y)
+    for _ in range(3 if way == "three optimizer steps" else 1):
+        WAYS["passes"](opts[0], expected, (x, y))
+        if way == "train_step":
+            opts[1].train_step(lambda *part: loss_of(actual, *take(part if len(data) > 1 else part[0])), *data)
+        else:
+            for part in opts[1].passes(*data):
+                loss_of(actual, *take(part)).backward()
+            opts[1].step()
+            opts[1].zero_grad()
+    assert same_bits(actual.parameters(), expected.parameters())
+    assert same_bits(take(data if len(data) > 1 else data[0]), [x, y]), "the user's own is as it was"
+
+
+def test_tensors_and_tuples_of_them_come_as_they_are():
+    opt = MicroBatchSAM(SGD(mlp().parameters(), lr=0.1))
+    x, y = batch()
+    both = x, y
+    for data in ((x,), (both,), (None,)):
+        for part in opt.passes(*data):
+            assert part is data[0]
+
+
+# ---- which pass it is ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("method", "indices"),
+    [
+        (methods.SAM(), [0, 1]),
+        (methods.BilateralSAM(), [0, 1, 2]),
+        (methods.SAM(start=1), [0]),
+        (methods.LookSAM(k=2), [0, 1]),
+    ],
+    ids=["SAM", "Bilateral SAM", "before the start", "LookSAM"],
+)
+def test_a_layer_can_know_which_pass_it_is_in(method, indices, way, micro_batches):
+    model, seen = mlp(), []
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.5, method=method, num_micro_batches=micro_batches)
+    model.register_forward_hook(lambda *_: seen.append(opt.pass_index))
+    assert opt.pass_index is None
+    WAYS[way](opt, model, batch(6))
+    assert seen == indices * micro_batches
+    assert opt.pass_index is None
+    model(batch()[0])
+    assert seen[-1] is None
+
+
+def test_after_a_step_that_was_given_up_no_pass_is_under_way():
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1))
+    parts = opt.passes(*batch())
+    assert opt.pass_index is None
+    loss_of(model, *next(parts)).backward()
+    assert opt.pass_index == 0
+    next(parts)
+    assert opt.pass_index == 1
+    opt.restore()
+    assert opt.pass_index is None
 
 
 def test_train_step_takes_structures_as_passes_does():

@@ -101,6 +101,15 @@ def by_return(opt, model, data, stop):
     body()
 
 
+def by_a_block(opt, model, data, stop):
+    with opt.passes(*data) as parts:
+        by_a_block.kept = enumerate(parts)  # which keeps the iterator
+        for call, part in by_a_block.kept:
+            loss_of(model, *part).backward()
+            if call == stop:
+                break
+
+
 def by_close(opt, model, data, stop):
     iterator = opt.passes(*data)
     for _ in range(stop + 1):
@@ -224,6 +233,101 @@ def test_a_loop_within_a_loop_is_refused_and_the_outer_one_restored(backend):
                     run_to_the_end(opt, model, batch(6))
         assert same_bits(model.parameters(), before)
     run_to_the_end(opt, model, batch(6))
+
+
+class Bar:
+    """What progress bars are: they keep what they loop over, and pass its items on."""
+
+    def __init__(self, iterable):
+        self.iterable = iterable
+
+    def __iter__(self):
+        yield from self.iterable
+
+
+HELD = {
+    "nothing": lambda parts: parts,
+    "a bar": Bar,
+    "a bar around a bar": lambda parts: Bar(Bar(parts)),
+    "enumerate": enumerate,
+    "zip": lambda parts: zip(range(9), parts, strict=False),
+    "the iterator": iter,
+}
+
+
+@pytest.mark.parametrize("how", ["break", "exception"])
+@pytest.mark.parametrize(
+    ("held", "block"),
+    [*((held, True) for held in HELD), *((held, False) for held in ("nothing", "a bar", "a bar around a bar"))],
+    ids=lambda v: v if isinstance(v, str) else "in a block" if v else "without",
+)
+@pytest.mark.parametrize("stop", range(4))
+def test_a_loop_that_is_left_early_restores_whatever_holds_it(stop, block, held, how):
+    """Without a block: whatever holds what ``passes`` returned, rather than the iterator that was made of it."""
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), rho=0.5, num_micro_batches=2)
+    before = weights(model)
+
+    def train(parts):
+        bar = HELD[held](parts)
+        for call, _ in zip(range(9), bar, strict=False):
+            closure_of(model, batch(6))()
+            if call == stop and how == "exception":
+                raise Stop
+            if call == stop:
+                break
+        return bar
+
+    def run():
+        parts = opt.passes(*batch(6))
+        if not block:
+            return parts, train(parts)
+        with parts as entered:
+            assert entered is parts
+            return parts, train(parts)
+
+    try:
+        kept = run()
+    except Stop as error:
+        kept = error  # and with it the frames, and their variables
+    assert same_bits(model.parameters(), before)
+    assert gradients(model) == [None] * 4
+    run_to_the_end(opt, model, batch(6))
+    del kept
+
+
+def test_whoever_holds_the_iterator_is_told_at_the_next_use_and_of_the_block(backend):
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), rho=0.5, backend=backend)
+    before = weights(model)
+    numbered = enumerate(opt.passes(*batch()))
+    for call, part in numbered:
+        if call == 1:
+            break
+        loss_of(model, *part).backward()
+    assert not same_bits(model.parameters(), before)
+    for use in (opt.step, opt.passes, opt.state_dict):
+        with pytest.raises(RuntimeError, match=r"perturbed.*opt\.restore\(\).*with opt\.passes"):
+            use()
+    opt.restore()
+    assert same_bits(model.parameters(), before)
+    opt.state_dict()
+
+
+def test_a_loop_runs_once(backend):
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), backend=backend)
+    parts = opt.passes(*batch())
+    loss_of(model, *next(parts)).backward()
+    for part in parts:  # goes on where it was
+        loss_of(model, *part).backward()
+    assert all(g is not None for g in gradients(model))
+    assert next(parts, None) is None
+    with pytest.raises(RuntimeError, match=r"loop is over.*opt\.passes\(\)"):
+        list(parts)
+    parts.close()
+    with pytest.raises(RuntimeError, match="over"):
+        parts.throw(Stop())
 
 
 def test_an_iterator_that_was_never_started_does_nothing(backend):
@@ -522,12 +626,19 @@ def test_an_interruption_before_any_line_leaves_no_weight_perturbed(scenario, me
 
 
 @pytest.mark.slow
-def test_an_interruption_before_any_line_leaves_batch_norm_recording():
+def test_an_interruption_before_any_line_leaves_buffers_as_a_pass_at_w_did():
     data, n = batch(6), 0
     failures = []
+
+    def fresh():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
+
+    old, new = fresh(), fresh()
+    new(data[0])
     while True:
         n += 1
-        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
+        model = fresh()
         opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.5, model=model)
         try:
             with InterruptAt(n) as interrupt:
@@ -535,7 +646,7 @@ def test_an_interruption_before_any_line_leaves_batch_norm_recording():
             break
         except Interrupt:
             pass
-        if not (model[1].track_running_stats and model[3].track_running_stats):
+        if not any(same_bits(model.buffers(), right.buffers()) for right in (old, new)):
             failures.append(f"{n}, before {interrupt.where}")
     assert n > 50
     assert not failures, "\n".join(failures)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The buffers of a model, e.g. BatchNorm's statistics: remembered, and brought back after what must not change them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from ._torch import Table, buffers_of, children_of, copy_all, version_of
+
+
+def check_model(model: Any) -> None:
+    """Refuse what has no buffers.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+@dataclass(slots=True)
+class _Snapshot:
+    """What the buffers were.
+
+    Attributes:
+        places: (the table of a module, a name there, the tensor that was registered).
+        tensors: those that hold values to bring back.
+        data: their memory, which counts nothing that is written to it as a change of the tensor.
+        layouts: how each lay in its memory.
+        versions: how often each had been changed.
+        rare: (tensor, copy, version) of those without memory that could be written to in this way.
+    """
+
+    places: list[tuple[Table, str, Tensor | None]]
+    tensors: list[Tensor]
+    data: list[Tensor]
+    layouts: list[Any]
+    versions: list[int]
+    rare: list[tuple[Tensor, Tensor, int]]
+
+
+class Buffers:
+    """Those of ``model``, which may be None: then there is nothing to remember.
+
+    What is written by whoever knows of no switch is brought back too: layers that call ``F.batch_norm`` themselves,
+    codebooks, power iterations, observers. The copies stay where they are as long as the buffers keep their shapes, so
+    that a CUDA graph finds them.
+    """
+
+    def __init__(self, model: nn.Module | None):
+        self.model = model
+        self._now: _Snapshot | None = None
+        # Of the last time, since most buffers stay what and where they are:
+        self._tensors: list[Tensor] = []
+        self._data: list[Tensor] = []
+        self._layouts: list[Any] = []
+        self._shapes: list[Any] = []  # of the tensors that there are copies for
+        self._copies: list[
+            tuple[list[int], list[Tensor]]
+        ] = []  # of one dtype and device each: which tensors, their copies
+
+    def freeze(self) -> None:
+        """Remember what they are: whatever happens to them from now on is undone by ``rewind``."""
+        if self.model is None:
+            return
+        places: list[tuple[Table, str, Tensor | None]] = []
+        stack: list[nn.Module | None] = [self.model]
+        while stack:
+            module = stack.pop()
+            if module is not None:
+                stack.extend(children_of(module))
+                table = buffers_of(module)
+                if table:
+                    places += [(table, name, t) for name, t in table.items()]
+        distinct = {id(t): t for _, _, t in places if t is not None}
+        rare = []
+        if list(distinct) != list(map(id, self._tensors)):
+            self._tensors = [t for t in distinct.values() if _is_plain(t)]
+            if len(self._tensors) < len(distinct):
+                rare = [(t, t.detach().clone(), version_of(t)) for t in distinct.values() if _is_rare(t)]
+        tensors, layouts = self._tensors, list(map(_layout_of, self._tensors))
+        if layouts != self._layouts:
+            self._data = [t.data for t in tensors]
+            self._fit()
+            self._layouts = layouts
+        for which, copies in self._copies:
+            copy_all(copies, [self._data[i] for i in which])
+        self._now = _Snapshot(places, tensors, self._data, layouts, list(map(version_of, tensors)), rare)
+
+    def rewind(self) -> None:
+        """The same tensors are registered as at ``freeze``, with the same values. What was not changed counts as such."""
+        now = self._now
+        if now is None:
+            return
+        for table, name, t in now.places:
+            if name not in table or table[name] is not t:  # a layer may assign instead of writing in place
+                table[name] = t
+        if list(map(_layout_of, now.tensors)) != now.layouts:
+            for t, data, layout in zip(now.tensors, now.data, now.layouts, strict=True):
+                if _layout_of(t) != layout:
+                    t.data = data
+        versions = list(map(version_of, now.tensors))
+        if versions != now.versions:
+            # A graph that needs what is overwritten now raises, instead of using other values.
+            increment_version([t for t, v, old in zip(now.tensors, versions, now.versions, strict=True) if v != old])
+        for which, copies in self._copies:
+            copy_all([now.data[i] for i in which], copies)
+        for t, copy, version in now.rare:
+            if version_of(t) != version:
+                _write(t, copy)
+
+    def thaw(self) -> None:
+        """``rewind``, and from now on changes last."""
+        self.rewind()
+        self._now = None
+
+    def addresses(self) -> list[int]:
+        """Where the copies are."""
+        return [copy.data_ptr() for _, copies in self._copies for copy in copies]
+
+    def _fit(self) -> None:
+        """Memory for copies of what is remembered."""
+        shapes = [(t.device, t.dtype, t.shape) for t in self._data]
+        if shapes == self._shapes:
+            return
+        groups: dict[Any, list[int]] = {}
+        for i, (device, dtype, _) in enumerate(shapes):
+            groups.setdefault((device, dtype), []).append(i)
+        copies = [(which, [_memory_like(self._data[i]) for i in which]) for which in groups.values()]
+        self._shapes, self._copies = shapes, copies
+
+
+def _layout_of(t: Tensor) -> Any:
+    """A value that changes when the tensor is pointed elsewhere, or lies otherwise where it is."""
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
+# Decorators, not blocks: an interruption at the end of a block would leave its mode on.
+@torch.inference_mode(False)
+def _memory_like(t: Tensor) -> Tensor:
+    """Memory that may be written to in any mode."""
+    return torch.empty_like(t)
+
+
+@torch.no_grad()
+def _write(t: Tensor, values: Tensor) -> None:
+    t.copy_(values)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether it has memory of its own to write to, of which torch does not keep count."""
+    return (
+        (type(t) is Tensor or type(t) is nn.Parameter)
+        and t.layout is torch.strided
+        and not (t.is_meta or t.is_quantized or t.is_nested or t.is_inference() or _is_expanded(t))
+    )
+
+
+def _is_rare(t: Tensor) -> bool:
+    """Whether it has values that can be changed, and is not plain."""
+    without = nn.parameter.is_lazy(t) or t.is_meta or t.is_inference()
+    return not (without or _is_plain(t) or (t.layout is torch.strided and not t.is_nested and _is_expanded(t)))
+
+
+def _is_expanded(t: Tensor) -> bool:
+    """Whether several elements are one in memory, so that torch lets nobody write."""
+    return not t.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)
+    )
