@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 # Torch's wrapper around ``step`` names it for the profiler, and is left out where nobody listens.
 from torch._C._autograd import _profiler_enabled as profiler_enabled
+from torch.nn.utils import parametrize
 
 # Hooks of all optimizers: whoever registers one there expects it to run at every step.
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -26,6 +27,7 @@ __all__ = [
     "buffers_of",
     "children_of",
     "copy_all",
+    "forget_casts",
     "has_listeners",
     "is_lazy",
     "is_shared",
@@ -108,3 +110,10 @@ def copy_all(to: list[Tensor], values: list[Tensor]) -> None:
 def version_of(t: Tensor) -> int:
     """How often it was changed in place, which autograd asks too; torch has no public name for it."""
     return t._version
+
+
+def forget_casts() -> None:
+    """What is cached of the weights as they were: by autocast, and by ``parametrize.cached()``, whose table is private."""
+    torch.clear_autocast_cache()
+    if parametrize._cache:
+        parametrize._cache.clear()

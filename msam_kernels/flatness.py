@@ -39,7 +39,7 @@ from torch.optim import SGD
 
 from . import methods as _methods
 from ._checks import check_integer, check_number
-from ._torch import buffers_of, parameters_of
+from ._torch import buffers_of, forget_casts, parameters_of
 from .batches import Split, leaves_of, mean, rebuilt, renewal, split
 from .buffers import Buffers
 from .flat import check_parameters
@@ -284,7 +284,7 @@ class _Evaluations:
             _set_random_states(self._random[i])
         else:
             self._random[i] = _random_states(self._devices)
-        torch.clear_autocast_cache()  # an autocast around the call would go on with casts of the weights at w
+        forget_casts()  # an autocast around the call would go on with casts of the weights at w
         part = self.parts[i]
         if self._renewed is not None:
             part = self._renewed(part)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import masks
-from ._torch import mark_stepped
+from ._torch import forget_casts, mark_stepped
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
@@ -242,7 +242,7 @@ class Engine:
             descent.add(grads, PLAIN)
             mark_stepped(self.base)
             self.store.update(rule, self.tables, self.base.state, descent)
-        torch.clear_autocast_cache()
+        forget_casts()
         self.count_step()
 
     def begin(self, shares: list[float], *, clear: bool = True) -> Step:
@@ -284,7 +284,7 @@ class Engine:
             if step.chose_mask:
                 for flat in self.store.flats:
                     flat.mask = None
-        torch.clear_autocast_cache()
+        forget_casts()
         self.step = None
         if error is not None:
             raise error
@@ -419,7 +419,7 @@ class Step:
         self.turn = 1
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
         engine.norms_sq.append(self._norm_sq)
-        torch.clear_autocast_cache()
+        forget_casts()
 
     def _cross(self) -> None:
         """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
@@ -429,7 +429,7 @@ class Step:
         assert self._norm_sq is not None
         self.turn = 2
         self.store.cross(at_w, self.plan, self.engine.tables, self._norm_sq)
-        torch.clear_autocast_cache()
+        forget_casts()
 
     def _hold(self, grads: Vectors) -> None:
         """Keep the gradients of a pass for the micro-batch's descent."""
@@ -520,7 +520,7 @@ class Step:
             engine.base.step()
             if self.clear:
                 self.store.set_grads(None)
-        torch.clear_autocast_cache()
+        forget_casts()
 
     def _descent(self) -> Descent:
         """p.grad is the micro-batch's last gradient: what the plan makes of it and of what is held, and of the mean so far.
@@ -572,7 +572,7 @@ class Step:
         if weights:
             self.perturbed = False
             self.saves = not last
-        torch.clear_autocast_cache()
+        forget_casts()
 
     def _keep_v(self, vectors: list[Vectors], products: Tensor) -> None:
         """The micro-batch's part of "v", which the first of a step begins anew."""

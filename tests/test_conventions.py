@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
 from torch.optim.optimizer import Optimizer
 
@@ -433,6 +435,25 @@ def test_within_one_autocast_every_pass_sees_its_weights(way, enabled):
         for _ in range(2):
             WAYS[way](opt, model, batch(6))
     assert len(set(seen)) == len(seen) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parametrizations_that_are_cached_are_computed_anew_in_every_pass(way):
+    class Symmetric(nn.Module):
+        def forward(self, w):
+            return w + w.T
+
+    runs = []
+    for around in (parametrize.cached, contextlib.nullcontext):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+        parametrize.register_parametrization(model[0], "weight", Symmetric())
+        opt = wrap(model, rho=0.5)
+        with around():
+            for _ in range(2):
+                WAYS[way](opt, model, batch(6))
+        runs.append(weights(model))
+    assert same_bits(*runs)
 
 
 def test_a_model_trained_in_a_function_transform_sees_the_perturbed_weights():
