@@ -324,9 +324,11 @@ def test_a_body_may_end_in_eval_mode(way, norm):
 def test_a_graph_through_a_buffer_that_no_pass_changed_can_be_used_after_the_step():
     model = build("eval")
     opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), model=model)
+    model.register_buffer("calls", torch.zeros(()))
     x = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
     late = []
     for part in opt.passes(data_of(0)):
+        model.calls.add_(1)  # beside one that is changed
         late.append(F.batch_norm(x, model[1].running_mean, model[1].running_var).sum())
         model(part).square().mean().backward()
     opt.step()
