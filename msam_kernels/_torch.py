@@ -38,7 +38,7 @@ __all__ = [
     "step_hooks",
     "tree_flatten",
     "tree_unflatten",
-    "version_of",
+    "versions_of",
 ]
 
 
@@ -107,9 +107,9 @@ def copy_all(to: list[Tensor], values: list[Tensor]) -> None:
     torch._foreach_copy_(to, values)
 
 
-def version_of(t: Tensor) -> int:
-    """How often it was changed in place, which autograd asks too; torch has no public name for it."""
-    return t._version
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was changed in place, which autograd asks too; torch has no public name for it."""
+    return [t._version for t in tensors]
 
 
 def forget_casts() -> None:

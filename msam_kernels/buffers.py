@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from ._torch import Table, buffers_of, children_of, copy_all, version_of
+from ._torch import Table, buffers_of, children_of, copy_all, versions_of
+from .gradients import has_layout, memory_layout
 
 
 def check_model(model: Any) -> None:
@@ -31,7 +32,7 @@ class _Snapshot:
         places: (the table of a module, a name there, the tensor that was registered).
         tensors: those that hold values to bring back.
         data: their memory, which counts nothing that is written to it as a change of the tensor.
-        layouts: how each lay in its memory.
+        layout: how they lay in it.
         versions: how often each had been changed.
         rare: (tensor, copy, version) of those without memory that could be written to in this way.
     """
@@ -39,7 +40,7 @@ class _Snapshot:
     places: list[tuple[Table, str, Tensor | None]]
     tensors: list[Tensor]
     data: list[Tensor]
-    layouts: list[Any]
+    layout: object
     versions: list[int]
     rare: list[tuple[Tensor, Tensor, int]]
 
@@ -58,11 +59,9 @@ class Buffers:
         # Of the last time, since most buffers stay what and where they are:
         self._tensors: list[Tensor] = []
         self._data: list[Tensor] = []
-        self._layouts: list[Any] = []
+        self._layout: object = b""
         self._shapes: list[Any] = []  # of the tensors that there are copies for
-        self._copies: list[
-            tuple[list[int], list[Tensor]]
-        ] = []  # of one dtype and device each: which tensors, their copies
+        self._copies: list[tuple[list[int], list[Tensor]]] = []  # by dtype and device: of which tensors, and the copies
 
     def freeze(self) -> None:
         """Remember what they are: whatever happens to them from now on is undone by ``rewind``."""
@@ -82,15 +81,15 @@ class Buffers:
         if list(distinct) != list(map(id, self._tensors)):
             self._tensors = [t for t in distinct.values() if _is_plain(t)]
             if len(self._tensors) < len(distinct):
-                rare = [(t, t.detach().clone(), version_of(t)) for t in distinct.values() if _is_rare(t)]
-        tensors, layouts = self._tensors, list(map(_layout_of, self._tensors))
-        if layouts != self._layouts:
+                rare = [(t, t.detach().clone(), versions_of([t])[0]) for t in distinct.values() if _is_rare(t)]
+        tensors = self._tensors
+        if not has_layout(_group(tensors), self._layout):
             self._data = [t.data for t in tensors]
             self._fit()
-            self._layouts = layouts
+            self._layout = memory_layout(_group(tensors))
         for which, copies in self._copies:
             copy_all(copies, [self._data[i] for i in which])
-        self._now = _Snapshot(places, tensors, self._data, layouts, list(map(version_of, tensors)), rare)
+        self._now = _Snapshot(places, tensors, self._data, self._layout, versions_of(tensors), rare)
 
     def rewind(self) -> None:
         """The same tensors are registered as at ``freeze``, with the same values. What was not changed counts as such."""
@@ -100,18 +99,23 @@ class Buffers:
         for table, name, t in now.places:
             if name not in table or table[name] is not t:  # a layer may assign instead of writing in place
                 table[name] = t
-        if list(map(_layout_of, now.tensors)) != now.layouts:
-            for t, data, layout in zip(now.tensors, now.data, now.layouts, strict=True):
-                if _layout_of(t) != layout:
+        if not has_layout(_group(now.tensors), now.layout):
+            for t, data in zip(now.tensors, now.data, strict=True):
+                if (t.data_ptr(), t.shape, t.stride(), t.dtype) != (
+                    data.data_ptr(),
+                    data.shape,
+                    data.stride(),
+                    data.dtype,
+                ):
                     t.data = data
-        versions = list(map(version_of, now.tensors))
+        versions = versions_of(now.tensors)
         if versions != now.versions:
             # A graph that needs what is overwritten now raises, instead of using other values.
             increment_version([t for t, v, old in zip(now.tensors, versions, now.versions, strict=True) if v != old])
         for which, copies in self._copies:
             copy_all([now.data[i] for i in which], copies)
         for t, copy, version in now.rare:
-            if version_of(t) != version:
+            if versions_of([t]) != [version]:
                 _write(t, copy)
 
     def thaw(self) -> None:
@@ -135,9 +139,9 @@ class Buffers:
         self._shapes, self._copies = shapes, copies
 
 
-def _layout_of(t: Tensor) -> Any:
-    """A value that changes when the tensor is pointed elsewhere, or lies otherwise where it is."""
-    return t.data_ptr(), t.shape, t.stride(), t.dtype
+def _group(tensors: list[Tensor]) -> list[dict[str, Any]]:
+    """As ``memory_layout`` takes parameters."""
+    return [{"params": tensors}]
 
 
 # Decorators, not blocks: an interruption at the end of a block would leave its mode on.

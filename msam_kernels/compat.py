@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import methods
-from ._torch import mark_stepped, version_of
+from ._torch import mark_stepped, versions_of
 from .optimizer import MicroBatchSAM
 
 
@@ -156,12 +156,12 @@ class SAM(MicroBatchSAM):
 
     def _note_what_is_left(self) -> None:
         grads = [p.grad for p in self.engine.store.parameters() if p.grad is not None]
-        self._left = [(ref(g), version_of(g)) for g in grads]  # a reference would keep the memory
+        self._left = list(zip(map(ref, grads), versions_of(grads), strict=True))  # a reference would keep the memory
 
     def _has_gradients_of_this_step(self) -> bool:
         left = {id(g): version for old, version in self._left if (g := old()) is not None}
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if all(left.get(id(g)) == version_of(g) for g in grads):
+        if [left.get(id(g)) for g in grads] == versions_of(grads):
             return False
         # The same tensors with other values: added to, or filled with zeros by somebody else's zero_grad.
         return any(id(g) not in left for g in grads) or any(bool(g.any()) for g in grads)
