@@ -221,8 +221,8 @@ MUTANTS = [
     Mutant(
         "a stale table of settings",
         P + "rules.py",
-        "if said == self._said:",
-        "if self._said:",
+        'if said == self._said.get("radii"):',
+        'if self._said.get("radii"):',
         "tests/test_conventions.py tests/test_schedules.py",
     ),
     Mutant(
@@ -245,6 +245,20 @@ MUTANTS = [
         "return _adam_settings(group, True)",
         "return _adam_settings(group, False)",
         "tests/test_optimizer.py -k cpu",
+    ),
+    Mutant(
+        "what is maximised is perturbed uphill",
+        P + "rules.py",
+        "-r if maximizes and r else r",
+        "r",
+        GOLDEN,
+    ),
+    Mutant(
+        "settings are read where the step begins only",
+        P + "step.py",
+        "if rule is not None:\n            engine.refresh_settings(rule)",
+        "pass",
+        "tests/test_optimizer.py -k within_a_step",
     ),
     Mutant("a patched step is not called", P + "rules.py", "or any(step_hooks(base))", "", "tests/test_conventions.py"),
     # -- flat and checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -65,7 +66,11 @@ class PlainSAM:
     def step(self, closures: Sequence[Callable[[], Any]], shares: Sequence[float] | None = None) -> None:
         """One step; ``closures``: forward and backward of each micro-batch, ``shares``: its part of the samples."""
         shares = shares or [1 / len(closures)] * len(closures)
-        rho = {p: group.get("rho", self.rho) for group in self.base.param_groups for p in group["params"]}
+        rho = {  # where a group is maximised, the worst point lies downhill
+            p: group.get("rho", self.rho) * (-1 if group.get("maximize") else 1)
+            for group in self.base.param_groups
+            for p in group["params"]
+        }
         mean: dict[Tensor, Tensor] = {}
         self.grad_norms, self.perturbation_norms = [], []
         looks = self.look is None or self.steps % self.look.k == 0
@@ -116,7 +121,7 @@ class PlainSAM:
         behind = None
         if self.rho_min is not None:
             for p in g:
-                p.copy_(saved[p] - (self.rho_min if rho[p] else 0.0) * e[p])
+                p.copy_(saved[p] - (math.copysign(self.rho_min, rho[p]) if rho[p] else 0.0) * e[p])
             behind = self._backward(rho, closure)
         for p in rho:
             p.copy_(saved[p])
