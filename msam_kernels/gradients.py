@@ -74,12 +74,26 @@ def _owns_memory(grads: Sequence[Tensor | None], whole: bool) -> bool:
     return len({g.data_ptr() for g in there}) == len(there)
 
 
-def _memory_layout(groups: list[dict[str, Any]]) -> object:
-    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in group["params"]] for group in groups]
+def _place(p: Tensor) -> object:
+    return p.data_ptr(), p.size(), p.stride()
 
 
-def _has_layout(groups: list[dict[str, Any]], layout: object) -> bool:
-    return _memory_layout(groups) == layout
+def _memory_layout(groups: list[dict[str, Any]], served: set[Tensor]) -> object:
+    return [[(id(p), _place(p) if p in served else None) for p in group["params"]] for group in groups]
+
+
+def _has_layout(groups: list[dict[str, Any]], layout: Any) -> bool:
+    def is_same(p: Tensor, identity: int, place: object) -> bool:
+        return id(p) == identity and (not is_trained(p) if place is None else _place(p) == place)
+
+    return len(groups) == len(layout) and all(
+        len(group["params"]) == len(known) and all(is_same(p, *k) for p, k in zip(group["params"], known, strict=True))
+        for group, known in zip(groups, layout, strict=True)
+    )
+
+
+def _holds(dicts: list[dict[str, Any]], names: list[str], values: list[Any]) -> bool:
+    return all(d.get(name) is value for d, name, value in zip(dicts, names, values, strict=True))
 
 
 # Each is a loop over the parameters, which the extension does in C++.
@@ -92,10 +106,19 @@ current_grads: Callable[[list[Tensor]], Optionals] = getattr(extension, "current
 set_grads: Callable[[list[Tensor], Sequence[Tensor | None]], None] = getattr(extension, "set_grads", _set_grads)
 #: (gradients, whole) -> whether each has memory of its own, see ``own_memory``.
 owns_memory: Callable[[Sequence[Tensor | None], bool], bool] = getattr(extension, "owns_memory", _owns_memory)
-#: (parameter groups) -> a value that changes when any parameter, its memory or its layout does.
-memory_layout: Callable[[list[dict[str, Any]]], object] = getattr(extension, "memory_layout", _memory_layout)
-#: (parameter groups, such a value) -> whether it is that still.
+#: (parameter groups, those of their parameters that are served) -> a value that says which they are and where they lie.
+memory_layout: Callable[[list[dict[str, Any]], set[Tensor]], object] = getattr(
+    extension, "memory_layout", _memory_layout
+)
+#: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
 has_layout: Callable[[list[dict[str, Any]], object], bool] = getattr(extension, "has_layout", _has_layout)
+#: (dicts, keys, values) -> whether each dict has the very value under its key.
+holds: Callable[[list[dict[str, Any]], list[str], list[Any]], bool] = getattr(extension, "holds", _holds)
+
+
+def is_trained(p: Tensor) -> bool:
+    """Whether a parameter takes part: one that is frozen does where somebody gave it a gradient, as in torch."""
+    return p.requires_grad or p.grad is not None
 
 
 def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[list[Tensor], int]:

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from .backends import get_backend
-from .flat import Flat, Memory, check_parameters
+from .flat import Flat, Memory, State, check_parameters
 from .gradients import (
     Optionals,
     Vectors,
@@ -128,6 +128,7 @@ class Store:
                 buckets.setdefault((p.device, p.dtype), []).append((p, group_of[id(p)]))
         if buckets:
             check_idle("parameters were added")
+        self.separate(self.base.state)
         backends = {device: get_backend(self.backend, device) for device, _ in buckets}
         for flat in self.flats:
             flat.take_back()
@@ -136,7 +137,7 @@ class Store:
             for (device, _), members in buckets.items()
         ]
         self.devices = list({flat.device: None for flat in self.flats})
-        self.layout = memory_layout(groups)
+        self.layout = memory_layout(groups, set(params))
 
     def is_current(self) -> bool:
         """Whether all parameters are where they were at the last look."""
@@ -276,12 +277,21 @@ class Store:
         present = descent.terms[0]
         for vector in descent.terms[1:]:
             present = present.filled(vector)
+        turns, all_bound = [], True
         for f, flat in enumerate(self.flats):
             grads = present.lists[f] if present.absent else None
             if grads is not None and all(g.numel() == 0 for g in grads):
                 self._bring_back(flat)
                 continue
-            states = flat.bind(state, tables.names, rule.counts, grads)
+            absent = () if grads is None else flat.absent_from(grads)
+            states = flat.bound(state, tables.names, absent)
+            all_bound = all_bound and states is not None
+            turns.append((f, flat, absent, states))
+        if not all_bound:
+            self.separate(state)
+        for f, flat, absent, states in turns:
+            if states is None:
+                states = flat.bind(state, tables.names, rule.counts, absent)
             options = descent.on(flat.device)
             if flat.saved is not None:
                 options.update(saved=flat.saved, status=flat.status)
@@ -296,6 +306,30 @@ class Store:
                 settings=tables.on("settings", flat.device),
                 **options,
             )
+
+    def separate(self, state: State) -> None:
+        """What lies in a flat buffer of states, but not as ``bind`` left it there for its parameter, gets memory of its own.
+
+        Somebody exchanged it between parameters, or loaded what a state dict had shown: its memory is about to be written to.
+        """
+        spans = [(t.device, t.data_ptr(), t.nbytes) for flat in self.flats for t in flat.state.values()]
+        if not spans:
+            return
+        place = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
+        for p, entry in state.items():
+            flat, i = place.get(id(p), (None, 0))
+            for name, t in entry.items():
+                if not isinstance(t, Tensor) or t.layout != torch.strided or (flat and flat.is_own(i, name, t)):
+                    continue
+                if any(t.device == device and 0 <= t.data_ptr() - begin < size for device, begin, size in spans):
+                    entry[name] = t.clone()
+
+    def rebind(self, state: State) -> bool:
+        """Bring what was loaded into the state to where the kernels of the last update work; False where any is missing."""
+        if all(flat.is_bound_still(state) for flat in self.flats):
+            return True
+        self.separate(state)
+        return all(flat.rebind(state) for flat in self.flats)
 
     @staticmethod
     def _bring_back(flat: Flat) -> None:

@@ -36,7 +36,7 @@ MAY_KNOW = {
     "step": {"_torch", "gradients", "masks", "methods", "rules", "statistics", "store"},
     "masks": {"flat", "methods"},
     "store": {"backends", "flat", "gradients", "methods", "rules"},
-    "flat": {"backends"},
+    "flat": {"backends", "gradients"},
     "gradients": {"_torch", "backends"},
     "rules": {"_checks", "_torch", "backends.reference", "methods"},
     "methods": {"_checks", "backends.reference"},

@@ -223,6 +223,27 @@ def write_in_place(state, p):
         value.fill_(2.0)
 
 
+def replace_its_memory(state, p):
+    for value in state[p].values():
+        value.data = torch.full_like(value, 2.0)
+
+
+def set_it_to_other_memory(state, p):
+    for value in state[p].values():
+        value.set_(torch.full_like(value, 2.0))
+
+
+def share_its_memory(state, p):
+    for value in state[p].values():
+        value.share_memory_()
+        value.fill_(2.0)
+
+
+def replace_its_memory_in_another_order(state, p):
+    for value in state[p].values():
+        value.data = torch.full_like(value.t(), 2.0).t() if value.dim() == 2 else torch.full_like(value, 2.0)
+
+
 def delete_the_entry(state, p):
     del state[p]
 
@@ -252,6 +273,10 @@ def clear_and_fill_again(state, p):
         replace_the_entry,
         delete_and_replace_the_entry,
         write_in_place,
+        replace_its_memory,
+        set_it_to_other_memory,
+        share_its_memory,
+        replace_its_memory_in_another_order,
         delete_the_entry,
         delete_a_key,
         clear,
@@ -277,6 +302,100 @@ def test_state_changed_by_hand_is_noticed(way, change, base, backend):
             change(theirs.base.state, expected[0].bias)
     for a, b in zip(actual.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_shown_after_the_state_moved_is_what_is_worked_with(backend):
+    """As after the widespread loop that brings every tensor of a state to another device."""
+    model, method = mlp(), methods.FriendlySAM()
+    opt = MicroBatchSAM(Adam(model.parameters()), method=method, backend=backend)
+    for step in range(4):
+        if step == 2:
+            for entry in opt.state.values():
+                for value in entry.values():
+                    value.data = value.data.clone()
+            for value in opt.state_dict()["msam"]["ema"].values():
+                value.data = value.data.clone()
+        step_with_train_step(opt, model, batch(seed=step))
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    assert all(entry["step"] == 4 for entry in opt.state.values())
+    other = mlp()
+    other.load_state_dict(saved[0])
+    resumed = MicroBatchSAM(Adam(other.parameters()), method=method, backend=backend)
+    resumed.load_state_dict(saved[1])
+    for m, o in ((model, opt), (other, resumed)):
+        step_with_train_step(o, m, batch(seed=9))
+    assert same_bits(model.parameters(), other.parameters())
+
+
+def exchange_entries(opt, a, b):
+    opt.state[a], opt.state[b] = opt.state[b], opt.state[a]
+
+
+def exchange_tensors(opt, a, b):
+    for name in opt.state[a]:
+        opt.state[a][name], opt.state[b][name] = opt.state[b][name], opt.state[a][name]
+
+
+def exchange_memory(opt, a, b):
+    for name in opt.state[a]:
+        opt.state[a][name].data, opt.state[b][name].data = opt.state[b][name].data, opt.state[a][name].data
+
+
+def give_both_the_same_values(opt, a, b):
+    for name, value in opt.state[a].items():
+        opt.state[b][name] = value.detach() if name == "step" else value.view_as(value)
+        opt.state[a][name] = value.clone()
+
+
+def move_on_and_leave(opt, a, b):
+    opt.state[b] = opt.state.pop(a)
+
+
+def load_in_another_order(opt, a, b):
+    saved = opt.state_dict()
+    saved["state"] = {0: saved["state"][1], 1: saved["state"][0]}
+    opt.load_state_dict(saved)
+
+
+EXCHANGES = [
+    exchange_entries,
+    exchange_tensors,
+    exchange_memory,
+    give_both_the_same_values,
+    move_on_and_leave,
+    load_in_another_order,
+]
+
+
+@pytest.mark.parametrize("absent", [None, 0, 1], ids=["", "the first takes no part then", "nor the second"])
+@pytest.mark.parametrize("later", [False, True], ids=["of one group", "of a group that came later"])
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda f: f.__name__.replace("_", " "))
+@pytest.mark.parametrize("base", FUSED)
+def test_state_that_is_exchanged_between_parameters_keeps_its_values(base, exchange, later, absent, backend):
+    """torch does not copy what it loads, and our own tensors are views of one buffer."""
+    results = []
+    for wrap in (lambda b: b, lambda b: MicroBatchSAM(b, rho=0.0, backend=backend)):
+        a, b = (nn.Parameter(torch.full((2, 2), value, dtype=torch.float64)) for value in (1.0, 2.0))
+        opt = wrap(BASES[base]([a] if later else [a, b]))
+        if later:
+            opt.add_param_group({"params": [b]})
+
+        def step(without=None, a=a, b=b, opt=opt):
+            factors = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+            losses = [(a * factors).square().sum(), (b * 10 * factors.flip(0)).square().sum()]
+            opt.zero_grad()
+            sum(loss for i, loss in enumerate(losses) if i != without).backward()
+            opt.step()
+
+        step()
+        step()
+        exchange(opt, a, b)
+        step(absent)
+        step()
+        state = [opt.state[p][name] for p in (a, b) for name in sorted(opt.state[p])]
+        results.append([p.detach().clone() for p in (a, b)] + [t.clone() for t in state])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, check_dtype=False)
 
 
 def by_deepcopy(model, opt):
