@@ -59,29 +59,47 @@ def _span(p: Tensor) -> tuple[int, int]:
     return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
 
 
-def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
+def _is_plain(p: Tensor) -> bool:
+    return p.layout == torch.strided and type(p.data) is Tensor
+
+
+def check_parameters(named: Sequence[tuple[str, Tensor]], left: Sequence[tuple[str, Tensor]] = ()) -> None:
     """Refuse what no kernel can serve, by name.
+
+    ``left``: parameters that stay where they are when those of ``named`` move to a flat buffer. They may be anything, also
+    views of each other.
 
     Raises:
         TypeError: a dtype, layout or tensor subclass that the kernels do not know.
         ValueError: two parameters that share memory without being the same object.
     """
     for name, p in named:
-        if p.layout != torch.strided or type(p.data) is not Tensor:
+        if not _is_plain(p):
             raise TypeError(
                 f"{name} must be an ordinary dense tensor, got {type(p.data).__name__} of layout {p.layout}"
             )
         if p.dtype not in DTYPES:
             remedy = "; use torch.view_as_real" if p.is_complex() else ""
             raise TypeError(f"{name} must be one of {[str(d)[6:] for d in DTYPES]}, got {p.dtype}{remedy}")
-    spans = sorted((*_span(p), str(p.device), name) for name, p in named if p.numel() and not p.is_meta)
-    end, owner, device = -1, "", ""
-    for first, last, on, name in sorted(spans, key=lambda s: (s[2], s[0])):
-        if on == device and first < end:
-            raise ValueError(
-                f"{owner} and {name} share memory but are different objects: tie them by using one Parameter for both"
-            )
-        end, owner, device = last, name, on
+    spans = [
+        (str(p.device), *_span(p), name, moves)
+        for members, moves in ((named, True), (left, False))
+        for name, p in members
+        if _is_plain(p) and p.numel() and not p.is_meta
+    ]
+    reached: dict[tuple[str, bool], tuple[int, str]] = {}  # by device and kind: how far, and by whom
+    for device, first, last, name, moves in sorted(spans, key=lambda s: s[:2]):
+        for others in (True, False) if moves else (True,):
+            end, owner = reached.get((device, others), (-1, ""))
+            if first < end:
+                frozen = (
+                    "" if moves and others else ", one of them with requires_grad=False, which would be left behind"
+                )
+                raise ValueError(
+                    f"{owner} and {name} share memory but are different objects{frozen}: tie them by using one Parameter "
+                    f"for both{', or use flatten=False' if frozen else ''}"
+                )
+        reached[device, moves] = max(reached.get((device, moves), (-1, "")), (last, name))
 
 
 class Memory:

@@ -87,9 +87,9 @@ class Engine:
             f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up"
         )
 
-    def adopt(self) -> None:
-        """Take in parameters that are new or were re-pointed, and groups without a rho."""
-        self.store.adopt(self.check_idle)
+    def adopt(self, also: Sequence[Tensor] = ()) -> None:
+        """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
+        self.store.adopt(self.check_idle, also)
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -110,8 +110,16 @@ class Engine:
                 group["rho"] = rho
             raise
 
+    def take_in(self) -> None:
+        """Notice groups that came by the base optimizer's ``add_param_group`` since the last look, and what was unfrozen.
+
+        For what only asks for state: parameters that were moved or converted meanwhile do not matter to it.
+        """
+        if self.store.has_new() or not all("rho" in group for group in self.base.param_groups):
+            self.adopt()
+
     def follow(self) -> None:
-        """Notice parameters that somebody re-pointed since the last look."""
+        """Notice parameters that somebody re-pointed, added or unfroze since the last look."""
         if self.store.is_current():
             return
         self.adopt()

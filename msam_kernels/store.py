@@ -19,6 +19,7 @@ from .gradients import (
     collect,
     current_grads,
     has_layout,
+    is_trained,
     memory_layout,
     own_memory_of_lists,
     regular_gradient,
@@ -73,19 +74,24 @@ class Store:
         self.flats: list[Flat] = []
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
+        self._left: set[int] = set()  # the parameters that were frozen at the last look and are in no flat, by identity
 
     @property
     def device(self) -> torch.device:
         """Where sums over all parameters come together."""
-        return self.flats[0].device
+        return self.flats[0].device if self.flats else torch.device("cpu")
 
     def parameters(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"]]
 
-    def places(self) -> list[tuple[Flat, int]]:
-        """Of every parameter, in the order of the groups: its flat, and its index there."""
+    def places(self) -> list[tuple[Flat, int] | None]:
+        """Of every parameter, in the order of the groups: its flat, and its index there; None for one that is in no flat."""
         place = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
-        return [place[id(p)] for p in self.parameters()]
+        return [place.get(id(p)) for p in self.parameters()]
+
+    def has_new(self) -> bool:
+        """Whether there are parameters to adopt: of groups that are new, or that were frozen until now."""
+        return any(place is None and is_trained(p) for place, p in zip(self.places(), self.parameters(), strict=True))
 
     def is_capturing(self) -> bool:
         return any(flat.is_capturing() for flat in self.flats)
@@ -96,8 +102,14 @@ class Store:
 
     # -- parameters -----------------------------------------------------------------------------------------------------
 
-    def adopt(self, check_idle: Callable[[str], None]) -> None:
-        """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
+    def adopt(self, check_idle: Callable[[str], None], also: Sequence[Tensor] = ()) -> None:
+        """Flatten the parameters that are new since the last look; take back those that were re-pointed.
+
+        One that is frozen stays out, whatever it is made of, until it is trained; one that is frozen later stays in.
+
+        Args:
+            check_idle: called, with what has happened, where parameters are new; may raise.
+            also: parameters that are taken in though they are frozen.
 
         Raises:
             ValueError, TypeError: parameters that cannot be served.
@@ -112,7 +124,10 @@ class Store:
         twice = len(params) - len(set(map(id, params)))
         if twice:
             raise ValueError(f"{twice} of the {len(params)} parameters are listed more than once: list each once")
-        check_parameters(named)
+        served = {p for flat in self.flats for p in flat.params}.union(also)
+        taken = [(name, p) for name, p in named if p in served or is_trained(p)]
+        left = [(name, p) for name, p in named if p not in served and not is_trained(p)]
+        check_parameters(taken, left if self.flatten else ())
         group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
         for flat in self.flats:
             if [group_of.pop(id(p), None) for p in flat.params] != flat.groups:
@@ -121,13 +136,14 @@ class Store:
                     "groups, or use add_param_group for additional ones"
                 )
         buckets: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
-        for name, p in named:
+        for name, p in taken:
             if id(p) in group_of:
                 if p.is_meta:
                     raise ValueError(f"{name} is on the meta device and has no values: materialise the model first")
                 buckets.setdefault((p.device, p.dtype), []).append((p, group_of[id(p)]))
         if buckets:
-            check_idle("parameters were added")
+            new = {id(p) for members in buckets.values() for p, _ in members}
+            check_idle("parameters were unfrozen" if new <= self._left else "parameters were added")
         self.separate(self.base.state)
         backends = {device: get_backend(self.backend, device) for device, _ in buckets}
         for flat in self.flats:
@@ -137,10 +153,11 @@ class Store:
             for (device, _), members in buckets.items()
         ]
         self.devices = list({flat.device: None for flat in self.flats})
-        self.layout = memory_layout(groups, set(params))
+        self.layout = memory_layout(groups, {p for flat in self.flats for p in flat.params})
+        self._left = {id(p) for _, p in left}
 
     def is_current(self) -> bool:
-        """Whether all parameters are where they were at the last look."""
+        """Whether all parameters are where they were at the last look, and those in no flat still frozen."""
         return has_layout(self.base.param_groups, self.layout)
 
     # -- gradients ------------------------------------------------------------------------------------------------------
@@ -365,6 +382,8 @@ class Store:
         """The terms of sums, from all devices."""
         if len(parts) == 1:
             return parts[0]
+        if not parts:
+            return torch.zeros(0, dtype=torch.float64)
         return torch.cat([_moved(t, self.device) for t in parts], -1)
 
 

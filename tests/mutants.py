@@ -279,7 +279,7 @@ MUTANTS = [
     Mutant(
         "lost momentum",
         P + "flat.py",
-        "view.copy_(old)\n                    loaded.append(i)",
+        "view.copy_(old)\n                        loaded.append(i)",
         "loaded.append(i)",
         "tests/test_resume.py",
     ),
@@ -289,6 +289,34 @@ MUTANTS = [
         "step[torch.tensor(loaded, dtype=torch.int64, device=self.device)] = 1",
         "pass",
         "tests/test_resume.py",
+    ),
+    Mutant(
+        "exchanged state is overwritten",
+        P + "store.py",
+        "entry[name] = t.clone()",
+        "pass",
+        "tests/test_resume.py -k exchanged",
+    ),
+    Mutant(
+        "state in new memory is not noticed",
+        P + "flat.py",
+        'and has_layout([{"params": self.views}], self._layout)',
+        "",
+        "tests/test_resume.py -k by_hand",
+    ),
+    Mutant(
+        "what is unfrozen is not noticed",
+        P + "gradients.py",
+        "return p.requires_grad or p.grad is not None",
+        "return p.grad is not None",
+        "tests/test_frozen.py",
+    ),
+    Mutant(
+        "a direction of some parameters is saved",
+        P + "checkpoint.py",
+        'if name == "v" and not engine.store.has_v():',
+        "if False:",
+        "tests/test_resume.py -k goes_on_alike",
     ),
     Mutant(
         "memory that somebody took is overwritten",
@@ -307,7 +335,7 @@ MUTANTS = [
     Mutant(
         "parameters that overlap are taken",
         P + "flat.py",
-        "if on == device and first < end:",
+        "if first < end:",
         "if False:",
         "tests/test_errors.py",
     ),

@@ -153,8 +153,8 @@ class PlainSAM:
         return at_e
 
     def _choose_mask(self, params: Iterable[Tensor], step: int) -> None:
-        """The largest scores of all; of equal ones the first, in the order of memory."""
-        params = list(params)
+        """The largest scores of all that are trained; of equal ones the first, in the order of memory."""
+        params = [p for p in params if p.requires_grad]
         scores = [self.scores.get(p, torch.zeros_like(p)).double() for p in params]
         # The memory order of a dense tensor, of any other its own.
         orders = [sorted(range(p.dim()), key=lambda d, p=p: -p.stride(d)) for p in params]

@@ -440,6 +440,83 @@ def test_a_copy_of_model_and_optimizer_goes_on_bit_for_bit_and_apart(method, bas
     assert repr(twin_opt) == repr(opt)
 
 
+# Those that keep something from step to step, and one that does not.
+REMEMBER = ["SAM", "F-SAM", "LookSAM k=2", "Sparse SAM", "F-SAM + Sparse + Stable"]
+
+
+def resumed(model, opt, *, late=False):
+    """A new model and optimizer with what was saved. ``late``: the second group is added to the new base optimizer."""
+    other = copy.deepcopy(model)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [{"params": [other.get_parameter(names[p]) for p in group["params"]]} for group in opt.param_groups]
+    again = MicroBatchSAM(BASES["SGD momentum"](groups[:1] if late else groups), 0.1, method=opt.method)
+    for group in groups[1:] if late else ():
+        again.base_optimizer.add_param_group(group)
+    again.load_state_dict(through_a_file(opt.state_dict()))
+    return other, again
+
+
+def resumed_where_the_group_was_added_too(model, opt):
+    return resumed(model, opt, late=True)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [by_deepcopy, by_pickle, resumed, resumed_where_the_group_was_added_too],
+    ids=lambda f: f.__name__.replace("_", " "),
+)
+@pytest.mark.parametrize("on", ["wrapper", "base"])
+@pytest.mark.parametrize("after", [0, 1, 2], ids=lambda n: f"saved {n} steps later")
+@pytest.mark.parametrize("method", [*REMEMBER, "LookSAM k=4", "Sparse SAM, dynamic"])
+def test_a_copy_made_after_a_group_was_added_goes_on_alike(method, after, on, copied, backend):
+    """With as many passes: of LookSAM's direction there is none for the new parameters."""
+    method = {
+        **METHODS,
+        "LookSAM k=4": methods.LookSAM(k=4, alpha=0.3),
+        "Sparse SAM, dynamic": methods.SparseSAM(mask="dynamic", update_every=2, total_steps=9),
+    }[method]
+    model = mlp(torch.float64)
+    opt = MicroBatchSAM(BASES["SGD momentum"](model[0].parameters()), 0.1, method=method, backend=backend)
+    calls = []
+
+    def step(net, optimizer, seed):
+        """Returns how often the body ran."""
+        calls.clear()
+
+        def loss(x, y):
+            calls.append(seed)
+            return loss_of(net, x, y)
+
+        net.zero_grad()  # parameters outside of the optimizer collect gradients
+        optimizer.train_step(loss, *batch(6, torch.float64, seed=seed))
+        net.zero_grad()
+        return len(calls)
+
+    step(model, opt, 0)
+    (opt if on == "wrapper" else opt.base_optimizer).add_param_group({"params": list(model[2].parameters())})
+    for seed in range(1, 1 + after):
+        step(model, opt, seed)
+    whole = after > 0 or not opt.method.full.keeps
+    assert whole or "v" not in opt.state_dict()["msam"]
+    other, again = copied(model, opt)
+    for seed in range(1 + after, 6):
+        assert step(model, opt, seed) == step(other, again, seed)
+        assert_close(other, model, 1e-9)
+    assert again.mask is None if opt.mask is None else all(map(torch.equal, again.mask, opt.mask))
+
+
+def test_a_direction_of_some_of_the_parameters_is_not_taken(backend):
+    """As earlier versions wrote it after a group was added."""
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.1, method=methods.LookSAM(k=3), backend=backend)
+    step_with_train_step(opt, model, batch())
+    saved = opt.state_dict()
+    assert sorted(saved["msam"]["v"]) == [0, 1, 2, 3]
+    del saved["msam"]["v"][3]
+    opt.load_state_dict(saved)
+    assert "v" not in opt.state_dict()["msam"]
+
+
 def test_the_drop_in_copies_and_resumes_as_well():
     model = mlp()
     opt = msam_kernels.SAM(model.parameters(), SGD, rho=0.1, adaptive=True, lr=0.1, momentum=0.9)
