@@ -294,7 +294,8 @@ class Store:
         present = descent.terms[0]
         for vector in descent.terms[1:]:
             present = present.filled(vector)
-        turns, all_bound = [], True
+        turns: list[tuple[int, Flat, tuple[int, ...], list[Tensor] | None]] = []
+        all_bound = True
         for f, flat in enumerate(self.flats):
             grads = present.lists[f] if present.absent else None
             if grads is not None and all(g.numel() == 0 for g in grads):
@@ -304,11 +305,10 @@ class Store:
             states = flat.bound(state, tables.names, absent)
             all_bound = all_bound and states is not None
             turns.append((f, flat, absent, states))
-        if not all_bound:
+        if not all_bound:  # what may fail comes before what cannot be undone
             self.separate(state)
-        for f, flat, absent, states in turns:
-            if states is None:
-                states = flat.bind(state, tables.names, rule.counts, absent)
+            turns = [(f, flat, a, flat.bind(state, tables.names, rule.counts, a)) for f, flat, a, _ in turns]
+        for f, flat, _, states in turns:
             options = descent.on(flat.device)
             if flat.saved is not None:
                 options.update(saved=flat.saved, status=flat.status)
