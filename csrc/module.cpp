@@ -169,40 +169,78 @@ py::tuple collect_grads(const py::list& params, py::handle placeholder, bool cle
   return py::make_tuple(std::move(grads), regular, absent);
 }
 
-// What a step relies on, for comparing: which tensors the groups hold, where their memory is, and how it is laid out. Groups
-// that hold something else are like none that were looked at, and are refused at the next look.
-using Layout = c10::SmallVector<int64_t, 512>;
-constexpr int64_t kUnknown = -1;
-Layout layout_of(const py::list& groups) {
-  Layout layout;
+// What a step relies on, as words for comparing: of every group how many tensors it holds, and of each of those which it is,
+// whether it is served, and if so where its memory is and how it is laid out. Of others nothing is asked: they may be of any
+// kind. `count` sees the groups, `parameter` the tensors, until one returns false. Groups that hold something else end it too:
+// they are refused, by name, when they are looked at.
+template <class Count, class Parameter>
+bool all_parameters(const py::list& groups, const Count& count, const Parameter& parameter) {
   for (py::handle group : groups) {
     const py::object params = py::reinterpret_borrow<py::dict>(group)["params"];
-    if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) return {kUnknown};
+    if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) return false;
     const auto sequence = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), ""));
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
-    layout.push_back(count);
-    for (Py_ssize_t i = 0; i < count; ++i) {
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(sequence.ptr());
+    if (!count(static_cast<int64_t>(size))) return false;
+    for (Py_ssize_t i = 0; i < size; ++i) {
       PyObject* p = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
-      if (!THPVariable_Check(p)) return {kUnknown};
-      const at::Tensor& param = THPVariable_Unpack(p);
-      layout.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
-      layout.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
-      layout.append(param.sizes().begin(), param.sizes().end());
-      layout.append(param.strides().begin(), param.strides().end());
+      if (!THPVariable_Check(p) || !parameter(p, THPVariable_Unpack(p))) return false;
     }
   }
-  return layout;
+  return true;
 }
 
-py::bytes memory_layout(const py::list& groups) {
-  const Layout layout = layout_of(groups);
-  return {reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t)};
+py::bytes memory_layout(const py::list& groups, const py::set& served) {
+  std::vector<int64_t> words;
+  const auto count = [&](int64_t size) {
+    words.push_back(size);
+    return true;
+  };
+  all_parameters(groups, count, [&](PyObject* p, const at::Tensor& param) {
+    const bool is_served = served.contains(py::handle(p));
+    words.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
+    words.push_back(is_served);
+    if (is_served) {
+      words.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
+      words.insert(words.end(), param.sizes().begin(), param.sizes().end());
+      words.insert(words.end(), param.strides().begin(), param.strides().end());
+    }
+    return true;
+  });
+  return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)};
 }
 
 bool has_layout(const py::list& groups, const py::bytes& known) {
-  const Layout layout = layout_of(groups);
   const auto bytes = std::string_view(known);
-  return bytes == std::string_view(reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t));
+  const auto* word = reinterpret_cast<const int64_t*>(bytes.data());  // aligned: what memory_layout returned
+  const int64_t* const end = word + bytes.size() / sizeof(int64_t);
+  const auto count = [&](int64_t size) { return word != end && *word++ == size; };
+  const bool all = all_parameters(groups, count, [&](PyObject*, const at::Tensor& param) {
+    if (end - word < 2 || word[0] != reinterpret_cast<int64_t>(param.unsafeGetTensorImpl())) return false;
+    const bool is_served = word[1];
+    word += 2;
+    if (!is_served) return !param.requires_grad() && !param.grad().defined();
+    const at::IntArrayRef sizes = param.sizes(), strides = param.strides();
+    const int64_t dim = sizes.size();
+    if (end - word < 1 + 2 * dim || word[0] != reinterpret_cast<int64_t>(param.const_data_ptr())) return false;
+    bool same = true;
+    for (int64_t d = 0; d < dim; ++d) same = same && word[1 + d] == sizes[d] && word[1 + dim + d] == strides[d];
+    word += 1 + 2 * dim;
+    return same;
+  });
+  return all && word == end;
+}
+
+// Whether each dict has the very value under its key.
+bool holds(const py::list& dicts, const py::list& keys, const py::list& values) {
+  TORCH_CHECK(dicts.size() == values.size() && keys.size() == values.size(), "holds takes a dict and a key per value");
+  for (size_t i = 0; i < values.size(); ++i) {
+    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
+    TORCH_CHECK_TYPE(PyDict_Check(dict), "holds takes dicts");
+    PyObject* value = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys.ptr(), i));
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    if (value != PyList_GET_ITEM(values.ptr(), i)) return false;
+  }
+  return true;
 }
 
 // The tensors of a list that nobody changes during the call: owning each costs more than a small kernel.
@@ -355,8 +393,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
   m.def("without_own_memory", &without_own_memory, "(grads, whole) -> the indices of those to copy before they are written to");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
-  m.def("memory_layout", &memory_layout, "(parameter groups) -> bytes that change when their parameters or these' memory does");
-  m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether memory_layout would return these bytes");
+  m.def("memory_layout", &memory_layout, "(parameter groups, the served) -> bytes that say which they are and where these lie");
+  m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether they say so still, and no others are trained");
+  m.def("holds", &holds, "(dicts, keys, values) -> whether each dict has the very value under its key");
   using py::arg;
   const auto none = [](const char* name) { return arg(name) = py::none(); };
   const py::kw_only kw_only;

@@ -86,7 +86,7 @@ class Buffers:
         if not has_layout(_group(tensors), self._layout):
             self._data = [t.data for t in tensors]
             self._fit()
-            self._layout = memory_layout(_group(tensors))
+            self._layout = memory_layout(_group(tensors), set(tensors))
         for which, copies in self._copies:
             copy_all(copies, [self._data[i] for i in which])
         self._now = _Snapshot(places, tensors, self._data, self._layout, versions_of(tensors), rare)

@@ -181,7 +181,7 @@ class CapturedStep:
         """Whether what the graph was warmed up or captured with is still there, at the same addresses."""
         opt, store = self._opt, self._opt.engine.store
         # Also brings tensors that were loaded into the state to where the graph reads them.
-        kept = fused_rule(opt.base_optimizer) is None or all(flat.rebind(opt.state) for flat in store.flats)
+        kept = fused_rule(opt.base_optimizer) is None or store.rebind(opt.state)
         return kept and self._current_addresses() == graph.addresses
 
     def _current_addresses(self) -> object:

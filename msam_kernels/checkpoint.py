@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .flat import Memory
+from .flat import Flat
 from .rules import check_rho
 from .step import Engine
 from .store import Store
@@ -23,10 +23,10 @@ def saved(engine: Engine) -> dict[str, Any]:
     """``{"steps": …, "ema": {parameter: tensor}, …}``: of the methods' memories what has begun."""
     kept: dict[str, dict[int, Tensor]] = {name: {} for name in _TENSORS}
     for name in MEMORIES:
-        for at, memory, i, begun in _memories(engine.store, name):
-            if begun:
-                kept[name][at] = memory.parts[i]
-    for at, (flat, i) in enumerate(engine.store.places()):
+        if name == "v" and not engine.store.has_v():  # of some parameters only, it is of no use
+            continue
+        kept[name] = _begun(engine.store, name)
+    for at, flat, i in _places(engine.store):
         if flat.mask is not None:
             kept["mask"][at] = flat.mask_of(i)
     own: dict[str, Any] = {"steps": engine.steps}
@@ -35,24 +35,43 @@ def saved(engine: Engine) -> dict[str, Any]:
     return {**own, **{name: tensors for name, tensors in kept.items() if tensors}}
 
 
-def _memories(store: Store, name: str) -> list[tuple[int, Memory, int, bool]]:
-    """Of every parameter whose flat has that memory: its number, the memory, its place there, whether it has begun."""
-    begun = {id(flat): flat.memories[name].begun(flat) for flat in store.flats if name in flat.memories}
-    return [
-        (at, flat.memories[name], i, begun[id(flat)][i])
-        for at, (flat, i) in enumerate(store.places())
-        if id(flat) in begun
-    ]
+def _places(store: Store) -> list[tuple[int, Flat, int]]:
+    """Of every parameter that is in a flat: its number, the flat, its place there."""
+    return [(at, *place) for at, place in enumerate(store.places()) if place is not None]
+
+
+def _begun(store: Store, name: str) -> dict[int, Tensor]:
+    """Of every parameter of which that memory holds anything: its number, and a view, which the caller may re-point."""
+    views: dict[tuple[int, int], Tensor] = {}
+    for flat in store.flats:
+        memory = flat.memories.get(name)
+        if memory is not None:
+            pairs = enumerate(zip(memory.begun(flat), flat.parts(memory.buffer), strict=True))
+            views.update({(id(flat), i): part for i, (begun, part) in pairs if begun})
+    return {at: views[id(flat), i] for at, flat, i in _places(store) if (id(flat), i) in views}
+
+
+def take_in(engine: Engine, own: dict[str, Any]) -> None:
+    """Parameters of which something was saved are trained, even where they are frozen by now."""
+    engine.take_in()
+    kept = {at for name in _TENSORS for at in own.get(name, {})}
+    pairs = zip(engine.store.parameters(), engine.store.places(), strict=True)
+    frozen = [p for at, (p, place) in enumerate(pairs) if place is None and at in kept]
+    if frozen:
+        engine.adopt(frozen)
 
 
 def load(engine: Engine, own: dict[str, Any]) -> None:
     """What ``saved`` returned; what it does not hold begins anew."""
+    take_in(engine, own)
     engine.steps, engine.mask_step, engine.v_step = own.get("steps", 0), own.get("mask_step", 0), -1
-    places = engine.store.places()
+    places = _places(engine.store)
     # Copies first: what is loaded may be a view of what begins anew.
     tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
+    if not all(at in tensors["v"] for at, _, _ in places):
+        tensors["v"] = {}
     for flat in engine.store.flats:
-        mine = {i: at for at, (other, i) in enumerate(places) if other is flat}
+        mine = {i: at for at, other, i in places if other is flat}
         for name, begin in MEMORIES.items():
             there = {i: tensors[name][at] for i, at in mine.items() if at in tensors[name]}
             if not there:

@@ -9,7 +9,7 @@ them and are named by segment. ``table`` tells the kernels what to work on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .backends import Backend
 from .backends.checks import lost_memory, span
+from .gradients import has_layout, holds, memory_layout
 
 CHUNK = 16384  # elements of one row of the table; the unit of work and of the deterministic reductions
 ALIGNMENT = 128  # bytes
@@ -54,17 +55,22 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
+def _is_plain(p: Tensor) -> bool:
+    return p.layout == torch.strided and type(p.data) is Tensor
+
+
+def check_parameters(named: Sequence[tuple[str, Tensor]], left: Sequence[tuple[str, Tensor]] = ()) -> None:
     """Refuse what no kernel can serve, by name.
 
+    ``left``: parameters that stay where they are when those of ``named`` move to a flat buffer. They may be anything, also
+    views of each other.
+
     Raises:
-        TypeError: no tensor, or a dtype, layout or tensor subclass that the kernels do not know.
+        TypeError: a dtype, layout or tensor subclass that the kernels do not know.
         ValueError: two parameters that share memory without being the same object, or one whose memory is gone.
     """
     for name, p in named:
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
-        if p.layout != torch.strided or type(p.data) is not Tensor:
+        if not _is_plain(p):
             raise TypeError(
                 f"{name} must be an ordinary dense tensor, got {type(p.data).__name__} of layout {p.layout}"
             )
@@ -75,14 +81,25 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
             raise ValueError(
                 f"the storage of {name} was freed or shrunk: bring its values back first, as FSDP does in summon_full_params"
             )
-    spans = sorted((*span(p), str(p.device), name) for name, p in named if p.numel() and not p.is_meta)
-    end, owner, device = -1, "", ""
-    for first, last, on, name in sorted(spans, key=lambda s: (s[2], s[0])):
-        if on == device and first < end:
-            raise ValueError(
-                f"{owner} and {name} share memory but are different objects: tie them by using one Parameter for both"
-            )
-        end, owner, device = last, name, on
+    spans = [
+        (str(p.device), *span(p), name, moves)
+        for members, moves in ((named, True), (left, False))
+        for name, p in members
+        if _is_plain(p) and p.numel() and not p.is_meta
+    ]
+    reached: dict[tuple[str, bool], tuple[int, str]] = {}  # by device and kind: how far, and by whom
+    for device, first, last, name, moves in sorted(spans, key=lambda s: s[:2]):
+        for others in (True, False) if moves else (True,):
+            end, owner = reached.get((device, others), (-1, ""))
+            if first < end:
+                frozen = (
+                    "" if moves and others else ", one of them with requires_grad=False, which would be left behind"
+                )
+                raise ValueError(
+                    f"{owner} and {name} share memory but are different objects{frozen}: tie them by using one Parameter "
+                    f"for both{', or use flatten=False' if frozen else ''}"
+                )
+        reached[device, moves] = max(reached.get((device, moves), (-1, "")), (last, name))
 
 
 class Memory:
@@ -128,6 +145,7 @@ class Flat:
         memories: what methods remember, by name.
         mask: Sparse SAM's, uint8: bit k of byte j is that of element 8·j + k.
         state: the base optimizer's, by its names.
+        views: parts of ``state``, by parameter and name: what ``bind`` left in the base optimizer's.
         absent: stands in a list for a parameter that is absent from it.
     """
 
@@ -163,6 +181,7 @@ class Flat:
         self.memories: dict[str, Memory] = {}
         self.mask: Tensor | None = None
         self.state: dict[str, Tensor] = {}
+        self.views: dict[tuple[int, str], Tensor] = {}
         self._bound: _Bound | None = None
         self._achieved: list[Tensor] = []
 
@@ -277,18 +296,17 @@ class Flat:
         """Bring what is kept for a parameter into its new memory order, e.g. after ``.to(memory_format=...)``."""
         p, offset = self.params[i], self.offsets[i]
         bits = None if self.mask is None else self.mask_of(i)
-        buffers = [self.saved, *(memory.buffer for memory in self.memories.values())]
-        buffers += [buffer for name, buffer in self.state.items() if name != "step"]
-        for buffer in buffers:
-            if buffer is None:
-                continue
-            values = buffer.as_strided(p.size(), self._strides[i], offset).clone()
-            buffer.as_strided(p.size(), p.stride(), offset).copy_(values)
-            for view in self._bound.views if self._bound else ():
-                if view.data_ptr() == buffer[offset:].data_ptr() and view.shape == p.shape:
-                    view.as_strided_(p.size(), p.stride())
+        states = {name: buffer for name, buffer in self.state.items() if name != "step"}
+        for buffer in (self.saved, *(memory.buffer for memory in self.memories.values()), *states.values()):
+            if buffer is not None:
+                values = buffer.as_strided(p.size(), self._strides[i], offset).clone()
+                buffer.as_strided(p.size(), p.stride(), offset).copy_(values)
         for memory in self.memories.values():
             memory.parts[i] = self.alias(memory.buffer, i)
+        for name, buffer in states.items():  # also where the parameter took no part in the latest step
+            view = self.views.get((i, name))
+            if view is not None and view.data_ptr() == buffer[offset:].data_ptr() and view.shape == p.shape:
+                view.as_strided_(p.size(), p.stride())
         self._strides[i] = p.stride()
         if bits is not None:
             self.set_mask(i, bits)
@@ -326,73 +344,100 @@ class Flat:
 
     # -- optimizer state ----------------------------------------------------------------------------------------------
 
+    def absent_from(self, grads: list[Tensor]) -> tuple[int, ...]:
+        """The parameters that are absent from a step's gradients."""
+        return tuple(i for i, g in enumerate(grads) if g is self.absent)
+
+    def bound(self, state: State, names: Sequence[tuple[str, ...]], absent: tuple[int, ...]) -> list[Tensor] | None:
+        """What the latest ``bind`` returned, if it was the same and the state is where it left it."""
+        bound = self._bound
+        if bound is None or bound.names_by_group != names or bound.absent != absent or not bound.is_current(state):
+            return None
+        return bound.buffers
+
     def bind(
-        self, state: State, names: Sequence[tuple[str, ...]], counts: bool, grads: list[Tensor] | None
+        self, state: State, names: Sequence[tuple[str, ...]], counts: bool, absent: tuple[int, ...]
     ) -> list[Tensor]:
         """Make the base optimizer's per-parameter tensors views of flat buffers, and keep them so.
 
-        Tensors that were loaded or made elsewhere are copied in; missing ones begin as zeros, and ``state["step"]`` of their
-        parameters as 0.
+        Tensors that were loaded, moved or made elsewhere are copied in; missing ones begin as zeros, and ``state["step"]`` of
+        their parameters as 0. None of them may lie in a flat buffer at another's place: see ``Store.separate``.
 
         Args:
             state: the base optimizer's ``state``, by parameter; entries are replaced.
             names: per group, the state that its parameters need, e.g. ``("step", "exp_avg", "exp_avg_sq")``.
             counts: whether the rule keeps a "step" that torch does not know: 0 where a parameter's state is missing, at least
                 1 where it was loaded.
-            grads: of this step; the parameters that are absent take no part in it, and get no state. None: all take part.
+            absent: the parameters that take no part in this step, and get no state.
 
         Returns:
             The flat buffers, in the order of the names.
         """
-        absent = () if grads is None else tuple(i for i, g in enumerate(grads) if g is self.absent)
-        if self._bound is not None and self._bound.is_current(names, absent, state):
-            return self._bound.buffers
+        there = self.bound(state, names, absent)
+        if there is not None:
+            return there
         self.check_not_capturing("the optimizer's state")
         bound = _Bound(names, absent)
         missing: list[int] = []
         loaded: list[int] = []
+        without = set(absent)
         for i, p in enumerate(self.params):
-            if not names[self.groups[i]] or i in absent:
+            if not names[self.groups[i]] or i in without:
                 continue
             entry = state[p]
             for name in names[self.groups[i]]:
-                buffer = self._state_buffer(name)
                 old: Tensor | None = entry.get(name)
-                view = self._state_view(name, buffer, i)
-                if old is None:
-                    view.zero_()
-                    missing.append(i)
-                elif old.data_ptr() != view.data_ptr() or not p.numel():
-                    view.copy_(old)
-                    loaded.append(i)
-                elif old.stride() == view.stride():
-                    # One in an older memory order shows what is in place already, wrongly: it is only made anew.
+                if old is not None and self.is_own(i, name, old):
                     view = old
-                entry[name] = view
+                else:
+                    view = self._state_view(i, name)
+                    if old is None:
+                        view.zero_()
+                        missing.append(i)
+                    else:
+                        view.copy_(old)
+                        loaded.append(i)
+                    entry[name] = self.views[i, name] = view
                 bound.add(entry, name, view)
         if counts and (missing or loaded):
             step = self._state_buffer("step")
             step[torch.tensor(missing, dtype=torch.int64, device=self.device)] = 0
             step[torch.tensor(loaded, dtype=torch.int64, device=self.device)] = 1
-        bound.entries = list(state.values())
         longest = max((names[g] for g in set(self.groups)), key=len)
         bound.buffers = [self._state_buffer(name) for name in longest if name != "step"]
         if counts and longest:
             self._state_buffer("step")
+        bound.complete(state)
         self._bound = bound
         return bound.buffers
+
+    def is_own(self, i: int, name: str, t: Any) -> bool:
+        """Whether a tensor of the state is what ``bind`` left there for the parameter, and still the same memory."""
+        view = self.views.get((i, name))
+        if t is not view or view is None:
+            return False
+        is_step = name == "step"
+        place = i if is_step else self.offsets[i]
+        if view.dim() if is_step else view.shape != self._shapes[i] or view.stride() != self._strides[i]:
+            return False
+        buffer = self.state[name]
+        return not view.numel() or view.data_ptr() == buffer.data_ptr() + place * buffer.element_size()
+
+    def is_bound_still(self, state: State) -> bool:
+        """Whether the state is where the latest ``bind`` left it, if there was one."""
+        return self._bound is None or self._bound.is_current(state)
 
     def rebind(self, state: State) -> bool:
         """Bring what was loaded into the state to where the kernels of the last ``bind`` work; False where any is missing."""
         if self._bound is None:
             return True
-        names, absent, there = self._bound.names_by_group, self._bound.absent, set(map(id, state))
+        names, absent = self._bound.names_by_group, self._bound.absent
+        there, without = set(map(id, state)), set(absent)
         for i, p in enumerate(self.params):
             wanted = names[self.groups[i]]
-            if i not in absent and wanted and not (id(p) in there and all(name in state[p] for name in wanted)):
+            if i not in without and wanted and not (id(p) in there and all(name in state[p] for name in wanted)):
                 return False
-        grads = [self.absent if i in absent else p for i, p in enumerate(self.params)]
-        self.bind(state, names, "step" in self.state and not any("step" in n for n in names), grads)
+        self.bind(state, names, "step" in self.state and not any("step" in n for n in names), absent)
         return True
 
     def _state_buffer(self, name: str) -> Tensor:
@@ -403,7 +448,8 @@ class Flat:
                 self.state[name] = self.new_buffer()
         return self.state[name]
 
-    def _state_view(self, name: str, buffer: Tensor, i: int) -> Tensor:
+    def _state_view(self, i: int, name: str) -> Tensor:
+        buffer = self._state_buffer(name)
         if name == "step":
             return from_dlpack(buffer[i : i + 1]).view(())
         return self.alias(buffer, i)
@@ -422,21 +468,28 @@ class _Bound:
         self.names: list[str] = []
         self.views: list[Tensor] = []
         self.buffers: list[Tensor] = []
+        self._layout: object = None  # of the views
 
     def add(self, entry: dict[str, Any], name: str, view: Tensor) -> None:
         self.dicts.append(entry)
         self.names.append(name)
         self.views.append(view)
 
-    def is_current(self, names: Sequence[tuple[str, ...]], absent: tuple[int, ...], state: State) -> bool:
-        """Whether they are there still: ``load_state_dict`` replaces the entries, and anybody may replace what is in them."""
-        get: Callable[[dict[str, Any], str], Any] = dict.get
+    def complete(self, state: State) -> None:
+        """All have been added."""
+        self.entries = list(state.values())
+        self._layout = memory_layout([{"params": self.views}], set(self.views))
+
+    def is_current(self, state: State) -> bool:
+        """Whether they are there still, with the same memory.
+
+        ``load_state_dict`` replaces the entries, and anybody may replace what is in them, or, as by ``.data``, its memory.
+        """
         return (
-            self.names_by_group == names
-            and self.absent == absent
-            and len(self.entries) == len(state)
+            len(self.entries) == len(state)
             and all(map(is_, state.values(), self.entries))
-            and all(map(is_, map(get, self.dicts, self.names), self.views))
+            and holds(self.dicts, self.names, self.views)
+            and has_layout([{"params": self.views}], self._layout)
         )
 
 

@@ -88,16 +88,29 @@ def _spans(grads: Sequence[Tensor | None]) -> list[tuple[int, int, int, Tensor]]
     return sorted((*span(g), i, g) for i, g in there)
 
 
-def _memory_layout(groups: list[dict[str, Any]]) -> object:
+def _place(p: Tensor) -> object:
+    return p.data_ptr(), p.size(), p.stride()
+
+
+def _memory_layout(groups: list[dict[str, Any]], served: set[Tensor]) -> object:
+    return [[(id(p), _place(p) if p in served else None) for p in group["params"]] for group in groups]
+
+
+def _has_layout(groups: list[dict[str, Any]], layout: Any) -> bool:
+    def is_same(p: Any, identity: int, place: object) -> bool:
+        return id(p) == identity and (not is_trained(p) if place is None else _place(p) == place)
+
     lists = [group["params"] for group in groups]
-    # What holds something else is like nothing that was looked at, and is refused at the next look.
-    if not all(isinstance(params, (list, tuple)) and all(isinstance(p, Tensor) for p in params) for params in lists):
-        return None
-    return [[(id(p), p.data_ptr(), p.size(), p.stride()) for p in params] for params in lists]
+    return len(lists) == len(layout) and all(
+        isinstance(params, (list, tuple))
+        and len(params) == len(known)
+        and all(is_same(p, *k) for p, k in zip(params, known, strict=True))
+        for params, known in zip(lists, layout, strict=True)
+    )
 
 
-def _has_layout(groups: list[dict[str, Any]], layout: object) -> bool:
-    return _memory_layout(groups) == layout
+def _holds(dicts: list[dict[str, Any]], names: list[str], values: list[Any]) -> bool:
+    return all(d.get(name) is value for d, name, value in zip(dicts, names, values, strict=True))
 
 
 # Each is a loop over the parameters, which the extension does in C++.
@@ -112,10 +125,19 @@ set_grads: Callable[[list[Tensor], Sequence[Tensor | None]], None] = getattr(ext
 without_own_memory: Callable[[Sequence[Tensor | None], bool], list[int]] = getattr(
     extension, "without_own_memory", _without_own_memory
 )
-#: (parameter groups) -> a value that changes when any parameter, its memory or its layout does.
-memory_layout: Callable[[list[dict[str, Any]]], object] = getattr(extension, "memory_layout", _memory_layout)
-#: (parameter groups, such a value) -> whether it is that still.
+#: (parameter groups, those of their parameters that are served) -> a value that says which they are and where they lie.
+memory_layout: Callable[[list[dict[str, Any]], set[Tensor]], object] = getattr(
+    extension, "memory_layout", _memory_layout
+)
+#: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
 has_layout: Callable[[list[dict[str, Any]], object], bool] = getattr(extension, "has_layout", _has_layout)
+#: (dicts, keys, values) -> whether each dict has the very value under its key.
+holds: Callable[[list[dict[str, Any]], list[str], list[Any]], bool] = getattr(extension, "holds", _holds)
+
+
+def is_trained(p: Tensor) -> bool:
+    """Whether a parameter takes part: one that is frozen does where somebody gave it a gradient, as in torch."""
+    return p.requires_grad or p.grad is not None
 
 
 def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[list[Tensor], int]:

@@ -254,8 +254,8 @@ class StableSAM(SAM):
 class SparseSAM(SAM):
     """Sparse SAM: e is that of SAM where a mask is set, and 0 elsewhere; the norm is that of the whole gradient.
 
-    A mask holds the share 1 − ``sparsity`` of the elements of all parameters together. State: one bit per element. The first
-    perturbing step chooses one, by its own gradient or at random; ``opt.mask`` shows it and takes another.
+    A mask holds the share 1 − ``sparsity`` of the elements of all parameters that are trained. State: one bit per element. The
+    first perturbing step chooses one, by its own gradient or at random; ``opt.mask`` shows it and takes another.
 
     Args:
         sparsity: share of the elements that is not perturbed; 0 is SAM.

@@ -88,7 +88,9 @@ class MicroBatchSAM(Optimizer):
         w \leftarrow \text{base optimizer}(w, \hat g)
 
     where d_i = g_i for SAM; see ``methods`` for the others. The norm is one L2 norm over all parameters of all groups.
-    Weight decay belongs to the base optimizer and is not part of e.
+    Weight decay belongs to the base optimizer and is not part of e. In a group with ``maximize=True`` the worst point lies
+    downhill: its e has the other sign, for every method. Frozen parameters stay where they are, whatever they are made of, and
+    nothing is kept for them; what is unfrozen takes part from the next step on.
 
     ::
 
@@ -102,7 +104,8 @@ class MicroBatchSAM(Optimizer):
     ``step(closure)`` and ``train_step`` do the same in one call and move less memory. While ``opt.enabled`` is False, and
     before the method's ``start``, the base optimizer works alone: one pass per micro-batch, nothing is perturbed.
 
-    Mutates: at construction, re-points every parameter's ``.data`` into a flat buffer (see ``flatten``). ``param_groups``
+    Mutates: at construction, re-points the ``.data`` of every parameter that requires a gradient, or has one, into a flat
+    buffer (see ``flatten``); that of one that is unfrozen later before its first step. ``param_groups``
     and ``state`` are the base optimizer's own: a scheduler on either object reaches both, and state dicts of either load
     into the other. Each group gets a ``rho``.
 
@@ -243,6 +246,7 @@ class MicroBatchSAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         engine = self.engine
         engine.check_idle("copying or pickling the optimizer")
+        engine.take_in()
         engine.radii.take_schedules(engine.steps)
         own = ("defaults", "base_optimizer", "num_micro_batches", "micro_batch_size", "flatten", "backend")
         return {
@@ -277,6 +281,7 @@ class MicroBatchSAM(Optimizer):
             RuntimeError: the weights are perturbed, and would be saved as they are.
         """
         self.engine.check_restored("state_dict()")
+        self.engine.take_in()
         self.engine.radii.take_schedules(self.steps)
         return {**super().state_dict(), checkpoint.KEY: checkpoint.saved(self.engine)}
 
@@ -296,6 +301,7 @@ class MicroBatchSAM(Optimizer):
 
         def last_hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check(state_dict, engine.store.parameters())  # the user's hooks may have changed it
+            checkpoint.take_in(engine, state_dict.get(checkpoint.KEY, {}))
             loaded.update(state_dict)
             return engine.radii.kept_in(state_dict, engine.steps)
 
@@ -457,11 +463,13 @@ class MicroBatchSAM(Optimizer):
             TypeError: ``loss_fn`` cannot be called, or a hyper-parameter is a tensor on the GPU.
             ValueError: no example batch, one that cannot be split, or ``warm_up`` < 1.
         """
-        devices = sorted({str(p.device) for p in self.engine.store.parameters()})
-        if len(devices) > 1 or not devices[0].startswith("cuda"):
+        self.engine.take_in()
+        devices = sorted(map(str, self.engine.store.devices))
+        if len(devices) != 1 or not devices[0].startswith("cuda"):
+            got = ", ".join(devices) or "frozen ones only"
             raise RuntimeError(
-                f"capture needs all parameters on one CUDA device, got {', '.join(devices)}: use train_step, which does the "
-                "same without a graph"
+                f"capture needs all parameters on one CUDA device, got {got}: use train_step, which does the same without a "
+                "graph"
             )
         for g, group in enumerate(self.param_groups):
             on_gpu = [name for name, value in group.items() if isinstance(value, Tensor) and value.is_cuda]
@@ -490,16 +498,20 @@ class MicroBatchSAM(Optimizer):
         """Sparse SAM's mask: for every parameter, in the order of the groups, bools in its shape. None before there is one.
 
         Assign such a list to take another one, which may have any number of elements set; ``update_every`` counts from
-        there. Parameters that are added to the optimizer later have none: the next step then chooses for all.
+        there. Parameters that are added to the optimizer or unfrozen later have none: the next step then chooses for all.
+        Of one that was never trained the mask is False everywhere, whatever is assigned.
 
         Raises, when assigned:
             ValueError: tensors of other shapes or dtypes than the parameters' and bool.
             RuntimeError: the method has no mask, or a step is under way.
         """
-        places = self.engine.store.places()
-        if any(flat.mask is None for flat, _ in places):
+        self.engine.take_in()
+        store = self.engine.store
+        if not store.flats or any(flat.mask is None for flat in store.flats):
             return None
-        return [flat.mask_of(i) for flat, i in places]
+        nothing = torch.zeros((), dtype=torch.bool)
+        pairs = zip(store.parameters(), store.places(), strict=True)
+        return [nothing.to(p.device).expand(p.shape) if at is None else at[0].mask_of(at[1]) for p, at in pairs]
 
     @mask.setter
     def mask(self, masks_: Sequence[Tensor]) -> None:
@@ -516,8 +528,10 @@ class MicroBatchSAM(Optimizer):
                 f"mask must be a list of torch.bool tensors, one for each parameter, of shapes {wanted}, got "
                 f"{', '.join(dtypes)} of shapes {got}"
             )
-        for (flat, i), bits in zip(self.engine.store.places(), new, strict=True):
-            flat.set_mask(i, bits)
+        for place, bits in zip(self.engine.store.places(), new, strict=True):
+            if place is not None:
+                flat, i = place
+                flat.set_mask(i, bits)
         self.engine.mask_step = self.steps
 
     def update_mask(self, loss_fn: Callable[..., Tensor], *samples: Any) -> None:

@@ -152,7 +152,8 @@ class Radii:
 class Tables:
     """The kernels' tables of radii and settings, one row per group, float64, on every device.
 
-    Each stays at one address as long as its shape does: captured graphs read it there.
+    Each stays at one address as long as its shape does: captured graphs read it there. A step reads the radii where it begins,
+    and the settings right before the update, as the base optimizer itself would.
 
     Attributes:
         names: per group, the state that the rule keeps.
@@ -160,51 +161,71 @@ class Tables:
 
     def __init__(self, radii: Radii):
         self._radii = radii
-        self._rows: object = None
-        self._said: object = None  # by the groups and the plan at the last look; None where that changes by itself
+        self._rows: dict[str, list[Any]] = {}  # by table, as it stands on the devices
+        # What the groups and the plan said of a table at the last look; nothing where that changes by itself.
+        self._said: dict[str, object] = {}
         self._on: dict[tuple[str, torch.device], Tensor] = {}
         self.names: tuple[tuple[str, ...], ...] = ()
 
-    def refresh(self, plan: Plan, steps: int, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
-        """Bring them up to date with the groups. ``changed`` is called before anything is written, and may raise."""
+    def refresh_radii(
+        self, plan: Plan, steps: int, devices: Iterable[torch.device], changed: Callable[[], None]
+    ) -> None:
+        """Bring the radii up to date with the groups. ``changed`` is called before anything is written, and may raise.
+
+        Where a group is maximised, the worst point lies downhill: its radii are negative.
+
+        Raises:
+            ValueError: what stands in a group, or what a function of the step gives, is no radius.
+        """
         base = self._radii.base
-        rule = RULES.get(type(base))
         groups = base.param_groups
-        said = (plan.opposite, [(group.get("rho"), rule.settings(group) if rule else ()) for group in groups])
-        if said == self._said:
+        # Some optimizers have the flag for all groups, as an attribute.
+        everywhere = getattr(base, "maximize", False)
+        said = (plan.opposite, [(group.get("rho"), group.get("maximize", everywhere)) for group in groups])
+        if said == self._said.get("radii"):
             return
         radii = [_number(self._radii.of(g, group, steps)) for g, group in enumerate(groups)]
+        for rho in radii:
+            check_rho(rho)
         opposite: list[Any] = []
         if plan.opposite is not None:
             rho_min = rho_at(plan.opposite, steps)
             check_rho(rho_min, "rho_min")
             opposite = [-float(rho_min) if rho else 0.0 for rho in radii]
-        settings = [] if rule is None else [tuple(map(_number, row)) for _, row in said[1]]
-        changes = callable(plan.opposite) or self._radii.schedules or _holds_tensors(said)
-        rows = (radii, opposite, settings)
-        if rows != self._rows:
-            self._write(rows, devices, changed)
-            if rule is not None:
-                self.names = tuple(rule.names(group) for group in groups)
-            self._rows = rows
-        self._said = None if changes else said
+        for name, rows in (("radii", radii), ("opposite", opposite)):
+            signed = [-r if maximizes and r else r for r, (_, maximizes) in zip(rows, said[1], strict=False)]
+            self._write(name, signed, devices, changed)
+        values = [plan.opposite, *(group.get("rho") for group in groups)]
+        self._note("radii", said, callable(plan.opposite) or bool(self._radii.schedules) or _hold_tensors(values))
 
-    def _write(
-        self, rows: tuple[list[Any], list[Any], list[Any]], devices: Iterable[torch.device], changed: Callable[[], None]
-    ) -> None:
-        radii, _, _ = rows
-        for rho in radii:
-            check_rho(rho)
+    def refresh_settings(self, rule: Rule, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
+        """The same of the rule's settings."""
+        groups = self._radii.base.param_groups
+        said = [rule.settings(group) for group in groups]
+        if said == self._said.get("settings"):
+            return
+        self._write("settings", [tuple(map(_number, row)) for row in said], devices, changed)
+        self.names = tuple(rule.names(group) for group in groups)
+        self._note("settings", said, any(map(_hold_tensors, said)))
+
+    def _write(self, name: str, rows: list[Any], devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
+        if not rows or rows == self._rows.get(name):
+            return
         changed()
-        for name, values in zip(("radii", "opposite", "settings"), rows, strict=True):
-            if values:
-                table = torch.tensor(values, dtype=torch.float64, device="cpu")
-                for device in devices:
-                    self._put(name, device, table)
+        table = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        for device in devices:
+            self._put(name, device, table)
+        self._rows[name] = rows
+
+    def _note(self, name: str, said: object, changes_by_itself: bool) -> None:
+        self._said.pop(name, None)
+        if not changes_by_itself:
+            self._said[name] = said
 
     def forget(self) -> None:
         """There are new groups or devices."""
-        self._rows = self._said = None
+        self._rows.clear()
+        self._said.clear()
 
     def on(self, name: str, device: torch.device) -> Tensor:
         return self._on[name, device]
@@ -220,9 +241,8 @@ class Tables:
             self._on[name, device] = table.to(device, non_blocking=True)
 
 
-def _holds_tensors(said: tuple[Any, list[tuple[Any, tuple[Any, ...]]]]) -> bool:
-    opposite, groups = said
-    return any(isinstance(x, Tensor) for rho, row in groups for x in (opposite, rho, *row))
+def _hold_tensors(values: Iterable[Any]) -> bool:
+    return any(isinstance(x, Tensor) for x in values)
 
 
 def _number(x: Any) -> Any:

@@ -18,7 +18,7 @@ from ._torch import forget_casts, mark_stepped
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
-from .rules import Radii, Radius, Tables, fused_rule
+from .rules import RULES, Radii, Radius, Rule, Tables, fused_rule
 from .store import Descent, Store
 
 
@@ -92,9 +92,9 @@ class Engine:
                 f"{LEFT}"
             )
 
-    def adopt(self) -> None:
-        """Take in parameters that are new or were re-pointed, and groups without a rho."""
-        self.store.adopt(self.check_idle)
+    def adopt(self, also: Sequence[Tensor] = ()) -> None:
+        """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
+        self.store.adopt(self.check_idle, also)
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -115,8 +115,16 @@ class Engine:
                 group["rho"] = rho
             raise
 
+    def take_in(self) -> None:
+        """Notice groups that came by the base optimizer's ``add_param_group`` since the last look, and what was unfrozen.
+
+        For what only asks for state: parameters that were moved or converted meanwhile do not matter to it.
+        """
+        if self.store.has_new() or not all("rho" in group for group in self.base.param_groups):
+            self.adopt()
+
     def follow(self) -> None:
-        """Notice parameters that somebody re-pointed since the last look."""
+        """Notice parameters that somebody re-pointed, added or unfroze since the last look."""
         if self.store.is_current():
             return
         self.adopt()
@@ -126,12 +134,20 @@ class Engine:
     def prepare(self) -> None:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
         self.follow()
-        self.tables.refresh(
-            self.method.full,
-            self.steps,
-            self.store.devices,
-            lambda: self.store.check_not_capturing("hyper-parameters"),
-        )
+        self._refresh_radii()
+        rule = RULES.get(type(self.base))
+        if rule is not None:
+            self.refresh_settings(rule)
+
+    def _refresh_radii(self) -> None:
+        self.tables.refresh_radii(self.method.full, self.steps, self.store.devices, self._check_may_change)
+
+    def refresh_settings(self, rule: Rule) -> None:
+        """Bring what the update reads up to date: a closure may set a learning rate, as for the base optimizer itself."""
+        self.tables.refresh_settings(rule, self.store.devices, self._check_may_change)
+
+    def _check_may_change(self) -> None:
+        self.store.check_not_capturing("hyper-parameters")
 
     def plan(self) -> Plan:
         """What the next step does."""
@@ -232,11 +248,12 @@ class Engine:
 
     def update(self) -> None:
         """The base optimizer's step on the gradients that are there."""
-        self.prepare()
+        self.follow()
         rule = fused_rule(self.base)
         if rule is None:
             self.base.step()
         else:
+            self.refresh_settings(rule)
             grads = self.store.collect(clear=False)
             descent = Descent()
             descent.add(grads, PLAIN)
@@ -247,7 +264,8 @@ class Engine:
 
     def begin(self, shares: list[float], *, clear: bool = True) -> Step:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
-        self.prepare()
+        self.follow()
+        self._refresh_radii()
         plan = self.plan()
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
@@ -499,6 +517,8 @@ class Step:
         """The last descent and the base optimizer's step, in one kernel where that is possible."""
         engine, plan = self.engine, self.plan
         rule = fused_rule(engine.base)
+        if rule is not None:
+            engine.refresh_settings(rule)
         descent = self._descent()
         if rule is None or (plan.reuses is not None and self._mean is not None):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)

@@ -12,13 +12,14 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from .backends import get_backend
-from .flat import Flat, Memory, check_parameters
+from .flat import Flat, Memory, State, check_parameters
 from .gradients import (
     Optionals,
     Vectors,
     collect,
     current_grads,
     has_layout,
+    is_trained,
     memory_layout,
     own_memory_of_lists,
     regular_gradient,
@@ -73,19 +74,24 @@ class Store:
         self.flats: list[Flat] = []
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
+        self._left: set[int] = set()  # the parameters that were frozen at the last look and are in no flat, by identity
 
     @property
     def device(self) -> torch.device:
         """Where sums over all parameters come together."""
-        return self.flats[0].device
+        return self.flats[0].device if self.flats else torch.device("cpu")
 
     def parameters(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"]]
 
-    def places(self) -> list[tuple[Flat, int]]:
-        """Of every parameter, in the order of the groups: its flat, and its index there."""
+    def places(self) -> list[tuple[Flat, int] | None]:
+        """Of every parameter, in the order of the groups: its flat, and its index there; None for one that is in no flat."""
         place = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
-        return [place[id(p)] for p in self.parameters()]
+        return [place.get(id(p)) for p in self.parameters()]
+
+    def has_new(self) -> bool:
+        """Whether there are parameters to adopt: of groups that are new, or that were frozen until now."""
+        return any(place is None and is_trained(p) for place, p in zip(self.places(), self.parameters(), strict=True))
 
     def is_capturing(self) -> bool:
         return any(flat.is_capturing() for flat in self.flats)
@@ -96,8 +102,14 @@ class Store:
 
     # -- parameters -----------------------------------------------------------------------------------------------------
 
-    def adopt(self, check_idle: Callable[[str], None]) -> None:
-        """Flatten the parameters of groups that are new since the last look; take back those that were re-pointed.
+    def adopt(self, check_idle: Callable[[str], None], also: Sequence[Tensor] = ()) -> None:
+        """Flatten the parameters that are new since the last look; take back those that were re-pointed.
+
+        One that is frozen stays out, whatever it is made of, until it is trained; one that is frozen later stays in.
+
+        Args:
+            check_idle: called, with what has happened, where parameters are new; may raise.
+            also: parameters that are taken in though they are frozen.
 
         Raises:
             ValueError, TypeError: parameters that cannot be served, or no list of them.
@@ -115,10 +127,16 @@ class Store:
         named = [
             (f"parameter {i} of group {g}", p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])
         ]
+        for name, p in named:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
         twice = len(params) - len(set(map(id, params)))
         if twice:
             raise ValueError(f"{twice} of the {len(params)} parameters are listed more than once: list each once")
-        check_parameters(named)
+        served = {p for flat in self.flats for p in flat.params}.union(also)
+        taken = [(name, p) for name, p in named if p in served or is_trained(p)]
+        left = [(name, p) for name, p in named if p not in served and not is_trained(p)]
+        check_parameters(taken, left if self.flatten else ())
         group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
         for flat in self.flats:
             if [group_of.pop(id(p), None) for p in flat.params] != flat.groups:
@@ -127,13 +145,15 @@ class Store:
                     "groups, or use add_param_group for additional ones"
                 )
         buckets: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
-        for name, p in named:
+        for name, p in taken:
             if id(p) in group_of:
                 if p.is_meta:
                     raise ValueError(f"{name} is on the meta device and has no values: materialise the model first")
                 buckets.setdefault((p.device, p.dtype), []).append((p, group_of[id(p)]))
         if buckets:
-            check_idle("parameters were added")
+            new = {id(p) for members in buckets.values() for p, _ in members}
+            check_idle("parameters were unfrozen" if new <= self._left else "parameters were added")
+        self.separate(self.base.state)
         backends = {device: get_backend(self.backend, device) for device, _ in buckets}
         for flat in self.flats:
             flat.take_back()
@@ -142,10 +162,11 @@ class Store:
             for (device, _), members in buckets.items()
         ]
         self.devices = list({flat.device: None for flat in self.flats})
-        self.layout = memory_layout(groups)
+        self.layout = memory_layout(groups, {p for flat in self.flats for p in flat.params})
+        self._left = {id(p) for _, p in left}
 
     def is_current(self) -> bool:
-        """Whether all parameters are where they were at the last look."""
+        """Whether all parameters are where they were at the last look, and those in no flat still frozen."""
         return has_layout(self.base.param_groups, self.layout)
 
     # -- gradients ------------------------------------------------------------------------------------------------------
@@ -282,12 +303,21 @@ class Store:
         present = descent.terms[0]
         for vector in descent.terms[1:]:
             present = present.filled(vector)
+        turns: list[tuple[int, Flat, tuple[int, ...], list[Tensor] | None]] = []
+        all_bound = True
         for f, flat in enumerate(self.flats):
             grads = present.lists[f] if present.absent else None
             if grads is not None and all(g.numel() == 0 for g in grads):
                 self._bring_back(flat)
                 continue
-            states = flat.bind(state, tables.names, rule.counts, grads)
+            absent = () if grads is None else flat.absent_from(grads)
+            states = flat.bound(state, tables.names, absent)
+            all_bound = all_bound and states is not None
+            turns.append((f, flat, absent, states))
+        if not all_bound:  # what may fail comes before what cannot be undone
+            self.separate(state)
+            turns = [(f, flat, a, flat.bind(state, tables.names, rule.counts, a)) for f, flat, a, _ in turns]
+        for f, flat, _, states in turns:
             options = descent.on(flat.device)
             if flat.saved is not None:
                 options.update(saved=flat.saved, status=flat.status)
@@ -302,6 +332,30 @@ class Store:
                 settings=tables.on("settings", flat.device),
                 **options,
             )
+
+    def separate(self, state: State) -> None:
+        """What lies in a flat buffer of states, but not as ``bind`` left it there for its parameter, gets memory of its own.
+
+        Somebody exchanged it between parameters, or loaded what a state dict had shown: its memory is about to be written to.
+        """
+        spans = [(t.device, t.data_ptr(), t.nbytes) for flat in self.flats for t in flat.state.values()]
+        if not spans:
+            return
+        place = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
+        for p, entry in state.items():
+            flat, i = place.get(id(p), (None, 0))
+            for name, t in entry.items():
+                if not isinstance(t, Tensor) or t.layout != torch.strided or (flat and flat.is_own(i, name, t)):
+                    continue
+                if any(t.device == device and 0 <= t.data_ptr() - begin < size for device, begin, size in spans):
+                    entry[name] = t.clone()
+
+    def rebind(self, state: State) -> bool:
+        """Bring what was loaded into the state to where the kernels of the last update work; False where any is missing."""
+        if all(flat.is_bound_still(state) for flat in self.flats):
+            return True
+        self.separate(state)
+        return all(flat.rebind(state) for flat in self.flats)
 
     @staticmethod
     def _bring_back(flat: Flat) -> None:
@@ -337,6 +391,8 @@ class Store:
         """The terms of sums, from all devices."""
         if len(parts) == 1:
             return parts[0]
+        if not parts:
+            return torch.zeros(0, dtype=torch.float64)
         return torch.cat([_moved(t, self.device) for t in parts], -1)
 
 

@@ -288,8 +288,8 @@ MUTANTS = [
     Mutant(
         "a stale table of settings",
         P + "rules.py",
-        "if said == self._said:",
-        "if self._said:",
+        'if said == self._said.get("radii"):',
+        'if self._said.get("radii"):',
         "tests/test_conventions.py tests/test_schedules.py",
     ),
     Mutant(
@@ -313,6 +313,20 @@ MUTANTS = [
         "return _adam_settings(group, False)",
         "tests/test_optimizer.py -k cpu",
     ),
+    Mutant(
+        "what is maximised is perturbed uphill",
+        P + "rules.py",
+        "-r if maximizes and r else r",
+        "r",
+        GOLDEN,
+    ),
+    Mutant(
+        "settings are read where the step begins only",
+        P + "step.py",
+        "if rule is not None:\n            engine.refresh_settings(rule)",
+        "pass",
+        "tests/test_optimizer.py -k within_a_step",
+    ),
     Mutant("a patched step is not called", P + "rules.py", "or any(step_hooks(base))", "", "tests/test_conventions.py"),
     # -- flat and checkpoint
     Mutant(
@@ -332,7 +346,7 @@ MUTANTS = [
     Mutant(
         "lost momentum",
         P + "flat.py",
-        "view.copy_(old)\n                    loaded.append(i)",
+        "view.copy_(old)\n                        loaded.append(i)",
         "loaded.append(i)",
         "tests/test_resume.py",
     ),
@@ -342,6 +356,34 @@ MUTANTS = [
         "step[torch.tensor(loaded, dtype=torch.int64, device=self.device)] = 1",
         "pass",
         "tests/test_resume.py",
+    ),
+    Mutant(
+        "exchanged state is overwritten",
+        P + "store.py",
+        "entry[name] = t.clone()",
+        "pass",
+        "tests/test_resume.py -k exchanged",
+    ),
+    Mutant(
+        "state in new memory is not noticed",
+        P + "flat.py",
+        'and has_layout([{"params": self.views}], self._layout)',
+        "",
+        "tests/test_resume.py -k by_hand",
+    ),
+    Mutant(
+        "what is unfrozen is not noticed",
+        P + "gradients.py",
+        "return p.requires_grad or p.grad is not None",
+        "return p.grad is not None",
+        "tests/test_frozen.py",
+    ),
+    Mutant(
+        "a direction of some parameters is saved",
+        P + "checkpoint.py",
+        'if name == "v" and not engine.store.has_v():',
+        "if False:",
+        "tests/test_resume.py -k goes_on_alike",
     ),
     Mutant(
         "memory that somebody took is overwritten",
@@ -360,7 +402,7 @@ MUTANTS = [
     Mutant(
         "parameters that overlap are taken",
         P + "flat.py",
-        "if on == device and first < end:",
+        "if first < end:",
         "if False:",
         "tests/test_errors.py",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -79,7 +80,11 @@ class PlainSAM:
         ``before``: gradients to which those of the step are added.
         """
         shares = shares or [1 / len(closures)] * len(closures)
-        rho = {p: group.get("rho", self.rho) for group in self.base.param_groups for p in group["params"]}
+        rho = {  # where a group is maximised, the worst point lies downhill
+            p: group.get("rho", self.rho) * (-1 if group.get("maximize") else 1)
+            for group in self.base.param_groups
+            for p in group["params"]
+        }
         mean: dict[Tensor, Tensor] = {}
         self.grad_norms, self.perturbation_norms = [], []
         looks = self.looks
@@ -144,7 +149,7 @@ class PlainSAM:
         behind = None
         if self.rho_min is not None:
             for p in g:
-                p.copy_(saved[p] - (self.rho_min if rho[p] else 0.0) * e[p])
+                p.copy_(saved[p] - (math.copysign(self.rho_min, rho[p]) if rho[p] else 0.0) * e[p])
             behind = self._backward(rho, closure)
         for p in rho:
             p.copy_(saved[p])
@@ -176,8 +181,8 @@ class PlainSAM:
         return at_e
 
     def _choose_mask(self, params: Iterable[Tensor], step: int) -> None:
-        """The largest scores of all; of equal ones the first, in the order of memory."""
-        params = list(params)
+        """The largest scores of all that are trained; of equal ones the first, in the order of memory."""
+        params = [p for p in params if p.requires_grad]
         scores = [self.scores.get(p, torch.zeros_like(p)).double() for p in params]
         # The memory order of a dense tensor, of any other its own.
         orders = [sorted(range(p.dim()), key=lambda d, p=p: -p.stride(d)) for p in params]

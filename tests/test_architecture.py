@@ -34,7 +34,7 @@ MAY_KNOW = {
     "step": {"_torch", "buffers", "gradients", "masks", "methods", "rules", "store"},
     "masks": {"flat", "methods"},
     "store": {"backends", "flat", "gradients", "methods", "rules"},
-    "flat": {"backends", "backends.checks"},
+    "flat": {"backends", "backends.checks", "gradients"},
     "gradients": {"_torch", "backends", "backends.checks"},
     "rules": {"_checks", "_torch", "backends.reference", "methods"},
     "methods": {"_checks", "backends.reference"},

@@ -237,6 +237,17 @@ def test_a_group_added_to_either_object_takes_part(way, method, on, backend):
     assert [g["rho"] for g in opt.param_groups] == [0.1, 0.5, 0.1]
 
 
+@pytest.mark.parametrize("on", ["wrapper", "base"])
+def test_a_group_added_to_either_object_is_saved_with_its_rho(on):
+    model, extra = mlp(), nn.Parameter(torch.ones(3))
+    opt = wrap(model, method=methods.FriendlySAM())
+    (opt if on == "wrapper" else opt.base_optimizer).add_param_group({"params": [extra]})
+    state = opt.state_dict()
+    assert [group["rho"] for group in state["param_groups"]] == [0.1, 0.1]
+    opt.load_state_dict({**state, "msam": {"ema": {4: torch.full((3,), 2.0)}}})
+    assert same_bits(opt.state_dict()["msam"]["ema"].values(), [torch.full((3,), 2.0)])
+
+
 def test_groups_and_state_are_the_base_optimizers_own():
     model = mlp()
     opt = wrap(model)

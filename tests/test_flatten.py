@@ -359,6 +359,39 @@ def test_a_model_may_change_its_memory_format_during_training(back, base, way, b
 
 
 @pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
+@pytest.mark.parametrize("why", ["frozen", "unused"])
+@pytest.mark.parametrize("base", [lambda p: SGD(p, lr=0.1, momentum=0.9), Adam], ids=["SGD", "Adam"])
+def test_state_of_what_takes_no_part_follows_a_new_memory_format(base, why, flatten, backend):
+    model = nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.Conv2d(3, 2, 2, bias=False)).double()
+    opt = MicroBatchSAM(base(model.parameters()), 0.1, flatten=flatten, backend=backend)
+
+    def step(net, optimizer, seed, whole=True):
+        def loss(x):
+            first = net[0] if whole else lambda x: nn.functional.conv2d(x, net[0].weight.detach())
+            return net[1](first(x)).square().mean()
+
+        optimizer.train_step(loss, images(4, seed=seed)[0])
+
+    step(model, opt, 0)
+    expected = {name: t.clone() for name, t in opt.state[model[0].weight].items()}
+    for seed, order in enumerate([None, torch.channels_last, torch.contiguous_format, torch.channels_last]):
+        if order is not None:
+            model.to(memory_format=order)
+        if why == "frozen":
+            model[0].requires_grad_(False)
+        step(model, opt, 1 + seed, whole=why == "frozen")
+        shown = opt.state_dict()["state"][0]
+        assert all(torch.equal(shown[name], t) for name, t in expected.items())
+    other = copy.deepcopy(model)
+    resumed = MicroBatchSAM(base(other.parameters()), 0.1, flatten=flatten, backend=backend)
+    resumed.load_state_dict(through_a_file(opt.state_dict()))
+    for net, optimizer in ((model, opt), (other, resumed)):
+        net[0].requires_grad_(True)
+        step(net, optimizer, 9)
+    assert_close(model, other)
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
 @pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2", "Sparse SAM"])
 def test_what_is_kept_is_saved_and_loaded_rightly_where_no_step_came_after_the_change(method, flatten, backend):
     """The memory format changed and the next step has not looked yet."""

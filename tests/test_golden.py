@@ -173,10 +173,12 @@ LAYOUTS = {
 
 
 class Problem:
-    def __init__(self, layout: str, **options):
+    def __init__(self, layout: str, maximize: tuple[bool, bool] = (False, False), **options):
         groups = [[torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in g] for g in LAYOUTS[layout]]
         self.params = [p for group in groups for p in group]
-        base = torch.optim.SGD([{"params": group} for group in groups], lr=LR, momentum=MOMENTUM)
+        told = [{"params": group, "maximize": m} for group, m in zip(groups, maximize, strict=False)]
+        base = torch.optim.SGD(told, lr=LR, momentum=MOMENTUM)
+        self.sign = torch.tensor([-1.0 if m else 1.0 for m in maximize], dtype=torch.float64)
         self.opt = MicroBatchSAM(base, **options)
         if self.opt.method.full.sparse:
             bits = iter(MASK)
@@ -188,7 +190,7 @@ class Problem:
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         w = torch.cat([p.reshape(-1) for p in self.params])
-        return 0.5 * (torch.tensor(CURVATURE, dtype=w.dtype) * (w - x) ** 2).sum(1).mean()
+        return 0.5 * (self.sign * torch.tensor(CURVATURE, dtype=w.dtype) * (w - x) ** 2).sum(1).mean()
 
 
 def _closure(problem: Problem, x: torch.Tensor):
@@ -320,6 +322,18 @@ def test_the_computation_by_hand_meets_the_golden_table(name, micro_batches):
 def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, way, flatten, layout, backend):
     rho, method = METHODS[name]
     problem = Problem(layout, rho=rho, method=method, num_micro_batches=micro_batches, flatten=flatten, backend=backend)
+    for batch, golden in zip(BATCHES, GOLDEN[name, micro_batches], strict=True):
+        WAYS[way](problem, torch.tensor(batch, dtype=torch.float64), micro_batches)
+        torch.testing.assert_close(problem.weights, torch.tensor(golden, dtype=torch.float64), **TOLERANCE)
+
+
+@pytest.mark.parametrize("maximize", [(True, True), (False, True)], ids=["everything", "one group"])
+@pytest.mark.parametrize("way", WAYS)
+@each_row
+def test_to_maximize_the_negative_is_to_minimize(name, micro_batches, way, maximize, backend):
+    rho, method = METHODS[name]
+    options = {"rho": rho, "method": method, "num_micro_batches": micro_batches, "backend": backend}
+    problem = Problem("two scalars of two groups", maximize, **options)
     for batch, golden in zip(BATCHES, GOLDEN[name, micro_batches], strict=True):
         WAYS[way](problem, torch.tensor(batch, dtype=torch.float64), micro_batches)
         torch.testing.assert_close(problem.weights, torch.tensor(golden, dtype=torch.float64), **TOLERANCE)

@@ -83,8 +83,9 @@ def data(n=6, seed=0, device="cpu"):
     return x.to(device), torch.randint(3, (n,), generator=generator).to(device)
 
 
-def setup(base="SGD", method="SAM", count=2, device="cpu"):
+def setup(base="SGD", method="SAM", count=2, device="cpu", frozen=False):
     model = net(device)
+    model[0].requires_grad_(not frozen)
     opt = MicroBatchSAM(
         BASES[base](model.parameters()), 0.1, method=METHODS[method], num_micro_batches=count, model=model
     )
@@ -215,6 +216,36 @@ def test_the_step_is_captured_again_after_what_a_graph_cannot_follow():
     opt.add_param_group({"params": [extra]})
     step(*data()), step(*data()), step(*data())
     assert (recorder.captures, recorder.replays) == (2, 3)
+
+
+def test_what_is_unfrozen_is_warmed_up_and_captured_too():
+    model, opt, loss_fn = setup("AdamW", "F-SAM", frozen=True)
+    other, plain, other_loss_fn = setup("AdamW", "F-SAM", frozen=True)
+    step, recorder = captured(opt, model, loss_fn, *data())
+    for i in range(9):
+        for m in (model, other):
+            m[0].requires_grad_(i >= 4)
+        step(*data(seed=i))
+        plain.train_step(other_loss_fn, *data(seed=i))
+    assert (recorder.captures, recorder.replays) == (2, 2 + 3)
+    assert same_bits(model.state_dict().values(), other.state_dict().values())
+
+
+def test_state_that_moved_or_was_exchanged_reaches_the_graph():
+    model, opt, loss_fn = setup("AdamW")
+    other, plain, other_loss_fn = setup("AdamW")
+    step, recorder = captured(opt, model, loss_fn, *data())
+    for i in range(7):
+        if i == 4:
+            for m, o in ((model, opt), (other, plain)):
+                for value in o.state[m[0].weight].values():
+                    value.data = value.data * 2
+                bias, weight = m[0].bias, m[1].weight  # of the same shape
+                o.state[bias], o.state[weight] = o.state[weight], o.state[bias]
+        step(*data(seed=i))
+        plain.train_step(other_loss_fn, *data(seed=i))
+    assert (recorder.captures, recorder.replays) == (1, 5)
+    assert same_bits(model.state_dict().values(), other.state_dict().values())
 
 
 def test_a_method_that_starts_is_captured_again():

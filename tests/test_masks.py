@@ -375,8 +375,15 @@ def test_only_what_the_mask_names_is_perturbed_and_the_norm_is_that_of_all(backe
 
 
 def random_bits(opt, seed=0):
+    """None of parameters that are frozen: they have no mask."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(p.shape, generator=generator) < 0.5 for group in opt.param_groups for p in group["params"]]
+    params = [p for group in opt.param_groups for p in group["params"]]
+    return [(torch.rand(p.shape, generator=generator) < 0.5) & p.requires_grad for p in params]
+
+
+def of_the_trained(opt, bits):
+    params = [p for group in opt.param_groups for p in group["params"]]
+    return [m for p, m in zip(params, bits, strict=True) if p.requires_grad]
 
 
 def equal(actual, expected):
@@ -416,7 +423,7 @@ def test_a_parameter_in_another_memory_order_keeps_its_mask(backend):
     for order in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):
         model.channels_last.data = model.channels_last.data.contiguous(memory_format=order)
         assert equal(opt.mask, bits)
-        assert equal(list(opt.state_dict()["msam"]["mask"].values()), bits)
+        assert equal(list(opt.state_dict()["msam"]["mask"].values()), of_the_trained(opt, bits))
         WAYS["train_step"](opt, model, images())
         WAYS["train_step"](stays, same, images())
         assert equal(opt.mask, bits)
@@ -466,7 +473,8 @@ def test_a_mask_is_refused_where_the_method_has_none_or_a_loop_is_under_way():
         loss_of(model, *part).backward()
 
 
-def test_a_group_that_comes_later_gets_a_mask_too(backend):
+@pytest.mark.parametrize("on", ["wrapper", "base"])
+def test_a_group_that_comes_later_gets_a_mask_too(on, backend):
     model = mlp(F64)
     extra = nn.Parameter(torch.ones(2, dtype=F64))
     opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.3, method=sparse(0.5), backend=backend)
@@ -476,11 +484,19 @@ def test_a_group_that_comes_later_gets_a_mask_too(backend):
 
     opt.train_step(loss, *batch(dtype=F64))
     assert len(opt.mask) == 4
-    opt.add_param_group({"params": [extra]})
+    (opt if on == "wrapper" else opt.base_optimizer).add_param_group({"params": [extra]})
     assert opt.mask is None
+    bits = [torch.ones(p.shape, dtype=torch.bool) for p in (*model.parameters(), extra)]
+    twin = copy.deepcopy(opt)
+    twin.mask = bits
+    assert equal(twin.mask, bits)
     opt.train_step(loss, *batch(dtype=F64))
     assert [m.shape for m in opt.mask] == [p.shape for p in (*model.parameters(), extra)]
     assert sum(int(m.sum()) for m in opt.mask) == round(0.5 * (32 + 2))
+    another = nn.Parameter(torch.ones(2, dtype=F64))
+    (opt if on == "wrapper" else opt.base_optimizer).add_param_group({"params": [another]})
+    opt.mask = [*bits, torch.ones(2, dtype=torch.bool)]
+    assert all(m.all() for m in opt.mask)
 
 
 # ---- opt.update_mask -------------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
     def only_what_is_named():
         (flat,) = opt.engine.store.flats
         assert opt.engine.step is None
-        assert holders(flat) == {"params", "weights", "saved"} | ({"state"} if opt.steps else set())
+        assert holders(flat) == {"params", "weights", "saved"} | ({"state", "views"} if opt.steps else set())
         plan = method.full
         assert set(flat.memories) == ({"ema"} if plan.lmbda is not None else set()) | ({"v"} if plan.keeps else set())
         assert holders(opt) == holders(opt.engine) == holders(opt.engine.store) == set()

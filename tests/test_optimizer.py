@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
 from torch.utils.dlpack import from_dlpack
 
+import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
 from plain import (
     DEVICE,
@@ -198,6 +199,87 @@ def test_settings_changed_between_steps_hold_from_the_next_step(name, changes, b
         ours.param_groups[0].update(change)
         ours.step(closure_of(actual, batch(dtype=FLOAT64)))
         theirs.step([closure_of(expected, batch(dtype=FLOAT64))])
+        assert_close(actual, expected)
+
+
+class Ascends(torch.optim.Optimizer):
+    """As optimizers elsewhere are made: one flag for all groups."""
+
+    def __init__(self, params, maximize):
+        super().__init__(params, {"lr": 0.1})
+        self.maximize = maximize
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p += group["lr"] * (p.grad if self.maximize else -p.grad)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_optimizer_may_have_its_flag_to_maximize_for_all_groups(method, way, backend):
+    trained = []
+    for maximize in (True, False):
+        model = mlp(FLOAT64)
+        opt = MicroBatchSAM(Ascends(model.parameters(), maximize), 0.1, method=METHODS[method], backend=backend)
+        if maximize:  # gradients of the negative loss
+            for p in model.parameters():
+                p.register_hook(torch.neg)
+        for step in range(3):
+            WAYS[way](opt, model, batch(6, FLOAT64, seed=step))
+        trained.append(model)
+    assert_close(*trained)
+
+
+# What is set in the first step, in the second and so on.
+SET_INSIDE = {
+    "SGD": [{"lr": 0.0}, {"momentum": 0.9, "lr": 0.1}, {"weight_decay": 0.5}, {"dampening": 0.5}, {"nesterov": False}],
+    "SGD nesterov": [{"momentum": 0.5}, {"nesterov": False}, {"momentum": 0.0}, {"lr": torch.tensor(0.01)}],
+    "Adam": [{"lr": 0.0}, {"betas": (0.5, 0.6), "lr": 0.1}, {"eps": 0.01}, {"weight_decay": 0.1}],
+    "AdamW": [{"weight_decay": 0.5}, {"lr": 0.0}],
+    "RMSprop": [{"lr": 0.0}, {"momentum": 0.5, "lr": 0.1}],
+}
+
+
+@pytest.mark.parametrize("way", ["closure", "passes", "drop-in"])
+@pytest.mark.parametrize("name", SET_INSIDE)
+def test_settings_changed_within_a_step_hold_in_its_update(name, way, backend):
+    """By a closure, by the body of a loop, between the drop-in's two steps: torch reads them when it updates."""
+    expected = mlp(FLOAT64)
+    actual = copy.deepcopy(expected)
+    theirs, base = PlainSAM(BASES[name](expected.parameters()), 0.1), BASES[name](actual.parameters())
+    if way == "drop-in":
+        opt = msam_kernels.SAM(actual.parameters(), type(base), rho=0.1, lr=0.1)
+        opt.param_groups[0].update({k: v for k, v in base.param_groups[0].items() if k != "params"})
+    else:
+        opt = MicroBatchSAM(base, rho=0.1, backend=backend)
+    opt_base = opt.base_optimizer
+    for step, change in enumerate(SET_INSIDE[name]):
+        data = batch(dtype=FLOAT64, seed=step)
+
+        def closure(model, base, data=data, change=change):
+            def run():
+                base.param_groups[0].update(change)
+                loss = loss_of(model, *data)
+                loss.backward()
+                return loss
+
+            return run
+
+        if way == "drop-in":
+            loss_of(actual, *data).backward()
+            opt.first_step(zero_grad=True)
+            closure(actual, opt_base)()
+            opt.second_step(zero_grad=True)
+        elif way == "passes":
+            for _ in opt.passes(*data):
+                closure(actual, opt_base)()
+            opt.step()
+            opt.zero_grad()
+        else:
+            opt.step(closure(actual, opt_base))
+        theirs.step([closure(expected, theirs.base)])
         assert_close(actual, expected)
 
 

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, RMSprop
 
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
+from msam_kernels.flat import Flat
 from plain import (
     BACKENDS,
     METHODS,
@@ -556,6 +557,7 @@ def each_old_or_new(now, old, new):
         ("passes given up", "SAM", BACKENDS[0]),
         ("closures, SGD", "SAM", BACKENDS[0]),
         ("closures, SGD", "F-SAM", BACKENDS[0]),
+        ("closures, SGD", "LookSAM k=2", BACKENDS[0]),
         ("closures, Adam", "F-SAM", BACKENDS[0]),
         ("closures, RMSprop", "SAM", BACKENDS[0]),
         ("first_step and second_step", "SAM", BACKENDS[0]),
@@ -650,6 +652,47 @@ def test_an_interruption_before_any_line_leaves_buffers_as_a_pass_at_w_did():
             failures.append(f"{n}, before {interrupt.where}")
     assert n > 50
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_is_kept_may_be_made_again_after_there_was_no_memory(error, method, monkeypatch, backend):
+    """Of two dtypes, so that the first buffer may be there and the second not."""
+    before, data = weights(Small()), batch(2)
+    reached = 0
+    for stop in count():
+        model = Small()
+        opt = MicroBatchSAM(sgd(model.parameters()), 0.5, method=METHODS[method], backend=backend)
+        calls, real = count(), Flat.new_buffer
+
+        def new_buffer(flat, stop=stop, calls=calls, real=real):
+            if next(calls) == stop:
+                raise error
+            return real(flat)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Flat, "new_buffer", new_buffer)
+            try:
+                closures_of_one(opt, model, data)
+                break
+            except error:
+                reached += 1
+        assert same_bits(model.parameters(), before)
+        model.calls = 0
+        twin, other = copy.deepcopy((model, opt))
+        undisturbed = Small()
+        plain = MicroBatchSAM(sgd(undisturbed.parameters()), 0.5, method=METHODS[method], backend=backend)
+        for m, o in ((model, opt), (twin, other), (undisturbed, plain)):
+            for _ in range(3):
+                closures_of_one(o, m, data)
+        assert same_bits(model.parameters(), twin.parameters())
+        if method != "F-SAM":  # whose average has moved where it was there already
+            assert same_bits(model.parameters(), undisturbed.parameters())
+    assert reached >= 4, "a buffer of the method's and one of momentum for each dtype"
+
+
+def closures_of_one(opt, model, data):
+    opt.step([closure_of(model, data)])
 
 
 def test_an_interrupted_average_of_f_sam_stays_finite_and_goes_on(backend):

@@ -223,6 +223,27 @@ def write_in_place(state, p):
         value.fill_(2.0)
 
 
+def replace_its_memory(state, p):
+    for value in state[p].values():
+        value.data = torch.full_like(value, 2.0)
+
+
+def set_it_to_other_memory(state, p):
+    for value in state[p].values():
+        value.set_(torch.full_like(value, 2.0))
+
+
+def share_its_memory(state, p):
+    for value in state[p].values():
+        value.share_memory_()
+        value.fill_(2.0)
+
+
+def replace_its_memory_in_another_order(state, p):
+    for value in state[p].values():
+        value.data = torch.full_like(value.t(), 2.0).t() if value.dim() == 2 else torch.full_like(value, 2.0)
+
+
 def delete_the_entry(state, p):
     del state[p]
 
@@ -252,6 +273,10 @@ def clear_and_fill_again(state, p):
         replace_the_entry,
         delete_and_replace_the_entry,
         write_in_place,
+        replace_its_memory,
+        set_it_to_other_memory,
+        share_its_memory,
+        replace_its_memory_in_another_order,
         delete_the_entry,
         delete_a_key,
         clear,
@@ -277,6 +302,100 @@ def test_state_changed_by_hand_is_noticed(way, change, base, backend):
             change(theirs.base.state, expected[0].bias)
     for a, b in zip(actual.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_shown_after_the_state_moved_is_what_is_worked_with(backend):
+    """As after the widespread loop that brings every tensor of a state to another device."""
+    model, method = mlp(), methods.FriendlySAM()
+    opt = MicroBatchSAM(Adam(model.parameters()), method=method, backend=backend)
+    for step in range(4):
+        if step == 2:
+            for entry in opt.state.values():
+                for value in entry.values():
+                    value.data = value.data.clone()
+            for value in opt.state_dict()["msam"]["ema"].values():
+                value.data = value.data.clone()
+        step_with_train_step(opt, model, batch(seed=step))
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    assert all(entry["step"] == 4 for entry in opt.state.values())
+    other = mlp()
+    other.load_state_dict(saved[0])
+    resumed = MicroBatchSAM(Adam(other.parameters()), method=method, backend=backend)
+    resumed.load_state_dict(saved[1])
+    for m, o in ((model, opt), (other, resumed)):
+        step_with_train_step(o, m, batch(seed=9))
+    assert same_bits(model.parameters(), other.parameters())
+
+
+def exchange_entries(opt, a, b):
+    opt.state[a], opt.state[b] = opt.state[b], opt.state[a]
+
+
+def exchange_tensors(opt, a, b):
+    for name in opt.state[a]:
+        opt.state[a][name], opt.state[b][name] = opt.state[b][name], opt.state[a][name]
+
+
+def exchange_memory(opt, a, b):
+    for name in opt.state[a]:
+        opt.state[a][name].data, opt.state[b][name].data = opt.state[b][name].data, opt.state[a][name].data
+
+
+def give_both_the_same_values(opt, a, b):
+    for name, value in opt.state[a].items():
+        opt.state[b][name] = value.detach() if name == "step" else value.view_as(value)
+        opt.state[a][name] = value.clone()
+
+
+def move_on_and_leave(opt, a, b):
+    opt.state[b] = opt.state.pop(a)
+
+
+def load_in_another_order(opt, a, b):
+    saved = opt.state_dict()
+    saved["state"] = {0: saved["state"][1], 1: saved["state"][0]}
+    opt.load_state_dict(saved)
+
+
+EXCHANGES = [
+    exchange_entries,
+    exchange_tensors,
+    exchange_memory,
+    give_both_the_same_values,
+    move_on_and_leave,
+    load_in_another_order,
+]
+
+
+@pytest.mark.parametrize("absent", [None, 0, 1], ids=["", "the first takes no part then", "nor the second"])
+@pytest.mark.parametrize("later", [False, True], ids=["of one group", "of a group that came later"])
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda f: f.__name__.replace("_", " "))
+@pytest.mark.parametrize("base", FUSED)
+def test_state_that_is_exchanged_between_parameters_keeps_its_values(base, exchange, later, absent, backend):
+    """torch does not copy what it loads, and our own tensors are views of one buffer."""
+    results = []
+    for wrap in (lambda b: b, lambda b: MicroBatchSAM(b, rho=0.0, backend=backend)):
+        a, b = (nn.Parameter(torch.full((2, 2), value, dtype=torch.float64)) for value in (1.0, 2.0))
+        opt = wrap(BASES[base]([a] if later else [a, b]))
+        if later:
+            opt.add_param_group({"params": [b]})
+
+        def step(without=None, a=a, b=b, opt=opt):
+            factors = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+            losses = [(a * factors).square().sum(), (b * 10 * factors.flip(0)).square().sum()]
+            opt.zero_grad()
+            sum(loss for i, loss in enumerate(losses) if i != without).backward()
+            opt.step()
+
+        step()
+        step()
+        exchange(opt, a, b)
+        step(absent)
+        step()
+        state = [opt.state[p][name] for p in (a, b) for name in sorted(opt.state[p])]
+        results.append([p.detach().clone() for p in (a, b)] + [t.clone() for t in state])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, check_dtype=False)
 
 
 def by_deepcopy(model, opt):
@@ -319,6 +438,83 @@ def test_a_copy_of_model_and_optimizer_goes_on_bit_for_bit_and_apart(method, bas
     assert same_bits(twin.parameters(), model.parameters())
     states_same(twin_opt.state_dict(), opt.state_dict())
     assert repr(twin_opt) == repr(opt)
+
+
+# Those that keep something from step to step, and one that does not.
+REMEMBER = ["SAM", "F-SAM", "LookSAM k=2", "Sparse SAM", "F-SAM + Sparse + Stable"]
+
+
+def resumed(model, opt, *, late=False):
+    """A new model and optimizer with what was saved. ``late``: the second group is added to the new base optimizer."""
+    other = copy.deepcopy(model)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [{"params": [other.get_parameter(names[p]) for p in group["params"]]} for group in opt.param_groups]
+    again = MicroBatchSAM(BASES["SGD momentum"](groups[:1] if late else groups), 0.1, method=opt.method)
+    for group in groups[1:] if late else ():
+        again.base_optimizer.add_param_group(group)
+    again.load_state_dict(through_a_file(opt.state_dict()))
+    return other, again
+
+
+def resumed_where_the_group_was_added_too(model, opt):
+    return resumed(model, opt, late=True)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [by_deepcopy, by_pickle, resumed, resumed_where_the_group_was_added_too],
+    ids=lambda f: f.__name__.replace("_", " "),
+)
+@pytest.mark.parametrize("on", ["wrapper", "base"])
+@pytest.mark.parametrize("after", [0, 1, 2], ids=lambda n: f"saved {n} steps later")
+@pytest.mark.parametrize("method", [*REMEMBER, "LookSAM k=4", "Sparse SAM, dynamic"])
+def test_a_copy_made_after_a_group_was_added_goes_on_alike(method, after, on, copied, backend):
+    """With as many passes: of LookSAM's direction there is none for the new parameters."""
+    method = {
+        **METHODS,
+        "LookSAM k=4": methods.LookSAM(k=4, alpha=0.3),
+        "Sparse SAM, dynamic": methods.SparseSAM(mask="dynamic", update_every=2, total_steps=9),
+    }[method]
+    model = mlp(torch.float64)
+    opt = MicroBatchSAM(BASES["SGD momentum"](model[0].parameters()), 0.1, method=method, backend=backend)
+    calls = []
+
+    def step(net, optimizer, seed):
+        """Returns how often the body ran."""
+        calls.clear()
+
+        def loss(x, y):
+            calls.append(seed)
+            return loss_of(net, x, y)
+
+        net.zero_grad()  # parameters outside of the optimizer collect gradients
+        optimizer.train_step(loss, *batch(6, torch.float64, seed=seed))
+        net.zero_grad()
+        return len(calls)
+
+    step(model, opt, 0)
+    (opt if on == "wrapper" else opt.base_optimizer).add_param_group({"params": list(model[2].parameters())})
+    for seed in range(1, 1 + after):
+        step(model, opt, seed)
+    whole = after > 0 or not opt.method.full.keeps
+    assert whole or "v" not in opt.state_dict()["msam"]
+    other, again = copied(model, opt)
+    for seed in range(1 + after, 6):
+        assert step(model, opt, seed) == step(other, again, seed)
+        assert_close(other, model, 1e-9)
+    assert again.mask is None if opt.mask is None else all(map(torch.equal, again.mask, opt.mask))
+
+
+def test_a_direction_of_some_of_the_parameters_is_not_taken(backend):
+    """As earlier versions wrote it after a group was added."""
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.1, method=methods.LookSAM(k=3), backend=backend)
+    step_with_train_step(opt, model, batch())
+    saved = opt.state_dict()
+    assert sorted(saved["msam"]["v"]) == [0, 1, 2, 3]
+    del saved["msam"]["v"][3]
+    opt.load_state_dict(saved)
+    assert "v" not in opt.state_dict()["msam"]
 
 
 def test_the_drop_in_copies_and_resumes_as_well():
