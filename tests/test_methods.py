@@ -458,10 +458,14 @@ def test_the_order_of_methods_makes_no_difference(name, backend):
         assert same_bits(first, other)
 
 
-@pytest.mark.parametrize("grows", [False, True], ids=["one buffer", "two"])
+@pytest.mark.parametrize(
+    ("grows", "absent"),
+    [(False, False), (True, False), (True, True)],
+    ids=["one buffer", "two", "two, absent from second passes"],
+)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, backend):
+def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, absent, backend):
     """As ``autograd.grad`` returns it for the operands of a sum."""
 
     def trained(own: bool) -> list[Tensor]:
@@ -476,6 +480,8 @@ def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, back
                 assert grads[0] is grads[1]
                 for p, g in zip(params, grads, strict=True):
                     p.grad = g.clone() if own else g
+                if absent and opt.pass_index == 1:
+                    params[0].grad = None
             opt.step()
             opt.zero_grad()
         return params

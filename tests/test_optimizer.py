@@ -19,6 +19,7 @@ from torch.utils.dlpack import from_dlpack
 
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
+from msam_kernels.flat import CHUNK
 from plain import (
     DEVICE,
     METHODS,
@@ -365,6 +366,23 @@ def test_a_parameter_may_get_a_gradient_in_some_passes_only(method, presence, na
     expected = Zoo(uses=PRESENCE[presence])
     actual, ours, theirs = follow_the_plain_loops(expected, BASES[name], METHODS[method], 2, way, backend)
     assert (actual.sometimes in ours.state) == (expected.sometimes in theirs.base.state)
+
+
+@pytest.mark.parametrize("method", ["F-SAM", "GSAM", "LookSAM k=2"])
+def test_parameters_of_several_rows_follow_the_plain_loops(method, backend):
+    """The kernels' table has a row for every 16,384 elements of a parameter."""
+    generator = random_numbers(0)
+    start = [torch.randn(n, dtype=FLOAT64, generator=generator) for n in (2 * CHUNK, 3, CHUNK + 5)]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    opt = MicroBatchSAM(
+        SGD(ours, lr=0.1, momentum=0.9), 0.5, method=METHODS[method], num_micro_batches=2, backend=backend
+    )
+    plain = PlainSAM(SGD(theirs, lr=0.1, momentum=0.9), 0.5, METHODS[method])
+    for step in range(4):
+        for one, params in ((opt, ours), (plain, theirs)):
+            one.step([lambda x=x, ps=params: sum((p * x).cos().sum() for p in ps).backward() for x in (step + 1, 0.7)])
+        for actual, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-11, atol=1e-11)
 
 
 @st.composite
