@@ -203,9 +203,9 @@ def is_writable(g: Tensor) -> bool:
 
 
 def apart(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """``grads``; where some have memory in common, None for what has an element in common with one that stays.
+    """``grads``, but where some have memory in common only those that can be written to, each without any other.
 
-    Then also for what cannot be written to.
+    None stands for the rest.
     """
     out = list(grads)
     if not without_own_memory(out, False):
@@ -224,7 +224,8 @@ def apart(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         mine = written.as_strided((*g.size(), size), (*(size * n for n in g.stride()), 1), first - begin)
         if mine.any():
             out[i] = None
-        mine.fill_(True)
+        else:
+            mine.fill_(True)
     return out
 
 
@@ -242,7 +243,7 @@ def own_memory(grads: list[Gradient], *, whole: bool = True) -> list[Gradient]:
     for i in copied:
         g = grads[i]
         assert g is not None
-        out[i] = g.clone()
+        out[i] = g.detach().clone()
     return out
 
 

@@ -632,18 +632,20 @@ class Step:
         return Vectors(lists, absent)
 
     def _put_into_grads(self) -> None:
-        """The mean into ``p.grad``; where a gradient was there before, into its own tensor, if that can be written to.
-
-        Of several that have elements in common only one can.
-        """
+        """The mean into ``p.grad``; where a gradient was there before, into its own tensor, if that can be written to."""
         assert self._mean is not None
         lists = self.store.optionals(self._mean)
-        if self.had_gradients and self.aside is not None:
-            places = iter(apart([old for before, _ in self.aside for old in before]))
-            with torch.no_grad():
-                for grads, (before, _) in zip(lists, self.aside, strict=True):
-                    grads[: len(before)] = [_written(next(places), values) for values in grads[: len(before)]]
+        if self.had_gradients:
+            self._put_into_tensors_of_before(lists)
         self.store.set_grads(lists)
+
+    @torch.no_grad()
+    def _put_into_tensors_of_before(self, lists: list[Optionals]) -> None:
+        """The values into those tensors, which then are in the lists. Of several with elements in common one takes part."""
+        aside = self.aside or []
+        places = iter(apart([old for before, _ in aside for old in before]))
+        for grads, (before, _) in zip(lists, aside, strict=True):
+            grads[: len(before)] = [_written(next(places), values) for values in grads[: len(before)]]
 
 
 def _written(old: Tensor | None, values: Tensor | None) -> Tensor | None:
