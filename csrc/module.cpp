@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -54,10 +55,12 @@ py::dict build_info() {
   return info;
 }
 
-// Same device, dtype and memory order as the parameter, so that both can be walked as one run of memory.
+// Same device, dtype and memory order as the parameter, so that both can be walked as one run of memory, which holds the
+// values and may be written to.
 bool is_regular(const at::Tensor& grad, const at::Tensor& param) {
   if (grad.layout() != at::kStrided || grad.scalar_type() != param.scalar_type() || grad.device() != param.device() ||
-      grad.requires_grad() || !grad.sizes().equals(param.sizes()))
+      grad.requires_grad() || msam::is_lazy(grad) || (grad.is_inference() && !c10::InferenceMode::is_enabled()) ||
+      !grad.sizes().equals(param.sizes()))
     return false;
   for (int64_t d = 0; d < grad.dim(); ++d)
     if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;
@@ -83,19 +86,45 @@ bool is_shared(const at::Tensor& grad) {
   return grad.storage().use_count() > (lone ? 2 : 1);
 }
 
-// Whether no two gradients are the same memory, and with `whole` no other tensor holds that of any; Nones are ignored.
-bool owns_memory(const py::list& grads, bool whole) {
-  c10::SmallVector<const void*, 64> places;
+// From the first byte of a tensor that has elements to the end of its last one; and its place in a list.
+struct Span {
+  Span(const at::Tensor& t, size_t index) : first(static_cast<const char*>(t.const_data_ptr())), index(index) {
+    const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+    int64_t last = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+    end = first + (last + 1) * int64_t(t.itemsize());
+  }
+  bool operator<(const Span& other) const { return first != other.first ? first < other.first : index < other.index; }
+
+  const char *first, *end;
+  size_t index;
+};
+
+// The indices of all but one of those gradients that have memory in common, and with `whole` of those whose memory another
+// tensor holds; Nones are ignored.
+py::list without_own_memory(const py::list& grads, bool whole) {
+  py::list found;
+  c10::SmallVector<Span, 64> spans;
+  size_t index = 0;
   for (py::handle g : grads) {
+    const size_t i = index++;
     if (g.is_none()) continue;
-    TORCH_CHECK(THPVariable_Check(g.ptr()), "owns_memory takes tensors");
+    TORCH_CHECK(THPVariable_Check(g.ptr()), "without_own_memory takes tensors");
     const at::Tensor& grad = THPVariable_Unpack(g.ptr());
     if (!grad.has_storage() || grad.numel() == 0) continue;
-    if (whole && is_shared(grad)) return false;
-    places.push_back(grad.const_data_ptr());
+    if (whole && is_shared(grad))
+      found.append(i);
+    else
+      spans.emplace_back(grad, i);
   }
-  std::sort(places.begin(), places.end());
-  return std::adjacent_find(places.begin(), places.end()) == places.end();
+  std::sort(spans.begin(), spans.end());
+  const char* end = nullptr;  // of the last one with memory of its own
+  for (const Span& span : spans)
+    if (span.first < end)
+      found.append(span.index);
+    else
+      end = span.end;
+  return found;
 }
 
 // p.grad by parameter, None for all where grads is empty. The gradients were some p.grad before: nothing is checked.
@@ -324,7 +353,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
-  m.def("owns_memory", &owns_memory, "(grads, whole) -> whether none is the memory of another or, with whole, of any other tensor");
+  m.def("without_own_memory", &without_own_memory, "(grads, whole) -> the indices of those to copy before they are written to");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("memory_layout", &memory_layout, "(parameter groups) -> bytes that change when their parameters or these' memory does");
   m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether memory_layout would return these bytes");

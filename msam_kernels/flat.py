@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack
 
 from .backends import Backend
+from .backends.checks import lost_memory, span
 
 CHUNK = 16384  # elements of one row of the table; the unit of work and of the deterministic reductions
 ALIGNMENT = 128  # bytes
@@ -53,17 +54,12 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _span(p: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(p.size(), p.stride(), strict=True))
-    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
-
-
 def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse what no kernel can serve, by name.
 
     Raises:
-        TypeError: a dtype, layout or tensor subclass that the kernels do not know.
-        ValueError: two parameters that share memory without being the same object.
+        TypeError: no tensor, or a dtype, layout or tensor subclass that the kernels do not know.
+        ValueError: two parameters that share memory without being the same object, or one whose memory is gone.
     """
     for name, p in named:
         if not isinstance(p, Tensor):
@@ -75,7 +71,11 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         if p.dtype not in DTYPES:
             remedy = "; use torch.view_as_real" if p.is_complex() else ""
             raise TypeError(f"{name} must be one of {[str(d)[6:] for d in DTYPES]}, got {p.dtype}{remedy}")
-    spans = sorted((*_span(p), str(p.device), name) for name, p in named if p.numel() and not p.is_meta)
+        if lost_memory(p):
+            raise ValueError(
+                f"the storage of {name} was freed or shrunk: bring its values back first, as FSDP does in summon_full_params"
+            )
+    spans = sorted((*span(p), str(p.device), name) for name, p in named if p.numel() and not p.is_meta)
     end, owner, device = -1, "", ""
     for first, last, on, name in sorted(spans, key=lambda s: (s[2], s[0])):
         if on == device and first < end:

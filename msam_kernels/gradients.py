@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 
 from . import _torch
 from .backends import extension
+from .backends.checks import lost_memory, span
 
 Optionals = list[Tensor | None]  # p.grad by parameter; an empty list where all are None
 Gradient = TypeVar("Gradient", Tensor, Tensor | None)
@@ -67,11 +68,24 @@ def _set_grads(params: list[Tensor], grads: Sequence[Tensor | None]) -> None:
         p.grad = g
 
 
-def _owns_memory(grads: Sequence[Tensor | None], whole: bool) -> bool:
-    there = [g for g in grads if g is not None and g.numel()]
-    if whole and any(_torch.is_shared(g) for g in there):
-        return False
-    return len({g.data_ptr() for g in there}) == len(there)
+def _without_own_memory(grads: Sequence[Tensor | None], whole: bool) -> list[int]:
+    spans = _spans(grads)
+    found = [i for _, _, i, g in spans if whole and _torch.is_shared(g)]
+    kept = 0  # where the last one ends that has memory of its own
+    for first, end, i, _ in spans:
+        if i in found:
+            continue
+        if first < kept:
+            found.append(i)
+        else:
+            kept = end
+    return found
+
+
+def _spans(grads: Sequence[Tensor | None]) -> list[tuple[int, int, int, Tensor]]:
+    """(begin, end, index, gradient) of those that have elements, as they lie in memory."""
+    there = [(i, g) for i, g in enumerate(grads) if g is not None and g.layout == torch.strided and g.numel()]
+    return sorted((*span(g), i, g) for i, g in there)
 
 
 def _memory_layout(groups: list[dict[str, Any]]) -> object:
@@ -94,8 +108,10 @@ _collect: Callable[[list[Tensor], Tensor, bool], tuple[list[Tensor], bool, int]]
 current_grads: Callable[[list[Tensor]], Optionals] = getattr(extension, "current_grads", _current_grads)
 #: (params, grads): p.grad by parameter, None for all where grads is empty.
 set_grads: Callable[[list[Tensor], Sequence[Tensor | None]], None] = getattr(extension, "set_grads", _set_grads)
-#: (gradients, whole) -> whether each has memory of its own, see ``own_memory``.
-owns_memory: Callable[[Sequence[Tensor | None], bool], bool] = getattr(extension, "owns_memory", _owns_memory)
+#: (gradients, whole) -> the indices of those that have no memory of their own, see ``own_memory``.
+without_own_memory: Callable[[Sequence[Tensor | None], bool], list[int]] = getattr(
+    extension, "without_own_memory", _without_own_memory
+)
 #: (parameter groups) -> a value that changes when any parameter, its memory or its layout does.
 memory_layout: Callable[[list[dict[str, Any]]], object] = getattr(extension, "memory_layout", _memory_layout)
 #: (parameter groups, such a value) -> whether it is that still.
@@ -110,6 +126,7 @@ def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[
 
     Raises:
         TypeError: a sparse gradient, or one of another dtype than its parameter.
+        RuntimeError: a gradient whose memory is gone.
     """
     grads, regular, absent = _collect(params, placeholder, clear)
     if not regular:
@@ -121,7 +138,10 @@ def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[
 
 
 def regular_gradient(p: Tensor, g: Tensor) -> Tensor:
-    """``g`` as the kernels take it: itself without its graph, or a copy in the memory order and on the device of ``p``."""
+    """``g`` as the kernels take it: itself without its graph, or a copy in the memory order and on the device of ``p``.
+
+    A copy is made of what no kernel may write to, too, and of what torch negates or conjugates when it is read.
+    """
     if g.layout != torch.strided:
         raise TypeError(
             f"a parameter of shape {tuple(p.shape)} has a gradient of layout {g.layout}: sharpness-aware steps need "
@@ -132,30 +152,76 @@ def regular_gradient(p: Tensor, g: Tensor) -> Tensor:
             f"a {p.dtype} parameter of shape {tuple(p.shape)} has a gradient of {g.dtype}, which the kernels would round: "
             "leave grad_dtype at the parameter's own"
         )
+    if lost_memory(g):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} has a gradient whose storage was freed or shrunk: set p.grad to None, or "
+            "bring its values back first"
+        )
     g = g.detach()
     same_order = all(a == b for a, b, n in zip(g.stride(), p.stride(), p.size(), strict=True) if n != 1)
-    if g.device == p.device and same_order:
+    if g.device == p.device and same_order and not _torch.is_lazy(g) and not _is_frozen(g):
         return g
     return torch.empty_like(p).copy_(g)
+
+
+def _is_frozen(g: Tensor) -> bool:
+    """Whether it was made in inference mode and torch refuses to write to it now."""
+    return g.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def is_writable(g: Tensor) -> bool:
+    """Whether torch can write to every element by itself: none of them is another's memory."""
+    end = 1
+    for stride, size in sorted(zip(g.stride(), g.size(), strict=True)):
+        if size > 1:
+            if stride < end:
+                return False
+            end += (size - 1) * stride
+    return not _is_frozen(g)
+
+
+def apart(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """``grads``, but where some have memory in common only those that can be written to, each without any other.
+
+    None stands for the rest.
+    """
+    out = list(grads)
+    if not without_own_memory(out, False):
+        return out
+    begin = end = 0
+    written = torch.zeros(0, dtype=torch.bool, device="cpu")  # each byte from begin to end
+    for first, last, i, g in _spans(grads):
+        if not is_writable(g):
+            out[i] = None
+            continue
+        if first >= end:
+            begin, end, written = first, first, written[:0]
+        written = torch.cat([written, written.new_zeros(max(last - end, 0))])
+        end = max(end, last)
+        size = g.element_size()
+        mine = written.as_strided((*g.size(), size), (*(size * n for n in g.stride()), 1), first - begin)
+        if mine.any():
+            out[i] = None
+        else:
+            mine.fill_(True)
+    return out
 
 
 def own_memory(grads: list[Gradient], *, whole: bool = True) -> list[Gradient]:
     """``grads``, so that each can be written to by itself.
 
-    Of those that are the same memory, as ``autograd.grad`` returns them for the operands of a sum, all but the first are
-    copied; with ``whole`` also those whose memory another tensor holds, e.g. a bucket that DDP is going to overwrite. Nones
-    are ignored.
+    Of those that have memory in common, as ``autograd.grad`` returns them for the operands of a sum, also where one operand
+    is put together of several, all but one are copied; with ``whole`` also those whose memory another tensor holds, e.g. a
+    bucket that DDP is going to overwrite. Nones are ignored.
     """
-    if owns_memory(grads, whole):
+    copied = without_own_memory(grads, whole)
+    if not copied:
         return grads
-    seen: set[int] = set()
-    out = []
-    for g in grads:
-        if g is not None and g.numel():
-            place = g.data_ptr()
-            g = g.clone() if place in seen or not owns_memory([g], whole) else g
-            seen.add(place)
-        out.append(g)
+    out = list(grads)
+    for i in copied:
+        g = grads[i]
+        assert g is not None
+        out[i] = g.detach().clone()
     return out
 
 

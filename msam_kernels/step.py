@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import masks
 from ._torch import mark_stepped
-from .gradients import Optionals, Vectors, own_memory, own_memory_of_lists, regular_gradient
+from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .rules import Radii, Radius, Tables, fused_rule
 from .statistics import Statistics
@@ -347,14 +347,10 @@ class Step:
             self.aside = [([], []) for _ in self.store.flats]
 
     def give_back_grads(self) -> None:
-        """What was set aside is in ``p.grad`` again, the same tensors with the same values."""
+        """What was set aside is in ``p.grad`` again: the same values, in the same tensors where these can be written to."""
         if self.aside is None:  # nothing was set aside
             return
-        for before, own in self.aside:
-            for old, values in zip(before, own, strict=True):
-                if old is not None and values is not None and old is not values:
-                    old.copy_(values)
-        self.store.set_grads([before for before, _ in self.aside])
+        self.store.set_grads([list(map(_written, before, own)) for before, own in self.aside])
 
     def turns(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(turn, part): every micro-batch as often as the plan says, with the kernels' work in between.
@@ -605,14 +601,28 @@ class Step:
         return Vectors(lists, absent)
 
     def _put_into_grads(self) -> None:
-        """The mean into ``p.grad``; where a gradient was there before, into its own tensor."""
+        """The mean into ``p.grad``; where a gradient was there before, into its own tensor, if that can be written to."""
         assert self._mean is not None
         lists = self.store.optionals(self._mean)
-        for (before, _), grads in zip(self.aside or (), lists, strict=False) if self.had_gradients else ():
-            for i, old in enumerate(before):
-                new = grads[i]
-                if old is not None and new is not None:
-                    if old.data_ptr() != new.data_ptr() or old.stride() != new.stride():
-                        old.copy_(new)
-                    grads[i] = old
+        if self.had_gradients:
+            self._put_into_tensors_of_before(lists)
         self.store.set_grads(lists)
+
+    @torch.no_grad()
+    def _put_into_tensors_of_before(self, lists: list[Optionals]) -> None:
+        """The values into those tensors, which then are in the lists. Of several with elements in common one takes part."""
+        aside = self.aside or []
+        places = iter(apart([old for before, _ in aside for old in before]))
+        for grads, (before, _) in zip(lists, aside, strict=True):
+            grads[: len(before)] = [_written(next(places), values) for values in grads[: len(before)]]
+
+
+def _written(old: Tensor | None, values: Tensor | None) -> Tensor | None:
+    """A gradient of before with these values: in its own tensor where that can be written to, else another one."""
+    if old is None or values is None or old is values:
+        return values
+    if old.data_ptr() != values.data_ptr() or old.stride() != values.stride():
+        if not is_writable(old):
+            return values
+        old.copy_(values)
+    return old

@@ -176,9 +176,30 @@ MUTANTS = [
     Mutant(
         "shared gradients are written to",
         P + "gradients.py",
-        "    if owns_memory(grads, whole):\n        return grads",
+        "    if not copied:\n        return grads",
         "    return grads",
         "tests/test_optimizer.py tests/test_conventions.py -k cpu",
+    ),
+    Mutant(
+        "gradients that overlap partly are written to",
+        P + "gradients.py",
+        "copied = without_own_memory(grads, whole)",
+        "copied = [i for i in without_own_memory(grads, whole) if whole]",
+        "tests/test_optimizer.py -k 'cpu and lie_in_memory'",
+    ),
+    Mutant(
+        "a lazily negated gradient is taken as it is",
+        P + "gradients.py",
+        " and not _torch.is_lazy(g)",
+        "",
+        "tests/test_optimizer.py -k 'cpu and lie_in_memory'",
+    ),
+    Mutant(
+        "what torch cannot write to is written to",
+        P + "step.py",
+        "if not is_writable(old):",
+        "if False:",
+        "tests/test_optimizer.py -k 'cpu and can_be_written_to'",
     ),
     Mutant(
         "gradients of several flats share memory",
@@ -428,6 +449,16 @@ MUTANTS = [
     ),
     Mutant(
         "AMSGrad takes the smaller", "csrc/update_math.h", "v <= max_exp_avg_sq ?", "v >= max_exp_avg_sq ?", EMULATED
+    ),
+    Mutant(
+        "Adam squares first", "csrc/update_math.h", "one_minus_beta2 * g * g;", "one_minus_beta2 * (g * g);", EMULATED
+    ),
+    Mutant(
+        "a lazily negated argument is read",
+        "csrc/checks.h",
+        "TORCH_CHECK(!is_lazy(t),",
+        "TORCH_CHECK(true,",
+        ALL_EMULATED + " -k refused",
     ),
     # -- the CPU's loops and operators
     Mutant(

@@ -413,6 +413,52 @@ def test_a_sparse_gradient_is_refused_with_its_remedy(way, flatten, backend):
     assert unchanged(model, base, before)
 
 
+@pytest.mark.parametrize("memory_order", [False, True], ids=["", "in another memory order"])
+@pytest.mark.parametrize("way", ["passes", "backward and step"])
+def test_a_gradient_whose_storage_was_freed_is_refused(way, memory_order, backend):
+    model = mlp()
+    base = sgd(model.parameters())
+    opt = MicroBatchSAM(base, backend=backend)
+    before = weights(model)
+
+    def free():
+        p = model[0].weight
+        if memory_order:
+            p.grad = p.grad.t().contiguous().t()
+        p.grad.untyped_storage().resize_(0)
+
+    with pytest.raises(RuntimeError, match="freed or shrunk"):
+        if way == "passes":
+            for part in opt.passes(X, Y):
+                loss_of(model, *part).backward()
+                free()
+        else:
+            loss_of(model, X, Y).backward()
+            free()
+            opt.step()
+    assert same_bits(model.parameters(), before)
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
+@pytest.mark.parametrize("when", ["before", "after the first step"])
+def test_a_parameter_whose_storage_was_freed_is_refused(when, flatten):
+    model = mlp()
+    base = sgd(model.parameters())
+    if when != "before":
+        opt = MicroBatchSAM(base, flatten=flatten)
+        step_with_passes(opt, model, (X, Y))
+    storage = torch.ones(15).untyped_storage()
+    model[0].weight.data = torch.empty(0).set_(storage, 0, (5, 3))
+    storage.resize_(0)
+    with pytest.raises(
+        ValueError, match=r"storage of parameter 0 of group 0 was freed or shrunk: bring its values back"
+    ):
+        if when == "before":
+            MicroBatchSAM(base, flatten=flatten)
+        else:
+            next(opt.passes(X, Y))
+
+
 def test_a_base_optimizer_that_needs_a_closure_of_its_own_changes_nothing():
     model = mlp()
     base = LBFGS(model.parameters())

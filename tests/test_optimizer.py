@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
+from torch.utils.dlpack import from_dlpack
 
 from msam_kernels import MicroBatchSAM, methods
 from plain import (
@@ -677,6 +678,111 @@ def test_one_tensor_as_two_gradients_is_added_to_others_as_two():
 
     alone, together = grads(None), grads(torch.ones(5, dtype=FLOAT64))
     torch.testing.assert_close(together, [alone[0] + 1, *alone[1:]], rtol=1e-12, atol=1e-12)
+
+
+# How some gradients come from a backward pass: what makes the same tensors with memory of their own is the right value.
+AS_THEY_COME = {
+    # The parts of a concatenation, and the sum's other operand, whose memory is that of all of it.
+    "parts of one": lambda whole: [whole[:3], whole[3:], whole],
+    "all from one first element": lambda whole: [whole[:3], whole[:5], whole],
+    "overlapping": lambda whole: [whole[1:4], whole[2:7], whole],
+    "one within another": lambda whole: [whole[4:7], whole[3:], whole],
+    "in storages of their own": lambda whole: [from_dlpack(whole[:3].detach()), from_dlpack(whole[3:].detach()), whole],
+    "negated lazily": lambda whole: [torch._neg_view(-g) for g in (whole[:3], whole[3:].clone(), whole)],
+    "an imaginary part": lambda whole: [torch.complex(g, -g).conj().imag for g in (whole[:3], whole[3:], whole)],
+}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("arrangement", AS_THEY_COME)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_count_as_what_they_are_however_they_lie_in_memory(method, arrangement, micro_batches, backend):
+    def trained(as_it_comes, way):
+        a, c, d = params = [
+            nn.Parameter(torch.linspace(lo, 1, n, dtype=FLOAT64)) for lo, n in ((-2, 3), (-1, 5), (3, 8))
+        ]
+        base = SGD(params[::-1], lr=0.1, momentum=0.9)
+        opt = MicroBatchSAM(base, 0.3, method=METHODS[method], num_micro_batches=micro_batches, backend=backend)
+
+        def body(x):
+            y = torch.cat([a, c]) + d
+            whole = torch.autograd.grad((y * x).square().sum(1).mean() + y.tanh().sum(), y)[0]
+            for p, g in zip(params, AS_THEY_COME[arrangement](whole), strict=True):
+                p.grad = g if as_it_comes else g.resolve_neg().clone()
+
+        for step in range(3):
+            x = torch.randn(6, 8, dtype=FLOAT64, generator=random_numbers(step))
+            if way == "closures":
+                opt.step([lambda x=x: body(x) for x in x.chunk(micro_batches)])
+                continue
+            for _ in range(2):  # the second loop adds to the gradients of the first one
+                for part in opt.passes(x):
+                    body(part)
+            opt.step()
+            opt.zero_grad()
+        return params
+
+    for way in ("passes", "closures"):
+        for p, expected in zip(trained(True, way), trained(False, way), strict=True):
+            torch.testing.assert_close(p, expected, rtol=1e-12, atol=1e-12)
+
+
+def in_inference_mode(t):
+    with torch.inference_mode():
+        return t.clone()
+
+
+# Gradients of before, of ones: (two of them, whether they keep their tensors).
+BEFORE = {
+    "ordinary": (lambda: [torch.ones(4), torch.ones(4)], (True, True)),
+    "views of one": (lambda: list(torch.ones(8).view(2, 4)), (True, True)),
+    "columns of one": (lambda: list(torch.ones(4, 2).t()), (True, True)),
+    "lazily negated": (lambda: [torch.ones(4), torch._neg_view(-torch.ones(4))], (True, True)),
+    "one that requires grad": (lambda: [torch.ones(4), torch.ones(4, requires_grad=True)], (True, True)),
+    "one with a graph": (lambda: [torch.ones(4), torch.ones(4, requires_grad=True) * 1], (True, True)),
+    "one of several views with a graph": (
+        lambda: [torch.ones(4), torch.ones(8, requires_grad=True).chunk(2)[1]],
+        (True, True),
+    ),
+    "one expanded": (lambda: [torch.ones(4), torch.ones(1).expand(4)], (True, False)),
+    "one that overlaps itself": (lambda: [torch.ones(4).as_strided((4,), (0,)), torch.ones(4)], (False, True)),
+    "one made in inference mode": (lambda: [torch.ones(4), in_inference_mode(torch.ones(4))], (True, False)),
+    "the same tensor": (lambda: [torch.ones(4)] * 2, (True, False)),
+    "overlapping": (lambda: [torch.ones(6)[:4], torch.ones(6)[2:]], (True, True)),
+    "overlapping views of one": (lambda: (lambda t: [t[:4], t[2:]])(torch.ones(6)), (True, False)),
+}
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["", "held by somebody else too"])
+@pytest.mark.parametrize("stop", [None, 0, 1], ids=["to the end", "given up at w", "given up at w + e"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", BEFORE)
+def test_gradients_of_before_are_all_added_to_or_none_whatever_can_be_written_to(
+    name, micro_batches, stop, held, backend
+):
+    make, keep = BEFORE[name]
+    params = [nn.Parameter(torch.linspace(1, 2, 4)) for _ in range(2)]
+    opt = MicroBatchSAM(SGD(params, lr=0.1), 0.1, num_micro_batches=micro_batches, backend=backend)
+
+    def loop(stop=None):
+        for turn, x in enumerate(opt.passes(torch.ones(2, 4))):
+            (params[0] * x).square().sum().add((params[1] * x).square().sum()).backward()
+            if turn == stop:
+                break
+
+    loop()
+    alone = [p.grad for p in params]
+    opt.zero_grad()
+    before = make()
+    others = [g.detach() for g in before] if held else None
+    for p, g in zip(params, before, strict=True):
+        p.grad = g
+    loop(stop)
+    for p, g, old, kept in zip(params, alone, before, keep, strict=True):
+        torch.testing.assert_close(p.grad.detach(), g + 1 if stop is None else torch.ones(4))
+        if stop is None:
+            assert (p.grad is old) == kept
+    del others
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
