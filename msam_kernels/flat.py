@@ -468,7 +468,8 @@ class _Bound:
         self.names: list[str] = []
         self.views: list[Tensor] = []
         self.buffers: list[Tensor] = []
-        self._layout: object = None  # of the views
+        self._group = [{"params": self.views}]  # as layouts are asked for
+        self._layout: object = None
 
     def add(self, entry: dict[str, Any], name: str, view: Tensor) -> None:
         self.dicts.append(entry)
@@ -478,7 +479,7 @@ class _Bound:
     def complete(self, state: State) -> None:
         """All have been added."""
         self.entries = list(state.values())
-        self._layout = memory_layout([{"params": self.views}], set(self.views))
+        self._layout = memory_layout(self._group, set(self.views))
 
     def is_current(self, state: State) -> bool:
         """Whether they are there still, with the same memory.
@@ -489,7 +490,7 @@ class _Bound:
             len(self.entries) == len(state)
             and all(map(is_, state.values(), self.entries))
             and holds(self.dicts, self.names, self.views)
-            and has_layout([{"params": self.views}], self._layout)
+            and has_layout(self._group, self._layout)
         )
 
 

@@ -373,7 +373,7 @@ MUTANTS = [
     Mutant(
         "state in new memory is not noticed",
         P + "flat.py",
-        'and has_layout([{"params": self.views}], self._layout)',
+        "and has_layout(self._group, self._layout)",
         "",
         "tests/test_resume.py -k by_hand",
     ),
