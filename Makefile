@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo     train with SGD, SAM, mSAM and F-SAM on real data: a table, and a picture in demo.png"
 	@echo "make family   the demo for every method of the family, on MNIST-1D: a table, and a picture in family.png"
-	@echo "make test     build, then run every test"
+	@echo "make test     build, then run the tests; with ARGS='-m exhaustive' those that only CI needs"
 	@echo "make lint     style and types of the Python code, licence lines"
 	@echo "make bench    time the optimizer step against plain PyTorch: tables, and build/bench_*.csv and .png; with ARGS"
 	@echo "              SAM and F-SAM only"
@@ -52,7 +52,7 @@ family: build
 
 # One thread for each process unless a test asks for more, and idle threads sleep: the processes share the cores.
 test: build
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$(PY)" -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$(PY)" -m pytest -n $(JOBS) -m "not exhaustive" $(ARGS)
 
 lint: build/environment
 	"$(PY)" -m ruff check .

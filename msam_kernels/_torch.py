@@ -108,8 +108,11 @@ def copy_all(to: list[Tensor], values: list[Tensor]) -> None:
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
-    """How often each was changed in place, which autograd asks too; torch has no public name for it."""
-    return [t._version for t in tensors]
+    """How often each was changed in place, which autograd asks too; torch has no public name for it.
+
+    -1 where torch does not count, for tensors that were made in inference mode.
+    """
+    return [-1 if t.is_inference() else t._version for t in tensors]
 
 
 def forget_casts() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from ._torch import Table, buffers_of, children_of, copy_all, versions_of
+from ._torch import Table, buffers_of, children_of, copy_all, is_lazy, versions_of
+from .backends.checks import lost_memory
 from .gradients import has_layout, memory_layout
 
 
@@ -76,20 +77,21 @@ class Buffers:
                 table = buffers_of(module)
                 if table:
                     places += [(table, name, t) for name, t in table.items()]
-        distinct = {id(t): t for _, _, t in places if t is not None}
+        # What is trained is a weight, whatever else it is registered as.
+        distinct = {id(t): t for _, _, t in places if t is not None and not t.requires_grad}
         rare = []
-        if list(distinct) != list(map(id, self._tensors)):
-            self._tensors = [t for t in distinct.values() if _is_plain(t)]
-            if len(self._tensors) < len(distinct):
+        if list(distinct) != list(map(id, self._tensors)) or not has_layout(_group(self._tensors), self._layout):
+            tensors = [t for t in distinct.values() if _is_plain(t)]
+            if len(tensors) < len(distinct):
                 rare = [(t, t.detach().clone(), versions_of([t])[0]) for t in distinct.values() if _is_rare(t)]
-        tensors = self._tensors
-        if not has_layout(_group(tensors), self._layout):
-            self._data = [t.data for t in tensors]
-            self._fit()
-            self._layout = memory_layout(_group(tensors), set(tensors))
+            layout = memory_layout(_group(tensors), set(tensors))
+            if layout != self._layout:
+                self._data = [t.data for t in tensors]
+                self._fit()
+            self._tensors, self._layout = tensors, layout
         for which, copies in self._copies:
             copy_all(copies, [self._data[i] for i in which])
-        self._now = _Snapshot(places, tensors, self._data, self._layout, versions_of(tensors), rare)
+        self._now = _Snapshot(places, self._tensors, self._data, self._layout, versions_of(self._tensors), rare)
 
     def rewind(self) -> None:
         """The same tensors are registered as at ``freeze``, with the same values. What was not changed counts as such."""
@@ -99,28 +101,31 @@ class Buffers:
         for table, name, t in now.places:
             if name not in table or table[name] is not t:  # a layer may assign instead of writing in place
                 table[name] = t
+        gone: set[int] = set()  # those whose memory somebody has freed meanwhile
         if not has_layout(_group(now.tensors), now.layout):
-            for t, data in zip(now.tensors, now.data, strict=True):
-                if (t.data_ptr(), t.shape, t.stride(), t.dtype) != (
-                    data.data_ptr(),
-                    data.shape,
-                    data.stride(),
-                    data.dtype,
-                ):
+            gone = {i for i, data in enumerate(now.data) if lost_memory(data)}
+            for i, (t, data) in enumerate(zip(now.tensors, now.data, strict=True)):
+                if i not in gone and _place(t) != _place(data):
                     t.data = data
         versions = versions_of(now.tensors)
         if versions != now.versions:
             # A graph that needs what is overwritten now raises, instead of using other values.
             increment_version([t for t, v, old in zip(now.tensors, versions, now.versions, strict=True) if v != old])
         for which, copies in self._copies:
-            copy_all([now.data[i] for i in which], copies)
+            pairs = [(now.data[i], copy) for i, copy in zip(which, copies, strict=True) if i not in gone]
+            if pairs:
+                copy_all([to for to, _ in pairs], [copy for _, copy in pairs])
         for t, copy, version in now.rare:
             if versions_of([t]) != [version]:
                 _write(t, copy)
 
     def thaw(self) -> None:
         """``rewind``, and from now on changes last."""
-        self.rewind()
+        try:
+            self.rewind()
+        except Exception:  # it would fail again
+            self._now = None
+            raise
         self._now = None
 
     def addresses(self) -> list[int]:
@@ -137,6 +142,10 @@ class Buffers:
             groups.setdefault((device, dtype), []).append(i)
         copies = [(which, [_memory_like(self._data[i]) for i in which]) for which in groups.values()]
         self._shapes, self._copies = shapes, copies
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
 def _group(tensors: list[Tensor]) -> list[dict[str, Any]]:
@@ -156,18 +165,25 @@ def _write(t: Tensor, values: Tensor) -> None:
     t.copy_(values)
 
 
+#: Several numbers in a byte, which torch cannot copy.
+_PACKED = {getattr(torch, f"{kind}{bits}", None) for kind in ("int", "uint") for bits in range(1, 8)}
+
+
 def _is_plain(t: Tensor) -> bool:
     """Whether it has memory of its own to write to, of which torch does not keep count."""
     return (
         (type(t) is Tensor or type(t) is nn.Parameter)
         and t.layout is torch.strided
-        and not (t.is_meta or t.is_quantized or t.is_nested or t.is_inference() or _is_expanded(t))
+        and t.dtype not in _PACKED
+        and not (t.is_meta or t.is_quantized or t.is_nested or t.is_inference() or is_lazy(t))
+        and not (_is_expanded(t) or lost_memory(t))
     )
 
 
 def _is_rare(t: Tensor) -> bool:
     """Whether it has values that can be changed, and is not plain."""
-    without = nn.parameter.is_lazy(t) or t.is_meta or t.is_inference()
+    without = nn.parameter.is_lazy(t) or t.is_meta or t.is_inference() or t.dtype in _PACKED
+    without = without or (t.layout is torch.strided and not t.is_nested and lost_memory(t))
     return not (without or _is_plain(t) or (t.layout is torch.strided and not t.is_nested and _is_expanded(t)))
 
 

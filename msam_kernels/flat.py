@@ -213,6 +213,7 @@ class Flat:
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
     def new_buffer(self) -> Tensor:
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
@@ -251,7 +252,7 @@ class Flat:
         """``saved``, made when first needed."""
         if self.saved is None:
             self.check_not_capturing("the buffer of saved weights")
-            self.saved = torch.empty(self.size, dtype=self.dtype, device=self.device)
+            self.saved = self.new_buffer()
         return self.saved
 
     # -- parameters that somebody moved -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from . import batches, checkpoint, methods
 from ._checks import check_integer
 from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
-from .buffers import check_model
+from .buffers import Buffers, check_model
 from .gradients import set_grads
 from .rules import Radius, check_rho, rho_at
 from .step import Engine, Stats
@@ -205,7 +205,8 @@ class MicroBatchSAM(Optimizer):
     def model(self, model: nn.Module | None) -> None:
         if model is not None:
             check_model(model)
-        self.engine.buffers.model = model
+        self.engine.buffers.thaw()
+        self.engine.buffers = Buffers(model)
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 

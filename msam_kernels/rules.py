@@ -208,6 +208,7 @@ class Tables:
         self.names = tuple(rule.names(group) for group in groups)
         self._note("settings", said, any(map(_hold_tensors, said)))
 
+    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
     def _write(self, name: str, rows: list[Any], devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
         if not rows or rows == self._rows.get(name):
             return

@@ -288,8 +288,12 @@ class Engine:
     @torch.no_grad()
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
-        self.buffers.thaw()
-        step, error = self.step, None
+        step = self.step
+        error: Exception | None = None
+        try:
+            self.buffers.thaw()
+        except Exception as e:  # whatever a buffer's own class raises: the weights come back all the same
+            error = e
         if self.broken or (step is not None and step.saves):
             self.broken = True
             try:
@@ -299,6 +303,7 @@ class Engine:
                 error = e
         if step is not None:
             step.give_back_grads()
+            self.store.drop_grads_of_others()
             if step.chose_mask:
                 for flat in self.store.flats:
                     flat.mask = None

@@ -152,7 +152,11 @@ class Store:
                 buckets.setdefault((p.device, p.dtype), []).append((p, group_of[id(p)]))
         if buckets:
             new = {id(p) for members in buckets.values() for p, _ in members}
-            check_idle("parameters were unfrozen" if new <= self._left else "parameters were added")
+            check_idle(
+                "parameters were unfrozen, which must come before the step,"
+                if new <= self._left
+                else "parameters were added"
+            )
         self.separate(self.base.state)
         backends = {device: get_backend(self.backend, device) for device, _ in buckets}
         for flat in self.flats:
@@ -189,6 +193,11 @@ class Store:
         """``p.grad`` by flat and parameter; None for all without ``lists``."""
         for f, flat in enumerate(self.flats):
             set_grads(flat.params, lists[f] if lists else [])
+
+    def drop_grads_of_others(self) -> None:
+        """Of parameters that are in no flat: they had none before the step, or they would be."""
+        if self._left:
+            set_grads([p for p in self.parameters() if id(p) in self._left], [])
 
     def optionals(self, vector: Vectors) -> list[list[Tensor | None]]:
         """``vector`` with None where a parameter is absent."""

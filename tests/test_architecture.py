@@ -39,7 +39,7 @@ MAY_KNOW = {
     "rules": {"_checks", "_torch", "backends.reference", "methods"},
     "methods": {"_checks", "backends.reference"},
     "batches": {"_torch"},
-    "buffers": {"_torch", "gradients"},
+    "buffers": {"_torch", "backends.checks", "gradients"},
     "_torch": set(),
     "_checks": set(),
     "backends": {"_C", "backends.checks", "backends.reference", "backends.triton_kernels"},

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -416,3 +418,89 @@ def test_a_copied_optimizer_freezes_the_copied_model():
     loop(twin_opt, twin, data_of(0))
     assert model[1].num_batches_tracked.item() == before
     assert twin[1].num_batches_tracked.item() == before + 1
+
+
+class WithBuffer(nn.Module):
+    """Weights, and a buffer that takes no part."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("buffer", buffer)
+
+    def forward(self, x):
+        return (self.weight * x).square().sum()
+
+
+ODD_BUFFERS = {
+    "conjugated lazily": lambda: torch.fft.rfft(torch.ones(8)).conj(),
+    "negated lazily": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
+    "zeros without memory": lambda: torch._efficientzerotensor((3,)),
+    "expanded": lambda: torch.ones(1).expand(3),
+    "several in a byte": lambda: torch.empty(4, dtype=torch.uint4),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_BUFFERS)
+def test_a_buffer_of_any_kind_leaves_no_weight_perturbed(kind):
+    model = WithBuffer(ODD_BUFFERS[kind]())
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.5, model=model)
+    for _ in range(2):
+        before = weights(model)
+        for x in opt.passes(torch.ones(1, 3)):
+            model(x).backward()
+        assert same_bits(weights(model), before)
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("when", ["before", 0, 1])
+def test_a_buffer_whose_memory_was_freed_is_left_alone(when):
+    model = WithBuffer(torch.ones(1000))
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.5, model=model)
+    if when == "before":
+        model.buffer.untyped_storage().resize_(0)
+    before = weights(model)
+    for x in opt.passes(torch.ones(1, 3)):
+        model(x).backward()
+        if when == opt.pass_index:
+            model.buffer.untyped_storage().resize_(0)
+    assert same_bits(weights(model), before)
+
+
+def test_weights_come_back_though_a_buffer_does_not(monkeypatch):
+    model = WithBuffer(torch.ones(3))
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.5, model=model)
+    before = weights(model)
+    loop = iter(opt.passes(torch.ones(1, 3)))
+    model(next(loop)).backward()
+    next(loop)
+    assert not same_bits(weights(model), before)
+    monkeypatch.setattr(opt.engine.buffers, "rewind", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opt.restore()
+    assert same_bits(weights(model), before)
+    monkeypatch.undo()
+    opt.train_step(model, torch.ones(1, 3))
+
+
+def test_what_is_trained_is_perturbed_though_it_is_a_buffer_too():
+    model = WithBuffer(None)
+    model._buffers["buffer"] = model.weight
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.5, model=model)
+    losses = []
+    for x in opt.passes(torch.ones(1, 3)):
+        losses.append(model(x))
+        losses[-1].backward()
+    assert losses[1] > losses[0]
+
+
+def test_another_model_lets_go_of_the_buffers_of_the_last_one():
+    model = WithBuffer(torch.ones(3))
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.5, model=model)
+    opt.train_step(model, torch.ones(1, 3))
+    gone = weakref.ref(model.buffer)
+    opt.model = None
+    model.buffer = None
+    gc.collect()
+    assert gone() is None

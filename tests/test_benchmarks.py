@@ -53,6 +53,7 @@ def test_without_a_gpu_it_is_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rehearsal_writes_a_summary(tmp_path):
     done = gpu("--rehearse", "--results", str(tmp_path), "--parts", "sanitize_memcheck", "steps_small", "train_sgd")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -527,3 +527,17 @@ def test_restore_between_the_two_steps_leaves_the_gradients_that_are_there(clear
     opt.restore()
     assert same_bits(model.parameters(), before)
     assert same_bits(gradients(model), grads)
+
+
+def test_gradients_made_in_inference_mode_are_those_of_the_step():
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM([p], SGD, rho=0.5, lr=0.1)
+
+    def closure():
+        with torch.inference_mode():
+            p.grad = torch.ones(3)
+
+    for _ in range(2):
+        closure()
+        opt.step(closure)
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.8))

@@ -583,3 +583,16 @@ def test_ddp_trains_like_the_plain_model(name, single, count, as_views, process_
 
     for p, expected in zip(trained(ddp), trained(lambda model: model), strict=True):
         torch.testing.assert_close(p, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_a_step_in_inference_mode_leaves_what_later_steps_can_write_to(kind):
+    model = mlp(FLOAT64)
+    opt = wrap(model, kind(model.parameters(), lr=0.1))
+    for step in range(3):
+        for part in opt.passes(*batch(6, FLOAT64)):
+            loss_of(model, *part).backward()
+        with torch.inference_mode(step == 0):
+            opt.step()
+        opt.zero_grad()
+        opt.param_groups[0]["lr"] = 0.05 / (1 + step)

@@ -249,7 +249,7 @@ def test_what_is_unfrozen_within_a_step_is_refused_and_the_step_given_up(way, ba
             model[0].requires_grad_(True)
             return model(x)
 
-    with pytest.raises(RuntimeError, match=r"parameters were unfrozen inside a passes\(\) loop or a closure"):
+    with pytest.raises(RuntimeError, match=r"parameters were unfrozen, .*, inside a passes\(\) loop or a closure"):
         WAYS[way](opt, Unfreezes(), batch())
     assert same_bits(model.parameters(), before)
     opt.zero_grad()
@@ -316,3 +316,15 @@ def test_frozen_weights_may_move_and_change_their_dtype(base, flatten, backend):
     assert same_bits(models[0].parameters(), models[1].parameters())
     models[0][0].half()
     opts[0].train_step(lambda x, y: loss_of(models[0][2], models[0][0](x.half()).float(), y), *batch())
+
+
+def test_what_is_unfrozen_within_a_loop_is_refused_and_leaves_no_gradient():
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2), requires_grad=False)
+    opt = MicroBatchSAM(SGD([first, second], lr=0.1), 0.5)
+    with pytest.raises(RuntimeError, match="parameters were unfrozen, which must come before the step"):
+        for _ in opt.passes():
+            second.requires_grad_(True)
+            (first.sum() * second.sum()).backward()
+    assert first.tolist() == [1, 1, 1]
+    assert first.grad is None
+    assert second.grad is None

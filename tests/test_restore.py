@@ -549,6 +549,13 @@ def each_old_or_new(now, old, new):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("first", "stride"),
+    [
+        pytest.param(3, 4, id="every fourth line"),
+        pytest.param(1, 1, id="every line", marks=pytest.mark.exhaustive),
+    ],
+)
+@pytest.mark.parametrize(
     ("scenario", "method", "backend"),
     [
         ("passes", "SAM", BACKENDS[0]),
@@ -563,7 +570,7 @@ def each_old_or_new(now, old, new):
         ("first_step and second_step", "SAM", BACKENDS[0]),
     ],
 )
-def test_an_interruption_before_any_line_leaves_no_weight_perturbed(scenario, method, backend, request):
+def test_an_interruption_before_any_line_leaves_no_weight_perturbed(scenario, method, backend, first, stride, request):
     """A loop changes no weight at all; an update is interrupted before or after a parameter's turn, never within it."""
     if backend == "cpu":
         request.getfixturevalue("extension")
@@ -610,9 +617,8 @@ def test_an_interruption_before_any_line_leaves_no_weight_perturbed(scenario, me
                 return "the optimizer is not usable after opt.restore()"
         return "" if same_bits(model.parameters(), now) else "the next loop changes weights"
 
-    failures, n = [], 0
-    while True:
-        n += 1
+    failures = []
+    for n in count(first, stride):
         model, opt = fresh()
         try:
             with InterruptAt(n) as interrupt:
