@@ -604,10 +604,10 @@ MUTANTS = [
         FLOAT,
     ),
     Mutant(
-        "CPU: a row that is not perturbed is restored",
+        "CPU: rows are restored that are not perturbed, and no others",
         LOOPS,
         "if (a.status[k] == kPerturbed) copy(at<S>(a.saved, c)",
-        "if (a.status[k] != kUntouched) copy(at<S>(a.saved, c)",
+        "if (a.status[k] == kSaved) copy(at<S>(a.saved, c)",
         SPECIFIED,
         FLOAT,
     ),
@@ -728,10 +728,10 @@ MUTANTS = [
         EMULATED,
     ),
     Mutant(
-        "CUDA: what is saved already is saved again",
+        "CUDA: nothing is saved",
         DEVICE,
         "before == kUntouched ? saved : nullptr,",
-        "saved,",
+        "nullptr,",
         EMULATED,
     ),
     Mutant(

@@ -1227,6 +1227,14 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
     assert not weights[places].any()
 
 
+@pytest.mark.usefixtures("extension")
+def test_terms_too_small_to_count_alone_count_together():
+    """Each of 4,096 rows adds 2^-54 to a sum of 1, where half a unit in the last place is 2^-53."""
+    grads = [torch.ones(1, dtype=torch.float64), *torch.full((4096, 1), 2.0**-27, dtype=torch.float64)]
+    rows, *_ = table((1,) * len(grads))
+    assert kernels_of("cpu").norm([], grads, rows).tolist() == [1 + 2.0**-42]
+
+
 @pytest.mark.slow
 def test_more_than_2_31_elements_are_all_summed_perturbed_and_restored():
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
