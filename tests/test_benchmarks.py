@@ -263,6 +263,7 @@ def test_every_kernel_is_called_as_the_operators_want_it(load):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_checkouts_are_compared(load, tmp_path, capsys):
     compare, table = load("compare"), tmp_path / "compare.csv"
     options = f"--shapes cnn --methods SAM LookSAM --ways passes --rounds 2 --turns 1 --seconds 0.01 --csv {table}"

@@ -122,6 +122,7 @@ def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(archite
         assert k.registers * 256 * blocks <= REGISTERS, k.name
 
 
+@pytest.mark.exhaustive
 def test_the_binding_compiles_with_cuda():
     # The nvcc on PATH may be a link or a script outside of its toolkit.
     top = re.search(r"^#\$ TOP=(.+)$", check([tool("nvcc"), "--dryrun", "-x", "cu", "-E", os.devnull]), re.MULTILINE)

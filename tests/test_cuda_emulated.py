@@ -243,7 +243,7 @@ def test_every_operator_is_one_launch_and_ascend_at_most_two(emulated, monkeypat
         assert launches(*case) == (2 if case[0] == "ascend" else 1), case
 
 
-@pytest.mark.parametrize("pointers", [6, 7, 13])
+@pytest.mark.parametrize("pointers", [7, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (6, 13))])
 @each_case
 def test_pointers_beyond_one_launch_take_several(operator, variant, pointers, emulated, monkeypatch):
     sizes = (5, 0, 300, 33, CHUNK + 5, 1, 257, 8, 1, 40, 7, 5, 3, 9)

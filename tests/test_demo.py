@@ -89,6 +89,7 @@ def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(dem
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quick_run_of_the_family_prints_a_row_per_method_and_writes_a_picture(family, tmp_path):
     lines, picture = quick_run(FAMILY, family.PACKAGES, tmp_path)
     steps = replace(family.TASK, epochs=2).steps

@@ -88,7 +88,7 @@ def states_same(a, b):
     return True
 
 
-@pytest.mark.parametrize("way", ["passes", "train_step"])
+@pytest.mark.parametrize("way", ["passes", pytest.param("train_step", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_six_steps_are_three_and_three_from_a_file(method, base, way, backend):
