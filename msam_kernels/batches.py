@@ -145,8 +145,9 @@ def _is_container(value: Any) -> bool:
 
 def renewal(part: Any) -> Callable[[Any], Any] | None:
     """What makes of such a micro-batch the one that a pass gets; None where it has no containers that a pass could change."""
-    parts = part if type(part) is tuple else (part,)
-    plain = all(isinstance(t, Tensor) for t in parts)  # the usual case, without the cost of a copy
+    if part is None or isinstance(part, Tensor):  # the usual cases first, without the cost of a copy
+        return None
+    plain = type(part) is tuple and all(isinstance(t, Tensor) for t in part)
     return None if plain or rebuilt(part) is part else rebuilt
 
 
