@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from ._torch import Table, buffers_of, children_of, copy_all, is_lazy, versions_of
 from .backends.checks import lost_memory
-from .gradients import has_layout, memory_layout
+from .gradients import has_layout, is_writable, memory_layout, place
 
 
 def check_model(model: Any) -> None:
@@ -105,7 +105,7 @@ class Buffers:
         if not has_layout(_group(now.tensors), now.layout):
             gone = {i for i, data in enumerate(now.data) if lost_memory(data)}
             for i, (t, data) in enumerate(zip(now.tensors, now.data, strict=True)):
-                if i not in gone and _place(t) != _place(data):
+                if i not in gone and place(t) != place(data):
                     t.data = data
         versions = versions_of(now.tensors)
         if versions != now.versions:
@@ -144,10 +144,6 @@ class Buffers:
         self._shapes, self._copies = shapes, copies
 
 
-def _place(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), t.shape, t.stride(), t.dtype
-
-
 def _group(tensors: list[Tensor]) -> list[dict[str, Any]]:
     """As ``memory_layout`` takes parameters."""
     return [{"params": tensors}]
@@ -175,20 +171,14 @@ def _is_plain(t: Tensor) -> bool:
         (type(t) is Tensor or type(t) is nn.Parameter)
         and t.layout is torch.strided
         and t.dtype not in _PACKED
-        and not (t.is_meta or t.is_quantized or t.is_nested or t.is_inference() or is_lazy(t))
-        and not (_is_expanded(t) or lost_memory(t))
+        and not (t.is_meta or t.is_quantized or t.is_nested or t.is_inference() or is_lazy(t) or lost_memory(t))
+        and is_writable(t)
     )
 
 
 def _is_rare(t: Tensor) -> bool:
     """Whether it has values that can be changed, and is not plain."""
-    without = nn.parameter.is_lazy(t) or t.is_meta or t.is_inference() or t.dtype in _PACKED
-    without = without or (t.layout is torch.strided and not t.is_nested and lost_memory(t))
-    return not (without or _is_plain(t) or (t.layout is torch.strided and not t.is_nested and _is_expanded(t)))
-
-
-def _is_expanded(t: Tensor) -> bool:
-    """Whether several elements are one in memory, so that torch lets nobody write."""
-    return not t.is_contiguous() and any(
-        stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)
-    )
+    if nn.parameter.is_lazy(t) or t.is_meta or t.is_inference() or t.dtype in _PACKED:
+        return False
+    with_strides = t.layout is torch.strided and not t.is_nested
+    return not _is_plain(t) and not (with_strides and (lost_memory(t) or not is_writable(t)))

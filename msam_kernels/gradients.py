@@ -88,17 +88,18 @@ def _spans(grads: Sequence[Tensor | None]) -> list[tuple[int, int, int, Tensor]]
     return sorted((*span(g), i, g) for i, g in there)
 
 
-def _place(p: Tensor) -> object:
-    return p.data_ptr(), p.size(), p.stride()
+def place(t: Tensor) -> object:
+    """Where the memory of a tensor is, and how it is laid out."""
+    return t.data_ptr(), t.size(), t.stride(), t.dtype
 
 
 def _memory_layout(groups: list[dict[str, Any]], served: set[Tensor]) -> object:
-    return [[(id(p), _place(p) if p in served else None) for p in group["params"]] for group in groups]
+    return [[(id(p), place(p) if p in served else None) for p in group["params"]] for group in groups]
 
 
 def _has_layout(groups: list[dict[str, Any]], layout: Any) -> bool:
-    def is_same(p: Any, identity: int, place: object) -> bool:
-        return id(p) == identity and (not is_trained(p) if place is None else _place(p) == place)
+    def is_same(p: Any, identity: int, known: object) -> bool:
+        return id(p) == identity and (not is_trained(p) if known is None else place(p) == known)
 
     lists = [group["params"] for group in groups]
     return len(lists) == len(layout) and all(

@@ -437,6 +437,7 @@ ODD_BUFFERS = {
     "negated lazily": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
     "zeros without memory": lambda: torch._efficientzerotensor((3,)),
     "expanded": lambda: torch.ones(1).expand(3),
+    "overlapping itself": lambda: torch.ones(4).as_strided((3, 2), (1, 1)),
     "several in a byte": lambda: torch.empty(4, dtype=torch.uint4),
 }
 
