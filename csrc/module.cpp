@@ -230,9 +230,15 @@ bool has_layout(const py::list& groups, const py::bytes& known) {
   return all && word == end;
 }
 
-// Whether each dict has the very value under its key.
-bool holds(const py::list& dicts, const py::list& keys, const py::list& values) {
+// Whether the state's values are these very entries, and each dict has the very value under its key.
+bool holds(
+    const py::dict& state, const py::list& entries, const py::list& dicts, const py::list& keys, const py::list& values) {
   TORCH_CHECK(dicts.size() == values.size() && keys.size() == values.size(), "holds takes a dict and a key per value");
+  if (state.size() != entries.size()) return false;
+  Py_ssize_t place = 0;
+  PyObject* entry;
+  for (size_t i = 0; PyDict_Next(state.ptr(), &place, nullptr, &entry); ++i)
+    if (entry != PyList_GET_ITEM(entries.ptr(), i)) return false;
   for (size_t i = 0; i < values.size(); ++i) {
     PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
     TORCH_CHECK_TYPE(PyDict_Check(dict), "holds takes dicts");
@@ -395,7 +401,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("memory_layout", &memory_layout, "(parameter groups, the served) -> bytes that say which they are and where these lie");
   m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether they say so still, and no others are trained");
-  m.def("holds", &holds, "(dicts, keys, values) -> whether each dict has the very value under its key");
+  m.def("holds", &holds, "(state, entries, dicts, keys, values) -> whether these are its values, and each dict's");
   using py::arg;
   const auto none = [](const char* name) { return arg(name) = py::none(); };
   const py::kw_only kw_only;

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, MutableMapping, MutableSequence, MutableSet, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,24 +16,23 @@ from torch.nn.utils.rnn import PackedSequence
 from ._torch import tree_flatten, tree_unflatten
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(NamedTuple):
     """Into how many micro-batches a batch is split, or into micro-batches of how many samples."""
 
-    count: int | None
+    parts: int | None
     size: int | None
 
     @property
     def leaves_whole(self) -> bool:
         """Whether there is nothing to split, whatever the batch is."""
-        return self.count == 1 and self.size is None
+        return self.parts == 1 and self.size is None
 
     def sizes(self, samples: int) -> list[int]:
         if samples == 0:
             raise ValueError("the batch has no samples")
         if self.size is not None:
             return [min(self.size, samples - start) for start in range(0, samples, self.size)]
-        count = self.count or 1
+        count = self.parts or 1
         if count > samples:
             raise ValueError(
                 f"num_micro_batches={count} is more than the {samples} samples of the batch: use larger batches "

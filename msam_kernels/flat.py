@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -487,12 +486,8 @@ class _Bound:
 
         ``load_state_dict`` replaces the entries, and anybody may replace what is in them, or, as by ``.data``, its memory.
         """
-        return (
-            len(self.entries) == len(state)
-            and all(map(is_, state.values(), self.entries))
-            and holds(self.dicts, self.names, self.views)
-            and has_layout(self._group, self._layout)
-        )
+        held = holds(state, self.entries, self.dicts, self.names, self.views)
+        return held and has_layout(self._group, self._layout)
 
 
 # -- masks: one bit per element ---------------------------------------------------------------------------------------

@@ -390,7 +390,7 @@ def _evaluations(
         opt = MicroBatchSAM(
             SGD(params, lr=0.0),
             rho,
-            num_micro_batches=split.count,
+            num_micro_batches=split.parts,
             micro_batch_size=split.size,
             method=method,
             flatten=False,

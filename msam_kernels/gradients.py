@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -110,8 +111,14 @@ def _has_layout(groups: list[dict[str, Any]], layout: Any) -> bool:
     )
 
 
-def _holds(dicts: list[dict[str, Any]], names: list[str], values: list[Any]) -> bool:
-    return all(d.get(name) is value for d, name, value in zip(dicts, names, values, strict=True))
+def _holds(
+    state: dict[Any, Any], entries: list[Any], dicts: list[dict[str, Any]], names: list[str], values: list[Any]
+) -> bool:
+    return (
+        len(state) == len(entries)
+        and all(map(is_, state.values(), entries))
+        and all(d.get(name) is value for d, name, value in zip(dicts, names, values, strict=True))
+    )
 
 
 # Each is a loop over the parameters, which the extension does in C++.
@@ -132,8 +139,11 @@ memory_layout: Callable[[list[dict[str, Any]], set[Tensor]], object] = getattr(
 )
 #: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
 has_layout: Callable[[list[dict[str, Any]], object], bool] = getattr(extension, "has_layout", _has_layout)
-#: (dicts, keys, values) -> whether each dict has the very value under its key.
-holds: Callable[[list[dict[str, Any]], list[str], list[Any]], bool] = getattr(extension, "holds", _holds)
+#: (state, entries, dicts, keys, values) -> whether the state's values are these very entries, and each dict has the very
+#: value under its key.
+holds: Callable[[dict[Any, Any], list[Any], list[dict[str, Any]], list[str], list[Any]], bool] = getattr(
+    extension, "holds", _holds
+)
 
 
 def is_trained(p: Tensor) -> bool:

@@ -36,6 +36,8 @@ def _of_engine(name: str, doc: str) -> Any:
 class Passes(Generator[Any, None, None]):
     """The loop of one step, see ``MicroBatchSAM.passes``: an iterator, and a context at the end of which the loop is over."""
 
+    __slots__ = ("_taken", "_turns")
+
     def __init__(self, turns: Generator[Any, None, None]):
         self._turns: Generator[Any, None, None] | None = turns
         self._taken = ref(turns)

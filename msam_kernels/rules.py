@@ -83,12 +83,11 @@ def fused_rule(base: Optimizer) -> Rule | None:
     if rule is None:
         return None
     step = base.__dict__.get("step")  # patched on the instance: by a scheduler, which only counts, or by the user
-    if (
-        (step is not None and getattr(step, "__wrapped__", None) is not type(base).step)
-        or any(step_hooks(base))
-        or any(group.get("differentiable") or group.get("capturable") for group in base.param_groups)
-    ):
+    if (step is not None and getattr(step, "__wrapped__", None) is not type(base).step) or any(step_hooks(base)):
         return None
+    for group in base.param_groups:
+        if group.get("differentiable") or group.get("capturable"):
+            return None
     return rule
 
 

@@ -493,12 +493,12 @@ class Step:
 
     def _accumulate(self) -> None:
         """The micro-batch's descent into the mean, and the weights back for the next one."""
-        descent = self._descent()
+        descent = self._descent(clear=self.clear)
         self._descend(self._into(descent, self._mean, whole=True), descent, last=False)
 
     def end_in_grads(self) -> None:
         """The last descent: weights back, the mean added to the gradients of before the step, as ``backward()`` would."""
-        descent = self._descent()
+        descent = self._descent(clear=False)  # most gradients are going to be where they are
         before = self._before() if self.had_gradients else None
         single = len(self.shares) == 1
         if before is not None and single and self.plan.reuses is None:
@@ -524,7 +524,7 @@ class Step:
         rule = fused_rule(engine.base)
         if rule is not None:
             engine.refresh_settings(rule)
-        descent = self._descent()
+        descent = self._descent(clear=self.clear)
         if rule is None or (plan.reuses is not None and self._mean is not None):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
             assert self._mean is not None
@@ -547,14 +547,14 @@ class Step:
                 self.store.set_grads(None)
         forget_casts()
 
-    def _descent(self) -> Descent:
+    def _descent(self, *, clear: bool) -> Descent:
         """p.grad is the micro-batch's last gradient: what the plan makes of it and of what is held, and of the mean so far.
 
-        Afterwards p.grad is cleared, and nothing is held.
+        Afterwards nothing is held, and with ``clear`` p.grad is None.
         """
         engine, store, plan, i = self.engine, self.store, self.plan, self._i
         engine.follow()
-        vectors = [store.collect(clear=self.clear), *self._held]
+        vectors = [store.collect(clear=clear), *self._held]
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         if plan.keeps:
@@ -640,17 +640,17 @@ class Step:
         """The mean into ``p.grad``; where a gradient was there before, into its own tensor, if that can be written to."""
         assert self._mean is not None
         lists = self.store.optionals(self._mean)
-        if self.had_gradients:
-            self._put_into_tensors_of_before(lists)
-        self.store.set_grads(lists)
+        self.store.set_grads(self._in_tensors_of_before(lists) if self.had_gradients else lists)
 
     @torch.no_grad()
-    def _put_into_tensors_of_before(self, lists: list[Optionals]) -> None:
-        """The values into those tensors, which then are in the lists. Of several with elements in common one takes part."""
+    def _in_tensors_of_before(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Optionals]:
+        """The values in those tensors, as far as possible. Of several with elements in common one takes part."""
         aside = self.aside or []
         places = iter(apart([old for before, _ in aside for old in before]))
-        for grads, (before, _) in zip(lists, aside, strict=True):
-            grads[: len(before)] = [_written(next(places), values) for values in grads[: len(before)]]
+        return [
+            [_written(next(places), values) for values in grads[: len(before)]] + list(grads[len(before) :])
+            for grads, (before, _) in zip(lists, aside, strict=True)
+        ]
 
 
 def _written(old: Tensor | None, values: Tensor | None) -> Tensor | None:

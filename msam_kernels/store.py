@@ -94,7 +94,7 @@ class Store:
         return any(place is None and is_trained(p) for place, p in zip(self.places(), self.parameters(), strict=True))
 
     def is_capturing(self) -> bool:
-        return any(flat.is_capturing() for flat in self.flats)
+        return any(map(Flat.is_capturing, self.flats))
 
     def check_not_capturing(self, what: str) -> None:
         for flat in self.flats:
@@ -199,10 +199,12 @@ class Store:
         if self._left:
             set_grads([p for p in self.parameters() if id(p) in self._left], [])
 
-    def optionals(self, vector: Vectors) -> list[list[Tensor | None]]:
+    def optionals(self, vector: Vectors) -> Sequence[Sequence[Tensor | None]]:
         """``vector`` with None where a parameter is absent."""
+        if not vector.absent:
+            return vector.lists
         return [
-            [None if t is flat.absent else t for t in tensors] if vector.absent else list(tensors)
+            [None if t is flat.absent else t for t in tensors]
             for flat, tensors in zip(self.flats, vector.lists, strict=True)
         ]
 
