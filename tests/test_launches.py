@@ -32,8 +32,9 @@ EXPECTED = {
     "F-SAM + Sparse + Stable": ["ascend", "gram", "update"],
 }
 MOST = 4
-# With two launches for norm and perturbation, these two have one more: a sum over all parameters stands between any two of
-# their kernels, so that nothing can be merged.
+# With two launches for norm and perturbation, these two have one more. Between any two of Bilateral SAM's kernels stands a
+# pass or a sum over all parameters. LookSAM's descend could be part of the update, which then had an output more in every
+# backend; it would save a launch, and one of the 15 times that a step in five moves the parameters, where there are many.
 TWO_LAUNCHES = {"LookSAM k=2": 5, "Bilateral SAM": 5}
 
 
