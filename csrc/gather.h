@@ -230,7 +230,7 @@ class Call {
   at::ScalarType dtype_;
   Reach reach_;
   Lists lists_;
-  c10::SmallVector<void*, 64> pointers_[kLists];
+  c10::SmallVector<void*, 256> pointers_[kLists];  // mostly without the heap, see parameters.cpp
 };
 
 }  // namespace msam

@@ -35,6 +35,7 @@ __all__ = [
     "mark_stepped",
     "parameters_of",
     "profiler_enabled",
+    "scaled",
     "step_hooks",
     "tree_flatten",
     "tree_unflatten",
@@ -105,6 +106,11 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 def copy_all(to: list[Tensor], values: list[Tensor]) -> None:
     """Each of ``values``, all of one dtype and device, into its tensor of ``to``; torch has no public name for it."""
     torch._foreach_copy_(to, values)
+
+
+def scaled(tensors: list[Tensor], by: list[float]) -> tuple[Tensor, ...]:
+    """Each tensor times its number, in one kernel; torch has no public name for it."""
+    return torch._foreach_mul(tensors, by)
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ._torch import tree_flatten, tree_unflatten
+from ._torch import scaled, tree_flatten, tree_unflatten
 
 
 class Split(NamedTuple):
@@ -193,5 +193,11 @@ def closures_of(loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], how: Spl
 
 @torch.no_grad()
 def mean(values: Sequence[Any], shares: Sequence[float]) -> Any:
-    """The mean of the micro-batches' losses, weighted by their shares."""
-    return sum(v * s for v, s in zip(values, shares, strict=True))
+    """The mean of the micro-batches' losses, weighted by their shares; of tensors in a few kernels, however many they are."""
+    tensors = [v.detach() for v in values if isinstance(v, Tensor)]
+    kinds = {(t.device, t.dtype, t.shape) for t in tensors if t.is_floating_point()}
+    if len(tensors) < len(values) or len(kinds) != 1:
+        return sum(v * s for v, s in zip(values, shares, strict=True))
+    if len(tensors) == 1:  # with a share of 1
+        return tensors[0]
+    return torch.stack(scaled(tensors, list(shares))).sum(0)

@@ -151,6 +151,9 @@ class Flat:
     def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool, backend: Backend):
         self.params, self.groups, self.backend = params, groups, backend
         self.device, self.dtype = params[0].device, params[0].dtype
+        self._is_cuda = params[
+            0
+        ].is_cuda  # torch makes a string of a device's type, which takes longer than the question
         step = ALIGNMENT // params[0].element_size()
         self.offsets: list[int] = []
         self.size = 0
@@ -233,7 +236,7 @@ class Flat:
         return self._achieved[i]
 
     def is_capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._is_cuda and torch.cuda.is_current_stream_capturing()
 
     def check_not_capturing(self, what: str) -> None:
         """What is new has to be made or copied from the host, which no CUDA graph can do.
@@ -344,7 +347,7 @@ class Flat:
 
     # -- optimizer state ----------------------------------------------------------------------------------------------
 
-    def absent_from(self, grads: list[Tensor]) -> tuple[int, ...]:
+    def absent_from(self, grads: Sequence[Tensor]) -> tuple[int, ...]:
         """The parameters that are absent from a step's gradients."""
         return tuple(i for i, g in enumerate(grads) if g is self.absent)
 

@@ -17,8 +17,10 @@ from . import _torch
 from .backends import extension
 from .backends.checks import lost_memory, span
 
-Optionals = list[Tensor | None]  # p.grad by parameter; an empty list where all are None
+Optionals = Sequence[Tensor | None]  # p.grad by parameter; an empty list where all are None
 Gradient = TypeVar("Gradient", Tensor, Tensor | None)
+#: A list, or the extension's ``Tensors``, which makes Python objects only of those that Python looks at.
+Tensors = Sequence[Tensor]
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class Vectors:
     An empty tensor stands for a parameter that is absent; ``absent`` counts those.
     """
 
-    lists: list[list[Tensor]]
+    lists: Sequence[Tensors]
     absent: int = 0
 
     def present(self, other: Vectors) -> Vectors:
@@ -53,7 +55,7 @@ class Vectors:
         return Vectors(lists, min(self.absent, other.absent, sum(t.numel() == 0 for ts in lists for t in ts)))
 
 
-def _collect_grads(params: list[Tensor], placeholder: Tensor, clear: bool) -> tuple[list[Tensor], bool, int]:
+def _collect_grads(params: list[Tensor], placeholder: Tensor, clear: bool) -> tuple[Tensors, bool, int]:
     """What the extension does faster: ``regular`` is False, so every gradient is looked at by ``collect``."""
     grads = [placeholder if p.grad is None else p.grad for p in params]
     return grads, False, sum(p.grad is None for p in params)
@@ -67,6 +69,10 @@ def _current_grads(params: list[Tensor]) -> Optionals:
 def _set_grads(params: list[Tensor], grads: Sequence[Tensor | None]) -> None:
     for p, g in zip(params, grads or repeat(None), strict=False):
         p.grad = g
+
+
+def _joined(lists: list[Tensors]) -> Tensors:
+    return list(chain.from_iterable(lists))
 
 
 def _without_own_memory(grads: Sequence[Tensor | None], whole: bool) -> list[int]:
@@ -122,13 +128,15 @@ def _holds(
 
 
 # Each is a loop over the parameters, which the extension does in C++.
-_collect: Callable[[list[Tensor], Tensor, bool], tuple[list[Tensor], bool, int]] = getattr(
+_collect: Callable[[list[Tensor], Tensor, bool], tuple[Tensors, bool, int]] = getattr(
     extension, "collect_grads", _collect_grads
 )
 #: (params) -> every p.grad or None; an empty list where all are None.
 current_grads: Callable[[list[Tensor]], Optionals] = getattr(extension, "current_grads", _current_grads)
 #: (params, grads): p.grad by parameter, None for all where grads is empty.
 set_grads: Callable[[list[Tensor], Sequence[Tensor | None]], None] = getattr(extension, "set_grads", _set_grads)
+#: (lists) -> the tensors of all of them, one list after the other.
+joined: Callable[[list[Tensors]], Tensors] = getattr(extension, "joined", _joined)
 #: (gradients, whole) -> the indices of those that have no memory of their own, see ``own_memory``.
 without_own_memory: Callable[[Sequence[Tensor | None], bool], list[int]] = getattr(
     extension, "without_own_memory", _without_own_memory
@@ -151,7 +159,7 @@ def is_trained(p: Tensor) -> bool:
     return p.requires_grad or p.grad is not None
 
 
-def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[list[Tensor], int]:
+def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[Tensors, int]:
     """Every ``p.grad``, dense and in the memory order of its parameter, and how many are absent: those are ``placeholder``.
 
     With ``clear``, every ``p.grad`` is then None. A parameter with a gradient counts as modified in place, which every caller
@@ -240,7 +248,7 @@ def apart(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     return out
 
 
-def own_memory(grads: list[Gradient], *, whole: bool = True) -> list[Gradient]:
+def own_memory(grads: Sequence[Gradient], *, whole: bool = True) -> Sequence[Gradient]:
     """``grads``, so that each can be written to by itself.
 
     Of those that have memory in common, as ``autograd.grad`` returns them for the operands of a sum, also where one operand
@@ -258,7 +266,7 @@ def own_memory(grads: list[Gradient], *, whole: bool = True) -> list[Gradient]:
     return out
 
 
-def own_memory_of_lists(lists: list[list[Gradient]], *, whole: bool) -> list[list[Gradient]]:
+def own_memory_of_lists(lists: Sequence[Sequence[Gradient]], *, whole: bool) -> list[Sequence[Gradient]]:
     """``own_memory`` of several lists together."""
     if len(lists) == 1:
         return [own_memory(lists[0], whole=whole)]

@@ -29,13 +29,13 @@ Scores = Sequence[Sequence[Tensor]]
 Place = tuple[Flat, int]  # a slice of a flat buffer: where it begins
 
 
-def add_up(scores: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
+def add_up(scores: list[Tensor] | None, grads: Sequence[Tensor]) -> list[Tensor]:
     """The root of the sum of the squares so far: it orders as the sum does, and neither over- nor underflows in 16 bits.
 
     ``scores`` are changed in place; an empty one has no gradient yet.
     """
     if scores is None:
-        return grads
+        return list(grads)
     return [
         g if s.numel() == 0 else s if g.numel() == 0 else torch.hypot(s, g, out=s)
         for s, g in zip(scores, grads, strict=True)

@@ -15,11 +15,13 @@ from .backends import get_backend
 from .flat import Flat, Memory, State, check_parameters
 from .gradients import (
     Optionals,
+    Tensors,
     Vectors,
     collect,
     current_grads,
     has_layout,
     is_trained,
+    joined,
     memory_layout,
     own_memory_of_lists,
     regular_gradient,
@@ -43,11 +45,11 @@ class Descent:
         self.terms.append(vector)
         self.coefs += row
 
-    def lists(self, f: int) -> list[Tensor]:
+    def lists(self, f: int) -> Tensors:
         """Flat f's tensors of all terms, one term after the other."""
         if len(self.terms) == 1:
             return self.terms[0].lists[f]
-        return [t for vector in self.terms for t in vector.lists[f]]
+        return joined([vector.lists[f] for vector in self.terms])
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """Arguments of the operators on that device."""
@@ -278,7 +280,7 @@ class Store:
         """The inner products of the vectors, float64 ``[rows, n]``, terms to be summed up."""
         parts = []
         for f, flat in enumerate(self.flats):
-            terms = [t for vector in vectors for t in vector.lists[f]]
+            terms = joined([vector.lists[f] for vector in vectors])
             parts.append(flat.backend.gram(terms, flat.table, count=len(vectors)))
         return self._together(parts)
 

@@ -369,6 +369,24 @@ def test_every_method_is_timed_against_its_plain_loop(load, tmp_path, capsys):
 # ---- other benchmarks ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("extension")
+def test_what_the_host_does_is_timed_call_by_call(load, tmp_path, capsys):
+    bench, table = load("bench_host"), tmp_path / "host.csv"
+    small = ["--rounds", "1", "--seconds", "0.001", "--methods", "SAM", "GSAM"]
+    assert bench.main([*small, "--micro-batches", "1", "2", "--csv", str(table)]) == 0
+    assert "GSAM, passes, m = 2" in capsys.readouterr().out
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    calls = {way: {row["call"] for row in rows if row["way"] == way} for way in bench.WAYS}
+    assert calls == {"closure": {"begin", "ascend", "descend", "update"}, "passes": {*bench.CALLS} - {"free"}}
+    assert all(float(row["us"]) > 0 for row in rows)
+
+
+def test_the_model_of_the_host_has_the_tensors_of_resnet50(load):
+    model = load("bench_host").narrow_resnet(torch.device("cpu"))
+    assert len(list(model.parameters())) == 161
+
+
 def test_the_crossover_is_where_one_launch_stops_to_win(load):
     assert load("bench_ascend").crossover([1, 2, 3, 4], {1: True, 2: True, 3: False, 4: True}.__getitem__) == 2
     assert load("bench_ascend").crossover([1, 2], lambda n: False) == 0

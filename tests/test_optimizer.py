@@ -15,10 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import from_dlpack
 
 import msam_kernels
-from msam_kernels import MicroBatchSAM, methods
+from msam_kernels import MicroBatchSAM, batches, methods
 from msam_kernels.flat import CHUNK
 from plain import (
     DEVICE,
@@ -639,6 +640,36 @@ def test_an_uneven_split_is_weighted_by_samples(options, sizes, way, backend):
         theirs.step([closure_of(expected, part) for part in split(data, sizes)], [n / 7 for n in sizes])
         assert_close(actual, expected)
     assert len(ours.stats.grad_norm) == len(sizes)
+
+
+LOSSES = {
+    "tensors": lambda x: x,
+    "tensors of two dtypes": lambda x: x.float() if x > 0 else x,
+    "integers": lambda x: (10 * x).long(),
+    "numbers": float,
+    "vectors": lambda x: torch.stack([x, -x]),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_are_averaged_by_their_shares_in_a_few_operations(kind, count):
+    torch.manual_seed(0)
+    values = [LOSSES[kind](x) for x in torch.randn(count, dtype=torch.float64, device=DEVICE)]
+    shares = torch.rand(count).double().softmax(0).tolist() if count > 1 else [1.0]
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **kwargs or {})
+
+    with Count():
+        mean = batches.mean(values, shares)
+    expected = sum(torch.as_tensor(v).double().cpu() * s for v, s in zip(values, shares, strict=True))
+    torch.testing.assert_close(torch.as_tensor(mean).double().cpu(), expected, rtol=1e-7, atol=1e-12)
+    if kind in ("tensors", "vectors"):
+        assert len([f for f in calls if "detach" not in str(f)]) <= (3 if count > 1 else 0)
 
 
 def test_train_step_and_closures_return_the_loss_at_the_weights_before_the_step(backend):

@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "parameters.h"
+
+#include <c10/core/InferenceMode.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string_view>
+
+#include "checks.h"
+
+namespace py = pybind11;
+
+namespace msam {
+
+// The memory of lists that are gone, for those to come. A step frees hundreds of small tensors, and the next larger piece of
+// memory that glibc is asked for waits until all of them are merged. Whoever makes or frees a list holds the GIL.
+std::vector<std::vector<at::Tensor>>& spare() {
+  static auto* lists = new std::vector<std::vector<at::Tensor>>;  // never freed: Python may outlive what is static
+  return *lists;
+}
+constexpr size_t kSpare = 8;
+
+Tensors::Tensors(size_t size) {
+  if (!spare().empty()) {
+    all = std::move(spare().back());
+    spare().pop_back();
+  }
+  all.reserve(size);
+}
+Tensors::~Tensors() {
+  all.clear();
+  if (all.capacity() && spare().size() < kSpare) spare().push_back(std::move(all));
+}
+
+TensorsOf::TensorsOf(py::handle sequence, bool or_none) {
+  if (py::isinstance<Tensors>(sequence)) {
+    own_ = sequence.cast<const Tensors&>().all;
+    return;
+  }
+  TORCH_CHECK_TYPE(PyList_Check(sequence.ptr()), "expected a list of tensors, got ", Py_TYPE(sequence.ptr())->tp_name);
+  made_ = true;
+  const Py_ssize_t size = PyList_GET_SIZE(sequence.ptr());
+  borrowed_.reserve(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* t = PyList_GET_ITEM(sequence.ptr(), i);
+    if (or_none && t == Py_None) {
+      borrowed_.emplace_back();
+    } else if (THPVariable_Check(t)) {
+      borrowed_.push_back(Traits::createBorrow(THPVariable_Unpack(t)));
+    } else {
+      release();
+      TORCH_CHECK_TYPE(false, "expected a list of tensors, got ", Py_TYPE(t)->tp_name, " in it");
+    }
+  }
+}
+
+void TensorsOf::release() {
+  for (at::Tensor& t : borrowed_) Traits::destroyBorrow(t);
+  borrowed_.clear();
+}
+
+namespace {
+
+// After a forward and a backward pass no cache holds what is read of a parameter: its Python object, which leads to the tensor,
+// which leads to its storage and to its autograd data, which leads to its gradient. Each is asked for some iterations ahead.
+constexpr Py_ssize_t kAhead = 5;
+
+template <class T>
+void fetch(const T* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  for (size_t byte = 0; byte < sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+#endif
+}
+
+// visit(i, object) for every item, until it returns false. `of_grads`: it is going to look at gradients.
+template <class Visit>
+bool each(PyObject* const* items, Py_ssize_t size, bool of_grads, const Visit& visit) {
+  const auto item = [&](Py_ssize_t i) { return i >= 0 && i < size ? items[i] : nullptr; };
+  const auto tensor = [&](Py_ssize_t i) {
+    PyObject* p = item(i);
+    return p && THPVariable_Check(p) ? THPVariable_Unpack(p).unsafeGetTensorImpl() : nullptr;
+  };
+  for (Py_ssize_t i = -4 * kAhead; i < size; ++i) {
+    if (PyObject* p = item(i + 4 * kAhead)) fetch(reinterpret_cast<const THPVariable*>(p));
+    if (const auto* t = tensor(i + 3 * kAhead)) fetch(t);
+    if (const auto* t = tensor(i + 2 * kAhead)) {
+      if (t->has_storage()) fetch(t->unsafe_storage().unsafeGetStorageImpl());
+      if (of_grads) fetch(static_cast<const torch::autograd::AutogradMeta*>(t->autograd_meta()));
+    }
+    if (of_grads)
+      if (const auto* t = tensor(i + kAhead))
+        if (t->grad().defined()) fetch(t->grad().unsafeGetTensorImpl());
+    if (i >= 0 && !visit(i, items[i])) return false;
+  }
+  return true;
+}
+template <class Visit>
+bool each(const py::list& list, bool of_grads, const Visit& visit) {
+  return each(PySequence_Fast_ITEMS(list.ptr()), PyList_GET_SIZE(list.ptr()), of_grads, visit);
+}
+
+const at::Tensor& unpacked(PyObject* p, const char* function) {
+  TORCH_CHECK(THPVariable_Check(p), function, " takes tensors");
+  return THPVariable_Unpack(p);
+}
+
+// Same device, dtype and memory order as the parameter, so that both can be walked as one run of memory, which holds the
+// values and may be written to.
+bool is_regular(const at::Tensor& grad, const at::Tensor& param) {
+  if (grad.layout() != at::kStrided || grad.scalar_type() != param.scalar_type() || grad.device() != param.device() ||
+      grad.requires_grad() || msam::is_lazy(grad) || (grad.is_inference() && !c10::InferenceMode::is_enabled()) ||
+      !grad.sizes().equals(param.sizes()))
+    return false;
+  for (int64_t d = 0; d < grad.dim(); ++d)
+    if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;
+  return true;
+}
+
+// Every p.grad or None; an empty list where all are None.
+py::list current_grads(const py::list& params) {
+  const bool none = each(params, true, [](Py_ssize_t, PyObject* p) { return !unpacked(p, "current_grads").grad().defined(); });
+  py::list grads;
+  if (!none)
+    for (py::handle p : params) grads.append(p.attr("grad"));
+  return grads;
+}
+
+// Whether another tensor holds a gradient's memory. What autograd.grad returns may be a view whose base it alone holds.
+bool is_shared(const at::Tensor& grad) {
+  const bool lone = grad.is_view() && grad._base().use_count() == 1;
+  return grad.storage().use_count() > (lone ? 2 : 1);
+}
+
+// From the first byte of a tensor that has elements to the end of its last one; and its place in a list.
+struct Span {
+  Span(const at::Tensor& t, size_t index) : first(static_cast<const char*>(t.const_data_ptr())), index(index) {
+    const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+    int64_t last = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+    end = first + (last + 1) * int64_t(t.itemsize());
+  }
+  bool operator<(const Span& other) const { return first != other.first ? first < other.first : index < other.index; }
+
+  const char *first, *end;
+  size_t index;
+};
+
+// The indices of all but one of those gradients that have memory in common, and with `whole` of those whose memory another
+// tensor holds; Nones are ignored.
+py::list without_own_memory(py::handle grads, bool whole) {
+  py::list found;
+  c10::SmallVector<Span, 256> spans;  // mostly without the heap, see spare()
+  const TensorsOf tensors(grads, true);
+  for (size_t i = 0; i < tensors.list().size(); ++i) {
+    const at::Tensor& grad = tensors.list()[i];
+    if (!grad.defined() || !grad.has_storage() || grad.numel() == 0) continue;
+    if (whole && is_shared(grad))
+      found.append(i);
+    else
+      spans.emplace_back(grad, i);
+  }
+  std::sort(spans.begin(), spans.end());
+  const char* end = nullptr;  // of the last one with memory of its own
+  for (const Span& span : spans)
+    if (span.first < end)
+      found.append(span.index);
+    else
+      end = span.end;
+  return found;
+}
+
+// p.grad by parameter, None for all where grads is empty. The gradients were some p.grad before: nothing is checked.
+void set_grads(const py::list& params, py::handle grads) {
+  const TensorsOf tensors(grads, true);
+  const at::TensorList list = tensors.list();
+  TORCH_CHECK(list.empty() || list.size() == params.size(), "set_grads takes a gradient or None per parameter");
+  each(params, true, [&](Py_ssize_t i, PyObject* p) {
+    at::Tensor& place = unpacked(p, "set_grads").mutable_grad();
+    if (list.empty() || !list[i].defined())
+      place.reset();
+    else if (!place.is_same(list[i]))
+      place = list[i];
+    return true;
+  });
+}
+
+// Every p.grad, with a placeholder for None; whether all are regular; how many are None. Where all are regular, counts the
+// parameters that have one as modified in place and, with `clear`, makes every p.grad None.
+py::tuple collect_grads(const py::list& params, const at::Tensor& placeholder, bool clear) {
+  Tensors grads(params.size());
+  size_t absent = 0;
+  bool regular = true;
+  each(params, true, [&](Py_ssize_t, PyObject* p) {
+    const at::Tensor& param = unpacked(p, "collect_grads");
+    const at::Tensor& grad = param.grad();
+    if (grad.defined()) {
+      regular = regular && is_regular(grad, param);
+      if (grad.has_storage()) fetch(grad.storage().unsafeGetStorageImpl());  // for the kernels' pointers
+      grads.all.push_back(grad);
+    } else {
+      ++absent;
+      grads.all.push_back(placeholder);
+    }
+    return true;
+  });
+  for (size_t i = 0; regular && i < grads.all.size(); ++i) {
+    if (grads.all[i].is_same(placeholder)) continue;
+    const at::Tensor& param = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i));
+    param.unsafeGetTensorImpl()->bump_version();
+    if (clear) param.mutable_grad().reset();
+  }
+  return py::make_tuple(std::move(grads), regular, absent);
+}
+
+// The tensors of all lists, one list after the other.
+Tensors joined(const py::list& lists) {
+  size_t size = 0;
+  for (py::handle list : lists) size += py::len(list);
+  Tensors out(size);
+  for (py::handle list : lists) {
+    const TensorsOf tensors(list);
+    out.all.insert(out.all.end(), tensors.list().begin(), tensors.list().end());
+  }
+  return out;
+}
+
+// What a step relies on, as words for comparing: of every group how many tensors it holds, and of each of those which it is,
+// whether it is served, and if so where its memory is and how it is laid out. Of others nothing is asked: they may be of any
+// kind. `count` sees the groups, `parameter` the tensors, until one returns false. Groups that hold something else end it too:
+// they are refused, by name, when they are looked at.
+template <class Count, class Parameter>
+bool all_parameters(const py::list& groups, const Count& count, const Parameter& parameter) {
+  for (py::handle group : groups) {
+    const py::object params = py::reinterpret_borrow<py::dict>(group)["params"];
+    if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) return false;
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
+    if (!count(static_cast<int64_t>(size))) return false;
+    const auto visit = [&](Py_ssize_t, PyObject* p) { return THPVariable_Check(p) && parameter(p, THPVariable_Unpack(p)); };
+    if (!each(PySequence_Fast_ITEMS(params.ptr()), size, false, visit)) return false;
+  }
+  return true;
+}
+
+py::bytes memory_layout(const py::list& groups, const py::set& served) {
+  std::vector<int64_t> words;
+  const auto count = [&](int64_t size) {
+    words.push_back(size);
+    return true;
+  };
+  all_parameters(groups, count, [&](PyObject* p, const at::Tensor& param) {
+    const bool is_served = served.contains(py::handle(p));
+    words.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
+    words.push_back(is_served);
+    if (is_served) {
+      words.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
+      words.insert(words.end(), param.sizes().begin(), param.sizes().end());
+      words.insert(words.end(), param.strides().begin(), param.strides().end());
+    }
+    return true;
+  });
+  return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)};
+}
+
+bool has_layout(const py::list& groups, const py::bytes& known) {
+  const auto bytes = std::string_view(known);
+  const auto* word = reinterpret_cast<const int64_t*>(bytes.data());  // aligned: what memory_layout returned
+  const int64_t* const end = word + bytes.size() / sizeof(int64_t);
+  const auto count = [&](int64_t size) { return word != end && *word++ == size; };
+  const bool all = all_parameters(groups, count, [&](PyObject*, const at::Tensor& param) {
+    if (end - word < 2 || word[0] != reinterpret_cast<int64_t>(param.unsafeGetTensorImpl())) return false;
+    const bool is_served = word[1];
+    word += 2;
+    if (!is_served) return !param.requires_grad() && !param.grad().defined();
+    const at::IntArrayRef sizes = param.sizes(), strides = param.strides();
+    const int64_t dim = sizes.size();
+    if (end - word < 1 + 2 * dim || word[0] != reinterpret_cast<int64_t>(param.const_data_ptr())) return false;
+    bool same = true;
+    for (int64_t d = 0; d < dim; ++d) same = same && word[1 + d] == sizes[d] && word[1 + dim + d] == strides[d];
+    word += 1 + 2 * dim;
+    return same;
+  });
+  return all && word == end;
+}
+
+// Whether the state's values are these very entries, and each dict has the very value under its key.
+bool holds(
+    const py::dict& state, const py::list& entries, const py::list& dicts, const py::list& keys, const py::list& values) {
+  TORCH_CHECK(dicts.size() == values.size() && keys.size() == values.size(), "holds takes a dict and a key per value");
+  if (state.size() != entries.size()) return false;
+  Py_ssize_t place = 0;
+  PyObject* entry;
+  for (size_t i = 0; PyDict_Next(state.ptr(), &place, nullptr, &entry); ++i)
+    if (entry != PyList_GET_ITEM(entries.ptr(), i)) return false;
+  for (size_t i = 0; i < values.size(); ++i) {
+    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
+    TORCH_CHECK_TYPE(PyDict_Check(dict), "holds takes dicts");
+    PyObject* value = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys.ptr(), i));
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    if (value != PyList_GET_ITEM(values.ptr(), i)) return false;
+  }
+  return true;
+}
+
+py::list as_list(const Tensors& tensors) {
+  py::list list(tensors.all.size());
+  for (size_t i = 0; i < tensors.all.size(); ++i) list[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensors.all[i]));
+  return list;
+}
+
+}  // namespace
+
+void define_parameters(py::module_& m) {
+  py::class_<Tensors>(m, "Tensors", "Tensors that become Python objects only where Python looks at them.")
+      .def("__len__", [](const Tensors& t) { return t.all.size(); })
+      .def("__iter__", [](const Tensors& t) { return py::iter(as_list(t)); })
+      .def("__getitem__", [](const Tensors& t, const py::object& index) { return py::object(as_list(t)[index]); });
+  m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
+  m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
+  m.def("without_own_memory", &without_own_memory, "(grads, whole) -> the indices of those to copy before they are written to");
+  m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
+  m.def("joined", &joined, "(lists) -> the tensors of all of them, one list after the other");
+  m.def("memory_layout", &memory_layout, "(parameter groups, the served) -> bytes that say which they are and where these lie");
+  m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether they say so still, and no others are trained");
+  m.def("holds", &holds, "(state, entries, dicts, keys, values) -> whether these are its values, and each dict's");
+}
+
+}  // namespace msam

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops over parameters of gradients.py: in the extension and in Python they say the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from msam_kernels import backends, gradients
+from plain import DEVICE
+
+FUNCTIONS = (
+    "collect",
+    "current_grads",
+    "set_grads",
+    "without_own_memory",
+    "joined",
+    "memory_layout",
+    "has_layout",
+    "holds",
+)
+
+
+@pytest.fixture(params=["extension", "Python"])
+def of(request):
+    """The functions by name, of one of the two."""
+    if request.param == "extension":
+        request.getfixturevalue("extension")
+        names = {name: getattr(gradients, name) for name in FUNCTIONS if name != "collect"}
+        return {**names, "collect": backends.extension.collect_grads}
+    return {name: getattr(gradients, f"_{name}") for name in FUNCTIONS if name != "collect"} | {
+        "collect": gradients._collect_grads
+    }
+
+
+def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
+
+
+def with_gradients(*kinds: str) -> list[nn.Parameter]:
+    params = parameters(*[(3, 4)] * len(kinds))
+    make = {
+        "none": lambda p: None,
+        "dense": torch.randn_like,
+        "transposed": lambda p: torch.randn(4, 3, device=DEVICE).t(),
+        "of a graph": lambda p: torch.randn_like(p).requires_grad_() * 2,
+    }
+    for p, kind in zip(params, kinds, strict=True):
+        p.grad = make[kind](p)
+    return params
+
+
+GRADIENTS = {
+    "nobody has one": ["none", "none"],
+    "all": ["dense"] * 20,
+    "some": ["none", "dense", "dense", "none", "dense"],
+    "another memory order": ["dense", "transposed"],
+    "with a graph": ["of a graph", "dense"],
+    "no parameters": [],
+}
+
+
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("kinds", GRADIENTS)
+def test_gradients_are_collected_and_what_is_odd_is_left_to_the_caller(kinds, clear, of):
+    params = with_gradients(*GRADIENTS[kinds])
+    before, versions = [p.grad for p in params], [p._version for p in params]
+    placeholder = torch.empty(0, device=DEVICE)
+    grads, regular, absent = of["collect"](params, placeholder, clear)
+    assert [g is (placeholder if b is None else b) for g, b in zip(grads, before, strict=True)] == [True] * len(params)
+    assert absent == before.count(None)
+    odd = kinds in ("another memory order", "with a graph")
+    assert not (regular and odd)
+    if regular:  # only then is anything changed
+        assert [p._version - v for p, v in zip(params, versions, strict=True)] == [b is not None for b in before]
+        assert [p.grad for p in params] == ([None] * len(params) if clear else before)
+    else:
+        assert [p.grad for p in params] == before
+        assert [p._version for p in params] == versions
+
+
+@pytest.mark.parametrize("kinds", GRADIENTS)
+def test_gradients_are_taken_out_and_put_back(kinds, of):
+    params = with_gradients(*GRADIENTS[kinds])
+    before = [p.grad for p in params]
+    taken = of["current_grads"](params)
+    assert list(taken) == (before if any(g is not None for g in before) else [])
+    of["set_grads"](params, [])
+    assert [p.grad for p in params] == [None] * len(params)
+    of["set_grads"](params, taken)
+    assert [p.grad for p in params] == before
+    of["set_grads"](params, taken)  # where they are already
+    assert [p.grad for p in params] == before
+
+
+def test_collected_gradients_are_put_back(of):
+    params = with_gradients("dense", "dense")
+    before = [p.grad for p in params]
+    grads, _, _ = of["collect"](params, torch.empty(0, device=DEVICE), True)
+    of["set_grads"](params, grads)
+    assert [p.grad for p in params] == before
+
+
+def test_a_gradient_has_memory_of_its_own_or_is_named(of):
+    whole = torch.randn(40, device=DEVICE)
+    own, held = torch.randn(3, device=DEVICE), torch.randn(4, device=DEVICE)
+    holder = held.view(2, 2)
+    grads = [own, None, whole[:10], whole[5:15], whole[20:30], held, torch.empty(0, device=DEVICE)]
+    assert list(of["without_own_memory"](grads, False)) == [3]
+    assert sorted(of["without_own_memory"](grads, True)) == [2, 3, 4, 5]
+    assert holder.numel() == 4
+    assert list(of["without_own_memory"]([], True)) == []
+    many = [torch.randn(2, device=DEVICE) for _ in range(300)]
+    assert list(of["without_own_memory"]([*many, many[7]], False)) == [300]
+
+
+def test_lists_are_joined_in_order(of):
+    a, b = parameters((2,), (3,)), parameters((4,), (5,), (6,))
+    inner = of["joined"]([b])
+    assert [t.shape for t in of["joined"]([a, [], inner])] == [(2,), (3,), (4,), (5,), (6,)]
+    assert list(of["joined"]([])) == []
+
+
+def test_tensors_are_a_sequence_of_the_same_objects(of):
+    a = parameters((2,), (3,), (4,))
+    tensors = of["joined"]([a])
+    assert len(tensors) == 3
+    assert [t is p for t, p in zip(tensors, a, strict=True)] == [True] * 3
+    assert tensors[0] is a[0]
+    assert tensors[-1] is a[2]
+    assert [t is p for t, p in zip(tensors[1:], a[1:], strict=True)] == [True] * 2
+    with pytest.raises(IndexError):
+        tensors[3]
+
+
+MOVES = {
+    "nothing": lambda a, b, groups: None,
+    "its memory": lambda a, b, groups: setattr(a, "data", a.data.clone()),
+    "its shape": lambda a, b, groups: setattr(a, "data", a.data.view(4, 3)),
+    "its memory order": lambda a, b, groups: setattr(a, "data", a.data.as_strided((3, 4), (1, 3))),
+    "another one in its place": lambda a, b, groups: groups[0]["params"].__setitem__(0, parameters((3, 4))[0]),
+    "one more": lambda a, b, groups: groups[0]["params"].append(parameters((2,))[0]),
+    "one less": lambda a, b, groups: groups[1]["params"].pop(),
+    "a group more": lambda a, b, groups: groups.append({"params": []}),
+    "the frozen one's memory": lambda a, b, groups: setattr(b, "data", b.data.clone()),
+    "the frozen one is unfrozen": lambda a, b, groups: b.requires_grad_(),
+    "the frozen one has a gradient": lambda a, b, groups: setattr(b, "grad", torch.ones_like(b)),
+    "no tensor": lambda a, b, groups: groups[0]["params"].__setitem__(0, "w"),
+    "no list": lambda a, b, groups: groups[0].__setitem__("params", "w"),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_layout_is_that_of_these_parameters_where_they_are(move, of):
+    served = parameters((3, 4), *[(2, 2)] * 30)
+    frozen = parameters((5,))[0].requires_grad_(False)
+    groups = [{"params": [*served[:4], frozen]}, {"params": served[4:]}]
+    layout = of["memory_layout"](groups, set(served))
+    assert of["has_layout"](groups, layout)
+    MOVES[move](served[0], frozen, groups)
+    assert of["has_layout"](groups, layout) == (move in ("nothing", "the frozen one's memory"))
+
+
+def test_a_state_holds_what_it_held(of):
+    entries = [{"a": torch.ones(1), "b": 2.0} for _ in range(3)]
+    state = dict(enumerate(entries))
+    dicts, keys = [*entries, *entries], ["a"] * 3 + ["b"] * 3
+    values = [d[k] for d, k in zip(dicts, keys, strict=True)]
+
+    def holds() -> bool:
+        return of["holds"](state, entries, dicts, keys, values)
+
+    assert holds()
+    state[1] = dict(entries[1])  # equal, but another one
+    assert not holds()
+    state[1] = entries[1]
+    assert holds()
+    entries[2]["a"] = entries[2]["a"].clone()
+    assert not holds()
+    entries[2]["a"] = values[2]
+    del entries[0]["b"]
+    assert not holds()
+    entries[0]["b"] = values[3]
+    assert holds()
+    state[3] = {}
+    assert not holds()
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gradients.joined([["w"]]), "expected a list of tensors, got str in it"),
+        (lambda: gradients.joined([(torch.ones(1),)]), "expected a list of tensors, got tuple"),
+        (lambda: gradients.joined([[torch.ones(1), None]]), "expected a list of tensors, got NoneType in it"),
+        (lambda: gradients.set_grads(parameters((2,)), [3]), "expected a list of tensors, got int in it"),
+        (lambda: backends.extension.gram([1.0], torch.zeros(1, 5).long(), count=1), "got float in it"),
+    ],
+    ids=["joined", "a tuple", "None", "set_grads", "an operator"],
+)
+def test_what_is_no_list_of_tensors_is_refused_by_its_type(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
