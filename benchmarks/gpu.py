@@ -116,13 +116,13 @@ def parts(results: Path, workers: int, rehearse: bool) -> dict[str, Part]:
             return [*command, *arguments, *SMALL[script], "--rounds", "2", "--seconds", "0.05"]
         return [*command, "--device", "cuda", *arguments]
 
-    def steps(csv: str, shapes: str, *arguments: str, method: str = "SAM", peers: Sequence[str] = (*EAGER, "compile")):
+    def steps(csv: str, shapes: str, *arguments: str, method: str = "SAM", peers: Sequence[str] = EAGER):
         options = ("--no-kernels", "--seconds", "1.5", "--shapes", *shapes.split(), "--methods", method)
         return bench("bench_step.py", csv, *options, "--peers", *peers, *arguments)
 
-    def compiled(csv: str, *arguments: str) -> list[str]:
+    def compiled(csv: str, shapes: str, *arguments: str, method: str = "SAM") -> list[str]:
         options = ("--micro-batches", "1", "4", *arguments)
-        return steps(csv, "resnet50 transformer350m", *options, peers=COMPILED)
+        return steps(csv, shapes, *options, method=method, peers=COMPILED)
 
     def kernels(backend: str, shapes: str) -> list[str]:
         options = ("--no-steps", "--seconds", "2", "--backend", "cpu" if rehearse else backend)
@@ -152,8 +152,9 @@ def parts(results: Path, workers: int, rehearse: bool) -> dict[str, Part]:
     # Steps at the largest sizes are measured in turns; fragments must not decide how many fit.
     large = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     ascend = ["--backend", "cpu"] if rehearse else []
+    most = "resnet50 transformer350m"
     # What it times is thrown away; what it compiles, the compiler keeps on disk for those who are timed.
-    warm = compiled("", "--peers-only", "--no-memory", "--rounds", "1", "--seconds", "0.1", "--peer-seconds", "{0.6}")
+    once = ("--peers-only", "--no-memory", "--rounds", "1", "--seconds", "0.1", "--peer-seconds", "{0.6}")
     everything = [
         Part("build", build, wanted, alone=True, weight=100, least=200),
         Part("smoke", [[*script, "--against-cpu", *all_kernels]], threads, alone=True, weight=20),
@@ -166,9 +167,7 @@ def parts(results: Path, workers: int, rehearse: bool) -> dict[str, Part]:
             **large,
         ),
         timed("train_sgd", train("train-sgd", "cnn transformer resnet18", "sgd", "--no-compile"), 60),
-        timed(
-            "steps_fsam", steps("steps-fsam", "resnet50 transformer350m", "--micro-batches", "1", method="F-SAM"), 20
-        ),
+        timed("steps_fsam", steps("steps-fsam", most, "--micro-batches", "1", method="F-SAM"), 20),
         checks("test", "tests/test_gpu.py", "tests/test_graphs.py", **on_gpu),
         checks("suite_optimizer", "-m", "not host", *OPTIMIZER_TESTS, **on_gpu),
         checks("suite_rest", "-m", "not host", *rest, **on_gpu),
@@ -182,13 +181,14 @@ def parts(results: Path, workers: int, rehearse: bool) -> dict[str, Part]:
             )
             for tool in TOOLS
         ),
-        Part("steps_warm", [warm], cores=4, weight=60),
+        Part("steps_warm", [compiled("", most, *once)], cores=4, weight=60),
         timed("kernels_triton", kernels("triton", "transformer350m resnet18"), 30),
-        timed("steps_compile", compiled("steps-compile"), 40),
+        timed("steps_compile", compiled("steps-compile", f"{most} resnet18 vit_b transformer1_3b"), 40),
         timed("kernels_ascend", bench("bench_ascend.py", "ascend", *ascend), 20),
         timed("train_adamw", train("train-adamw", "cnn transformer", "adamw", "--no-compile"), 20),
         timed("family", bench("bench_family.py", "family"), 10),
         timed("train_compile", train("train-compile", "cnn transformer resnet18", "sgd adamw"), 60),
+        timed("steps_compile_fsam", compiled("steps-compile-fsam", most, method="F-SAM"), 20),
     ]
     return {part.name: part for part in everything}
 
