@@ -302,7 +302,10 @@ class Record:
         lines = [f"# {title}", "", ", ".join(f"{k} {v}" for k, v in self.facts.items())]
         lines += ["", *(f"* {note}" for note in self.notes)] if self.notes else []
         lines += ["", *gpu_tables.markdown(("part", "", "time", ""), rows)]
-        return "\n".join([*lines, *gpu_tables.text(gpu_tables.read(self.results.glob("*.csv")))])
+        # Another run may have left files here, of other code.
+        same = {key: str(self.facts[key]) for key in ("machine", "commit")}
+        rows = gpu_tables.of(gpu_tables.read(self.results.glob("*.csv")), **same)
+        return "\n".join([*lines, *gpu_tables.text(rows)])
 
 
 def last_line(log: Path) -> str:
@@ -417,6 +420,7 @@ WORDS = (
     r"^=* ?(\d+ (?:passed|failed|skipped|error)[^=]*?(?: in [\d.]+s.*?)?)=*$",
     r"^=* ?(.*ERROR SUMMARY: .*|.*RACECHECK SUMMARY: .*)$",
     r"^(\d[\d/]* tests? collected.*)$",
+    r"^(\d+ calls of .*)$",
     r"^(msam_kernels: .*)$",
 )
 

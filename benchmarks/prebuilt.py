@@ -78,8 +78,11 @@ def find(path: Path) -> Path:
 def unpacked(wheel: Path, target: Path) -> Path:
     """The extensions of a wheel, in the folder ``target``."""
     shutil.rmtree(target, ignore_errors=True)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target, [n for n in archive.namelist() if re.search(r"(^|/)_C[^/]*\.so$", n)])
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target, [n for n in archive.namelist() if re.search(r"(^|/)_C[^/]*\.so$", n)])
+    except zipfile.BadZipFile as error:
+        raise Misfit(wheel, f"is no wheel ({error})") from None
     return target
 
 
@@ -99,7 +102,10 @@ def info(file: Path) -> dict[str, str]:
 def serves(targets: str, capability: tuple[int, int]) -> bool:
     """Whether what was built for ``targets``, e.g. "8.0;9.0+PTX", runs on a GPU of that compute capability."""
     for target in re.split(r"[; ]+", targets.strip()):
-        major, minor, only, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", target).groups()
+        named = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", target)
+        if named is None:
+            return True  # torch knows names for some, too; whoever used one may know
+        major, minor, only, ptx = named.groups()
         built = int(major), int(minor)
         if built == capability or (not only and built[0] == capability[0] and built <= capability):
             return True

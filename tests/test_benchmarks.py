@@ -181,7 +181,7 @@ def test_840_seconds_hold_every_part_of_a_prebuilt_extension(load, tmp_path):
 
 # ---- make gpu, runs --------------------------------------------------------------------------------------------------
 
-FACTS = {"device": "none", "machine": "none"}
+FACTS = {"device": "none", "machine": "none", "commit": "none"}
 
 
 def python(code: str, name: str = "part", **options):
@@ -390,6 +390,8 @@ def test_what_is_no_extension_for_this_python_is_refused(load, checkout, tmp_pat
         assert not list((checkout / "msam_kernels").iterdir())
 
     refused(tmp_path / "absent", "does not exist")
+    (tmp_path / "a.whl").write_text("no wheel")
+    refused(tmp_path / "a.whl", "is no wheel")
     refused(folder, r"has no extension in it, no _C\.\*\.so")
     (folder / "_C.cpython-27-x86_64-linux-gnu.so").write_text("")
     refused(folder, r"is for another Python \(_C\.cpython-27-")
@@ -440,6 +442,7 @@ def test_what_does_not_fit_is_said(facts, capability, words, load, monkeypatch):
         ("10.0a", (10, 3), False),
         ("8.0;9.0+PTX", (12, 0), True),
         ("8.0 9.0", (9, 0), True),
+        ("Hopper", (9, 0), True),
     ],
 )
 def test_what_a_gpu_runs(targets, capability, fits, load):
@@ -480,6 +483,27 @@ def test_tables_have_what_there_is_and_the_later_of_two_measurements(load, tmp_p
     ]
 
 
+def test_numbers_of_other_code_in_the_folder_are_not_shown_as_those_of_this_run(load, tmp_path):
+    module, measure = load("gpu"), load("measure")
+    for commit, ms in (("none", 3.0), ("another", 2.0)):
+        results = measure.Results({**FACTS, "commit": commit})
+        results.add(
+            kind="step",
+            shape=commit,
+            numel=2_000_000,
+            dtype="float32",
+            method="SAM",
+            base="sgd",
+            micro_batches=1,
+            contestant="ours",
+            ms=ms,
+        )
+        results.write(tmp_path / f"{commit}.csv")
+    text = module.Record([], FACTS, [], tmp_path).text()
+    assert "none, 2.0M: SAM, m = 1 | 3.00 ms" in text
+    assert "another" not in text
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_picture_can_be_drawn_again(load, tmp_path, capsys):
@@ -493,8 +517,9 @@ def test_the_picture_can_be_drawn_again(load, tmp_path, capsys):
     ("log", "words"),
     [
         ("...\n==== 312 passed, 4 skipped in 40.1s (0:00:40) ====\n", "312 passed, 4 skipped in 40.1s (0:00:40)"),
-        ("sgd: 10 variants ran\n========= ERROR SUMMARY: 0 errors\n", "ERROR SUMMARY: 0 errors"),
+        ("20 calls of 2 operators ran\n========= ERROR SUMMARY: 0 errors\n", "ERROR SUMMARY: 0 errors"),
         ("  a  1.2x  1x  reached\n  b  0.5x  1x  not reached\n", "1 of 2 goals reached"),
+        ("sgd: 10 variants\n20 calls of 2 operators ran\n", "20 calls of 2 operators ran"),
         ("nothing known\n", ""),
     ],
 )

@@ -290,7 +290,7 @@ def test_another_stream_is_followed(gpu):
 
 def call_everything(backend: str, dtypes: list[str], against_cpu: bool) -> None:
     device = torch.device("cpu" if backend == "cpu" else "cuda")
-    operators = backends.get_backend(backend, device)
+    operators, calls = backends.get_backend(backend, device), 0
     for operator, variants in VARIANTS.items():
         for variant in variants:
             for dtype in dtypes:
@@ -300,9 +300,11 @@ def call_everything(backend: str, dtypes: list[str], against_cpu: bool) -> None:
                         assert_like_the_cpu(call, backend)
                     else:
                         call.to(device).run(operators)
+                    calls += 1
         if backend != "cpu":
             torch.cuda.synchronize()
-        print(f"{operator}: {len(variants)} variants {'as on the CPU' if against_cpu else 'ran'}", flush=True)
+        print(f"{operator}: {len(variants)} variants", flush=True)
+    print(f"{calls} calls of {len(VARIANTS)} operators {'are as on the CPU' if against_cpu else 'ran'}")
 
 
 if __name__ == "__main__":
