@@ -40,25 +40,37 @@ OURS, PASSES, CAPTURED = "ours", "ours (passes loop)", "ours, captured"
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
+IDENTITY = ("shape", "model", "dtype", "pattern", "rank", "policy", "numel", "method", "base", "micro_batches")
+
+
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files, with today's names; of a measurement that is there twice the later."""
+    """The rows of all files, with today's names; of a measurement that is there twice the later.
+
+    A step has "over_ours", the ratio to ours of the same file: times of two runs may not be compared.
+    """
     rows: dict[tuple, Row] = {}
-    keys = ("kind", "backend", "shape", "model", "dtype", "pattern", "rank", "policy", "numel", "method", "base")
-    keys += ("micro_batches", "contestant")
     for path in sorted(paths):
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for key in ("contestant", "method"):
-                    if key in row:
-                        row[key] = FORMER.get(row[key], row[key])
-                identity = tuple(row.get(key) for key in keys)
-                if row.get("kind") in ("kernel", "step", "train", "plain"):
-                    rows[identity] = max(rows.get(identity, row), row, key=lambda r: r.get("date", ""))
+            here = [row for row in csv.DictReader(file) if row.get("kind") in ("kernel", "step", "train", "plain")]
+        for row in here:
+            for key in ("contestant", "method"):
+                if key in row:
+                    row[key] = FORMER.get(row[key], row[key])
+        ours = {case_of(row): float(row["ms"]) for row in of(here, kind="step", contestant=OURS)}
+        for row in here:
+            if row["kind"] == "step" and case_of(row) in ours:
+                row["over_ours"] = repr(float(row["ms"]) / ours[case_of(row)])
+            identity = row["kind"], row.get("backend"), row.get("contestant"), *case_of(row)
+            rows[identity] = max(rows.get(identity, row), row, key=lambda r: r.get("date", ""))
     return list(rows.values())
 
 
+def case_of(row: Row) -> tuple[str | None, ...]:
+    return tuple(row.get(key) for key in IDENTITY)
+
+
 def size(numel: str) -> str:
-    return f"{int(numel) / 1e6:.1f}M"
+    return f"{int(numel) / 1e6:.1f}M" if int(numel) >= 1e6 else f"{int(numel) / 1e3:.0f}k"
 
 
 def of(rows: Sequence[Row], **wanted: str) -> list[Row]:
@@ -121,12 +133,11 @@ def steps(rows: Sequence[Row]) -> tuple[list[Row], Series]:
 
     rows = of(rows, kind="step")
     ours = sorted(of(rows, contestant=OURS), key=order)
-    times = {(step_label(row), row["contestant"]): float(row["ms"]) for row in rows}
+    over_ours = {(step_label(row), row["contestant"]): number(row, "over_ours") for row in rows}
     series: Series = {name: [] for (name,) in distinct(rows, "contestant") if name != OURS}
     for row in ours:
         for name, values in series.items():
-            ms = times.get((step_label(row), name))
-            values.append(ms and ms / float(row["ms"]))
+            values.append(over_ours.get((step_label(row), name)))
     return ours, series
 
 

@@ -60,7 +60,7 @@ def test_without_a_gpu_it_is_one_sentence(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("options", [(), ("--budget", "300", "--prebuilt", "msam_kernels")], ids=["limit", "budget"])
+@pytest.mark.parametrize("options", [(), ("--budget", "1800", "--prebuilt", "msam_kernels")], ids=["limit", "budget"])
 @pytest.mark.usefixtures("extension")
 def test_a_rehearsal_writes_a_summary(options, tmp_path):
     names = ["smoke", "sanitize_memcheck", "steps_small", "train_sgd", "kernels_ascend"]
@@ -481,6 +481,27 @@ def test_tables_have_what_there_is_and_the_later_of_two_measurements(load, tmp_p
         "| --- | --- | --- | --- | --- | --- |",
         "| s, 2.0M: SAM, adamw, bf16, m = 4 | 3.00 ms | 2.00x | – | – | 3 |",
     ]
+
+
+def test_ratios_are_of_one_run(load, tmp_path):
+    """The later one has our time, and the earlier one's peer is compared with ours of then."""
+    module, measure = load("gpu_tables"), load("measure")
+    for day, times in ((1, {"ours": 2.0, "loop": 6.0}), (2, {"ours": 4.0, "compile": 8.0})):
+        results = measure.Results({"backend": "cuda", "date": f"2026-01-0{day}"})
+        for name, ms in times.items():
+            case = {
+                "shape": "s",
+                "numel": 2_000_000,
+                "dtype": "float32",
+                "method": "SAM",
+                "base": "sgd",
+                "micro_batches": 1,
+            }
+            results.add(kind="step", contestant=name, ms=ms, **case)
+        results.write(tmp_path / f"{day}.csv")
+    lines = module.text(module.read(tmp_path.glob("*.csv")))
+    assert lines[1].startswith("| step | ours | loop | compile |")
+    assert lines[3].startswith("| s, 2.0M: SAM, m = 1 | 4.00 ms | 3.00x | 2.00x |")
 
 
 def test_numbers_of_other_code_in_the_folder_are_not_shown_as_those_of_this_run(load, tmp_path):
