@@ -8,7 +8,11 @@ ARGS ?=
 GPU_PYTHON ?= python3
 RESULTS ?= build/gpu
 PARTS ?=
+BUDGET ?=
+GPU_PREBUILT ?=
 WHEELS ?=
+TORCH ?=
+ARCH ?=
 
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -17,7 +21,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo family test lint bench gpu clean FORCE
+.PHONY: help build demo family test lint bench gpu gpu-build gpu-picture clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +32,8 @@ help:
 	@echo "make bench    time the optimizer step against plain PyTorch: tables, and build/bench_*.csv and .png; with ARGS"
 	@echo "              SAM and F-SAM only"
 	@echo "make gpu      on a machine with a CUDA GPU: build, test, sanitize and time everything there, without a network"
+	@echo "make gpu-build    with PYTHON, TORCH and ARCH: the extension for that Python, torch and GPU, on a machine without one"
+	@echo "make gpu-picture  the README's picture of what was measured on a GPU, from benchmarks/results"
 	@echo "make build    build the C++ kernels in place"
 	@echo "make clean    remove what was built; the environment stays (rm -rf .venv)"
 	@echo
@@ -41,6 +47,9 @@ help:
 	@echo "GPU_PYTHON=python3      whose torch, nvcc, ninja, pybind11 and pytest make gpu uses; it installs nothing"
 	@echo "RESULTS=build/gpu       where make gpu leaves logs, measurements and summary.md"
 	@echo "PARTS='build test'      parts of make gpu (PARTS=list names them); default: all, each in at most 8 minutes"
+	@echo "BUDGET=840              seconds for all parts of make gpu together, the most telling first; ARGS=--plan: what for"
+	@echo "GPU_PREBUILT=/path      for make gpu: what make gpu-build made, instead of building"
+	@echo "TORCH=2.11.0 ARCH=9.0   for make gpu-build: torch's version, and the GPU's compute capability"
 	@echo "WHEELS=/path            wheels for make gpu of pure Python packages that GPU_PYTHON lacks"
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu    a smaller torch, for Linux without a GPU"
 
@@ -72,9 +81,28 @@ bench: build
 gpu:
 	@command -v "$(GPU_PYTHON)" >/dev/null || { echo "GPU_PYTHON=$(GPU_PYTHON) is not there: name the Python that has" \
 	  "torch with CUDA" >&2; exit 1; }
-	@"$(GPU_PYTHON)" -c 'import torch' 2>/dev/null || { echo "$(GPU_PYTHON) has no torch: name the Python that has it" \
+	@"$(GPU_PYTHON)" -c 'from importlib.metadata import version; version("torch")' 2>/dev/null || { echo "$(GPU_PYTHON) has no torch: name the Python that has it" \
 	  "with GPU_PYTHON=/path/to/python3" >&2; exit 1; }
-	"$(GPU_PYTHON)" benchmarks/gpu.py --results "$(RESULTS)" $(if $(WHEELS),--wheels "$(WHEELS)") --parts $(PARTS) $(ARGS)
+	"$(GPU_PYTHON)" benchmarks/gpu.py --results "$(RESULTS)" $(if $(BUDGET),--budget "$(BUDGET)") \
+	  $(if $(GPU_PREBUILT),--prebuilt "$(GPU_PREBUILT)") $(if $(WHEELS),--wheels "$(WHEELS)") --parts $(PARTS) $(ARGS)
+
+# An environment of its own, with a torch that has CUDA: what is built there meets the same torch where the GPU is.
+GPU_BUILD := build/gpu-build/$(notdir $(PYTHON))-torch-$(TORCH)
+
+gpu-build:
+	@test -n "$(TORCH)" -a -n "$(ARCH)" || { echo "say for which torch and which GPU, e.g. make gpu-build" \
+	  "PYTHON=python3.12 TORCH=2.11.0 ARCH=9.0; \`nvidia-smi --query-gpu=compute_cap --format=csv\` tells the last one" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not there: it must be the version that is where the" \
+	  "GPU is" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(GPU_BUILD)/environment"
+	"$(GPU_BUILD)/environment/bin/python" -m pip install -q "torch==$(TORCH)" numpy ninja pybind11 setuptools wheel
+	rm -rf "$(GPU_BUILD)/result"
+	MSAM_KERNELS_CPP=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCH)" "$(GPU_BUILD)/environment/bin/python" setup.py -q \
+	  build_ext --build-lib "$(GPU_BUILD)/result" --build-temp "$(GPU_BUILD)/objects"
+	@"$(GPU_BUILD)/environment/bin/python" benchmarks/prebuilt.py "$(GPU_BUILD)/result"
+
+gpu-picture: build/environment
+	"$(PY)" benchmarks/gpu_tables.py --plot benchmarks/results/h200.png
 
 build: build/extension
 

@@ -3,19 +3,17 @@
 
     python benchmarks/bench_ascend.py --csv ascend.csv
 
-The threshold is read once in a process, so each way runs in processes of its own, in turns; medians of device times.
-"flushed": what is read comes from memory. "warm": the gradient was written just before, as a backward pass leaves it.
+Both ways take turns in one process; medians of device times. "flushed": what is read comes from memory. "warm": the gradient
+was written just before, as a backward pass leaves it. On a CPU, which launches nothing, it runs all the same, as a rehearsal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,13 +22,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure
 from contest import dtype_name
 from gradients import Gradients
-from measure import Effort, EventClock, Results, interleave, number, print_table, size
+from kernels import Kernels
+from measure import Call, Clock, EventClock, Job, Results, Say, interleave, number, print_table, size
 
+THRESHOLD = "MSAM_KERNELS_COOPERATIVE_BYTES"  # read in every call
 WAYS = {"one launch": 1 << 62, "two launches": 0}  # 0: no gradient is as small
-CLOCKS = ("flushed", "warm")
 SIZES = (100_000, 300_000, 1_000_000, 2_000_000, 4_000_000, 6_000_000, 8_000_000, 12_000_000, 16_000_000, 25_000_000)
 SIZES += (35_000_000, 50_000_000)
 TENSORS = 60
+
+
+class Way(Call):
+    """A call under its threshold."""
+
+    def __init__(self, call: Call, threshold: int):
+        super().__init__(call)
+        self.threshold = str(threshold)
+
+    def prepare(self, count: int) -> None:
+        os.environ[THRESHOLD] = self.threshold
+        self.run.prepare(count)
 
 
 class Warm(EventClock):
@@ -45,23 +56,24 @@ class Warm(EventClock):
         torch._foreach_copy_(self.grads, self.copies)
 
 
-def child(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds of ``ascend`` by dtype and clock, a list by size, as the environment says."""
-    from kernels import Kernels
-
-    seconds: dict[str, dict[str, list[float]]] = {}
-    effort = Effort(args.seconds, (5, args.rounds), block=0.005)
-    for name in args.dtype:
-        seconds[name] = {clock: [] for clock in CLOCKS}
-        for numel in args.sizes:
-            gradients = Gradients([(numel // TENSORS,)] * TENSORS, getattr(torch, name), args.device)
-            kernels = Kernels(gradients, args.backend)
-            clocks = {"flushed": EventClock(args.device), "warm": Warm(args.device, kernels.grads)}
-            with torch.no_grad():
-                for clock in CLOCKS:
-                    timing = interleave({"": kernels.ascend()}, effort, clocks[clock])[""]
-                    seconds[name][clock].append(timing.median)
-    return seconds
+def run_size(results: Results, dtype: torch.dtype, numel: int, args: argparse.Namespace, say: Say) -> None:
+    gradients = Gradients([(numel // TENSORS,)] * TENSORS, dtype, args.device)
+    kernels = Kernels(gradients, args.backend)
+    clocks: dict[str, Clock] = {"host": Clock(args.device)}
+    if args.device.type == "cuda":
+        clocks = {"flushed": EventClock(args.device), "warm": Warm(args.device, kernels.grads)}
+    calls = {way: Way(kernels.ascend(), threshold) for way, threshold in WAYS.items()}
+    before = os.environ.get(THRESHOLD)
+    try:
+        with torch.no_grad():
+            for name, clock in clocks.items():
+                for way, timing in interleave(calls, measure.effort(args), clock, say=say).items():
+                    row = {"clock": name, "dtype": dtype_name(dtype), "numel": numel, "way": way}
+                    results.add(kind="ascend", **row, **timing.as_row())
+    finally:
+        os.environ.pop(THRESHOLD)
+        if before is not None:
+            os.environ[THRESHOLD] = before
 
 
 def crossover(sizes: Sequence[int], wins: Callable[[int], bool]) -> int:
@@ -74,62 +86,52 @@ def crossover(sizes: Sequence[int], wins: Callable[[int], bool]) -> int:
     return largest
 
 
-def report(results: Results, dtype: torch.dtype, sizes: Sequence[int], times: dict, copy: float) -> None:
-    """``times``: clock -> way -> seconds by size."""
-    for clock, ways in times.items():
-        rows = []
-        for i, numel in enumerate(sizes):
-            one, two = (ways[way][i] * 1e6 for way in WAYS)
-            share = 5 * numel * dtype.itemsize / (min(one, two) / 1e6) / copy
-            rows.append((size(numel), number(one), number(two), f"{two / one:.2f}x", f"{share:.0%}"))
-            for way, us in zip(WAYS, (one, two), strict=True):
-                results.add(kind="ascend", clock=clock, dtype=dtype_name(dtype), numel=numel, way=way, us=us)
-        print(f"\n== norm + perturb, {dtype_name(dtype)}, {clock}: µs ==\n")
-        print_table(("parameters", "one launch", "two launches", "two / one", "best, of copy_"), rows)
-        one, two = ways.values()
-        largest = crossover(sizes, dict(zip(sizes, (a <= b for a, b in zip(one, two, strict=True)), strict=True)).get)
-        bytes_ = largest * dtype.itemsize / 2**20
+def print_results(results: Results, copy: float | None) -> None:
+    rows = results.select(kind="ascend")
+    for dtype, clock in dict.fromkeys((row["dtype"], row["clock"]) for row in rows):
+        lines, wins, bytes_each = [], {}, getattr(torch, dtype).itemsize
+        here = results.select(kind="ascend", dtype=dtype, clock=clock)
+        for numel in dict.fromkeys(row["numel"] for row in here):
+            times = {row["way"]: row["ms"] * 1e3 for row in here if row["numel"] == numel}
+            one, two = (times[way] for way in WAYS)
+            best = 5 * numel * bytes_each / (min(one, two) / 1e6)
+            share = f"{best / copy:.0%}" if copy else "–"
+            lines.append((size(numel), number(one), number(two), f"{two / one:.2f}x", share))
+            wins[numel] = one <= two
+        print(f"\n== norm + perturb, {dtype}, {clock}: µs ==\n")
+        print_table(("parameters", "one launch", "two launches", "two / one", "best, of copy_"), lines)
+        largest = crossover(list(wins), wins.__getitem__)
+        bytes_ = largest * bytes_each / 2**20
         print(f"\n  one launch wins up to {size(largest)} parameters, {bytes_:.0f} MiB of gradients")
 
 
-def ask(way: str, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """What ``child`` says in a process of its own."""
-    command = [sys.executable, __file__, "--child", "--seconds", str(args.seconds), "--rounds", str(args.rounds)]
-    command += ["--dtype", *args.dtype, "--sizes", *map(str, args.sizes)]
-    environment = {**os.environ, "MSAM_KERNELS_COOPERATIVE_BYTES": str(WAYS[way])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{way}: failed\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+def jobs(results: Results, args: argparse.Namespace) -> Generator[Job, None, None]:
+    for name in args.dtype:
+        for numel in args.sizes:
+            yield f"{size(numel)}, {name}", partial(run_size, results, getattr(torch, name), numel, args)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = measure.parser(__doc__, seconds=0.3, rounds=50, unit="size")
+    parser.set_defaults(device=torch.device("cuda"), backend="auto")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = measure.parser(__doc__, seconds=0.3, rounds=50, unit="size")
-    parser.set_defaults(device=torch.device("cuda"), backend="cuda")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
-    parser.add_argument("--turns", type=int, default=2, help="processes of each way")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    args = parse(argv)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench_ascend.py needs a CUDA device: it compares ways to launch a kernel there")
-    if args.child:
-        print(json.dumps(child(args)))
-        return 0
     results = measure.begin(args, "Norm and perturb in one launch and in two", backend=args.backend)
-    copy = measure.copy_bandwidth(args.device)
-    results.add(kind="copy", gb_per_s=copy / 1e9)
-    print(f"copy_ moves {number(copy / 1e9)} GB/s")
-    runs = [(way, ask(way, args)) for _ in range(args.turns) for way in WAYS]
-
-    def seconds(name: str, clock: str, way: str) -> list[float]:
-        """Medians over the turns, by size."""
-        return [statistics.median(turn) for turn in zip(*(r[name][clock] for w, r in runs if w == way), strict=True)]
-
-    for name in args.dtype:
-        times = {clock: {way: seconds(name, clock, way) for way in WAYS} for clock in CLOCKS}
-        report(results, getattr(torch, name), args.sizes, times, copy)
-    return measure.conclude(results, args)
+    copy = None
+    if args.device.type == "cuda":
+        copy = measure.copy_bandwidth(args.device)
+        results.add(kind="copy", gb_per_s=copy / 1e9)
+        print(f"copy_ moves {number(copy / 1e9)} GB/s")
+    failed = measure.run(jobs(results, args), len(args.dtype) * len(args.sizes), results, args)
+    print_results(results, copy)
+    return measure.conclude(results, args, failed)
 
 
 if __name__ == "__main__":

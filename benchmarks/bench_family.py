@@ -40,7 +40,7 @@ def print_results(results: Results) -> None:
     rows = []
     for name in FAMILY:
         times = {row["contestant"]: row for row in results.select(kind="step", method=name)}
-        if not times:
+        if OURS not in times:
             continue
         ours = times[OURS]
         share = f"{ours['gb_per_s'] / copy:.0%}" if copy else "–"

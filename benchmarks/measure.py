@@ -9,6 +9,7 @@ import csv
 import ctypes
 import datetime
 import gc
+import io
 import math
 import os
 import platform
@@ -433,14 +434,22 @@ class Results:
         return [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
 
     def write(self, path: Path) -> None:
-        keys = list(dict.fromkeys(key for row in self.rows for key in row))
+        keys = dict.fromkeys([*(key for row in self.rows for key in row), *self.facts])
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(keys))
+        writer.writeheader()
+        for row in self.rows:
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow({**rounded, **self.facts})
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*keys, *self.facts])
-            writer.writeheader()
-            for row in self.rows:
-                rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-                writer.writerow({**rounded, **self.facts})
+        replace(path, text.getvalue())
+
+
+def replace(path: Path, text: str) -> None:
+    """Write the file at once: whoever is stopped meanwhile leaves the one before."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, newline="")
+    unfinished.replace(path)
 
 
 class Progress:
@@ -518,24 +527,32 @@ def begin(args: argparse.Namespace, title: str, kind: type[Results] = Results, *
 
 
 def run(jobs: Generator[Job, None, None], total: int, results: Results, args: argparse.Namespace) -> list[str]:
-    """Run every (name, job) as it comes, write the CSV after each, and return the names of those that failed."""
-    progress, end, failed = Progress(total, "cases"), time.monotonic() + args.limit, []
-    for name, job in jobs:
-        if time.monotonic() > end:
-            results.note(f"{name} and all that follows is left out, the time limit was reached.")
-            jobs.close()
-            break
-        try:
-            job(lambda text, name=name: progress.say(f"{name}: {text}"))
-        except Failed as error:
+    """Run every (name, job) as it comes, write the CSV after each, and return the names of those that failed.
+
+    Who interrupts it gets what there is: the case at hand counts as failed, and those to come are left out.
+    """
+    progress, end, failed, name = Progress(total, "cases"), time.monotonic() + args.limit, [], "the first case"
+    try:
+        for name, job in jobs:
+            if time.monotonic() > end:
+                results.note(f"{name} and all that follows is left out, the time limit was reached.")
+                break
+            try:
+                job(lambda text, name=name: progress.say(f"{name}: {text}"))
+            except Failed as error:
+                progress.clear()
+                print(f"\n{error}", flush=True)
+                failed.append(name)
+            gc.collect()
+            progress.update()
             progress.clear()
-            print(f"\n{error}", flush=True)
-            failed.append(name)
-        gc.collect()
-        progress.update()
+            if args.csv:  # whatever may come
+                results.write(args.csv)
+    except KeyboardInterrupt:
         progress.clear()
-        if args.csv:  # whatever may come
-            results.write(args.csv)
+        results.note(f"Interrupted in {name}; all that follows is left out.")
+        failed.append(name)
+    jobs.close()
     return failed
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from functools import partial
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
 
-from msam_kernels import methods
+from msam_kernels import backends, methods
 from msam_kernels._torch import is_shared
 from plain import PlainSAM
 
@@ -54,67 +60,487 @@ def test_without_a_gpu_it_is_one_sentence(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("extension")
 def test_a_rehearsal_writes_a_summary(tmp_path):
-    done = gpu("--rehearse", "--results", str(tmp_path), "--parts", "sanitize_memcheck", "steps_small", "train_sgd")
+    options = ("--budget", "1800", "--prebuilt", "msam_kernels")
+    names = ["smoke", "sanitize_memcheck", "steps_small", "train_sgd", "kernels_ascend"]
+    done = gpu("--rehearse", "--results", str(tmp_path), *options, "--parts", *names)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "summary.md").read_text()
-    for part in ("sanitize_memcheck", "steps_small", "train_sgd"):
+    for part in names:
         assert f"| {part} | passed |" in summary
         assert (tmp_path / f"{part}.log").is_file()
-    for table in ("steps-small.csv", "train-sgd.csv", "parts.csv"):
+    assert "| cnn, 59k: SAM, m = 1 |" in summary
+    assert "of unknown sources, for torch" in summary
+    for table in ("steps-small.csv", "train-sgd.csv", "ascend.csv", "parts.csv"):
         header, row = (tmp_path / table).read_text().splitlines()[:2]
         assert {"machine", "python", "torch", "commit"} <= set(header.split(","))
         assert f",{torch.__version__}," in row
+    assert summary.split("\n## ")[0].strip() in done.stdout
     assert done.stdout.splitlines()[-1].endswith(str(tmp_path))
 
 
 def test_parts_are_chosen_by_name_or_beginning(load, tmp_path):
     module = load("gpu")
-    known = module.parts(tmp_path, 480, 2, False)
-    names = [part.name for part in module.selected(["build", "suite", "train"], known)]
-    assert names == ["build", "suite_optimizer", "suite_rest", "train_sgd", "train_adamw"]
+    known = module.parts(tmp_path, 2, False)
+    names = [part.name for part in module.selected(["build", "suite", "kernels"], known)]
+    assert names == ["build", "kernels", "suite_optimizer", "suite_rest", "kernels_triton", "kernels_ascend"]
     assert module.selected([], known) == list(known.values())
-    with pytest.raises(SystemExit, match="no part 'suit'; parts are build, test"):
+    with pytest.raises(SystemExit, match="no part 'suit'; parts are build, smoke"):
         module.selected(["suit"], known)
 
 
-def test_every_command_names_files_and_options_that_exist(load, tmp_path):
+@pytest.mark.parametrize("rehearse", [False, True], ids=["on a GPU", "rehearsal"])
+def test_every_command_names_files_and_options_that_exist(rehearse, load, tmp_path):
     module = load("gpu")
-    for part in module.parts(tmp_path, 480, 2, False).values():
-        for command in part.commands:
+    for part in module.parts(tmp_path, 2, rehearse).values():
+        for command in (module.with_seconds(c, 100) for c in part.commands):
             for word in command:
                 if word.startswith("--ignore="):
                     word = word.removeprefix("--ignore=")
                 if word.endswith(".py"):
                     assert (ROOT / word).is_file(), word
             script = Path(command[1])
-            if script.name in ("bench_step.py", "bench_train.py", "bench_family.py"):
-                load(script.stem).parse(command[2:])
+            if script.name.startswith("bench_"):
+                args = load(script.stem).parse(command[2:])
+                assert args.limit == 70
+                assert (args.device.type == "cpu") == rehearse
+
+
+# ---- make gpu, time --------------------------------------------------------------------------------------------------
+
+
+def turns_of(module, *weights: float, least: float = 20.0):
+    return [[module.Part(str(i), [], weight=w, least=least)] for i, w in enumerate(weights)]
+
+
+def test_checks_that_follow_each_other_run_side_by_side_where_there_are_cores(load):
+    module = load("gpu")
+    chosen = [module.Part(n, [], alone=n.isupper(), cores=2 + (n == "d")) for n in "AabcBdCe"]
+
+    def names(cores):
+        return ["".join(part.name for part in turn) for turn in module.turns(chosen, cores)]
+
+    assert names(6) == ["A", "abc", "B", "d", "C", "e"]
+    assert names(4) == ["A", "ab", "c", "B", "d", "C", "e"]
+    assert names(1) == list("AabcBdCe")
+
+
+@pytest.mark.parametrize("left", [60, 100, 101, 840, 10_000])
+def test_a_budget_is_shared_by_weight_after_the_least(left, load):
+    module = load("gpu")
+    to_come = turns_of(module, 30, 10, 60, 10, 10)
+    used = []
+    for i in range(len(to_come)):
+        used.append(module.share(left - sum(used), to_come[i:]))
+    assert sum(used) == pytest.approx(left)
+    served = [s for s in used if s > 1e-9]
+    assert len(served) == min(5, left // 20)  # the last are those who go without
+    assert min(served) >= 20 - 1e-9
+    if left == 840:
+        assert used == pytest.approx([20 + 740 * w / 120 for w in (30, 10, 60, 10, 10)])
+
+
+def test_what_a_part_leaves_goes_to_those_after_it_and_what_it_takes_too_much_comes_from_all(load):
+    module = load("gpu")
+    to_come = turns_of(module, 10, 10, 30)
+    assert module.share(160, to_come) == pytest.approx(40)
+    assert module.share(150, to_come[1:]) == pytest.approx(20 + 110 / 4)  # the first took 10
+    assert module.share(100, to_come[1:]) == pytest.approx(20 + 60 / 4)  # it took 60
+    assert module.share(30, to_come[1:]) == 30  # it took 130: the second is served, the third has what that leaves
+    assert module.share(12, to_come[2:]) == 12
+
+
+def test_a_part_that_needs_more_than_others_has_it_first(load):
+    module = load("gpu")
+    to_come = turns_of(module, 10, least=200) + turns_of(module, 10, 10)
+    assert module.share(230, to_come) == pytest.approx(200 + 10 / 2)
+    assert module.share(100, to_come) == 100
+
+
+@pytest.mark.parametrize("cores", [2, 16])
+@pytest.mark.parametrize("budget", [60.0, 240.0, 840.0])
+def test_the_plan_is_the_whole_budget(budget, cores, load, tmp_path):
+    module = load("gpu")
+    to_come = module.turns(list(module.parts(tmp_path, min(4, cores), False).values()), cores)
+    rows = module.plan(to_come, budget, 480)
+    assert sum(float(seconds) for _, _, seconds in rows if seconds != "what is left") == pytest.approx(budget, abs=8)
+    assert rows[0][0] == "build"
+    assert {name for names, _, _ in rows for name in names.split(", ")} == set(module.parts(tmp_path, 2, False))
+    assert all(seconds == "480" for _, _, seconds in module.plan(to_come, None, 480))
+
+
+def test_840_seconds_hold_every_part_of_a_prebuilt_extension(load, tmp_path):
+    """On the machine that ``make gpu`` is planned for, with 16 cores."""
+    module = load("gpu")
+    chosen = [part for name, part in module.parts(tmp_path, 4, False).items() if name != "build"]
+    rows = module.plan(module.turns(chosen, 16), 840 - module.SPARE, 480)
+    assert all(float(seconds) >= 25 for _, _, seconds in rows)
+    assert rows[0][0] == "smoke"
+
+
+# ---- make gpu, runs --------------------------------------------------------------------------------------------------
+
+FACTS = {"device": "none", "machine": "none", "commit": "none"}
+
+
+def python(code: str, name: str = "part", **options):
+    return importlib.import_module("gpu").Part(name, [[sys.executable, "-c", code]], **options)
+
+
+def outcomes(record) -> dict[str, str]:
+    return {name: outcome.verdict for name, outcome in record.outcomes.items()}
 
 
 def test_a_part_that_fails_or_hangs_stops_no_other(load, tmp_path, capsys):
     module = load("gpu")
     codes = {"fails": "print('words'); raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "passes": ""}
-    parts = [module.Part(name, [[sys.executable, "-c", code]]) for name, code in codes.items()]
+    parts = [python(code, name) for name, code in codes.items()]
     parts.append(module.Part("absent", [["/no/such/tool"]]))
+    to_run = module.turns(parts, 4)
+    record = module.Record(to_run, FACTS, ["a note"], tmp_path)
     start = time.monotonic()
-    outcomes = module.run_all(parts, tmp_path, 2, dict(os.environ), 4)
+    module.run_all(to_run, record, lambda to_come: 1.0, dict(os.environ))
     assert time.monotonic() - start < 30
-    verdicts = ["failed with status 3", "ran out of its 2 s", "passed", "failed"]
-    assert [outcome.verdict for outcome in outcomes] == verdicts
-    assert [outcome.failed for outcome in outcomes] == [True, True, False, True]
+    verdicts = ["failed with status 3", "ran out of its 1 s", "passed", "failed"]
+    assert list(outcomes(record).values()) == verdicts
+    assert [outcome.is_failure(False) for outcome in record.outcomes.values()] == [True, True, False, True]
+    assert [outcome.is_failure(True) for outcome in record.outcomes.values()] == [True, False, False, True]
     assert "words" in (tmp_path / "fails.log").read_text()
-    module.report(outcomes, {"machine": "none"}, ["a note"], tmp_path)
-    assert "| fails | failed with status 3 |" in (tmp_path / "summary.md").read_text()
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| fails | failed with status 3 |" in summary
+    assert "* a note" in summary
     assert "/no/such/tool" in capsys.readouterr().out
+
+
+def test_a_part_that_overruns_leaves_the_others_their_shares(load, tmp_path):
+    module = load("gpu")
+    parts = [python("import time; time.sleep(60)", name, alone=True, least=0.5) for name in "ab"]
+    parts.append(python("print('12 passed in 1s')", "last", alone=True, least=0.5))
+    to_run = module.turns(parts, 1)
+    record = module.Record(to_run, FACTS, [], tmp_path)
+    end = time.monotonic() + 3.6
+    module.run_all(to_run, record, lambda to_come: module.share(end - time.monotonic(), to_come), dict(os.environ))
+    assert time.monotonic() < end + 2
+    assert all(verdict.startswith("ran out of its") for verdict in list(outcomes(record).values())[:2])
+    assert outcomes(record)["last"] == "passed"
+
+
+def test_parts_for_which_no_time_is_left_are_not_begun(load, tmp_path):
+    module = load("gpu")
+    to_run = module.turns([python("", "a", alone=True), python("", "b", alone=True)], 1)
+    record = module.Record(to_run, FACTS, [], tmp_path)
+    module.run_all(to_run, record, lambda to_come: 30.0 if len(to_come) == 2 else 0.5, dict(os.environ))
+    assert outcomes(record) == {"a": "passed", "b": "not begun"}
+    assert not record.outcomes["b"].is_failure(True)
+    assert record.outcomes["b"].is_failure(False)
+
+
+INTERRUPTED = """
+import time
+print("3 failed, 5 passed in 1s" if {failed} else "5 passed in 1s", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("what it has")
+"""
+
+
+def test_who_runs_out_of_time_can_say_what_it_has_and_failures_stay_failures(load, tmp_path):
+    module = load("gpu")
+    to_run = [[python(INTERRUPTED.format(failed=name == "red"), name) for name in ("red", "green")]]
+    record = module.Record(to_run, FACTS, [], tmp_path)
+    module.run_all(to_run, record, lambda to_come: 1.0, dict(os.environ))
+    assert all("what it has" in (tmp_path / f"{name}.log").read_text() for name in ("red", "green"))
+    assert outcomes(record) == {"red": "failed, and ran out of its 1 s", "green": "ran out of its 1 s"}
+    assert [outcome.is_failure(True) for outcome in record.outcomes.values()] == [True, False]
+
+
+def test_results_are_on_disk_while_the_next_part_runs(load, tmp_path):
+    """So whoever kills it then has them: this part looks."""
+    module, seen = load("gpu"), tmp_path / "seen"
+    look = f"import shutil, sys; shutil.copytree({str(tmp_path / 'results')!r}, {str(seen)!r})"
+    to_run = module.turns(
+        [python("print('7 passed in 1s')", "a", alone=True), python(look, "b"), python("", "c", alone=True)], 1
+    )
+    record = module.Record(to_run, FACTS, [], tmp_path / "results")
+    module.run_all(to_run, record, lambda to_come: 30.0, dict(os.environ))
+    summary = (seen / "summary.md").read_text()
+    for line in ("| a | passed | ", "| b | begun |", "| c | not begun |"):
+        assert line in summary
+    with (seen / "parts.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["part"], row["verdict"]) for row in rows] == [("a", "passed"), ("b", "begun"), ("c", "not begun")]
+    assert rows[0]["says"] == "7 passed in 1s"
+
+
+def test_who_is_asked_to_stop_stops_its_parts_and_begins_no_other(load, tmp_path):
+    module = load("gpu")
+    to_run = module.turns([python("import time; time.sleep(60)", "a"), python("", "b", alone=True)], 1)
+    record = module.Record(to_run, FACTS, [], tmp_path)
+    timer = threading.Timer(0.3, record.over.set)
+    timer.start()
+    start = time.monotonic()
+    module.run_all(to_run, record, lambda to_come: 60.0, dict(os.environ))
+    assert time.monotonic() - start < 10
+    assert outcomes(record) == {"a": "stopped", "b": "not begun"}
+
+
+def test_a_benchmark_that_is_interrupted_keeps_the_cases_before(load, tmp_path, capsys):
+    measure = load("measure")
+    args = measure.parser("", seconds=1, rounds=1).parse_args(["--csv", str(tmp_path / "table.csv")])
+    results = measure.Results({"machine": "none"})
+
+    def interrupted(say):
+        raise KeyboardInterrupt
+
+    def jobs():
+        try:
+            yield "first", lambda say: results.add(case="first")
+            yield "second", interrupted
+            yield "third", lambda say: results.add(case="third")
+        finally:
+            print("a table of what there is")
+
+    failed = measure.run(jobs(), 3, results, args)
+    assert failed == ["second"]
+    assert measure.conclude(results, args, failed) == 1
+    output = capsys.readouterr().out
+    assert "a table of what there is" in output
+    assert "Interrupted in second" in output
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == ["first"]
+
+
+# ---- make gpu, an extension from elsewhere ---------------------------------------------------------------------------
+
+HERE = {"built_with_torch": torch.__version__, "cuda": "13.0 for 9.0"}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout in small, without an extension."""
+    root = tmp_path / "checkout"
+    (root / "msam_kernels").mkdir(parents=True)
+    (root / "csrc" / "cpu").mkdir(parents=True)
+    (root / "setup.py").write_text("flags")
+    (root / "csrc" / "cpu" / "a.cpp").write_text("code")
+    return root
+
+
+@pytest.fixture
+def quickly(load, monkeypatch):
+    """Without loading the extension in a process of its own: what this one knows."""
+    monkeypatch.setattr(load("prebuilt"), "info", lambda file: backends.extension.build_info())
+
+
+def here(folder: Path) -> Path:
+    """The extension of this Python in ``folder``, as a copy."""
+    folder.mkdir(parents=True)
+    return Path(shutil.copy(backends.extension.__file__, folder))
+
+
+def used_from(path: Path, file: Path, checkout: Path) -> str:
+    (note,) = importlib.import_module("prebuilt").use(path, checkout, on_gpu=False)
+    (target,) = (checkout / "msam_kernels").iterdir()
+    assert target.name == file.name
+    assert target.read_bytes() == file.read_bytes()
+    return note
+
+
+@pytest.mark.usefixtures("extension", "quickly")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_extension_from_elsewhere_is_used(kind, checkout, tmp_path):
+    file = here(tmp_path / "elsewhere" / "msam_kernels")
+    used_from(file if kind == "file" else tmp_path / "elsewhere", file, checkout)
+
+
+@pytest.mark.usefixtures("extension", "load")
+def test_a_wheel_from_elsewhere_is_used_and_its_extension_says_what_it_is_for(checkout, tmp_path):
+    file, wheel = here(tmp_path / "elsewhere"), tmp_path / "msam_kernels-1-cp3-cp3-linux.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(file, f"msam_kernels/{file.name}")
+        archive.writestr("msam_kernels/__init__.py", "raise ImportError")
+    assert f"of unknown sources, for torch {torch.__version__}, CUDA " in used_from(wheel, file, checkout)
+
+
+@pytest.mark.usefixtures("extension", "quickly")
+def test_what_was_built_from_other_sources_is_refused(load, checkout, tmp_path):
+    prebuilt, file = load("prebuilt"), here(tmp_path / "elsewhere")
+    notes = file.parent / prebuilt.NOTES
+    notes.write_text(json.dumps({"sources": prebuilt.sources(checkout)}))
+    (note,) = prebuilt.use(file.parent, checkout, on_gpu=False)
+    assert "of these sources" in note
+    (checkout / "msam_kernels" / file.name).unlink()
+    (checkout / "csrc" / "cpu" / "a.cpp").write_text("other code")
+    with pytest.raises(SystemExit, match=r"was built from other sources than this checkout has: .*make gpu-build"):
+        prebuilt.use(file.parent, checkout, on_gpu=False)
+    assert not list((checkout / "msam_kernels").iterdir())
+
+
+def test_what_is_no_extension_for_this_python_is_refused(load, checkout, tmp_path):
+    prebuilt, folder = load("prebuilt"), tmp_path / "elsewhere"
+    folder.mkdir()
+
+    def refused(path, words):
+        with pytest.raises(SystemExit, match=words) as raised:
+            prebuilt.use(path, checkout, on_gpu=False)
+        assert str(path) in str(raised.value)
+        assert "make gpu-build PYTHON=python3." in str(raised.value)
+        assert not list((checkout / "msam_kernels").iterdir())
+
+    refused(tmp_path / "absent", "does not exist")
+    (tmp_path / "a.whl").write_text("no wheel")
+    refused(tmp_path / "a.whl", "is no wheel")
+    refused(folder, r"has no extension in it, no _C\.\*\.so")
+    (folder / "_C.cpython-27-x86_64-linux-gnu.so").write_text("")
+    refused(folder, r"is for another Python \(_C\.cpython-27-")
+    (folder / f"_C{EXTENSION_SUFFIXES[0]}").write_text("no library")
+    refused(
+        folder,
+        f"cannot be loaded with torch {re.escape(torch.__version__)} \\(ImportError: .*file too short|invalid ELF",
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "capability", "words"),
+    [
+        ({}, (9, 0), None),
+        ({"cuda": "none"}, None, None),
+        ({"built_with_torch": torch.__version__.split("+")[0] + "+cu999"}, None, None),
+        (
+            {"built_with_torch": "1.2.3+cu130"},
+            None,
+            r"is for torch 1\.2\.3\+cu130, and here is " + re.escape(torch.__version__),
+        ),
+        ({"cuda": "none"}, (9, 0), "has no CUDA kernels"),
+        ({"cuda": "12.8 for 9.0"}, (9, 0), r"is for CUDA 12\.8, and torch here for 13\.0"),
+        ({}, (8, 0), r"is for compute capability 9\.0, and the GPU here has 8\.0"),
+    ],
+    ids=["fits", "no GPU", "another build of torch", "another torch", "no CUDA", "another CUDA", "another GPU"],
+)
+def test_what_does_not_fit_is_said(facts, capability, words, load, monkeypatch):
+    prebuilt = load("prebuilt")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if words is None:
+        prebuilt.check(Path("x"), HERE | facts, capability)
+        return
+    with pytest.raises(SystemExit, match=f"^x {words}: build one that fits"):
+        prebuilt.check(Path("x"), HERE | facts, capability)
+
+
+@pytest.mark.parametrize(
+    ("targets", "capability", "fits"),
+    [
+        ("9.0", (9, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0+PTX", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("8.0;9.0+PTX", (12, 0), True),
+        ("8.0 9.0", (9, 0), True),
+        ("Hopper", (9, 0), True),
+    ],
+)
+def test_what_a_gpu_runs(targets, capability, fits, load):
+    assert load("prebuilt").serves(targets, capability) == fits
+
+
+# ---- make gpu, report ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_about_gpus_has_the_numbers_of_the_files(load):
+    """Tables as they are printed, so that new files cannot leave old numbers there."""
+    module = load("gpu_tables")
+    rows = module.read(module.RESULTS.glob("h200-*.csv"))
+    tables = "\n".join(module.text(rows))
+    assert tables.count("| ---") > 3
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for table in tables.strip().split("\n\n"):
+        assert table in page
+    assert {row["commit"] for row in rows if "commit" in row} == {"9e8c072"}
+
+
+def test_tables_have_what_there_is_and_the_later_of_two_measurements(load, tmp_path):
+    module, measure = load("gpu_tables"), load("measure")
+    for day, ms in ((2, 3.0), (1, 2.0)):
+        results = measure.Results({"backend": "cuda", "date": f"2026-01-0{day}"})
+        case = {"kind": "step", "shape": "s", "numel": 2_000_000, "dtype": "bfloat16", "method": "SAM", "base": "adamw"}
+        case["micro_batches"] = 4
+        results.add(contestant="ours", ms=ms, host_us=None, launches=3.0, **case)
+        results.add(contestant="loop", ms=6.0, **case)
+        results.add(contestant="foreach", ms=1.0, **{**case, "micro_batches": 1})  # ours is missing there
+        results.write(tmp_path / f"{day}.csv")
+    lines = module.text(module.read(tmp_path.glob("*.csv")))
+    assert lines == [
+        "",
+        "| step | ours | loop | foreach | our host time | launches |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| s, 2.0M: SAM, adamw, bf16, m = 4 | 3.00 ms | 2.00x | – | – | 3 |",
+    ]
+
+
+def test_ratios_are_of_one_run(load, tmp_path):
+    """The later one has our time, and the earlier one's peer is compared with ours of then."""
+    module, measure = load("gpu_tables"), load("measure")
+    for day, times in ((1, {"ours": 2.0, "loop": 6.0}), (2, {"ours": 4.0, "compile": 8.0})):
+        results = measure.Results({"backend": "cuda", "date": f"2026-01-0{day}"})
+        for name, ms in times.items():
+            case = {
+                "shape": "s",
+                "numel": 2_000_000,
+                "dtype": "float32",
+                "method": "SAM",
+                "base": "sgd",
+                "micro_batches": 1,
+            }
+            results.add(kind="step", contestant=name, ms=ms, **case)
+        results.write(tmp_path / f"{day}.csv")
+    lines = module.text(module.read(tmp_path.glob("*.csv")))
+    assert lines[1].startswith("| step | ours | loop | compile |")
+    assert lines[3].startswith("| s, 2.0M: SAM, m = 1 | 4.00 ms | 3.00x | 2.00x |")
+
+
+def test_numbers_of_other_code_in_the_folder_are_not_shown_as_those_of_this_run(load, tmp_path):
+    module, measure = load("gpu"), load("measure")
+    for commit, ms in (("none", 3.0), ("another", 2.0)):
+        results = measure.Results({**FACTS, "commit": commit})
+        results.add(
+            kind="step",
+            shape=commit,
+            numel=2_000_000,
+            dtype="float32",
+            method="SAM",
+            base="sgd",
+            micro_batches=1,
+            contestant="ours",
+            ms=ms,
+        )
+        results.write(tmp_path / f"{commit}.csv")
+    text = module.Record([], FACTS, [], tmp_path).text()
+    assert "none, 2.0M: SAM, m = 1 | 3.00 ms" in text
+    assert "another" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_picture_can_be_drawn_again(load, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert load("gpu_tables").main(["--plot", str(tmp_path / "picture.png")]) == 0
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert "picture: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("log", "words"),
     [
         ("...\n==== 312 passed, 4 skipped in 40.1s (0:00:40) ====\n", "312 passed, 4 skipped in 40.1s (0:00:40)"),
-        ("sgd: 10 variants ran\n========= ERROR SUMMARY: 0 errors\n", "ERROR SUMMARY: 0 errors"),
+        ("20 calls of 2 operators ran\n========= ERROR SUMMARY: 0 errors\n", "ERROR SUMMARY: 0 errors"),
         ("  a  1.2x  1x  reached\n  b  0.5x  1x  not reached\n", "1 of 2 goals reached"),
+        ("sgd: 10 variants\n20 calls of 2 operators ran\n", "20 calls of 2 operators ran"),
         ("nothing known\n", ""),
     ],
 )
@@ -385,6 +811,22 @@ def test_what_the_host_does_is_timed_call_by_call(load, tmp_path, capsys):
 def test_the_model_of_the_host_has_the_tensors_of_resnet50(load):
     model = load("bench_host").narrow_resnet(torch.device("cpu"))
     assert len(list(model.parameters())) == 161
+
+
+@pytest.mark.usefixtures("extension")
+def test_one_launch_and_two_take_turns_by_the_threshold_that_they_are_asked_for(load, monkeypatch, tmp_path, capsys):
+    bench, kernels, seen = load("bench_ascend"), load("kernels"), []
+    call = kernels.From.__call__
+    monkeypatch.setattr(kernels.From, "__call__", lambda self: (seen.append(os.environ[bench.THRESHOLD]), call(self)))
+    monkeypatch.setenv(bench.THRESHOLD, "7")
+    options = "--device cpu --sizes 6000 60000 --dtype float32 --rounds 1 --seconds 0.01"
+    assert bench.main([*options.split(), "--csv", str(tmp_path / "ascend.csv")]) == 0
+    assert set(seen) == {str(threshold) for threshold in bench.WAYS.values()}
+    assert os.environ[bench.THRESHOLD] == "7"
+    with (tmp_path / "ascend.csv").open() as file:
+        rows = [(row["numel"], row["way"]) for row in csv.DictReader(file)]
+    assert sorted(rows) == [(numel, way) for numel in ("6000", "60000") for way in bench.WAYS]
+    assert "one launch wins up to" in capsys.readouterr().out
 
 
 def test_the_crossover_is_where_one_launch_stops_to_win(load):

@@ -12,6 +12,7 @@ import copy
 import ctypes
 import fcntl
 import hashlib
+import importlib
 import math
 import shutil
 import subprocess
@@ -238,9 +239,12 @@ def test_every_operator_is_one_launch_and_ascend_at_most_two(emulated, monkeypat
 
     for case in CASES:
         assert launches(*case) == 1, case
-    monkeypatch.setenv("MSAM_KERNELS_COOPERATIVE_BYTES", "0")
-    for case in CASES:
-        assert launches(*case) == (2 if case[0] == "ascend" else 1), case
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    bench = importlib.import_module("bench_ascend")  # which measures both
+    for way, threshold in bench.WAYS.items():
+        monkeypatch.setenv(bench.THRESHOLD, str(threshold))
+        for case in CASES:
+            assert launches(*case) == (2 if case[0] == "ascend" and way == "two launches" else 1), (way, case)
 
 
 @pytest.mark.parametrize("pointers", [7, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (6, 13))])

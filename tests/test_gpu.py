@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU: the kernels against the CPU's, bit for bit; no synchronisation; few launches. Skipped where there is none.
 
-Run as a script, it calls every kernel once at awkward sizes, a small program for compute-sanitizer:
-``python tests/test_gpu.py cuda fp32 bf16``.
+Run as a script, it calls every kernel once at awkward sizes, a small program for compute-sanitizer: ``python
+tests/test_gpu.py cuda fp32 bf16``. With ``--against-cpu`` before that, it compares each with the CPU's: a smoke test.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def nearly_same_bits(actual: torch.Tensor, expected: torch.Tensor, name: str) ->
 
 
 def assert_like_the_cpu(call: Call, backend: str) -> None:
-    if backend == "cuda":
-        return assert_matches(call, backend, "cpu", device="cuda")
+    if backend != "triton":
+        return assert_matches(call, backend, "cpu", device=backend)
     # An ulp in w is much in a small e.
     assert_matches(call, backend, "cpu", device="cuda", same=nearly_same_bits, rtol=1e-6)
 
@@ -288,18 +288,27 @@ def test_another_stream_is_followed(gpu):
     assert_same_memory(call, expected)
 
 
-def call_everything(backend: str, dtypes: list[str]) -> None:
+def call_everything(backend: str, dtypes: list[str], against_cpu: bool) -> None:
     device = torch.device("cpu" if backend == "cpu" else "cuda")
-    operators = backends.get_backend(backend, device)
+    operators, calls = backends.get_backend(backend, device), 0
     for operator, variants in VARIANTS.items():
         for variant in variants:
             for dtype in dtypes:
                 for layout in ({}, {"flat": False, "shift": 1}):
-                    make(operator, variant, DTYPES[dtype], (0, 5, 257, CHUNK + 5), **layout).to(device).run(operators)
+                    call = make(operator, variant, DTYPES[dtype], (0, 5, 257, CHUNK + 5), **layout)
+                    if against_cpu:
+                        assert_like_the_cpu(call, backend)
+                    else:
+                        call.to(device).run(operators)
+                    calls += 1
         if backend != "cpu":
             torch.cuda.synchronize()
-        print(f"{operator}: {len(variants)} variants ran", flush=True)
+        print(f"{operator}: {len(variants)} variants", flush=True)
+    print(f"{calls} calls of {len(VARIANTS)} operators {'are as on the CPU' if against_cpu else 'ran'}")
 
 
 if __name__ == "__main__":
-    call_everything(sys.argv[1] if len(sys.argv) > 1 else "cuda", sys.argv[2:] or list(DTYPES))
+    words = sys.argv[1:]
+    against_cpu = words[:1] == ["--against-cpu"]
+    words = words[against_cpu:] or ["cuda"]
+    call_everything(words[0], words[1:] or list(DTYPES), against_cpu)
