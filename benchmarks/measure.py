@@ -499,6 +499,7 @@ def parser(doc: str, *, seconds: float, rounds: int, unit: str = "case") -> argp
     parser.add_argument(
         "--seconds", type=float, default=seconds, help=f"time per {unit}; at least five rounds are taken"
     )
+    parser.add_argument("--busy", type=int, default=0, help="beside so many processes, each of which wants a core for itself")
     parser.add_argument("--limit", type=float, default=math.inf, help="begin nothing more after so many seconds")
     parser.add_argument(
         "--peer-seconds", type=float, default=120, help="leave a peer out whose first steps take longer"
@@ -518,12 +519,29 @@ def begin(args: argparse.Namespace, title: str, kind: type[Results] = Results, *
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    results = kind({**where(args.device), **facts, "commit": commit(), "date": now()})
+    neighbours = {"busy_neighbours": args.busy} if args.busy else {}
+    results = kind({**where(args.device), **neighbours, **facts, "commit": commit(), "date": now()})
     own = results.facts
     print(f"{title}, {own['date'][:10]}, commit {own['commit']}")
     print(f"{own['machine']}; {own['device']}, {own['threads']} threads")
     print(", ".join(f"{k} {v}" for k, v in own.items() if k not in ("machine", "device", "threads", "commit", "date")))
     return results
+
+
+@contextlib.contextmanager
+def busy_neighbours(count: int) -> Iterator[None]:
+    """So many processes that do nothing but keep a core busy, the last ones first where cores can be chosen."""
+    program = "import os, sys; core = int(sys.argv[1])\nif hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {core})\n"
+    program += "parent = os.getppid()\nwhile os.getppid() == parent: sum(range(100_000))"
+    cores = sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    chosen = [str(cores[-1 - i % len(cores)]) for i in range(count)]
+    processes = [subprocess.Popen([sys.executable, "-c", program, core]) for core in chosen]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def run(jobs: Generator[Job, None, None], total: int, results: Results, args: argparse.Namespace) -> list[str]:
@@ -533,21 +551,22 @@ def run(jobs: Generator[Job, None, None], total: int, results: Results, args: ar
     """
     progress, end, failed, name = Progress(total, "cases"), time.monotonic() + args.limit, [], "the first case"
     try:
-        for name, job in jobs:
-            if time.monotonic() > end:
-                results.note(f"{name} and all that follows is left out, the time limit was reached.")
-                break
-            try:
-                job(lambda text, name=name: progress.say(f"{name}: {text}"))
-            except Failed as error:
+        with busy_neighbours(args.busy):
+            for name, job in jobs:
+                if time.monotonic() > end:
+                    results.note(f"{name} and all that follows is left out, the time limit was reached.")
+                    break
+                try:
+                    job(lambda text, name=name: progress.say(f"{name}: {text}"))
+                except Failed as error:
+                    progress.clear()
+                    print(f"\n{error}", flush=True)
+                    failed.append(name)
+                gc.collect()
+                progress.update()
                 progress.clear()
-                print(f"\n{error}", flush=True)
-                failed.append(name)
-            gc.collect()
-            progress.update()
-            progress.clear()
-            if args.csv:  # whatever may come
-                results.write(args.csv)
+                if args.csv:  # whatever may come
+                    results.write(args.csv)
     except KeyboardInterrupt:
         progress.clear()
         results.note(f"Interrupted in {name}; all that follows is left out.")
@@ -559,7 +578,7 @@ def run(jobs: Generator[Job, None, None], total: int, results: Results, args: ar
 def conclude(results: Results, args: argparse.Namespace, failed: Sequence[str] = ()) -> int:
     """The notes, with one on a machine that was busy, and the file; the exit status."""
     share = results.facts["others_cpu_share"] = round(results.others.share(), 3)
-    if share > 0.05:
+    if share > 0.05 and not args.busy:
         results.note(
             f"Other processes took {share:.0%} of the processors meanwhile: threads that wait for each other then wait for "
             "those too. Do not quote these numbers; run again on an idle machine."

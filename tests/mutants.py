@@ -46,6 +46,7 @@ ALL_EMULATED = "tests/test_cuda_emulated.py"
 SPECIFIED = "tests/test_kernels.py -k 'bits_of_the_specification and fp32'"
 SPECIFIED_16 = "tests/test_kernels.py -k 'bits_of_the_specification and bf16'"
 FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf16",), ("cpu/operators",)
+LOOPS_OVER_PARAMETERS, PARAMETERS = "csrc/parameters.cpp", ("parameters",)
 LOOPS, DEVICE = "csrc/cpu/loops.h", "csrc/cuda/kernels.cuh"
 TRITON = "tests/test_triton.py -k 'bits_of_the_specification'"
 P, B = "msam_kernels/", "msam_kernels/backends/"
@@ -670,10 +671,50 @@ MUTANTS = [
     Mutant(
         "CPU: the last piece of the work is left out",
         "csrc/cpu/operators.cpp",
-        "if (sum >= enough || k + 1 == rows())",
-        "if (sum >= enough)",
+        "if (sum >= kGrain || k + 1 == rows())",
+        "if (sum >= kGrain)",
         KERNELS,
         OPERATORS,
+    ),
+    Mutant(
+        "C++: gradients that overlap are each other's",
+        LOOPS_OVER_PARAMETERS,
+        "    if (span.first < end)",
+        "    if (false)",
+        "tests/test_gradients.py",
+        PARAMETERS,
+    ),
+    Mutant(
+        "C++: a parameter that was re-pointed goes unnoticed",
+        LOOPS_OVER_PARAMETERS,
+        "word[0] != reinterpret_cast<int64_t>(param.const_data_ptr())",
+        "false",
+        "tests/test_gradients.py",
+        PARAMETERS,
+    ),
+    Mutant(
+        "C++: another memory order counts as regular",
+        LOOPS_OVER_PARAMETERS,
+        "if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;",
+        ";",
+        "tests/test_gradients.py",
+        PARAMETERS,
+    ),
+    Mutant(
+        "C++: an entry of the state that was exchanged goes unnoticed",
+        LOOPS_OVER_PARAMETERS,
+        "if (entry != PyList_GET_ITEM(entries.ptr(), i)) return false;",
+        ";",
+        "tests/test_gradients.py",
+        PARAMETERS,
+    ),
+    Mutant(
+        "C++: a frozen parameter that is trained goes unnoticed",
+        LOOPS_OVER_PARAMETERS,
+        "if (!is_served) return !param.requires_grad() && !param.grad().defined();",
+        "if (!is_served) return true;",
+        "tests/test_gradients.py",
+        PARAMETERS,
     ),
     Mutant(
         "CPU: a list too short for the table is taken",
