@@ -852,6 +852,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
   const auto& a = p.args;
   const int64_t k = blockIdx.x;
   const Chunk c = a.table[k];
+  const bool updates = !a.found_inf || *a.found_inf == 0;
   if (is_here(a, c)) {
     S* weights = at<S>(p, a.weights, c);
     const S* base = base_of<S>(a, k, c);
@@ -859,15 +860,16 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
     // The host cannot see that a group has the option. Where the state for it is missing, the weights become NaN.
     const bool missing = option && !a.states[rule == kSgd ? 0 : 2];
     find_terms(p, c, !missing, terms, shared);
-    if (terms.any && option && !missing)
+    const bool any = updates && terms.any;
+    if (any && option && !missing)
       update_row<S, rule, true, combined>(p, c, base, weights, terms, shared);
-    else if (terms.any)
+    else if (any)
       update_row<S, rule, false, combined>(p, c, base, weights, terms, shared);
     else if (base)
       copy(base, weights, int(c.numel));
     settle(a, k, true);
   }
-  if (a.step && a.combination.count) count_steps(p, shared);
+  if (a.step && a.combination.count && updates) count_steps(p, shared);
 }
 
 }  // namespace msam::cuda
