@@ -159,5 +159,6 @@ class Scaled:
 
 def end_capture(device: torch.device, pool: Any) -> None:
     """What a capture that failed leaves undone: the allocator goes on serving it, until it is told."""
-    torch._C._cuda_endAllocateToPool(device.index, pool)
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second in older versions
+    next(filter(None, (getattr(torch._C, name, None) for name in names)))(device.index, pool)
     torch._C._cuda_releasePool(device.index, pool)

@@ -381,7 +381,7 @@ class MicroBatchSAM(Optimizer):
         are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
         gradients are what they were. Until the step ends, gradients that closures leave are the optimizer's alone: it keeps
         some, and may add to them. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
-        ``GradScaler``), use ``passes``.
+        ``GradScaler``), use ``train_step`` with its ``scaler``, or ``passes``.
 
         Returns:
             None, the closure's value at w, or for a sequence the detached mean of the values.

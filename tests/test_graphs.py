@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from msam_kernels import MicroBatchSAM, flat, methods
+from msam_kernels import MicroBatchSAM, buffers, flat, methods
 from msam_kernels.capture import CapturedStep, CudaRecorder
 from plain import same_bits
 
@@ -311,9 +311,9 @@ def with_a_schedule(device):
     return training
 
 
-def with_clipping(device, **options):
-    training = Training(device, torch.float64, **options)
-    norm = torch.zeros((), dtype=torch.float64, device=device)
+def with_clipping(device, dtype=torch.float64, **options):
+    training = Training(device, dtype, **options)
+    norm = torch.zeros((), dtype=dtype, device=device)
     training.noted = [norm]
     training.options["before_update"] = lambda: norm.copy_(clip_grad_norm_(training.model.parameters(), 0.05))
     return training
@@ -338,6 +338,13 @@ def with_scaler(device, clips=False, **options):
     return training
 
 
+def with_half_precision(device):
+    """Scaled, as it has to be, and clipped."""
+    training = with_scaler(device, clips=True, dtype=torch.float32)
+    training.around = lambda: torch.autocast(torch.device(device).type, torch.float16)
+    return training
+
+
 REAL = {
     "autocast within loss_fn": with_autocast_within,
     "autocast around the steps": with_autocast_around,
@@ -351,6 +358,7 @@ REAL = {
     "a scaler": with_scaler,
     "a scaler, AdamW, one micro-batch": lambda device: with_scaler(device, base="AdamW", count=1),
     "a scaler and clipping": lambda device: with_scaler(device, clips=True),
+    "fp16 autocast, a scaler and clipping": with_half_precision,
 }
 
 
@@ -588,8 +596,10 @@ CANNOT = {
 RAISE = {"item": Tensor, "__float__": Tensor, "neg": Tensor, "exponential_": Tensor, "initial_seed": torch}
 
 
-@pytest.mark.parametrize("what", CANNOT)
-@pytest.mark.parametrize("method", ["SAM", "F-SAM", "LookSAM"])
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [("SAM", what) for what in CANNOT] + [(method, "an item in loss_fn") for method in ("F-SAM", "LookSAM")],
+)
 def test_what_cannot_be_captured_is_named_and_changes_nothing(method, what, monkeypatch):
     does, message, named = CANNOT[what]
     model, opt, loss_fn = setup("AdamW", method)
@@ -630,6 +640,31 @@ def test_what_cannot_be_captured_is_named_and_changes_nothing(method, what, monk
         assert torch.equal(step(*data(seed=i)), plain.train_step(other_loss_fn, *data(seed=i)))
         assert same_bits(model.state_dict().values(), other.state_dict().values()), f"step {i}"
     assert recorder.replays == 3
+
+
+def test_what_fails_while_it_is_captured_writes_nothing(monkeypatch):
+    """Nothing ran, and whatever one launches in a capture that has failed raises another error."""
+    model, opt, loss_fn = setup("SGD", "SAM", 1)
+    for p in model.parameters():
+        p.grad = torch.ones(1, dtype=torch.float64).expand_as(p)  # set aside as a copy
+    grads, calls = [p.grad for p in model.parameters()], []
+
+    def launched(*_):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def fails(x, y):
+        loss = loss_fn(x, y)
+        calls.append(loss)
+        if len(calls) == 2:
+            monkeypatch.setattr(flat.Flat, "is_capturing", lambda _: True)
+            for owner, name in ((buffers, "copy_all"), (Tensor, "copy_")):
+                monkeypatch.setattr(owner, name, launched)
+            raise KeyError("mine")
+        return loss
+
+    with pytest.raises(KeyError, match="mine"):
+        opt.train_step(fails, *data())
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
 
 
 def test_an_error_of_the_users_own_comes_out_as_it_is():

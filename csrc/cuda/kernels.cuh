@@ -823,6 +823,9 @@ MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weight
   walk(op, int(c.numel));
 }
 
+// Read where it is needed: a value that lives through a row's work takes a register of it.
+MSAM_DEVICE bool is_wanted(const Update& a) { return !a.found_inf || *a.found_inf == 0; }
+
 // Once no block needs the old step numbers any more, the last one counts them up, of this launch's segments.
 template <class P>
 MSAM_DEVICE void count_steps(const P& p, Shared& shared) {
@@ -834,7 +837,7 @@ MSAM_DEVICE void count_steps(const P& p, Shared& shared) {
     shared.is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // which makes it zero again
   }
   __syncthreads();
-  if (!shared.is_last) return;
+  if (!shared.is_last || !is_wanted(a)) return;
   for (int64_t k = threadIdx.x; k < a.rows; k += kThreads) {
     const Chunk c = a.table[k];
     if (c.begin != 0 || !is_here(a, c)) continue;
@@ -852,7 +855,6 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
   const auto& a = p.args;
   const int64_t k = blockIdx.x;
   const Chunk c = a.table[k];
-  const bool updates = !a.found_inf || *a.found_inf == 0;
   if (is_here(a, c)) {
     S* weights = at<S>(p, a.weights, c);
     const S* base = base_of<S>(a, k, c);
@@ -860,7 +862,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
     // The host cannot see that a group has the option. Where the state for it is missing, the weights become NaN.
     const bool missing = option && !a.states[rule == kSgd ? 0 : 2];
     find_terms(p, c, !missing, terms, shared);
-    const bool any = updates && terms.any;
+    const bool any = terms.any && is_wanted(a);
     if (any && option && !missing)
       update_row<S, rule, true, combined>(p, c, base, weights, terms, shared);
     else if (any)
@@ -869,7 +871,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
       copy(base, weights, int(c.numel));
     settle(a, k, true);
   }
-  if (a.step && a.combination.count && updates) count_steps(p, shared);
+  if (a.step && a.combination.count) count_steps(p, shared);
 }
 
 }  // namespace msam::cuda
