@@ -522,10 +522,10 @@ MUTANTS = [
     ),
     # -- what comes before the update
     Mutant(
-        "before_update comes before the scaler's part",
+        "what a scaler found is lost",
         P + "between.py",
-        "        found_inf = None\n        if self._scaled",
-        "        found_inf = None\n        if self._before_update is not None:\n            self._before_update()\n        if self._scaled",
+        "found_inf = found if found_inf is None else found_inf + found",
+        "pass",
         "tests/test_before_update.py",
     ),
     Mutant(
