@@ -7,7 +7,7 @@ import linecache
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -113,8 +113,9 @@ class CudaRecorder:
         """After a capture that failed."""
         try:
             graph.pool()
-        except RuntimeError:  # it could not even be ended
-            end_capture(self.device, self.pool)
+        except RuntimeError:  # it could not even be ended, or begun
+            with suppress(RuntimeError):
+                end_capture(self.device, self.pool)
         # In older versions of torch generators take themselves to be captured until a capture ends well.
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream), self._capturing(self._new_graph()):
             torch.zeros(1, device=self.device)

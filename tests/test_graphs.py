@@ -73,10 +73,13 @@ class Recorder:
 
         def replay():
             self.replays += 1
+            steps, grads = self.opt.steps, [p.grad for p in self.model.parameters()]
             with without_python():
                 for old, new in zip(outputs, step(), strict=True):
                     old.copy_(new)
-            self.opt.steps -= 1
+            self.opt.steps = steps
+            for p, g in zip(self.model.parameters(), grads, strict=True):
+                p.grad = g
 
         return replay, outputs
 
