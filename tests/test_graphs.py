@@ -47,8 +47,9 @@ class Recorder:
 
     device = torch.device("cpu")
 
-    def __init__(self, model):
-        self.model, self.captures, self.replays = model, 0, 0
+    def __init__(self, model, opt, between=None):
+        self.model, self.opt, self.between = model, opt, between
+        self.captures = self.replays = 0
 
     def warm_up(self, step):
         return step()
@@ -80,6 +81,8 @@ class Recorder:
             self.opt.steps = steps
             for p, g in zip(self.model.parameters(), grads, strict=True):
                 p.grad = g
+            if self.between is not None:
+                self.between.found_infs = {}
 
         return replay, outputs
 
@@ -119,9 +122,8 @@ def setup(base="SGD", method="SAM", count=2, device="cpu", frozen=False):
 
 def captured(opt, model, loss_fn, *example, warm_up=2, before_update=None, scaler=None, other_shapes="eager"):
     """The captured step, and its recorder."""
-    recorder = Recorder(model)
-    recorder.opt = opt
     between = opt.between(before_update, scaler)
+    recorder = Recorder(model, opt, between)
     return CapturedStep(opt, loss_fn, example, recorder, warm_up, between, other_shapes), recorder
 
 
@@ -574,6 +576,11 @@ CANNOT = {
         NOT_PERMITTED,
         r"`loss\.item\(\)` \(test_graphs\.py:\d+, in looks_at",
     ),
+    "an item before the update": (
+        lambda g: g.item(),
+        NOT_PERMITTED,
+        r"`g\.item\(\)` \(test_graphs\.py:\d+, in <lambda>\)",
+    ),
     "a number within torch": (
         *(counts_batches, NOT_PERMITTED),
         r"`float\(self\.num_batches_tracked\)` \(batchnorm\.py:\d+, in forward\), called by `nn\.BatchNorm1d\(1.* in counts_",
@@ -601,7 +608,7 @@ RAISE = {"item": Tensor, "__float__": Tensor, "neg": Tensor, "exponential_": Ten
 
 @pytest.mark.parametrize(
     ("method", "what"),
-    [("SAM", what) for what in CANNOT] + [(method, "an item in loss_fn") for method in ("F-SAM", "LookSAM")],
+    [("SAM", what) for what in CANNOT] + [("F-SAM", "an item in loss_fn"), ("LookSAM", "an item before the update")],
 )
 def test_what_cannot_be_captured_is_named_and_changes_nothing(method, what, monkeypatch):
     does, message, named = CANNOT[what]
@@ -610,9 +617,14 @@ def test_what_cannot_be_captured_is_named_and_changes_nothing(method, what, monk
     bad = []
 
     def sometimes_bad(x, y):
-        return does(loss_fn(x, y)) if bad else loss_fn(x, y)
+        return does(loss_fn(x, y)) if bad and not late else loss_fn(x, y)
 
-    step, recorder = captured(opt, model, sometimes_bad, *data())
+    def before_update():
+        if bad and late:
+            does(next(model.parameters()).grad.sum())
+
+    late = what == "an item before the update"
+    step, recorder = captured(opt, model, sometimes_bad, *data(), before_update=before_update if late else None)
     capture = recorder.capture
 
     def on_a_gpu(step):
