@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from msam_kernels import MicroBatchSAM, buffers, flat, methods
+from msam_kernels import MicroBatchSAM, buffers, capture, flat, methods
 from msam_kernels.capture import CapturedStep, CudaRecorder
 from plain import same_bits
 
@@ -705,6 +706,92 @@ def test_generators_of_another_device_are_refused():
             CudaRecorder(torch.device("cuda:0"), [generator])
 
 
+class Cuda:
+    """What ``CudaRecorder`` asks of torch.cuda: a capture that a step ``breaks`` cannot be ended."""
+
+    def __init__(self, monkeypatch):
+        self.captures, self.streams, self.ended, self.broken = [], ["the user's"], [], False
+        for name in ("Stream", "device", "stream", "CUDAGraph", "graph", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(capture, "end_capture", lambda device, pool: self.ended.append(pool))
+        monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+
+    Stream = device = staticmethod(lambda device: nullcontext(device))
+    graph_pool_handle = staticmethod(lambda: (0, 7))
+
+    @contextmanager
+    def stream(self, stream):
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            self.streams.pop()
+
+    def CUDAGraph(self):
+        graph = SimpleNamespace(generators=[], ended=False, replay=lambda: "replayed")
+        graph.register_generator_state = graph.generators.append
+
+        def pool():
+            if not graph.ended:
+                raise RuntimeError("without a preceding successful capture")
+
+        graph.pool = pool
+        return graph
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        assert self.streams[-1] is stream
+        self.captures.append((graph, pool))
+        try:
+            yield
+        finally:
+            if self.broken:
+                self.broken = False
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            graph.ended = True
+
+    def breaks(self):
+        self.broken = True
+
+
+def test_a_capture_is_ended_mended_and_its_first_error_told(monkeypatch):
+    cuda, generator = Cuda(monkeypatch), SimpleNamespace(device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch, "Generator", SimpleNamespace)
+    recorder, outputs = CudaRecorder(torch.device("cuda:0"), [generator]), [object()]
+    assert recorder.capture(lambda: outputs)[1] is outputs
+    assert len(cuda.captures) == 1
+
+    def fails(error, breaks):
+        def step():
+            if breaks:
+                cuda.breaks()
+            raise error
+
+        return step
+
+    for error in (RuntimeError(NOT_PERMITTED), KeyError("mine"), KeyboardInterrupt()):
+        for breaks in (True, False):
+            cuda.captures.clear(), cuda.ended.clear()
+            with pytest.raises(type(error)) as raised:
+                recorder.capture(fails(error, breaks))
+            assert raised.value is error
+            assert cuda.ended == ([(0, 7)] if breaks else [])
+            # Another capture, which ends well, puts the generators right; it leaves the graphs' pool alone.
+            (_, pool), (mending, none) = cuda.captures
+            assert (pool, none, mending.ended) == ((0, 7), None, True)
+            assert mending.generators == [generator]
+            assert cuda.streams == ["the user's"]
+
+    def unjoined():
+        cuda.breaks()
+        return outputs
+
+    with pytest.raises(RuntimeError, match="previous error during capture"):  # only its end says so
+        recorder.capture(unjoined)
+    assert cuda.ended == [(0, 7)]
+
+
 @gpu
 @pytest.mark.parametrize("what", ["item", "backward", "generator"])
 def test_a_cuda_graph_that_cannot_be_leaves_all_as_it_was(what):
@@ -750,7 +837,7 @@ def test_a_cuda_graph_that_cannot_be_leaves_all_as_it_was(what):
 @gpu
 def test_a_generator_that_is_named_is_followed_by_a_cuda_graph():
     results = []
-    for capture in (True, False):
+    for captures in (True, False):
         training, generator = Training("cuda", torch.float64), torch.Generator("cuda").manual_seed(3)
 
         def loss_fn(x, y, training=training, generator=generator):
@@ -758,7 +845,7 @@ def test_a_generator_that_is_named_is_followed_by_a_cuda_graph():
             return training.loss_fn(x + noise, y)
 
         step = partial(training.opt.train_step, loss_fn)
-        if capture:
+        if captures:
             step = training.opt.capture(loss_fn, *training.batch(0), warm_up=2, generators=[generator])
         results.append(training.run(step))
     for ours, plain in zip(*results, strict=True):
