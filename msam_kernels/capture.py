@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -209,8 +210,9 @@ class CapturedStep:
         if engine.chooses_mask(plan):  # looks at values, as no graph can
             return self._run(inputs)
         kind = shapes, plan
-        if kind not in self._graphs and plan not in (opt.method.full, opt.method.between):
-            self._graphs.clear()  # plans that do not come back keep no memory
+        if kind not in self._graphs:  # plans that do not come back keep no memory
+            coming = plan, opt.method.full, opt.method.between
+            self._graphs = {known: graph for known, graph in self._graphs.items() if known[1] in coming}
         graph = self._graphs.get(kind)
         if graph is None or not self._is_current(graph):
             graph = self._graphs[kind] = _Graph()
@@ -357,8 +359,7 @@ _REMEDIES = {
     ),
 }
 #: Whose frames say nothing to the user.
-_OWN = str(Path(__file__).parent)
-_TORCH = str(Path(torch.__file__).parent)
+_OWN, _TORCH = (str(Path(file).parent) + os.sep for file in (__file__, torch.__file__))
 
 
 def _is_of_a_capture(error: BaseException) -> bool:

@@ -514,6 +514,21 @@ def test_batches_of_other_shapes_are_like_train_step(other_shapes, captures, rep
     assert len(step._inputs) == captures
 
 
+def test_each_shape_has_a_graph_of_each_plan():
+    """The base optimizer's own steps come back, e.g. where the method is switched off; those of another method do not."""
+    model, opt, loss_fn = setup("SGD", "SAM")
+    opt.method = methods.SAM(start=10)
+    step, recorder = captured(opt, model, loss_fn, *data(), other_shapes="capture")
+    for i in range(20):
+        step(*data(4 if i % 2 else 6, seed=i))
+        assert len(step._graphs) == min(i % 10 + 1, 2) + 2 * (i >= 10)
+        assert recorder.captures == (i >= 4) + (i >= 5) + (i >= 14) + (i >= 15)
+    assert recorder.replays == 12
+    opt.method = methods.StableSAM()
+    step(*data())
+    assert len(step._graphs) == 3
+
+
 def test_other_shapes_may_be_an_error():
     model, opt, loss_fn = setup()
     step, _ = captured(opt, model, loss_fn, *data(), other_shapes="error")
