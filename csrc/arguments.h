@@ -95,6 +95,7 @@ struct Update : Descent {
   int64_t columns = 0;
   void* states[kStates] = {};
   float* step = nullptr;  // [segments + 1]
+  const float* found_inf = nullptr;  // one element; where it is not 0 no row has a term
 };
 
 }  // namespace msam

@@ -107,6 +107,12 @@ class Call {
   T* per_row(const MaybeTensor& t, const char* name) const {
     return t ? per_row<T>(*t, name) : nullptr;
   }
+  const float* flag(const MaybeTensor& t, const char* name) const {
+    if (!t) return nullptr;
+    check_plain(*t, {name}, at::kFloat, device(), t->dim());
+    TORCH_CHECK(t->numel() == 1, name, " must have one element, got shape ", t->sizes());
+    return t->const_data_ptr<float>();
+  }
   const uint8_t* mask(const MaybeTensor& t) const {
     if (!t) return nullptr;
     check_plain(*t, {"mask"}, at::kByte, device(), 1);

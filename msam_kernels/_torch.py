@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 # Torch's wrapper around ``step`` names it for the profiler, and is left out where nobody listens.
 from torch._C._autograd import _profiler_enabled as profiler_enabled
+
+# What a GradScaler notes of an optimizer: see ``Scaled``.
+from torch.amp.grad_scaler import OptState
 from torch.nn.utils import parametrize
 
 # Hooks of all optimizers: whoever registers one there expects it to run at every step.
@@ -22,11 +25,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = [
     "LIKE_NEW",
+    "Scaled",
     "Table",
     "TreeSpec",
     "buffers_of",
     "children_of",
     "copy_all",
+    "end_capture",
     "forget_casts",
     "has_listeners",
     "is_lazy",
@@ -126,3 +131,40 @@ def forget_casts() -> None:
     torch.clear_autocast_cache()
     if parametrize._cache:
         parametrize._cache.clear()
+
+
+class Scaled:
+    """What a ``GradScaler`` notes of an optimizer's step. Its public methods tell only those who wait for the device."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer):
+        self.scaler, self._key = scaler, id(optimizer)
+
+    @property
+    def _note(self) -> dict[str, Any]:
+        note: dict[str, Any] = self.scaler._per_optimizer_states[self._key]
+        return note
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``scaler.update()`` was called since the latest step."""
+        return self._note["stage"] is OptState.READY
+
+    @property
+    def found_infs(self) -> dict[torch.device, Tensor]:
+        """What the latest ``unscale_`` found, by device."""
+        return dict(self._note["found_inf_per_device"])
+
+    def has_stepped(self, found_infs: dict[torch.device, Tensor]) -> None:
+        """``scaler.update()`` is next, which reads this."""
+        self._note.update(found_inf_per_device=found_infs, stage=OptState.STEPPED)
+
+    def forget(self) -> None:
+        """The step did not take place."""
+        self.scaler._per_optimizer_states.pop(self._key, None)
+
+
+def end_capture(device: torch.device, pool: Any) -> None:
+    """What a capture that failed leaves undone: the allocator goes on serving it, until it is told."""
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second in older versions
+    next(filter(None, (getattr(torch._C, name, None) for name in names)))(device.index, pool)
+    torch._C._cuda_releasePool(device.index, pool)

@@ -170,8 +170,15 @@ class MicroBatches(list[Callable[[], Any]]):
         self.shares = list(shares)
 
 
-def closures_of(loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], how: Split) -> MicroBatches:
+def closures_of(
+    loss_fn: Callable[..., Tensor],
+    batch: tuple[Any, ...],
+    how: Split,
+    scale: Callable[[Tensor], Tensor] | None = None,
+) -> MicroBatches:
     """Closures that run ``loss_fn`` forward and backward on each micro-batch, and return the detached loss.
+
+    ``scale``: what makes of a loss the one that is differentiated.
 
     Raises:
         TypeError, ValueError: ``loss_fn`` cannot be called, or the batch cannot be split.
@@ -185,7 +192,7 @@ def closures_of(loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], how: Spl
         if renewed is not None:
             part = renewed(part)
         loss = loss_fn(*part) if len(batch) > 1 else loss_fn(part)
-        loss.backward()
+        (loss if scale is None else scale(loss)).backward()
         return loss.detach()
 
     return MicroBatches([partial(closure, part) for part in parts], shares)

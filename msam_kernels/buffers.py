@@ -93,8 +93,11 @@ class Buffers:
             copy_all(copies, [self._data[i] for i in which])
         self._now = _Snapshot(places, self._tensors, self._data, self._layout, versions_of(self._tensors), rare)
 
-    def rewind(self) -> None:
-        """The same tensors are registered as at ``freeze``, with the same values. What was not changed counts as such."""
+    def rewind(self, *, values: bool = True) -> None:
+        """The same tensors are registered as at ``freeze``, with the same values. What was not changed counts as such.
+
+        ``values``: they may have changed, which they do not in what a CUDA graph captures.
+        """
         now = self._now
         if now is None:
             return
@@ -107,6 +110,8 @@ class Buffers:
             for i, (t, data) in enumerate(zip(now.tensors, now.data, strict=True)):
                 if i not in gone and place(t) != place(data):
                     t.data = data
+        if not values:
+            return
         versions = versions_of(now.tensors)
         if versions != now.versions:
             # A graph that needs what is overwritten now raises, instead of using other values.
@@ -119,10 +124,10 @@ class Buffers:
             if versions_of([t]) != [version]:
                 _write(t, copy)
 
-    def thaw(self) -> None:
+    def thaw(self, *, values: bool = True) -> None:
         """``rewind``, and from now on changes last."""
         try:
-            self.rewind()
+            self.rewind(values=values)
         except Exception:  # it would fail again
             self._now = None
             raise

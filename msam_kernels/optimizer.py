@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 import torch
@@ -15,6 +15,7 @@ from . import batches, checkpoint, methods
 from ._checks import check_integer
 from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
+from .between import Between, WithBetween
 from .buffers import Buffers, check_model
 from .gradients import set_grads
 from .rules import Radius, check_rho, rho_at
@@ -380,7 +381,7 @@ class MicroBatchSAM(Optimizer):
         are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
         gradients are what they were. Until the step ends, gradients that closures leave are the optimizer's alone: it keeps
         some, and may add to them. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
-        ``GradScaler``), use ``passes``.
+        ``GradScaler``), use ``train_step`` with its ``scaler``, or ``passes``.
 
         Returns:
             None, the closure's value at w, or for a sequence the detached mean of the values.
@@ -408,30 +409,53 @@ class MicroBatchSAM(Optimizer):
                 if wanted
                 else "step takes one closure per micro-batch, got an empty sequence"
             )
-        values = self.engine.run(closures, shares)
+        if isinstance(closure, WithBetween):
+            with closure.between:
+                values = self.engine.run(closures, shares, closure.between)
+        else:
+            values = self.engine.run(closures, shares)
         if callable(closure):
             return values[0]
         return None if any(v is None for v in values) else batches.mean(values, shares)
 
     _profiled_step = Optimizer.profile_hook_step(step_without_hooks)
 
-    def train_step(self, loss_fn: Callable[..., Tensor], *batch: Any) -> Tensor:
+    def train_step(
+        self,
+        loss_fn: Callable[..., Tensor],
+        *batch: Any,
+        before_update: Callable[[], object] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
         """One whole step: ``loss_fn(*micro_batch)`` returns the mean loss of its micro-batch.
+
+        ::
+
+            opt.train_step(loss_fn, x, y, before_update=lambda: clip_grad_norm_(model.parameters(), 1.0), scaler=scaler)
+            scaler.update()
 
         Args:
             loss_fn: forward only; ``backward()`` is called on what it returns.
             batch: as in ``passes``; ``loss_fn`` gets one argument for each.
+            before_update: called right before the update, with the weights at w and the mean descent gradient in ``p.grad``,
+                as between a ``passes`` loop and ``step()``: it may clip, log or change gradients. The update is then a kernel
+                of its own, as there: it moves 2 times the parameters' memory more, 4 times with several micro-batches.
+            scaler: scales the loss. Gradients are unscaled before ``before_update``; where one is not finite the update is
+                skipped on the device, without waiting for it: weights, state and step numbers are what they were, while
+                ``opt.steps`` and schedulers count on. ``scaler.update()`` is the caller's, after each step.
 
         Returns:
-            The detached mean loss at w over the whole batch.
+            The detached mean loss at w over the whole batch, unscaled.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as ``passes``; weights and gradients are what they were.
+            ValueError, TypeError, RuntimeError: as ``passes``, or with ``scaler`` a method that keeps a mean of gradients
+                (F-SAM), a base optimizer without a fused kernel, a ``scaler.update()`` that is due; weights and gradients
+                are what they were.
         """
         self.engine.check_idle("train_step()")
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
-        loss: Tensor = self.step(self.micro_batches(loss_fn, batch))
+        loss: Tensor = self.step(self.micro_batches(loss_fn, batch, self.between(before_update, scaler)))
         return loss
 
     @property
@@ -439,16 +463,39 @@ class MicroBatchSAM(Optimizer):
         """How a batch becomes micro-batches."""
         return Split(self.num_micro_batches, self.micro_batch_size)
 
-    def micro_batches(self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...]) -> MicroBatches:
-        """The closures that ``train_step`` runs, one per micro-batch."""
-        return batches.closures_of(loss_fn, batch, self.split)
+    def between(
+        self, before_update: Callable[[], object] | None, scaler: torch.amp.GradScaler | None
+    ) -> Between | None:
+        """What whole steps have before their update, if anything."""
+        if before_update is None and scaler is None:
+            return None
+        return Between(self, self.engine, before_update, scaler)
 
-    def capture(self, loss_fn: Callable[..., Tensor], *example_batch: Any, warm_up: int = 3) -> CapturedStep:
+    def micro_batches(
+        self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], between: Between | None = None
+    ) -> MicroBatches:
+        """The closures that ``train_step`` runs, one per micro-batch."""
+        if between is None:
+            return batches.closures_of(loss_fn, batch, self.split)
+        return WithBetween(batches.closures_of(loss_fn, batch, self.split, between.scale), between)
+
+    def capture(
+        self,
+        loss_fn: Callable[..., Tensor],
+        *example_batch: Any,
+        warm_up: int = 3,
+        before_update: Callable[[], object] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        other_shapes: Literal["eager", "capture", "error"] = "eager",
+        generators: Sequence[torch.Generator] = (),
+    ) -> CapturedStep:
         """``train_step(loss_fn, *batch)`` as one CUDA graph: both passes of every micro-batch, all kernels, the update.
 
         ::
 
-            step = opt.capture(lambda x, y: F.cross_entropy(model(x), y), x, y)
+            loader = DataLoader(data, batch_size=128, shuffle=True, num_workers=4, pin_memory=True)
+            example = next(iter(loader))
+            step = opt.capture(lambda x, y: F.cross_entropy(model(x), y), *example)
             for x, y in loader:
                 loss = step(x, y)
                 scheduler.step()
@@ -456,15 +503,33 @@ class MicroBatchSAM(Optimizer):
         Nothing runs yet: the first ``warm_up`` calls of what is returned are eager steps, the next one is captured, and
         the others replay it. See ``capture.CapturedStep``.
 
+        Batches may be anywhere: each call copies its own to where the graph reads it, so ``.to(device)`` is not needed.
+        From pinned memory (``pin_memory=True``) that copy does not make the host wait, and the loader may go on at once;
+        from other memory it does. A returned loss is on the device: look at it now and then, ``loss.item()`` in each step
+        would let the device wait for the host. To copy while the previous step runs, see ``docs/faq.md``.
+
+        In the graph belongs what ``loss_fn`` and ``before_update`` do on the device. Autocast, in ``loss_fn`` or around the
+        calls, dropout, BatchNorm, activation checkpointing and a model out of ``torch.compile`` (of any mode but those that
+        make CUDA graphs themselves) work as in ``train_step``. Python in the two functions runs no more once the step is
+        captured; what it decided by, ``model.train()`` and autocast among it, stays as it was at the capture.
+
         Args:
             loss_fn: as in ``train_step``; it must do the same on the device each time, without looking at values.
-            example_batch: as in ``train_step``; later batches have its structure, shapes and dtypes.
+            example_batch: as in ``train_step``; later batches have its structure and dtypes.
             warm_up: eager steps before the capture, >= 1.
+            before_update, scaler: as in ``train_step``. ``before_update`` becomes part of the graph: a value that it is to
+                show goes into a tensor that was there before, as in
+                ``lambda: norm.copy_(clip_grad_norm_(model.parameters(), 1.0))``. Call ``scaler.update()`` after each step.
+            other_shapes: what a batch of other shapes, such as the last one of an epoch, is: an "eager" step, with the
+                result of ``train_step``; a "capture" of its own, with its own warm-up and memory; or an "error".
+            generators: CUDA generators other than the default one that ``loss_fn`` draws from.
 
         Raises:
             RuntimeError: the parameters are not all on one CUDA device.
-            TypeError: ``loss_fn`` cannot be called, or a hyper-parameter is a tensor on the GPU.
-            ValueError: no example batch, one that cannot be split, or ``warm_up`` < 1.
+            TypeError: ``loss_fn`` cannot be called, a hyper-parameter is a tensor on the GPU, or one of ``generators`` is
+                none of its device.
+            ValueError: no example batch, one that cannot be split, ``warm_up`` < 1, or another ``other_shapes``; and with
+                ``scaler`` a method that keeps a mean of gradients.
         """
         self.engine.take_in()
         devices = sorted(map(str, self.engine.store.devices))
@@ -484,7 +549,9 @@ class MicroBatchSAM(Optimizer):
         # Capturing stands above the optimizer, whose steps it records: this is the only import of what stands above.
         from .capture import CapturedStep, CudaRecorder
 
-        return CapturedStep(self, loss_fn, example_batch, CudaRecorder(torch.device(devices[0])), warm_up)
+        recorder = CudaRecorder(torch.device(devices[0]), generators)
+        between = self.between(before_update, scaler)
+        return CapturedStep(self, loss_fn, example_batch, recorder, warm_up, between, other_shapes)
 
     def update_hyper(self) -> None:
         """Bring the device's copy of learning rates, rho and other hyper-parameters up to date, without a host sync.

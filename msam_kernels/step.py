@@ -233,8 +233,13 @@ class Engine:
             step.conclude()
             step.end_in_grads()
 
-    def run(self, closures: Sequence[Callable[[], Any]], shares: list[float]) -> list[Any]:
-        """One whole step; what the closures returned at w."""
+    def run(
+        self,
+        closures: Sequence[Callable[[], Any]],
+        shares: list[float],
+        between: Callable[[], Tensor | None] | None = None,
+    ) -> list[Any]:
+        """One whole step; what the closures returned at w. ``between``: see ``Step.update``."""
         values = []
         with self.begin(shares) as step:
             for turn, closure in step.turns(closures):
@@ -242,12 +247,17 @@ class Engine:
                 if turn == 0:
                     values.append(value)
             step.conclude()
-            step.update()
+            step.update(between)
         self.count_step()
         return values
 
     def update(self) -> None:
         """The base optimizer's step on the gradients that are there."""
+        self.update_uncounted()
+        self.count_step()
+
+    def update_uncounted(self, found_inf: Tensor | None = None) -> None:
+        """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
         self.follow()
         rule = fused_rule(self.base)
         if rule is None:
@@ -258,9 +268,8 @@ class Engine:
             descent = Descent()
             descent.add(grads, PLAIN)
             mark_stepped(self.base)
-            self.store.update(rule, self.tables, self.base.state, descent)
+            self.store.update(rule, self.tables, self.base.state, descent, found_inf)
         forget_casts()
-        self.count_step()
 
     def begin(self, shares: list[float], *, clear: bool = True) -> Step:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
@@ -290,8 +299,9 @@ class Engine:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         step = self.step
         error: Exception | None = None
+        ran = not self.store.is_capturing()  # what is captured never ran: nothing has other values than before
         try:
-            self.buffers.thaw()
+            self.buffers.thaw(values=ran)
         except Exception as e:  # whatever a buffer's own class raises: the weights come back all the same
             error = e
         if self.broken or (step is not None and step.saves):
@@ -302,7 +312,7 @@ class Engine:
             except RuntimeError as e:
                 error = e
         if step is not None:
-            step.give_back_grads()
+            step.give_back_grads(values=ran)
             self.store.drop_grads_of_others()
             if step.chose_mask:
                 for flat in self.store.flats:
@@ -378,11 +388,14 @@ class Step:
         if self.aside is not None:
             self.aside = [([], []) for _ in self.store.flats]
 
-    def give_back_grads(self) -> None:
-        """What was set aside is in ``p.grad`` again: the same values, in the same tensors where these can be written to."""
+    def give_back_grads(self, *, values: bool) -> None:
+        """What was set aside is in ``p.grad`` again: the same values, in the same tensors where these can be written to.
+
+        ``values``: they may have changed.
+        """
         if self.aside is None:  # nothing was set aside
             return
-        self.store.set_grads([list(map(_written, before, own)) for before, own in self.aside])
+        self.store.set_grads([list(map(_written, before, own)) if values else before for before, own in self.aside])
 
     def turns(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(turn, part): every micro-batch as often as the plan says, with the kernels' work in between.
@@ -518,22 +531,27 @@ class Step:
             self._descend(before.filled(self._mean), both, last=True, weights=False)
         self._put_into_grads()
 
-    def update(self) -> None:
-        """The last descent and the base optimizer's step, in one kernel where that is possible."""
+    def update(self, between: Callable[[], Tensor | None] | None = None) -> None:
+        """The last descent and the base optimizer's step, in one kernel where that is possible.
+
+        ``between``: called after the descent and before the step, with the weights at w and the mean descent gradient in
+        ``p.grad``, as after a ``passes`` loop. What it returns is ``found_inf`` of the update.
+        """
         engine, plan = self.engine, self.plan
         rule = fused_rule(engine.base)
         if rule is not None:
             engine.refresh_settings(rule)
+        at_once = rule is not None and between is None
         descent = self._descent(clear=self.clear)
-        if rule is None or (plan.reuses is not None and self._mean is not None):
+        if not at_once or (plan.reuses is not None and self._mean is not None):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
             assert self._mean is not None
             descent = Descent()
             descent.add(self._mean, PLAIN)
         if plan.reuses is not None:
             descent = self._reused(descent.terms[0])
-        mark_stepped(engine.base)
-        if rule is not None:
+        if rule is not None and at_once:
+            mark_stepped(engine.base)
             self.store.update(rule, engine.tables, engine.base.state, descent)
             self.perturbed = self.saves = False
         else:
@@ -542,7 +560,7 @@ class Step:
                 self._descend(self._mean, descent, last=True, weights=False)
             assert self._mean is not None
             self.store.set_grads(self.store.optionals(self._mean))
-            engine.base.step()
+            engine.update_uncounted(None if between is None else between())
             if self.clear:
                 self.store.set_grads(None)
         forget_casts()

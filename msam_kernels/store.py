@@ -311,8 +311,11 @@ class Store:
                 **options,
             )
 
-    def update(self, rule: Rule, tables: Tables, state: Any, descent: Descent) -> None:
-        """The base optimizer's step on Σ cₖ xₖ, from what the weights were before they were perturbed."""
+    def update(self, rule: Rule, tables: Tables, state: Any, descent: Descent, found_inf: Tensor | None = None) -> None:
+        """The base optimizer's step on Σ cₖ xₖ, from what the weights were before they were perturbed.
+
+        Where ``found_inf`` is not 0, the weights come back and nothing else changes.
+        """
         present = descent.terms[0]
         for vector in descent.terms[1:]:
             present = present.filled(vector)
@@ -336,6 +339,8 @@ class Store:
                 options.update(saved=flat.saved, status=flat.status)
             if states:
                 options["step"] = flat.state["step"]
+            if found_inf is not None:
+                options["found_inf"] = _moved(found_inf, flat.device)
             flat.backend.update(
                 flat.weights,
                 states,

@@ -174,7 +174,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "sgd, momentum, dampening": {**_SGD, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
         "sgd, mean": {**_SGD, "momentum": 0.9, "status": (PERTURBED,), "terms": (0.25, 0.3)},
         "sgd, nesterov, maximize": {**_SGD, "momentum": 0.9, "nesterov": 1.0, "maximize": 1.0},
-        "sgd, everything": {**_SGD, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,)},
+        "sgd, everything": {**_SGD, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,), "found_inf": 0.0},
         "adam": {**_ADAM},
         "adam, first step": {**_ADAM, "step": 0, "status": MIXED},
         "adam, mean": {**_ADAM, "status": (PERTURBED,), "terms": (0.25, 0.3)},
@@ -184,7 +184,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         # Of an fp32 gradient, (1 − beta2)·g·g is finite in this order alone.
         "adam, a square that is not finite": {**_ADAM, "amsgrad": 1.0, "terms": (2e20,)},
         "adam, small beta1, maximize": {**_ADAM, "beta1": 0.3, "maximize": 1.0, "terms": (0.7,)},
-        "adam, everything": {**_ADAM, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,)},
+        "adam, everything": {**_ADAM, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,), "found_inf": -0.0},
+        "sgd, skipped": {**_SGD, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "unread": (1,), "found_inf": 2.0},
+        "adam, skipped": {**_ADAM, **_EVERYTHING, "unread": (0,), "found_inf": NAN},
         **{f"sgd, {name}": {**_SGD, "momentum": 0.9, **options} for name, options in _COMBINATIONS.items()},
         **{f"adam, {name}": {**_ADAM, "status": MIXED, **options} for name, options in _COMBINATIONS.items()},
     },
@@ -261,12 +263,12 @@ class Call:
         return Call(self.operator, arguments, arenas)
 
     def in_double(self) -> Call:
-        """The same call on fp64 storage; ``step`` is fp32 in every call."""
+        """The same call on fp64 storage; ``step`` and ``found_inf`` are fp32 in every call."""
 
         def widened(name, value):
             if isinstance(value, list):
                 return [widened(name, v) for v in value]
-            if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
+            if isinstance(value, Tensor) and value.is_floating_point() and name not in ("step", "found_inf"):
                 return same.setdefault(value.data_ptr() if value.numel() else id(value), value.double())
             return copy.deepcopy(value)
 
@@ -492,6 +494,8 @@ class _Maker:
         steps = [i % 5 if o.get("step", True) is True else o["step"] for i in range(len(self.sizes))]
         if o.get("step", True) is not None:
             self.put("step", torch.tensor([*map(float, steps), 0.0]))
+        if "found_inf" in o:
+            self.put("found_inf", torch.tensor(o["found_inf"]))
         if o["rule"] == SGD:
             a["states"] = [self.buffer("momentum_buffer", 0.1)] if "momentum" in o else []
         else:
@@ -527,7 +531,7 @@ def make(
             ``overflow``: so are gradients; ``status``: of the rows in turn, none without it where it is optional;
             ``terms``: their coefficients (see ``coefs``), ``unread``: those that hold NaN; ``sums``: rows and terms of each,
             ``values``: what the last row of some holds; ``alias``: the term that ``out`` is, or "first", the first of them
-            that is there; ``step``: of all parameters, None for no such argument.
+            that is there; ``step``: of all parameters, None for no such argument; ``found_inf``: its value.
         sizes: elements of each parameter.
         flat: weights in one buffer, or listed.
         shift: elements by which all memory of parameters is misaligned.

@@ -27,9 +27,12 @@ MAY_KNOW = {
     "__init__": {"compat", "flatness", "methods", "optimizer"},
     "__main__": {"__init__", "backends"},
     "compat": {"_torch", "methods", "optimizer"},
-    "capture": {"_checks", "_torch", "batches", "methods", "optimizer", "rules"},
+    "capture": {"_checks", "_torch", "batches", "between", "methods", "optimizer", "rules"},
     "flatness": {"_checks", "_torch", "batches", "buffers", "flat", "gradients", "methods", "optimizer"},
-    "optimizer": {*("_checks", "_torch", "batches", "buffers", "checkpoint", "gradients", "methods", "rules", "step")},
+    "optimizer": {
+        *("_checks", "_torch", "batches", "between", "buffers", "checkpoint", "gradients", "methods", "rules", "step")
+    },
+    "between": {"_torch", "batches", "rules", "step"},
     "checkpoint": {"flat", "rules", "step", "store"},
     "step": {"_torch", "buffers", "gradients", "masks", "methods", "rules", "store"},
     "masks": {"flat", "methods"},

@@ -200,6 +200,26 @@ def test_descend_and_update_bring_back_what_is_perturbed_and_nothing_else(status
         assert step.tolist() == [float(len(term) > 0), 0.0]
 
 
+@pytest.mark.parametrize("found", [0.0, -0.0, 1.0, 3.0, INF, NAN], ids=str)
+@pytest.mark.parametrize("rule", [SGD, ADAM], ids=["SGD", "Adam"])
+def test_an_update_that_found_inf_brings_back_and_changes_nothing_else(rule, found, backend):
+    kernels, skipped = kernels_of(backend), found != 0
+    term, g = (f64(INF, NAN), f64(NAN, NAN)) if skipped else (f64(3.0, 4.0), f64(3.0, 4.0))
+    rows, _, size = table((2, 2), 8)
+    w, saved = torch.full((size,), 7.0).double(), torch.full((size,), 5.0).double()
+    status, step = torch.tensor([PERTURBED, SAVED], dtype=torch.uint8), torch.tensor([1.0, 2.0, 0.0])
+    states = [torch.full((size,), 0.5).double() for _ in range(1 + rule)]
+    row = f64(0.1, 0.9, 0.1, 0.01, 0, 0) if rule == SGD else f64(0.1, 0.9, 0.99, 1e-8, 0, 0, 0, 0)
+    options = {"rule": rule, "settings": row[None], "coefs": coefs((1.0,)), "sums": [], "saved": saved}
+    written = {"step": step, "status": status}
+    for flag in (torch.tensor(found), torch.tensor([found])):
+        kernels.update([w], states, [term, g], rows, found_inf=flag, **options, **written)
+    moved = [w[:2] != 5.0, w[16:18] != 7.0, *(s[[0, 1, 16, 17]] != 0.5 for s in states)]
+    assert all((~m if skipped else m).all() for m in moved)
+    assert step.tolist() == ([1.0, 2.0, 0.0] if skipped else [3.0, 4.0, 0.0])
+    assert status.tolist() == [UNTOUCHED, UNTOUCHED]
+
+
 X, Y, Z = f64(3.0, 4.0), f64(1.0, -2.0), f64(-5.0, 0.5)
 
 
@@ -522,7 +542,7 @@ def test_results_are_those_of_double_precision_rounded_once(operator, variant, d
     result, exact = call.run(backend), truth.run("reference")
     for name, value in call.arguments.items():
         for actual, expected in each_tensor(value, truth.arguments[name]):
-            if actual.dtype == dtype and name != "step":
+            if actual.dtype == dtype and name not in ("step", "found_inf"):
                 # One rounding to the storage type, after a few in fp32 of terms no larger than about 4.
                 close = {"rtol": 1.001 * HALF_ULP[dtype], "atol": 2**-20, "equal_nan": True}
                 torch.testing.assert_close(actual.double(), expected, **close, msg=lambda m, n=name: f"{n}: {m}")
@@ -1008,6 +1028,16 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         "amsgrad needs .*max_exp_avg_sq",
     ),
     "eta without weights": ("norm", "adaptive", _with(weights=[]), "eta needs the weights"),
+    "two flags": (
+        "update",
+        "sgd, skipped",
+        _with(found_inf=torch.zeros(2)),
+        r"found_inf must have one element, got .*2",
+    ),
+    "a flag of another dtype": (
+        *("update", "adam, skipped", _with(found_inf=f64(0.0))),
+        "found_inf must be a contiguous 1-d Float tensor, got Double",
+    ),
     "no gradients to add up": ("norm", "plain", _with(grads=[]), "grads missing"),
     "no terms to multiply": ("gram", "two", _with(terms=[]), "terms missing"),
     "no vector": ("gram", "one", _with(count=0), "count must be 1 to 3, got 0"),

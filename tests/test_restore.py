@@ -19,6 +19,7 @@ from msam_kernels import MicroBatchSAM, methods
 from msam_kernels.flat import Flat
 from plain import (
     BACKENDS,
+    DEVICE,
     METHODS,
     Zoo,
     batch,
@@ -493,6 +494,15 @@ def closures(opt, model, data):
     opt.step([closure_of(model, part) for part in split(data, [1, 1])])
 
 
+def scaled_and_clipped(opt, model, data):
+    opt.train_step(
+        lambda *part: loss_of(model, *part),
+        *data,
+        before_update=lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.5),
+        scaler=torch.amp.GradScaler(DEVICE.type),
+    )
+
+
 def drop_in(opt, model, data):
     loss_of(model, *data).backward()
     opt.first_step(zero_grad=True)
@@ -517,6 +527,7 @@ INTERRUPTED = {
     "closures, SGD": (closures, micro_batch_sam(sgd)),
     "closures, Adam": (closures, micro_batch_sam(Adam)),
     "closures, RMSprop": (closures, micro_batch_sam(RMSprop)),
+    "scaled and clipped": (scaled_and_clipped, micro_batch_sam(sgd)),
     "first_step and second_step": (
         drop_in,
         lambda params, method, backend: msam_kernels.SAM(params, SGD, rho=0.5, lr=0.1, momentum=0.9),
@@ -567,6 +578,7 @@ def each_old_or_new(now, old, new):
         ("closures, SGD", "LookSAM k=2", BACKENDS[0]),
         ("closures, Adam", "F-SAM", BACKENDS[0]),
         ("closures, RMSprop", "SAM", BACKENDS[0]),
+        pytest.param("scaled and clipped", "SAM", BACKENDS[0], marks=pytest.mark.exhaustive),
         ("first_step and second_step", "SAM", BACKENDS[0]),
     ],
 )
@@ -598,7 +610,7 @@ def test_an_interruption_before_any_line_leaves_no_weight_perturbed(scenario, me
         return True
 
     def check():
-        if act in (loop, closures) and not each_old_or_new(gradients(model), old_grads, new_grads):
+        if act in (loop, closures, scaled_and_clipped) and not each_old_or_new(gradients(model), old_grads, new_grads):
             return "gradients are neither old nor new"
         told = False
         if not each_old_or_new(model.parameters(), old, new):

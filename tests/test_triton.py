@@ -321,6 +321,8 @@ GRAM_OF_4 = torch.ones(10, 1, dtype=torch.float64, device=DEVICE)
         ("update", {"states": lambda a: [t.bfloat16() for t in a["states"]]}, "exp_avg must be torch.float32"),
         ("update", {"step": lambda a: a["step"][:-1].clone()}, "step must have .* one more, 3, got 2"),
         ("update", {"step": lambda a: None}, "states need step"),
+        ("update", {"found_inf": lambda a: torch.zeros(2)}, r"found_inf must have one element, got shape \[2\]"),
+        ("update", {"found_inf": lambda a: a["settings"][0, 0]}, "found_inf must be .* torch.float32"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
 )  # fmt: skip

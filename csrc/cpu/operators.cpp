@@ -64,6 +64,7 @@ class Device : public Call {
   }
   void run(Update& a) {
     evaluate(a);
+    if (a.found_inf && *a.found_inf != 0) a.combination.count = 0;
     share(a, kernels(a.storage).update);
     for (int64_t k = 0; a.step && k < a.rows; ++k)
       if (a.table[k].begin == 0 && has_term(a, a.table[k].segment)) a.step[a.table[k].segment] += 1;

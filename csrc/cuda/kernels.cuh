@@ -823,6 +823,9 @@ MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weight
   walk(op, int(c.numel));
 }
 
+// Read where it is needed: a value that lives through a row's work takes a register of it.
+MSAM_DEVICE bool is_wanted(const Update& a) { return !a.found_inf || *a.found_inf == 0; }
+
 // Once no block needs the old step numbers any more, the last one counts them up, of this launch's segments.
 template <class P>
 MSAM_DEVICE void count_steps(const P& p, Shared& shared) {
@@ -834,7 +837,7 @@ MSAM_DEVICE void count_steps(const P& p, Shared& shared) {
     shared.is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // which makes it zero again
   }
   __syncthreads();
-  if (!shared.is_last) return;
+  if (!shared.is_last || !is_wanted(a)) return;
   for (int64_t k = threadIdx.x; k < a.rows; k += kThreads) {
     const Chunk c = a.table[k];
     if (c.begin != 0 || !is_here(a, c)) continue;
@@ -859,9 +862,10 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
     // The host cannot see that a group has the option. Where the state for it is missing, the weights become NaN.
     const bool missing = option && !a.states[rule == kSgd ? 0 : 2];
     find_terms(p, c, !missing, terms, shared);
-    if (terms.any && option && !missing)
+    const bool any = terms.any && is_wanted(a);
+    if (any && option && !missing)
       update_row<S, rule, true, combined>(p, c, base, weights, terms, shared);
-    else if (terms.any)
+    else if (any)
       update_row<S, rule, false, combined>(p, c, base, weights, terms, shared);
     else if (base)
       copy(base, weights, int(c.numel));

@@ -8,7 +8,7 @@ Every backend is a namespace with the functions below, called alike:
     ascend(weights!, grads, table, *, radii, saved!, status!, achieved_sq!, ema!, mask, sigma, lmbda, eta) -> norm_sq
     gram(terms, table, *, count) -> sums
     descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!)
-    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!)
+    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!, found_inf)
 
 ``!`` marks what is mutated. Shapes, with P parameters (segments) and K rows of the table:
 
@@ -27,6 +27,8 @@ Every backend is a namespace with the functions below, called alike:
 * ``coefs``: 7 numbers for each of the 1 to 4 terms, ``sums``: up to 3 float64 tensors ``[rows, n]`` or ``[n]``, 8 rows in all;
   ``rescale``: one of those rows, or -1. See ``reference.coefficients``. ``gram`` returns such a tensor, of 1, 3 or 6 rows.
 * ``step``: float32 ``[P + 1]``; the last element, zero between calls, is where GPU kernels count the blocks that are done.
+* ``found_inf``: float32, one element, as ``torch.amp.GradScaler`` has it: where it is not 0, an update only brings back what is
+  perturbed.
 
 What each computes stands in ``reference.py``, the specification.
 """
@@ -69,7 +71,7 @@ _SCHEMAS = (
     f"descend(Tensor(a!)[] weights, Tensor(b!)[] out, Tensor[] terms, Tensor table, *, {_COMBINATION}, "
     "Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None) -> ()",
     "update(Tensor(a!)[] weights, Tensor(b!)[] states, Tensor[] terms, Tensor table, *, int rule, Tensor settings, "
-    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None) -> ()",
+    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None, Tensor? found_inf=None) -> ()",
 )
 OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 

@@ -344,17 +344,22 @@ def update(
     norm_sq: Tensor | None = None,
     saved: Tensor | None = None,
     status: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One step of ``rule`` on Σ cₖ xₖ, for every row that has a term; ``status`` becomes UNTOUCHED in any case.
 
     SGD is ``torch.optim.SGD``, columns ``SGD_COLUMNS``, states [momentum_buffer] or none; ADAM is ``torch.optim.Adam`` or,
     where decoupled, ``AdamW``, columns ``ADAM_COLUMNS``, states [exp_avg, exp_avg_sq] and with amsgrad max_exp_avg_sq.
     ``step`` counts every parameter's updates; a momentum buffer begins with the gradient where it is still 0.
+
+    Where ``found_inf`` is not 0 no row has a term: what is perturbed comes back, and nothing else changes.
     """
     numbers = {"settings": settings, "step": step, "sums": sums, "norm_sq": norm_sq, "status": status}
-    check(table, weights=weights, states=states, terms=terms, saved=saved, **numbers)
+    check(table, weights=weights, states=states, terms=terms, saved=saved, found_inf=found_inf, **numbers)
     lists = _lists(terms, len(coefs) // len(COEFFICIENT))
     c = coefficients(coefs, sums, rescale, norm_sq)
+    if found_inf is not None and bool(found_inf != 0):
+        lists, c = [], []
     one = {SGD: _sgd, ADAM: _adam}[rule]
     rows = settings.tolist()
     updated = set()

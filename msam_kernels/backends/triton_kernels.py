@@ -628,18 +628,19 @@ def count_steps(step, table, rows, terms, segments, COUNT: tl.constexpr):
 def update_kernel(
     table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, status: tl.int64,
     terms: tl.int64, segments: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
-    norm_sq: tl.int64, norm_terms: tl.int64, settings: tl.int64, columns: tl.int64, step: tl.int64,
+    norm_sq: tl.int64, norm_terms: tl.int64, settings: tl.int64, columns: tl.int64, step: tl.int64, found_inf: tl.int64,
     state0: tl.int64, state1: tl.int64, state2: tl.int64, S: tl.constexpr, T: tl.constexpr,
     RULE: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, T, COUNT, SUMS)
+    updates = truth(tl.load(pointer(found_inf, tl.float32), mask=found_inf != 0, other=0.0) == 0)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, offset, numel, group = load_row(table, k)
         w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, S)
         restored = load_status(status, k) == PERTURBED
         start = tl.where(restored, s, w)
         xs = in_lists(terms, segments, segment, begin, S, COUNT)
-        there = union(xs, COUNT) != 0
+        there = updates & (union(xs, COUNT) != 0)
         numel = tl.where((w != 0) & (there | restored), numel, 0)
         number_of_step = tl.load(pointer(step, tl.float32) + segment, mask=step != 0, other=0.0).to(tl.int64) + 1
         row = settings + group * columns * 8
@@ -657,7 +658,7 @@ def update_kernel(
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
         store_status(status, k, UNTOUCHED, w != 0)
-    if step != 0:
+    if updates & (step != 0):
         count_steps(step, table, rows, terms, segments, COUNT)
 
 
@@ -995,7 +996,7 @@ def descend(
 def update(
     weights: list[Tensor], states: list[Tensor], terms: list[Tensor], table: Tensor, *, rule: int, settings: Tensor,
     step: Tensor | None = None, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None,
-    saved: Tensor | None = None, status: Tensor | None = None,
+    saved: Tensor | None = None, status: Tensor | None = None, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     if rule not in RULES:
         raise RuntimeError(f"rule must be 0 (SGD) or 1 (Adam), got {rule}")
@@ -1012,8 +1013,11 @@ def update(
     expected = call.segments + 1
     if step is not None and terms and len(step) != expected:
         raise RuntimeError(f"step must have one element per parameter and one more, {expected}, got {len(step)}")
+    found_inf_at = call.plain("found_inf", found_inf, torch.float32, dim=0 if found_inf is None else found_inf.dim())
+    if found_inf is not None and found_inf.numel() != 1:
+        raise RuntimeError(f"found_inf must have one element, got shape {list(found_inf.shape)}")
     kept = [call.dense(name, t) for name, t in zip(names, states, strict=False)]
     call.launch(
-        update_kernel, *arguments, settings_at, settings.shape[1], steps, *kept, *(0,) * (3 - len(kept)),
+        update_kernel, *arguments, settings_at, settings.shape[1], steps, found_inf_at, *kept, *(0,) * (3 - len(kept)),
         RULE=rule, **constants, STATES=len(kept),
     )  # fmt: skip
