@@ -42,6 +42,7 @@ from plain import (
     mlp,
     same_bits,
     split,
+    train_parameters_without_elements,
     weights,
 )
 
@@ -598,3 +599,9 @@ def test_a_sum_reads_as_it_was_written():
     assert re.search(
         r"method=StableSAM\(.*\) \+ FriendlySAM\(", repr(MicroBatchSAM(SGD(mlp().parameters()), method=method))
     )
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters_without_elements_are_no_obstacle(name, flatten, backend):
+    train_parameters_without_elements(method=METHODS[name], flatten=flatten, backend=backend)

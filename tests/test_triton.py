@@ -172,9 +172,11 @@ def test_only_misaligned_gradients():
     assert_as_specified(call)
 
 
-def test_nothing_to_do():
+@pytest.mark.parametrize("sizes", [(0,), (0, 0)], ids=["one parameter", "two parameters"])
+@pytest.mark.parametrize("flat", [True, False], ids=["flat weights", "listed weights"])
+def test_nothing_to_do(flat, sizes):
     for operator, variant in CASES:
-        assert_as_specified(make(operator, variant, sizes=(0, 0)))
+        assert_as_specified(make(operator, variant, sizes=sizes, flat=flat))
 
 
 def test_a_vector_that_is_absent_counts_nothing_beside_an_infinite_one(kernels):
