@@ -90,6 +90,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, indirect=True, scope="session")
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """This process alone, for what wants to be distributed."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def backend(request) -> str:
     """A backend, by the name that ``MicroBatchSAM(backend=...)`` takes."""

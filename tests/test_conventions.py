@@ -545,17 +545,6 @@ def test_the_state_dict_interface_of_distributed_checkpoints_keeps_everything():
 # ---- DistributedDataParallel -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def process_group():
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("as_views", [False, True], ids=["own gradients", "gradients are bucket views"])
 @pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
 @pytest.mark.parametrize("single", [False, True], ids=["several parameters", "a bucket of one parameter"])
