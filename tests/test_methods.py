@@ -153,6 +153,7 @@ def test_gradients_from_before_survive_a_pass_that_gives_them_again(backend):
     assert same_bits([before], [expected])
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("way", ["backward", "autograd.grad"])
 @pytest.mark.parametrize("name", ["GSAM", "Bilateral SAM", "LookSAM k=2"])
 def test_ordinary_gradients_are_kept_without_a_copy(name, way, extension):
