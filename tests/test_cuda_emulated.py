@@ -35,6 +35,7 @@ from cases import (
     assert_matches,
     assert_same_bits,
     assert_same_memory,
+    assert_sums_are_rounded_once,
     each_case,
     each_dtype,
     exact_sum_of_squares,
@@ -301,6 +302,12 @@ def test_the_norm_is_within_a_few_ulp_of_the_exact_one(dtype, n, decades, emulat
     assert abs(norm_sq - exact) <= (4 if dtype == torch.float64 else 16) * math.ulp(exact)
     norms = torch.tensor([math.sqrt(norm_sq), math.sqrt(exact)], dtype=torch.float64)
     assert abs(norms[0] - norms[1]) <= (2 if dtype == torch.float64 else 8) * math.ulp(norms[1])
+
+
+@pytest.mark.parametrize("decades", [0, 4], ids=["alike", "over eight decades"])
+@pytest.mark.parametrize("n", [1, 257, CHUNK + 1, 40000])
+def test_sums_of_doubles_are_rounded_once(n, decades, emulated):
+    assert_sums_are_rounded_once(emulated, n, decades)
 
 
 @each_dtype
