@@ -499,7 +499,9 @@ def parser(doc: str, *, seconds: float, rounds: int, unit: str = "case") -> argp
     parser.add_argument(
         "--seconds", type=float, default=seconds, help=f"time per {unit}; at least five rounds are taken"
     )
-    parser.add_argument("--busy", type=int, default=0, help="beside so many processes, each of which wants a core for itself")
+    parser.add_argument(
+        "--busy", type=int, default=0, help="beside so many processes, each of which wants a core for itself"
+    )
     parser.add_argument("--limit", type=float, default=math.inf, help="begin nothing more after so many seconds")
     parser.add_argument(
         "--peer-seconds", type=float, default=120, help="leave a peer out whose first steps take longer"

@@ -43,6 +43,9 @@ struct Sums {
   int64_t rows = 0, terms = 0;
 };
 
+// Doubles that a term of a sum takes.
+inline int parts_of(Storage storage) { return storage == Storage::kDouble ? kParts<kCareful<double>> : 1; }
+
 struct Common {
   Storage storage;
   const Chunk* table = nullptr;

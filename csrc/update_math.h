@@ -29,6 +29,63 @@ constexpr int kStates = 3;  // flat buffers that a rule keeps, at most
 
 MSAM_FN bool is_finite(double x) { return x - x == 0; }
 
+// ---- sums -------------------------------------------------------------------------------------------------------------
+
+// Whether the sums of a storage type are careful. Products of fp32 values are exact in fp64 and a coefficient made of their sum
+// is rounded to fp32, where the order of summation does not show; of fp64 values it would, in the last bit.
+template <class T>
+constexpr bool kCareful = sizeof(T) == 8;
+
+// A sum of doubles. V: double, or the compiler's vector of them.
+template <class V, bool careful>
+struct Sum {
+  V value{};
+
+  MSAM_FN void add(V x) { value = value + x; }
+  MSAM_FN void add(const Sum& other) { add(other.value); }
+};
+// A careful one adds up beside it what every addition loses (Knuth's TwoSum): some 100 bits, so that the one double that they
+// are rounded to in the end is the same in practically every order.
+template <class V>
+struct Sum<V, true> {
+  V value{}, lost{};
+
+  MSAM_FN void add(V x) {
+    const V sum = value + x, arrived = sum - value;
+    lost = lost + ((value - (sum - arrived)) + (x - arrived));
+    value = sum;
+  }
+  MSAM_FN void add(const Sum& other) {
+    add(other.value);
+    lost = lost + other.lost;
+  }
+};
+template <class V, bool careful>
+MSAM_FN Sum<V, careful> operator+(Sum<V, careful> sum, const Sum<V, careful>& other) {
+  sum.add(other);
+  return sum;
+}
+
+// What rounding to one double would lose; nothing where a term is infinite, as the value says already.
+MSAM_FN double correction(const Sum<double, true>& sum) { return is_finite(sum.lost) ? sum.lost : 0; }
+MSAM_FN double rounded(const Sum<double, true>& sum) { return sum.value + correction(sum); }
+MSAM_FN double rounded(const Sum<double, false>& sum) { return sum.value; }
+
+// A sum as term k of `count`. A careful one is two: its correction stands behind all values.
+template <bool careful>
+constexpr int kParts = careful ? 2 : 1;
+template <bool careful>
+MSAM_FN void put(const Sum<double, careful>& sum, double* terms, int64_t k, int64_t count) {
+  terms[k] = sum.value;
+  if constexpr (careful) terms[count + k] = correction(sum);
+}
+template <bool careful>
+MSAM_FN Sum<double, careful> term(const double* terms, int64_t k, int64_t count) {
+  Sum<double, careful> sum{terms[k]};
+  if constexpr (careful) sum.lost = terms[count + k];
+  return sum;
+}
+
 // rho / (||d|| + 1e-12). The caller skips the perturbation where the norm is not finite.
 MSAM_FN double ascent_scale(double norm_sq, double rho) { return rho / (std::sqrt(norm_sq) + 1e-12); }
 

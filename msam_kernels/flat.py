@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.utils.dlpack import from_dlpack
 
 from .backends import Backend
@@ -54,6 +55,20 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
+def _is_shared(p: Tensor) -> bool:
+    """Whether other processes see its memory."""
+    return p.device.type == "cpu" and p.is_shared()
+
+
+def _stays(p: Tensor) -> bool:
+    """Whether others rely on where a parameter lies: other processes, or whoever gave it a place among other things.
+
+    cuDNN's RNNs read all their weights from one storage, at places of its choice, and compact them at every call if one has
+    left; a flat vector that somebody made, as FSDP or ``vector_to_parameters`` do, is to go on showing its parameters.
+    """
+    return _is_shared(p) or (_is_dense(p) and 0 < p.nbytes < p.untyped_storage().nbytes())
+
+
 def _is_plain(p: Tensor) -> bool:
     return p.layout == torch.strided and type(p.data) is Tensor
 
@@ -66,9 +81,14 @@ def check_parameters(named: Sequence[tuple[str, Tensor]], left: Sequence[tuple[s
 
     Raises:
         TypeError: a dtype, layout or tensor subclass that the kernels do not know.
-        ValueError: two parameters that share memory without being the same object, or one whose memory is gone.
+        ValueError: two parameters that share memory without being the same object, or one whose memory is gone or still to
+            come.
     """
     for name, p in named:
+        if is_lazy(p):
+            raise ValueError(
+                f"{name} has neither shape nor values yet, as in nn.LazyLinear: run a forward pass, then make the optimizer"
+            )
         if not _is_plain(p):
             raise TypeError(
                 f"{name} must be an ordinary dense tensor, got {type(p.data).__name__} of layout {p.layout}"
@@ -132,8 +152,8 @@ class Flat:
     Args:
         params: distinct parameters of one device and dtype.
         groups: for each, the index of its parameter group.
-        flatten: re-point every ``p.data``, once, into one flat buffer of weights. Without it, and for parameters in
-            shared memory, which must stay where other processes see them, weights are reached by segment.
+        flatten: re-point every ``p.data``, once, into one flat buffer of weights. Without it, and where others rely on the
+            place of any of them, see ``_stays``, all stay where they are and are reached by segment.
         backend: the namespace of operators, see ``backends``.
 
     Attributes:
@@ -170,14 +190,14 @@ class Flat:
         self.table = table.to(self.device, non_blocking=True)
         self.status = torch.zeros(self.rows, dtype=torch.uint8, device=self.device)
         self.absent = torch.empty(0, dtype=self.dtype, device=self.device)
-        self.flatten = flatten and not any(p.is_shared() for p in params if p.device.type == "cpu")
+        self._may_move = flatten
+        self.flatten = flatten and not any(map(_stays, params))
         self.weights: list[Tensor] = []
         if self.flatten:
             self.weights = [self.new_buffer()]
             self._move_in(range(len(params)))
         else:
-            for p in params:
-                self._check_unflattened(p)
+            self._close_gaps(range(len(params)))
         self._remember()
         self.saved: Tensor | None = None
         self.memories: dict[str, Memory] = {}
@@ -187,12 +207,23 @@ class Flat:
         self._bound: _Bound | None = None
         self._achieved: list[Tensor] = []
 
-    def _check_unflattened(self, p: Tensor) -> None:
-        if not _is_dense(p):
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} has strides {p.stride()}, which leave gaps in memory: make it "
-                "contiguous, or use flatten=True"
-            )
+    @torch.no_grad()
+    def _close_gaps(self, which: Iterable[int]) -> None:
+        """Of parameters that stay where they are: kernels read memory without gaps.
+
+        Raises:
+            ValueError: one with gaps may not move. None has then.
+        """
+        gaps = [p for p in (self.params[i] for i in which) if not _is_dense(p)]
+        for p in gaps:
+            if not self._may_move or _is_shared(p):
+                remedy = "" if self._may_move else ", or use flatten=True"
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} has strides {p.stride()}, which leave gaps in memory: make it "
+                    f"contiguous{remedy}"
+                )
+        for p in gaps:
+            p.data = p.detach().clone(memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def _move_in(self, which: Iterable[int]) -> None:
@@ -275,16 +306,15 @@ class Flat:
                     f"was {self.dtype} on {self.device} with {self._shapes[i].numel()} in {tuple(self._shapes[i])} when the "
                     "optimizer was made: move, convert or reshape the model first, then make the optimizer"
                 )
-        if any(p.is_shared() for p in self.params if p.device.type == "cpu"):
-            self.flatten = False  # other processes look where they are now
+        if any(map(_stays, self.params)):
+            self.flatten = False  # others look where they are now
         moved = [
             i
             for i, p in enumerate(self.params)
             if p.numel() and (p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i])
         ]
         if not self.flatten:
-            for i in moved:
-                self._check_unflattened(self.params[i])
+            self._close_gaps(moved)
         elif all(self._places[i].expired() for i in moved):
             self._move_in(moved)
         else:

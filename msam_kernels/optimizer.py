@@ -123,7 +123,9 @@ class MicroBatchSAM(Optimizer):
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
         model: if given, its buffers, e.g. BatchNorm's statistics or a codebook, change in the first pass of each micro-batch
             only: after the others they are brought back from a copy, which is made in each step.
-        flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower.
+        flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower. So do,
+            for all parameters of a device and dtype, some that have their place among other things: in shared memory, or in
+            a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do.
         backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
             "reference" (plain torch, on any device).
 

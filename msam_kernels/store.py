@@ -226,8 +226,9 @@ class Store:
         return all("v" in flat.memories for flat in self.flats)
 
     def squared(self, memories: list[Memory]) -> Tensor:
-        """The terms of a memory's squared norm."""
-        return self._together([memory.square for memory in memories])
+        """The terms of a memory's squared norm, at least one."""
+        terms = self._together([memory.square for memory in memories])
+        return terms if terms.numel() else terms.new_zeros(1)
 
     # -- the operators, over all flats --------------------------------------------------------------------------------------
 

@@ -240,6 +240,10 @@ class Call:
         args, kwargs = self.args()
         return getattr(backend, self.operator)(*args, **kwargs)
 
+    def is_of_doubles(self) -> bool:
+        named = (self.arguments.get(name) for name in ("grads", "terms"))
+        return any(t.dtype == torch.float64 for tensors in named if tensors for t in tensors)
+
     def tensors(self) -> dict[str, Tensor]:
         """All memory, by name."""
         return self.arenas
@@ -611,7 +615,7 @@ def expect(call: Call, norm_sq: Tensor | None = None, oracle: Any = "reference")
 
 
 def added_up(terms: Tensor, backend: Any, device: torch.device | str) -> Tensor:
-    """The sum of each row of terms, in the order in which the backend's kernels add: as a coefficient of 1."""
+    """The sum of each row of terms as the backend's kernels for fp64 add them up: as a coefficient of 1."""
     if terms.dim() == 2:
         return torch.cat([added_up(row, backend, device) for row in terms]).unsqueeze(1)
     one, out = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -642,7 +646,8 @@ def assert_matches(
         backend = backends.get_backend(backend, torch.device(device))
     ours = call.to(device)
     result = ours.run(backend)
-    wanted = expect(call, None if result is None else added_up(result.cpu(), backend, device), oracle)
+    sums = None if result is None else added_up(result.cpu(), backend, device)
+    wanted = expect(call, sums, oracle)
     for name, tensor in ours.tensors().items():
         actual, expected = tensor.cpu(), call.tensors()[name]
         if name not in SUMS:
@@ -655,6 +660,8 @@ def assert_matches(
     assert (result is None) == (wanted is None)
     if result is not None:
         assert_close_sums(result, wanted, rtol)
+        if call.is_of_doubles():  # where no order of summation shows
+            assert_same_bits(sums, added_up(wanted, backend, device), "the sums")
 
 
 # ---- exact sums --------------------------------------------------------------------------------------------------------
@@ -662,6 +669,18 @@ def assert_matches(
 
 def exact_sum_of_squares(t: Tensor) -> float:
     return float(sum(Fraction(v) ** 2 for v in t.tolist()))
+
+
+def assert_sums_are_rounded_once(backend: Any, n: int, decades: float, device: torch.device | str = "cpu") -> None:
+    """Of fp64 storage: products are rounded, and their sum once, whatever the order."""
+    vectors, rows = [spread(n, torch.float64, decades) for _ in range(3)], table((n,), 8)[0].to(device)
+    exact = [math.fsum((vectors[u] * vectors[v]).tolist()) for v in range(3) for u in range(v + 1)]
+    there = [x.to(device) for x in vectors]
+    assert added_up(backend.gram(there, rows, count=3).cpu(), backend, device).flatten().tolist() == exact
+    assert added_up(backend.norm([], there[:1], rows).cpu(), backend, device).tolist() == exact[:1]
+    out_sq = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    backend.descend([], there[:1], there[:1], rows, coefs=coefs((1.0,)), sums=[], out_sq=out_sq)
+    assert out_sq.tolist() == [math.fsum(part.square().tolist()) for part in vectors[0].split(CHUNK)]
 
 
 def spread(n: int, dtype: torch.dtype, decades: float) -> Tensor:

@@ -765,8 +765,8 @@ MUTANTS = [
     Mutant(
         "CPU: what the sum lost stays lost",
         "csrc/cpu/operators.cpp",
-        "is_finite(lost) ? sum + lost : sum",
-        "sum",
+        "return rounded(sum);",
+        "return sum.value;",
         KERNELS,
         OPERATORS,
     ),
@@ -860,9 +860,23 @@ MUTANTS = [
     Mutant(
         "CUDA: the norm of the last launch's parameters alone",
         DEVICE,
-        "a.begin > 0 ? a.partials[which] + sum : sum",
-        "sum",
+        "if (a.begin > 0) sum =",
+        "if (false) sum =",
         ALL_EMULATED,
+    ),
+    Mutant(
+        "CUDA: what warps lost stays lost",
+        DEVICE,
+        "if constexpr (careful) other.lost = __shfl_down_sync",
+        "if constexpr (false) other.lost = __shfl_down_sync",
+        "tests/test_cuda_emulated.py -k 'rounded_once or (bits_of_the_cpu and fp64)'",
+    ),
+    Mutant(
+        "sums of doubles are as careless as those of floats",
+        "csrc/update_math.h",
+        "constexpr bool kCareful = sizeof(T) == 8;",
+        "constexpr bool kCareful = false;",
+        "tests/test_cuda_emulated.py -k rounded_once",
     ),
     Mutant(
         "CUDA: the mask of another row",

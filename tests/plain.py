@@ -400,6 +400,23 @@ def follow_the_plain_loops(
     return actual, ours, theirs
 
 
+def train_parameters_without_elements(**options: Any) -> None:
+    """Alone and beside others, which must go on being trained."""
+    for shapes in ([(0,)], [(0,), (0, 3)], [(0,), (4,)]):
+        params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        base = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        opt = MicroBatchSAM(base, 0.1, num_micro_batches=2, **options)
+
+        def closure(params: Sequence[Tensor] = params) -> None:
+            torch.stack([(p * p).sum() for p in params]).sum().backward()
+
+        for _ in range(3):
+            before = weights(params)
+            opt.step([closure, closure])
+            moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+            assert moved == [p.numel() > 0 for p in params]
+
+
 def through_a_file(thing: Any) -> Any:
     """``thing`` as ``torch.save`` and a careful ``torch.load`` return it."""
     file = io.BytesIO()

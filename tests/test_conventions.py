@@ -17,7 +17,20 @@ from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
 from torch.optim.optimizer import Optimizer
 
 from msam_kernels import MicroBatchSAM, methods
-from plain import METHODS, WAYS, PlainSAM, assert_close, batch, closure_of, loss_of, mlp, same_bits, split, weights
+from plain import (
+    DEVICE,
+    METHODS,
+    WAYS,
+    PlainSAM,
+    assert_close,
+    batch,
+    closure_of,
+    loss_of,
+    mlp,
+    same_bits,
+    split,
+    weights,
+)
 
 FLOAT64 = torch.float64
 
@@ -434,7 +447,7 @@ def test_within_one_autocast_every_pass_sees_its_weights(way, enabled):
 
     class Net(nn.Sequential):
         def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 out = super().forward(x)
             seen.append(tuple(out.flatten().tolist()))
             return out.float()
@@ -442,7 +455,7 @@ def test_within_one_autocast_every_pass_sees_its_weights(way, enabled):
     torch.manual_seed(0)
     model = Net(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     opt = wrap(model, rho=0.5)
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
         for _ in range(2):
             WAYS[way](opt, model, batch(6))
     assert len(set(seen)) == len(seen) == 2 * 2 * 2
@@ -543,17 +556,6 @@ def test_the_state_dict_interface_of_distributed_checkpoints_keeps_everything():
 
 
 # ---- DistributedDataParallel -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def process_group():
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("as_views", [False, True], ids=["own gradients", "gradients are bucket views"])

@@ -36,6 +36,7 @@ from cases import (
     assert_matches,
     assert_same_bits,
     assert_same_memory,
+    assert_sums_are_rounded_once,
     each_case,
     each_dtype,
     exact_sum_of_squares,
@@ -44,7 +45,8 @@ from cases import (
     table,
 )
 from msam_kernels import MicroBatchSAM, backends, store
-from plain import batch, loss_of, mlp, same_bits, weights
+from plain import METHODS as FAMILY
+from plain import batch, loss_of, mlp, same_bits, train_parameters_without_elements, weights
 from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,9 +281,11 @@ def test_thousands_of_parameters_fit_a_few_launches(count, operator, variant, la
     assert emulated.launches() - before == launches
 
 
-def test_an_empty_table_launches_nothing(emulated):
-    for operator, variants in VARIANTS.items():
-        call = make(operator, next(iter(variants)), torch.float32, (0, 0))
+@pytest.mark.parametrize("sizes", [(0,), (0, 0)], ids=["one parameter", "two parameters"])
+@pytest.mark.parametrize("flat", [True, False], ids=["flat weights", "listed weights"])
+def test_an_empty_table_launches_nothing(flat, sizes, emulated):
+    for operator, variant in CASES:
+        call = make(operator, variant, torch.float32, sizes, flat=flat)
         untouched, before = copy.deepcopy(call), emulated.launches()
         result = call.run(emulated)
         assert emulated.launches() == before
@@ -302,6 +306,12 @@ def test_the_norm_is_within_a_few_ulp_of_the_exact_one(dtype, n, decades, emulat
     assert abs(norm_sq - exact) <= (4 if dtype == torch.float64 else 16) * math.ulp(exact)
     norms = torch.tensor([math.sqrt(norm_sq), math.sqrt(exact)], dtype=torch.float64)
     assert abs(norms[0] - norms[1]) <= (2 if dtype == torch.float64 else 8) * math.ulp(norms[1])
+
+
+@pytest.mark.parametrize("decades", [0, 4], ids=["alike", "over eight decades"])
+@pytest.mark.parametrize("n", [1, 257, CHUNK + 1, 40000])
+def test_sums_of_doubles_are_rounded_once(n, decades, emulated):
+    assert_sums_are_rounded_once(emulated, n, decades)
 
 
 @each_dtype
@@ -468,6 +478,13 @@ def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, flatte
     for x, golden in zip(BATCHES, GOLDEN[name, micro_batches], strict=True):
         WAYS[way](problem, torch.tensor(x, dtype=torch.float64), micro_batches)
         torch.testing.assert_close(problem.weights, torch.tensor(golden, dtype=torch.float64), **TOLERANCE)
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flat", "not flat"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_parameters_without_elements_are_no_obstacle(name, flatten, emulated, monkeypatch):
+    monkeypatch.setattr(store, "get_backend", lambda *_: emulated)
+    train_parameters_without_elements(method=FAMILY[name], flatten=flatten)
 
 
 def test_an_interrupted_loop_restores_the_weights(emulated, monkeypatch):

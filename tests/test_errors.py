@@ -398,10 +398,17 @@ def test_parameters_that_are_added_during_a_step_are_refused_and_the_step_given_
     assert not same_bits(model.parameters(), before)
 
 
-def test_parameters_without_values_are_refused_with_the_remedy():
-    model = nn.Linear(2, 3, device="meta")
-    with pytest.raises(ValueError, match=r"parameter 0 of group 0 is on the meta device.*materialise"):
-        MicroBatchSAM(sgd(model.parameters()))
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (lambda: nn.Linear(2, 3, device="meta"), "is on the meta device.*materialise"),
+        (lambda: nn.LazyLinear(3), "has neither shape nor values.*forward"),
+    ],
+    ids=["on the meta device", "lazy"],
+)
+def test_parameters_without_values_are_refused_with_the_remedy(model, match):
+    with pytest.raises(ValueError, match=f"parameter 0 of group 0 {match}"):
+        MicroBatchSAM(sgd(model().parameters()))
 
 
 def test_an_attempt_that_fails_leaves_the_earlier_wrappers_rho():

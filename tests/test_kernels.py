@@ -49,6 +49,7 @@ from cases import (
     assert_matches,
     assert_same_bits,
     assert_same_memory,
+    assert_sums_are_rounded_once,
     coefs,
     each_case,
     each_dtype,
@@ -577,6 +578,12 @@ def test_the_norm_is_within_a_few_ulp_of_the_exact_one(dtype, n, decades):
     if dtype != torch.float64:
         rounded = torch.tensor([math.sqrt(norm_sq), math.sqrt(exact)]).view(torch.int32)  # as fp32: bits count ulp
         assert abs(int(rounded[0]) - int(rounded[1])) <= 2
+
+
+@pytest.mark.parametrize("decades", [0, 4], ids=["alike", "over eight decades"])
+@pytest.mark.parametrize("n", [1, 5, 33, 257, CHUNK + 1, 40000])
+def test_sums_of_doubles_are_rounded_once(n, decades, backend):
+    assert_sums_are_rounded_once(kernels_of(backend), n, decades)
 
 
 @each_dtype

@@ -25,6 +25,7 @@ from plain import (
     images,
     loss_of,
     mlp,
+    random_numbers,
     same_bits,
     through_a_file,
     weights,
@@ -91,7 +92,7 @@ def largest(values, count):
 
 def random_scores(flats, seed=0, levels=None, special=()):
     """For every parameter one in its memory order; few ``levels`` make ties."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_numbers(seed)
     scores = []
     for flat in flats:
         scores.append([])
@@ -376,7 +377,7 @@ def test_only_what_the_mask_names_is_perturbed_and_the_norm_is_that_of_all(backe
 
 def random_bits(opt, seed=0):
     """None of parameters that are frozen: they have no mask."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_numbers(seed)
     params = [p for group in opt.param_groups for p in group["params"]]
     return [(torch.rand(p.shape, generator=generator) < 0.5) & p.requires_grad for p in params]
 

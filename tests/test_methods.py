@@ -42,6 +42,7 @@ from plain import (
     mlp,
     same_bits,
     split,
+    train_parameters_without_elements,
     weights,
 )
 
@@ -152,6 +153,7 @@ def test_gradients_from_before_survive_a_pass_that_gives_them_again(backend):
     assert same_bits([before], [expected])
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("way", ["backward", "autograd.grad"])
 @pytest.mark.parametrize("name", ["GSAM", "Bilateral SAM", "LookSAM k=2"])
 def test_ordinary_gradients_are_kept_without_a_copy(name, way, extension):
@@ -598,3 +600,9 @@ def test_a_sum_reads_as_it_was_written():
     assert re.search(
         r"method=StableSAM\(.*\) \+ FriendlySAM\(", repr(MicroBatchSAM(SGD(mlp().parameters()), method=method))
     )
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters_without_elements_are_no_obstacle(name, flatten, backend):
+    train_parameters_without_elements(method=METHODS[name], flatten=flatten, backend=backend)

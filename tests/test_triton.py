@@ -34,6 +34,7 @@ from cases import (
     Call,
     assert_matches,
     assert_same_memory,
+    assert_sums_are_rounded_once,
     coefs,
     each_case,
     make,
@@ -85,6 +86,20 @@ def patch_once(function, patch=None):
     return _Patched()
 
 
+def reduced_by_halves(self, input):
+    """In place of the interpreter's own reduction by a function of ours, which takes one element after the other."""
+    values = [np.moveaxis(t.handle.data, self.axis, 0) for t in input]
+    while len(values[0]) > 1:
+        half = len(values[0]) // 2
+        operands = [
+            self.to_tensor(v[part], t.dtype)
+            for part in (slice(half), slice(half, None))
+            for v, t in zip(values, input, strict=True)
+        ]
+        values = [t.handle.data for t in self.combine_fn.fn(*operands)]
+    return [self.to_tensor(v[0], t.dtype) for v, t in zip(values, input, strict=True)]
+
+
 @pytest.fixture(autouse=True)
 def _triton():
     if find_spec("triton") is None:
@@ -98,6 +113,7 @@ def _triton():
     with (
         np.errstate(all="ignore"),  # the interpreter computes with NumPy, which warns of NaN and infinity
         mock.patch("triton.runtime.interpreter._convert_float", bf16_as_torch_rounds),
+        mock.patch("triton.runtime.interpreter.ReduceOps.generic_reduce", reduced_by_halves),
         mock.patch("triton.runtime.interpreter._patch_lang", partial(patch_once, patch=interpreter._patch_lang)),
     ):
         yield
@@ -172,9 +188,11 @@ def test_only_misaligned_gradients():
     assert_as_specified(call)
 
 
-def test_nothing_to_do():
+@pytest.mark.parametrize("sizes", [(0,), (0, 0)], ids=["one parameter", "two parameters"])
+@pytest.mark.parametrize("flat", [True, False], ids=["flat weights", "listed weights"])
+def test_nothing_to_do(flat, sizes):
     for operator, variant in CASES:
-        assert_as_specified(make(operator, variant, sizes=(0, 0)))
+        assert_as_specified(make(operator, variant, sizes=sizes, flat=flat))
 
 
 def test_a_vector_that_is_absent_counts_nothing_beside_an_infinite_one(kernels):
@@ -182,6 +200,11 @@ def test_a_vector_that_is_absent_counts_nothing_beside_an_infinite_one(kernels):
     terms = [torch.full((3,), np.inf), torch.ones(2), torch.empty(0), torch.ones(2)]
     sums = kernels.gram([t.to(DEVICE) for t in terms], rows.to(DEVICE), count=2).sum(-1)
     assert sums.tolist() == [np.inf, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("n", [1, 257, 3 * 1024, CHUNK + 16])
+def test_sums_of_doubles_are_rounded_once(n, kernels):
+    assert_sums_are_rounded_once(kernels, n, 4, DEVICE)
 
 
 def test_the_norm_of_many_terms_from_several_devices_is_summed_by_every_kernel():

@@ -180,24 +180,29 @@ inline void finish_streaming(bool stream) {
 
 // ---- reductions: kLanes fixed lanes in double, whatever the width of the registers ----------------------------------
 
+template <bool careful>
 struct Lanes {
   static constexpr int kPacks = kLanes / kWidth;
-  Doubles lanes[kPacks] = {};
+  Sum<Doubles, careful> lanes[kPacks];
 
   // Of the n elements of the block at i; value(j) is a vector of the terms from j on.
   template <class A, class F>
   void add(int64_t i, int n, const A& ahead, F&& value) {
-    Doubles sums[kPacks];
+    Sum<Doubles, careful> sums[kPacks];
     for (int p = 0; p < kPacks; ++p) sums[p] = lanes[p];
     for (int j = 0; j < n; j += kLanes) {
       ahead(i + j);
-      for (int p = 0; p < kPacks; ++p) sums[p] += value(j + p * kWidth);
+      for (int p = 0; p < kPacks; ++p) sums[p].add(value(j + p * kWidth));
     }
     for (int p = 0; p < kPacks; ++p) lanes[p] = sums[p];
   }
-  double total() const {
-    const auto lane = [&](int i) { return lanes[i / kWidth][i % kWidth]; };
-    double s[8];
+  Sum<double, careful> total() const {
+    const auto lane = [&](int i) {
+      Sum<double, careful> lane{lanes[i / kWidth].value[i % kWidth]};
+      if constexpr (careful) lane.lost = lanes[i / kWidth].lost[i % kWidth];
+      return lane;
+    };
+    Sum<double, careful> s[8];
     for (int i = 0; i < 8; ++i) s[i] = (lane(i) + lane(8 + i)) + (lane(16 + i) + lane(24 + i));
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
   }
@@ -247,11 +252,11 @@ inline Pack<T> pack_of(const Number& number) {
 
 // ||d||^2 of n elements; `a` has sigma and eta, and may be null where d is the gradient.
 template <class S, bool friendly, bool adaptive>
-double norm_of(const Norm* a, const S* grads, const S* emas, const S* weights, int64_t numel, bool large) {
+Sum<double, kCareful<S>> norm_of(const Norm* a, const S* grads, const S* emas, const S* weights, int64_t numel, bool large) {
   using T = typename Arithmetic<S>::type;
   const Pack<T> sigma = friendly ? pack_of<T>(a->sigma) : Pack<T>{}, eta = adaptive ? pack_of<T>(a->eta) : Pack<T>{};
   const Ahead<S> ahead(large, {grads, emas, weights});
-  Lanes lanes;
+  Lanes<kCareful<S>> lanes;
   for_blocks(numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T gt[kBlock], et[kBlock], wt[kBlock];
@@ -276,7 +281,7 @@ void norm(const Norm& a, const Context& x, int64_t first, int64_t last) {
     const Chunk& c = a.table[k];
     const S *grads = at<S>(x, a.grads, c), *weights = a.adaptive ? at<S>(x, a.weights, c) : nullptr;
     const bool there = grads && (weights || !a.adaptive);
-    a.partials[k] = there ? row(&a, grads, at<S>(a.ema, c), weights, c.numel, x.large) : 0;
+    put(there ? row(&a, grads, at<S>(a.ema, c), weights, c.numel, x.large) : Sum<double, kCareful<S>>(), a.partials, k, a.rows);
   }
 }
 
@@ -284,12 +289,12 @@ void norm(const Norm& a, const Context& x, int64_t first, int64_t last) {
 
 // The inner products of `vectors` vectors of n elements: x.x, x.y, y.y, x.z, y.z, z.z.
 template <class S, int vectors>
-void products_of(const S* const* from, int64_t numel, bool large, double* out) {
+void products_of(const S* const* from, int64_t numel, bool large, Sum<double, kCareful<S>>* out) {
   using T = typename Arithmetic<S>::type;
   constexpr int kProducts = vectors * (vectors + 1) / 2, kTurns = kLanes / kWidth, kStep = kBlock / kTurns;
   Ahead<S> ahead(large, {});
   for (int v = 0; v < vectors; ++v) ahead.add(from[v]);
-  Lanes sums[kProducts];
+  Lanes<kCareful<S>> sums[kProducts];
   for_blocks(numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T tmp[vectors][kBlock];
@@ -298,13 +303,13 @@ void products_of(const S* const* from, int64_t numel, bool large, double* out) {
     for (int turn = 0; turn < kTurns; ++turn) {  // in turns, so that all sums stay in registers
       for (int j = turn * kStep; j < (turn + 1) * kStep; j += kLanes)
         if (j % kLanes == 0) ahead(i + j);
-      Doubles sum[kProducts];
+      Sum<Doubles, kCareful<S>> sum[kProducts];
       for (int r = 0; r < kProducts; ++r) sum[r] = sums[r].lanes[turn];
       for (int j = turn * kWidth; j < whole_lanes(n); j += kLanes) {
         Doubles wide[vectors];
         for (int v = 0; v < vectors; ++v) wide[v] = doubles(load_pack(x[v] + j));
         for (int v = 0; v < vectors; ++v)
-          for (int u = 0; u <= v; ++u) sum[v * (v + 1) / 2 + u] += wide[u] * wide[v];
+          for (int u = 0; u <= v; ++u) sum[v * (v + 1) / 2 + u].add(wide[u] * wide[v]);
       }
       for (int r = 0; r < kProducts; ++r) sums[r].lanes[turn] = sum[r];
     }
@@ -321,17 +326,18 @@ void gram(const Gram& a, const Context& x, int64_t first, int64_t last) {
     int which[kVectors], n = 0;
     for (int v = 0; v < a.count; ++v)
       if ((from[n] = at<S>(x, a.terms[v], c))) which[n++] = v;
-    double products[kVectors * (kVectors + 1) / 2];
+    constexpr int kMost = kVectors * (kVectors + 1) / 2;
+    Sum<double, kCareful<S>> found[kMost], products[kMost];
     if (n == 3)
-      products_of<S, 3>(from, c.numel, x.large, products);
+      products_of<S, 3>(from, c.numel, x.large, found);
     else if (n == 2)
-      products_of<S, 2>(from, c.numel, x.large, products);
+      products_of<S, 2>(from, c.numel, x.large, found);
     else if (n == 1)
-      products[0] = norm_of<S, false, false>(nullptr, from[0], nullptr, nullptr, c.numel, x.large);
-    for (int r = 0; r < a.count * (a.count + 1) / 2; ++r) a.partials[r * a.rows + k] = 0;
+      found[0] = norm_of<S, false, false>(nullptr, from[0], nullptr, nullptr, c.numel, x.large);
     for (int v = 0; v < n; ++v)
-      for (int u = 0; u <= v; ++u)
-        a.partials[(which[v] * (which[v] + 1) / 2 + which[u]) * a.rows + k] = products[v * (v + 1) / 2 + u];
+      for (int u = 0; u <= v; ++u) products[which[v] * (which[v] + 1) / 2 + which[u]] = found[v * (v + 1) / 2 + u];
+    for (int r = 0; r < a.count * (a.count + 1) / 2; ++r)
+      put(products[r], a.partials + r * kParts<kCareful<S>> * a.rows, k, a.rows);
   }
 }
 
@@ -376,7 +382,7 @@ double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* 
   const Pack<T> lmbda = pack_of<T>(a.lmbda), one_minus_lmbda = pack_of<T>(a.one_minus_lmbda);
   const bool past_cache = stream && base != weights;  // weights that were not read
   const Ahead<S> ahead(stream, {base, grads, emas});
-  Lanes lanes;
+  Lanes<false> lanes;  // of which no coefficient is made
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock];
@@ -408,7 +414,7 @@ double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* 
       if (!w_direct) copy(reinterpret_cast<const S*>(w_result), weights + i, n, past_cache);
       if (emas_out && !direct) std::memcpy(emas_out + i, ema_result, n * sizeof(S));
     } else {  // what counts is what was stored
-      Lanes unrounded;
+      Lanes<false> unrounded;
       unrounded.add(i, whole_lanes(n), ahead, change_sq);
       narrow(w_result, weights + i, n);
       if (emas_out) narrow(ema_result, emas_out + i, n);
@@ -416,7 +422,7 @@ double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* 
       lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return difference_sq(load_pack(stored + j), load_pack(w + j)); });
     }
   });
-  return lanes.total();
+  return rounded(lanes.total());
 }
 
 template <class S, bool masked, bool stream>
@@ -516,7 +522,7 @@ double combine_row(const Terms<S>& terms, S* outs, int64_t numel, bool large, bo
   using T = typename Arithmetic<S>::type;
   Ahead<S> ahead(large, {});
   terms.add_to(ahead);
-  Lanes lanes;
+  Lanes<kCareful<S>> lanes;
   for_blocks(numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T result[kBlock];
@@ -527,13 +533,13 @@ double combine_row(const Terms<S>& terms, S* outs, int64_t numel, bool large, bo
     const T* stored = padded<T>(out.values(), result, n);
     lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return square(load_pack(stored + j)); });
   });
-  return lanes.total();
+  return rounded(lanes.total());
 }
 
 template <class S>
 double combine(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool squared) {
   if (terms.is_plain() && terms.from[0] == outs)  // nothing changes
-    return squared ? norm_of<S, false, false>(nullptr, outs, nullptr, nullptr, numel, large) : 0;
+    return squared ? rounded(norm_of<S, false, false>(nullptr, outs, nullptr, nullptr, numel, large)) : 0;
   const bool stream = large && !terms.reads(outs);  // what is only written goes past the cache
   if (terms.is_plain() && !squared) return copy(terms.from[0], outs, numel, stream), 0;
   return stream ? combine_row<S, true>(terms, outs, numel, large, squared)

@@ -6,7 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cmath>
+
 #include "kernels.h"
 #include "pieces.h"
 
@@ -20,16 +20,10 @@ constexpr int64_t kAlone = 131072;
 // Stores past the cache pay once a buffer no longer fits the one that the cores share.
 constexpr int64_t kLargeBytes = int64_t(8) << 20;
 
-// Neumaier's sum, in the order of the terms.
 double total(const double* terms, int64_t n) {
-  double sum = 0, lost = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    const double next = sum + terms[k];
-    lost += std::abs(sum) >= std::abs(terms[k]) ? (sum - next) + terms[k] : (terms[k] - next) + sum;
-    sum = next;
-  }
-  // With an infinite term the correction is NaN; the sum already says what there is to say.
-  return is_finite(lost) ? sum + lost : sum;
+  Sum<double, true> sum;
+  for (int64_t k = 0; k < n; ++k) sum.add(terms[k]);
+  return rounded(sum);
 }
 
 double total(const Sums& row) { return row.data ? total(row.data, row.terms) : 0; }
@@ -83,14 +77,15 @@ class Device : public Call {
     return std::any_of(a.terms, a.terms + a.combination.count, is_there);
   }
 
-  // Runs a kernel that leaves a term for every row of the table in each row of a.partials, and adds them up.
+  // Runs a kernel that leaves a term for every row of the table in each row of a.partials, see put(), and adds them up.
   template <class Arguments>
   Tensor summed(Arguments& a, Kernel<Arguments> kernel, at::IntArrayRef sizes) {
-    c10::SmallVector<double, 256> partials(sizes[0] * rows());
+    const int64_t terms = rows() * parts_of(a.storage);
+    c10::SmallVector<double, 256> partials(sizes[0] * terms);
     a.partials = partials.data();
     share(a, kernel);
     const Tensor sums = at::detail::empty_cpu(sizes, at::kDouble);
-    for (int64_t r = 0; r < sizes[0]; ++r) sums.mutable_data_ptr<double>()[r] = total(a.partials + r * rows(), rows());
+    for (int64_t r = 0; r < sizes[0]; ++r) sums.mutable_data_ptr<double>()[r] = total(a.partials + r * terms, terms);
     return sums;
   }
 

@@ -161,7 +161,7 @@ cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t 
       if (const cudaError_t error = resident_blocks(kernel, known, &resident)) return error;
       if (resident == 0) return cudaErrorCooperativeLaunchTooLarge;
       // Equal shares: as many rounds of terms as it takes, and no more blocks than that many rounds need.
-      const int64_t terms = args.norm_sq.terms, rounds = (terms + resident - 1) / resident;
+      const int64_t terms = partials_of(args.rows), rounds = (terms + resident - 1) / resident;
       return launch(kernel, (terms + rounds - 1) / rounds, true, stream, p);
     };
     return dispatch(args.storage, cooperative, args.ema != nullptr, args.adaptive);

@@ -200,44 +200,53 @@ MSAM_DEVICE uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t
 
 // What the threads of a block tell each other.
 struct Shared {
-  double warps[kRows + 1][kWarps];
+  double warps[kRows + 1][kParts<true> * kWarps];
   double sums[kRows + 1];  // of a descent: the rows of its sums and norm_sq, added up
   alignas(16) unsigned char constants[128];
   bool is_last;  // of the blocks to finish
 };
 
-MSAM_DEVICE double warp_sum(double x) {
+template <bool careful>
+MSAM_DEVICE Sum<double, careful> warp_sum(Sum<double, careful> sum) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_down_sync(0xffffffffu, x, distance);
-  return x;
+  for (int distance = 16; distance > 0; distance /= 2) {
+    Sum<double, careful> other{__shfl_down_sync(0xffffffffu, sum.value, distance)};
+    if constexpr (careful) other.lost = __shfl_down_sync(0xffffffffu, sum.lost, distance);
+    sum.add(other);
+  }
+  return sum;
 }
-MSAM_DEVICE double added_up(const double (&warps)[kWarps]) {
-  double x = warps[0];
+template <bool careful>
+MSAM_DEVICE Sum<double, careful> added_up(const double* warps) {
+  Sum<double, careful> sum = term<careful>(warps, 0, kWarps);
 #pragma unroll
-  for (int i = 1; i < kWarps; ++i) x += warps[i];
-  return x;
+  for (int i = 1; i < kWarps; ++i) sum.add(term<careful>(warps, i, kWarps));
+  return sum;
 }
 
 // The sum over the block, in an order of its own, to every thread.
-MSAM_DEVICE double block_sum(double x, Shared& shared) {
-  x = warp_sum(x);
+template <bool careful>
+MSAM_DEVICE Sum<double, careful> block_sum(Sum<double, careful> sum, Shared& shared) {
+  sum = warp_sum(sum);
   __syncthreads();  // the last sum has been read
-  if (threadIdx.x % 32 == 0) shared.warps[0][threadIdx.x / 32] = x;
+  if (threadIdx.x % 32 == 0) put(sum, shared.warps[0], threadIdx.x / 32, kWarps);
   __syncthreads();
-  return added_up(shared.warps[0]);
+  return added_up<careful>(shared.warps[0]);
 }
 
 // A thread's share of the terms of a sum. Past L1: an earlier phase of the kernel may have written them.
-MSAM_DEVICE double share_of(const double* terms, int64_t count) {
-  double x = 0;
+template <bool careful>
+MSAM_DEVICE Sum<double, careful> share_of(const double* terms, int64_t count) {
+  Sum<double, careful> sum;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < int(count); i += kThreads) x += __ldcg(terms + i);
-  return x;
+  for (int i = threadIdx.x; i < int(count); i += kThreads) sum.add(__ldcg(terms + i));
+  return sum;
 }
 
 // Every block of every kernel adds the terms up in this order.
+template <bool careful>
 MSAM_DEVICE double norm_sq_of(const Perturb& a, Shared& shared) {
-  return block_sum(share_of(a.norm_sq.data, a.norm_sq.terms), shared);
+  return rounded(block_sum(share_of<careful>(a.norm_sq.data, a.norm_sq.terms), shared));
 }
 
 // Made by one thread: doubles are slow on many GPUs, and a group's constants take dozens of operations on them.
@@ -273,17 +282,25 @@ MSAM_DEVICE bool is_here(const Window<Args>& a, const Chunk& c) {
   return c.segment >= a.begin && c.segment < a.end;
 }
 
-// Products of doubles in lanes that take turns. For values that were fp32 a product is exact: the fused operation gives
-// what a product and a sum would.
-template <class T>
+// Products of doubles, in lanes that take turns unless the sum is careful, which takes twice the registers. For values that
+// were fp32 a product is exact: the fused operation gives what a product and a sum would.
+template <class T, bool careful = kCareful<T>>
 struct Products {
-  double lane[2] = {};
+  static constexpr int kTurns = careful ? 1 : 2;
+  Sum<double, careful> lane[kTurns];
 
   MSAM_DEVICE void add(int j, double x, double y) {
-    double& sum = lane[j % 2];
-    sum = sizeof(T) == 8 ? sum + x * y : fma(x, y, sum);
+    auto& sum = lane[j % kTurns];
+    if constexpr (sizeof(T) == 8)
+      sum.add(x * y);
+    else
+      sum.value = fma(x, y, sum.value);
   }
-  MSAM_DEVICE double total() const { return lane[0] + lane[1]; }
+  MSAM_DEVICE Sum<double, careful> total() const {
+    Sum<double, careful> sum = lane[0];
+    if constexpr (kTurns > 1) sum.add(lane[1]);
+    return sum;
+  }
 };
 
 template <class S_>
@@ -354,7 +371,16 @@ struct NormOp {
   }
 };
 
-// Term `which` of the squared norm: every kPartials-th row. Later launches add to what earlier ones left.
+// A sum as term `which`. Later launches add to what earlier ones left.
+template <bool careful, class Args>
+MSAM_DEVICE void leave(const Args& a, Sum<double, careful> sum, double* terms, int64_t which) {
+  if (threadIdx.x != 0) return;
+  const int64_t count = partials_of(a.rows);
+  if (a.begin > 0) sum = term<careful>(terms, which, count) + sum;
+  put(sum, terms, which, count);
+}
+
+// Term `which` of the squared norm: every kPartials-th row.
 template <class S, bool friendly, bool adaptive, class P>
 MSAM_DEVICE void norm_term(const P& p, int64_t which, Shared& shared) {
   using T = typename Traits<S>::T;
@@ -368,8 +394,7 @@ MSAM_DEVICE void norm_term(const P& p, int64_t which, Shared& shared) {
     op.ema = at<S>(a.ema, c);
     walk(op, int(c.numel));
   }
-  const double sum = block_sum(op.sum.total(), shared);
-  if (threadIdx.x == 0) a.partials[which] = a.begin > 0 ? a.partials[which] + sum : sum;
+  leave(a, block_sum(op.sum.total(), shared), a.partials, which);
 }
 
 template <class S, bool friendly, bool adaptive, class P>
@@ -390,7 +415,7 @@ struct PerturbOp {
   S *saved, *ema_out;
   uint64_t first_bit;  // of the mask: eight times the address of its byte and its place there; 0 without
   T scale, sigma, lmbda, one_minus_lmbda, eta;
-  Products<T> sum;
+  Products<T, false> sum;  // of which no coefficient is made
 
   template <int N>
   struct In {
@@ -452,7 +477,7 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, double norm_sq, Shared& shar
   const uint8_t before = a.status[k];
   S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
   const S* base = before == kPerturbed ? saved : weights;
-  double sum = 0;
+  Sum<double, false> sum;
   if (is_finite(norm_sq)) {
     const T scale = shared_constants<T>(shared, [&] { return T(ascent_scale(norm_sq, a.radii[c.group])); });
     PerturbOp<S, friendly, adaptive> op{weights,
@@ -474,13 +499,13 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, double norm_sq, Shared& shar
     copy(base, before == kPerturbed ? weights : saved, int(c.numel));
   }
   sum = block_sum(sum, shared);  // from its barriers on nobody reads the status
-  if (threadIdx.x == 0) a.achieved_sq[k] = sum, a.status[k] = kPerturbed;
+  if (threadIdx.x == 0) a.achieved_sq[k] = rounded(sum), a.status[k] = kPerturbed;
 }
 
 template <class S, bool friendly, bool adaptive, class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  const double norm_sq = norm_sq_of(p.args, shared);
+  const double norm_sq = norm_sq_of<kCareful<S>>(p.args, shared);
   // Backwards: the end of what norm read may still be in cache.
   perturb_row<S, friendly, adaptive>(p, p.args.rows - 1 - blockIdx.x, norm_sq, shared);
 }
@@ -492,10 +517,10 @@ __global__ void __launch_bounds__(kThreads, kAscendBlocks) ascend_kernel(const _
   __shared__ Shared shared;
   // Terms as in norm, whatever the number of blocks: a block makes one after the other.
 #pragma unroll 1
-  for (int64_t term = blockIdx.x; term < p.args.norm_sq.terms; term += gridDim.x)
-    norm_term<S, friendly, adaptive>(p, term, shared);
+  for (int64_t which = blockIdx.x; which < partials_of(p.args.rows); which += gridDim.x)
+    norm_term<S, friendly, adaptive>(p, which, shared);
   cooperative_groups::this_grid().sync();
-  const double norm_sq = norm_sq_of(p.args, shared);
+  const double norm_sq = norm_sq_of<kCareful<S>>(p.args, shared);
 #pragma unroll 1
   for (int64_t k = p.args.rows - 1 - blockIdx.x; k >= 0; k -= gridDim.x)
     perturb_row<S, friendly, adaptive>(p, k, norm_sq, shared);
@@ -559,9 +584,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) gram_kernel(const __grid
   }
 #pragma unroll
   for (int r = 0; r < op.kProducts; ++r) {
-    const double sum = block_sum(op.sums[r].total(), shared);
-    double* term = a.partials + r * int64_t(gridDim.x) + blockIdx.x;
-    if (threadIdx.x == 0) *term = a.begin > 0 ? *term + sum : sum;
+    double* terms = a.partials + r * kParts<kCareful<S>> * partials_of(a.rows);
+    leave(a, block_sum(op.sums[r].total(), shared), terms, blockIdx.x);
   }
 }
 
@@ -578,6 +602,7 @@ struct Terms {
 };
 
 // All rows of a descent's sums to shared.sums, norm_sq last, each in the order of block_sum. Returns how many there are.
+template <bool careful>
 MSAM_DEVICE int add_up(const Descent& a, Shared& shared) {
   int rows = 0;
 #pragma unroll 1
@@ -585,13 +610,13 @@ MSAM_DEVICE int add_up(const Descent& a, Shared& shared) {
     const Sums& s = i < kSums ? a.sums[i] : a.norm_sq;
 #pragma unroll 1
     for (int64_t r = 0; r < s.rows; ++r, ++rows) {
-      const double x = warp_sum(share_of(s.data + r * s.terms, s.terms));
-      if (threadIdx.x % 32 == 0) shared.warps[rows][threadIdx.x / 32] = x;
+      const auto sum = warp_sum(share_of<careful>(s.data + r * s.terms, s.terms));
+      if (threadIdx.x % 32 == 0) put(sum, shared.warps[rows], threadIdx.x / 32, kWarps);
     }
   }
   if (rows == 0) return 0;
   __syncthreads();
-  if (threadIdx.x < rows) shared.sums[threadIdx.x] = added_up(shared.warps[threadIdx.x]);
+  if (threadIdx.x < rows) shared.sums[threadIdx.x] = rounded(added_up<careful>(shared.warps[threadIdx.x]));
   __syncthreads();
   return rows;
 }
@@ -602,7 +627,7 @@ template <class S, class P>
 MSAM_DEVICE void find_terms(const P& p, const Chunk& c, bool known, Terms<S>& terms, Shared& shared) {
   using T = typename Traits<S>::T;
   const auto& a = p.args;
-  const int rows = add_up(a, shared);
+  const int rows = add_up<kCareful<S>>(a, shared);
   if (threadIdx.x == 0) {
     const double norm_sq = a.norm_sq.data ? shared.sums[rows - 1] : 0;
     coefficients(a.combination, shared.sums, known ? norm_sq : NAN, terms.wide);
@@ -733,7 +758,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) descend_kernel(const __g
   if (!is_here(a, c)) return;
   S *weights = at<S>(p, a.weights, c), *out = at<S>(p, a.out, c);
   const S* base = base_of<S>(a, k, c);
-  double sum = 0;
+  Sum<double, kCareful<S>> sum;
   if (out) find_terms(p, c, true, terms, shared);
   const bool stays = !out || (terms.count == 1 && terms.from[0] == out && terms.coefs[0] == 1 && !a.out_sq);
   if (!stays) {
@@ -745,7 +770,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) descend_kernel(const __g
   }
   if (a.out_sq) {
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) a.out_sq[k] = sum;
+    if (threadIdx.x == 0) a.out_sq[k] = rounded(sum);
   }
   settle(a, k, a.last);
 }

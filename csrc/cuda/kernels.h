@@ -21,7 +21,7 @@ struct Window : Args {
 // Terms of a sum over all rows: a number of its own for every table, whatever the GPU, so that all GPUs add in the same order.
 // As many blocks fill any of them, and few enough that every block of the next kernel can add the terms up by itself.
 constexpr int64_t kPartials = 1024;
-inline int64_t partials_of(int64_t rows) { return rows < kPartials ? rows : kPartials; }
+MSAM_FN int64_t partials_of(int64_t rows) { return rows < kPartials ? rows : kPartials; }
 
 // On the current device, in order on `stream`; a table without rows launches nothing.
 cudaError_t launch_norm(const Norm&, const Lists&, cudaStream_t stream);

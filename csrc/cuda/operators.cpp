@@ -36,20 +36,20 @@ class Device : public Call {
   }
 
   Tensor run(Norm& a) const {
-    const Tensor norm_sq = sums_of_rows();
+    const Tensor norm_sq = sums_of_rows(a.storage);
     a.partials = norm_sq.mutable_data_ptr<double>();
     launch(&launch_norm, a);
     return norm_sq;
   }
   Tensor run(Gram& a) const {
-    const Tensor sums = sums_of_rows(a.count * (a.count + 1) / 2);
+    const Tensor sums = sums_of_rows(a.storage, a.count * (a.count + 1) / 2);
     a.partials = sums.mutable_data_ptr<double>();
     launch(&launch_gram, a);
     return sums;
   }
   void run(Perturb& a) const { launch(&launch_perturb, a); }
   Tensor ascend(Perturb& a) const {
-    const Tensor norm_sq = sums_of_rows();
+    const Tensor norm_sq = sums_of_rows(a.storage);
     a.partials = norm_sq.mutable_data_ptr<double>();
     a.norm_sq = {a.partials, 1, norm_sq.numel()};
     launch(&launch_ascend, a, lists().elements[a.grads.list] * itemsize_ <= cooperative_bytes());
@@ -60,11 +60,11 @@ class Device : public Call {
 
  private:
   // The terms of a sum, or of several, still to be filled; zero for an empty table, which launches nothing.
-  Tensor sums_of_rows(std::optional<int64_t> several = {}) const {
+  Tensor sums_of_rows(Storage storage, std::optional<int64_t> several = {}) const {
     const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
     c10::SmallVector<int64_t, 2> sizes;
     if (several) sizes.push_back(*several);
-    sizes.push_back(rows() ? partials_of(rows()) : 1);
+    sizes.push_back(rows() ? partials_of(rows()) * parts_of(storage) : 1);
     return rows() ? at::empty(sizes, options) : at::zeros(sizes, options);
   }
   template <class Arguments, class... More>

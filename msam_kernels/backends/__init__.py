@@ -22,7 +22,8 @@ Every backend is a namespace with the functions below, called alike:
 * ``mask``: uint8 ``[⌈size / 8⌉]`` for flat buffers of ``size`` elements; element 8·j + k is perturbed where bit k of byte j
   is set.
 * ``radii``: float64 ``[groups]``. ``settings``: float64 ``[groups, columns]``, columns as in ``reference.py``.
-* ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice. ``achieved_sq``: float64
+* ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice, and of fp64 storage some terms
+  are what the rounding of others lost. ``achieved_sq``: float64
   ``[K]``, the terms of ‖e‖² as it was stored. ``out_sq``: float64 ``[K]``, the terms of ‖out‖².
 * ``coefs``: 7 numbers for each of the 1 to 4 terms, ``sums``: up to 3 float64 tensors ``[rows, n]`` or ``[n]``, 8 rows in all;
   ``rescale``: one of those rows, or -1. See ``reference.coefficients``. ``gram`` returns such a tensor, of 1, 3 or 6 rows.

@@ -88,6 +88,41 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+class _Sum:
+    """A sum of products in fp64. Of fp64 storage it is exact until it is rounded, once: no order of summation shows.
+
+    Products of narrower values are exact, and what is made of their sum is rounded to fp32, where an order does not show.
+    """
+
+    def __init__(self, table: Tensor):
+        self.rounded = torch.zeros(1, dtype=torch.float64, device=table.device)
+        self.exact: list[float] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        products = x.double() * y.double()
+        if x.dtype != torch.float64:
+            self.rounded += products.sum()
+            return
+        while products.numel() > 64:  # by halves, and beside them what each addition loses (Knuth's TwoSum)
+            half = products.numel() // 2
+            self.exact += products[2 * half :].tolist()
+            x, y = products[:half], products[half : 2 * half]
+            products = x + y
+            arrived = products - x
+            self.exact.append(float(((x - (products - arrived)) + (y - arrived)).nan_to_num(nan=0.0).sum()))
+        self.exact += products.tolist()
+
+    def total(self) -> Tensor:
+        """float64 ``[1]``."""
+        if not self.exact:
+            return self.rounded
+        try:
+            total = math.fsum(self.exact)
+        except (OverflowError, ValueError):  # as IEEE has it: infinite, or inf - inf
+            total = sum(self.exact)
+        return torch.full_like(self.rounded, total)
+
+
 def _direction(g: Tensor, ema: Tensor | None, sigma: float) -> Tensor:
     return g if ema is None else torch.where(ema.isnan(), g, g - _wide(ema) * sigma)
 
@@ -111,7 +146,7 @@ def norm(
 ) -> Tensor:
     """``‖d‖²`` as float64 ``[1]``."""
     check(table, weights=weights, grads=grads, ema=ema)
-    total = torch.zeros(1, dtype=torch.float64, device=table.device)
+    total = _Sum(table)
     for row in _rows(table):
         g = row.of(grads)
         if g is None:
@@ -121,8 +156,8 @@ def norm(
             w = row.weights(weights)
             assert w is not None
             d = _stretch(_wide(w), eta) * d
-        total += d.double().square().sum()
-    return total
+        total.add(d, d)
+    return total.total()
 
 
 def perturb(
@@ -218,14 +253,14 @@ def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
     """The inner products of ``count`` vectors, float64 ``[count·(count + 1)/2, 1]``; row v·(v + 1)/2 + u is x_u·x_v, u ≤ v."""
     check(table, terms=terms)
     lists = _lists(terms, count)
-    total = torch.zeros(count * (count + 1) // 2, 1, dtype=torch.float64, device=table.device)
+    totals = [_Sum(table) for _ in range(count * (count + 1) // 2)]
     for row in _rows(table):
         vectors = [row.of(tensors) for tensors in lists]
         for v, y in enumerate(vectors):
             for u, x in enumerate(vectors[: v + 1]):
                 if x is not None and y is not None:
-                    total[v * (v + 1) // 2 + u] += (x.double() * y.double()).sum()
-    return total
+                    totals[v * (v + 1) // 2 + u].add(x, y)
+    return torch.stack([total.total() for total in totals])
 
 
 def coefficients(coefs: list[float], sums: list[Tensor], rescale: int, norm_sq: Tensor | None) -> list[float] | Tensor:
@@ -326,7 +361,10 @@ def descend(
             x = _combination(row, lists, c)
             total.copy_(torch.zeros_like(total) if x is None else x)
         if out_sq is not None:
-            out_sq[row.k] = 0 if total is None else total.double().square().sum()
+            square = _Sum(table)
+            if total is not None:
+                square.add(total, total)
+            out_sq[row.k] = square.total()[0]
 
 
 def update(

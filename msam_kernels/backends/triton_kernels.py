@@ -292,27 +292,68 @@ def store_status(status, k, value, where):
     tl.store(pointer(status, tl.uint8) + k, value, mask=where & (status != 0))
 
 
+# ---- sums: a value, and beside it what roundings lost where T is fp64, see csrc/update_math.h ----------------------------
+
+
 @triton.jit
-def total(terms, n):
+def careful_sum(x, lost_of_x, y, lost_of_y):
+    value = x + y
+    arrived = value - x
+    return value, lost_of_x + lost_of_y + ((x - (value - arrived)) + (y - arrived))
+
+
+@triton.jit
+def plus(value, lost, x, T: tl.constexpr):
+    """(value, lost) with x."""
+    if T.primitive_bitwidth == 64:
+        value, lost = careful_sum(value, lost, x, 0.0)
+    else:
+        value = value + x
+    return value, lost
+
+
+@triton.jit
+def correction(lost):
+    return tl.where(is_finite(lost), lost, 0.0)
+
+
+@triton.jit
+def lanes_of_sum(BLOCK: tl.constexpr, T: tl.constexpr):
+    """Zeros to add blocks to."""
+    return tl.zeros([BLOCK if T.primitive_bitwidth == 64 else THREADS], tl.float64)
+
+
+@triton.jit
+def plus_block(value, lost, x, T: tl.constexpr):
+    if (
+        T.primitive_bitwidth != 64
+    ):  # the elements of each thread first: one sum for each of them would not fit the registers
+        x = tl.sum(tl.reshape(x, [THREADS, x.shape[0] // THREADS]), 1)
+    return plus(value, lost, x, T)
+
+
+@triton.jit
+def added_up(value, lost, T: tl.constexpr):
+    """(value, lost) of all lanes together."""
+    if T.primitive_bitwidth == 64:
+        value, lost = tl.reduce((value, lost), 0, careful_sum)
+    else:
+        value, lost = tl.sum(value, 0), 0.0
+    return value, lost
+
+
+@triton.jit
+def total(terms, n, T: tl.constexpr):
     """The sum of a list of fp64, in one order for all programs."""
     LANES: tl.constexpr = 1024
     lanes = tl.arange(0, LANES)
-    sums = tl.zeros([LANES], tl.float64)
+    value = tl.zeros([LANES], tl.float64)
+    lost = value
     for i in range(0, n, LANES):
-        sums += tl.load(pointer(terms, tl.float64) + i + lanes, mask=lanes < n - i, other=0.0)
-    return tl.sum(sums, 0)
-
-
-@triton.jit
-def no_sums():
-    """Zeros to add to, one for each thread."""
-    return tl.zeros([THREADS], tl.float64)
-
-
-@triton.jit
-def folded(x):
-    """The elements of each thread added up: one sum for each of them would not fit the registers."""
-    return tl.sum(tl.reshape(x, [THREADS, x.shape[0] // THREADS]), 1)
+        x = tl.load(pointer(terms, tl.float64) + i + lanes, mask=lanes < n - i, other=0.0)
+        value, lost = plus(value, lost, x, T)
+    value, lost = added_up(value, lost, T)
+    return value + correction(lost)
 
 
 @triton.jit
@@ -331,7 +372,8 @@ def norm_of_row(
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    sums = no_sums()
+    value = lanes_of_sum(BLOCK, T)
+    lost = value
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
         d = load(g, at, here, S, ALIGNED).to(T)
@@ -340,8 +382,8 @@ def norm_of_row(
         if ADAPTIVE:
             d = stretch(load(w, at, here, S, ALIGNED).to(T), eta) * d
         wide = d.to(tl.float64)
-        sums += folded(wide * wide)
-    return tl.sum(sums, 0)
+        value, lost = plus_block(value, lost, wide * wide, T)
+    return added_up(value, lost, T)
 
 
 @_kernel
@@ -350,7 +392,8 @@ def norm_kernel(
     ema: tl.int64, sigma: tl.int64, eta: tl.int64,
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sums = tl.full([], 0.0, tl.float64)
+    value = tl.full([], 0.0, tl.float64)
+    lost = value
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, offset, numel, _ = load_row(table, k)
         w, g = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_list(grads, segment, begin, S)
@@ -358,11 +401,15 @@ def norm_kernel(
         numel = tl.where(g != 0, numel, 0)
         for ALIGNED in tl.static_range(2):
             if is_aligned(w | g | e | numel) == ALIGNED:
-                sums += norm_of_row(
+                of_row, lost_of_row = norm_of_row(
                     w, g, e, numel, number(sigma, T), number(eta, T), S, T, FRIENDLY, ADAPTIVE,
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
-    tl.store(pointer(out, tl.float64) + tl.program_id(0), sums)
+                value, lost = plus(value, lost + lost_of_row, of_row, T)
+    place = pointer(out, tl.float64) + tl.program_id(0)
+    tl.store(place, value)
+    if T.primitive_bitwidth == 64:
+        tl.store(place + tl.num_programs(0), correction(lost))
 
 
 @triton.jit
@@ -383,7 +430,8 @@ def perturb_row(
     start = tl.where(status == PERTURBED, saved, w)
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    sums = no_sums()
+    value = lanes_of_sum(BLOCK, tl.float32)  # of which no coefficient is made
+    lost = value
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
         stored, d = load(start, at, here, S, ALIGNED), load(g, at, here, S, ALIGNED).to(T)
@@ -400,8 +448,8 @@ def perturb_row(
         after, before = result.to(T), stored.to(T)
         moved = here & finite & truth(after != before)  # inf - inf is NaN
         change = tl.where(moved, after - before, 0.0).to(tl.float64)
-        sums += folded(change * change)
-    return tl.sum(sums, 0)
+        value, lost = plus_block(value, lost, change * change, tl.float32)
+    return added_up(value, lost, tl.float32)[0]
 
 
 @_kernel
@@ -412,7 +460,7 @@ def perturb_kernel(
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    norm = total(norm_sq, norm_terms)
+    norm = total(norm_sq, norm_terms, T)
     for before in range(tl.program_id(0), rows, tl.num_programs(0)):
         k = rows - 1 - before  # backwards: what norm_kernel read last may still be in the L2 cache
         segment, begin, offset, numel, group = load_row(table, k)
@@ -436,26 +484,32 @@ def perturb_kernel(
 
 
 @triton.jit
-def gram_of_row(xs, numel, S: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """The row's part of x·x, x·y, y·y, x·z, y·z and z·z, the first of eight numbers."""
+def gram_of_row(
+    xs, numel, S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """The row's part of x·x, x·y, y·y, x·z, y·z and z·z, the first of eight numbers; and what was lost of each."""
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    sums = [no_sums() for _ in (0, 1, 2, 3, 4, 5)[: COUNT * (COUNT + 1) // 2]]
+    sums = [lanes_of_sum(BLOCK, T) for _ in (0, 1, 2, 3, 4, 5)[: COUNT * (COUNT + 1) // 2]]
+    lost = sums
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
         values = [load(x, at, here, S, ALIGNED).to(tl.float64) for x in xs]
-        following = []
+        following, lost_then = [], []
         for v in tl.static_range(COUNT):
             for u in tl.static_range(v + 1):
-                following += [sums[v * (v + 1) // 2 + u] + folded(values[u] * values[v])]
-        sums = following
-    out = tl.zeros([8], tl.float64)
+                x, of_x = plus_block(sums[v * (v + 1) // 2 + u], lost[v * (v + 1) // 2 + u], values[u] * values[v], T)
+                following += [x]
+                lost_then += [of_x]
+        sums, lost = following, lost_then
+    out, lost_out = tl.zeros([8], tl.float64), tl.zeros([8], tl.float64)
     for v in tl.static_range(COUNT):
         for u in tl.static_range(v + 1):
             there = (xs[u] != 0) & (xs[v] != 0)  # what one holds may be infinite, and 0 times that is NaN
-            this = tl.arange(0, 8) == v * (v + 1) // 2 + u
-            out = tl.where(this & there, tl.sum(sums[v * (v + 1) // 2 + u], 0), out)
-    return out
+            this = there & (tl.arange(0, 8) == v * (v + 1) // 2 + u)
+            x, of_x = added_up(sums[v * (v + 1) // 2 + u], lost[v * (v + 1) // 2 + u], T)
+            out, lost_out = tl.where(this, x, out), tl.where(this, of_x, lost_out)
+    return out, lost_out
 
 
 @_kernel
@@ -463,29 +517,34 @@ def gram_kernel(
     out: tl.int64, table: tl.int64, rows: tl.int64, terms: tl.int64, segments: tl.int64,
     S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sums, lanes = tl.zeros([8], tl.float64), tl.arange(0, 8)
+    sums, lost, lanes = tl.zeros([8], tl.float64), tl.zeros([8], tl.float64), tl.arange(0, 8)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, _offset, numel, _group = load_row(table, k)
         xs = in_lists(terms, segments, segment, begin, S, COUNT)
         for ALIGNED in tl.static_range(2):
             if is_aligned(union(xs, COUNT) | numel) == ALIGNED:
-                sums += gram_of_row(xs, numel, S, COUNT, BLOCK if ALIGNED else BLOCK // 4, ALIGNED)
-    place = pointer(out, tl.float64) + lanes * tl.num_programs(0) + tl.program_id(0)
-    tl.store(place, sums, mask=lanes < COUNT * (COUNT + 1) // 2)
+                x, of_x = gram_of_row(xs, numel, S, T, COUNT, BLOCK if ALIGNED else BLOCK // 4, ALIGNED)
+                sums, lost = plus(sums, lost + of_x, x, T)
+    parts: tl.constexpr = 2 if T.primitive_bitwidth == 64 else 1
+    place = pointer(out, tl.float64) + lanes * parts * tl.num_programs(0) + tl.program_id(0)
+    here = lanes < COUNT * (COUNT + 1) // 2
+    tl.store(place, sums, mask=here)
+    if T.primitive_bitwidth == 64:
+        tl.store(place + tl.num_programs(0), correction(lost), mask=here)
 
 
 # ---- descend and update ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def coefficients_of_sums(combination, COUNT: tl.constexpr):
+def coefficients_of_sums(combination, T: tl.constexpr, COUNT: tl.constexpr):
     """The coefficients, the first of eight numbers. ``combination`` is what ``_combination`` writes on the host."""
     row, words = pointer(combination, tl.float64), pointer(combination, tl.int64) + COUNT * COEFFICIENT_COLUMNS
     gram, rescale, rows = tl.load(words), tl.load(words + 1), tl.load(words + 2)
     lanes = tl.arange(0, 8)
     sums, c = tl.zeros([8], tl.float64), tl.zeros([8], tl.float64)
     for r in range(0, rows):
-        sums = tl.where(lanes == r, total(tl.load(words + 3 + 2 * r), tl.load(words + 4 + 2 * r)), sums)
+        sums = tl.where(lanes == r, total(tl.load(words + 3 + 2 * r), tl.load(words + 4 + 2 * r), T), sums)
     for k in range(0, COUNT):
         c = tl.where(lanes == k, coefficient(row + k * COEFFICIENT_COLUMNS, sums), c)
     if rescale >= 0:
@@ -499,9 +558,9 @@ def coefficients(
     c0, c1, c2, c3, combination, norm_sq, norm_terms, T: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr
 ):  # fmt: skip
     """The coefficients: the arguments, or worked out from the sums where there are some. NaN if the norm is not finite."""
-    norm = total(norm_sq, norm_terms)
+    norm = total(norm_sq, norm_terms, T)
     if SUMS:
-        evaluated = coefficients_of_sums(combination, COUNT)
+        evaluated = coefficients_of_sums(combination, T, COUNT)
         c = [entry(evaluated, k) for k in (0, 1, 2, 3)[:COUNT]]
     else:
         c = [number(bits, tl.float64) for bits in (c0, c1, c2, c3)[:COUNT]]
@@ -539,7 +598,8 @@ def descend_row(
     """The row's part of the squared norm of what ``out`` becomes."""
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    sums = no_sums()
+    value = lanes_of_sum(BLOCK, T)
+    lost = value
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
         before = load(saved, at, here, S, ALIGNED)
@@ -548,8 +608,13 @@ def descend_row(
         store(out, at, here & writes, x, S, ALIGNED)
         if SQUARED:
             wide = tl.where(here & reads, x.to(tl.float64), 0.0)
-            sums += folded(wide * wide)
-    return tl.sum(sums, 0) if SQUARED else 0.0
+            value, lost = plus_block(value, lost, wide * wide, T)
+    if SQUARED:
+        value, lost = added_up(value, lost, T)
+        square = value + correction(lost)
+    else:
+        square = 0.0
+    return square
 
 
 @_kernel
@@ -690,7 +755,7 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     if platform == "cuda" and kernel.__name__ in REGISTERS:
         limits = [REGISTERS[kernel.__name__], *(n for option, n in MORE_REGISTERS.items() if constants.get(option))]
         limits += [128] if constants.get("STATES") == 3 or constants.get("COUNT") == TERMS else []
-        limits += [168] if constants["T"] == tl.float64 else []
+        limits += [255] if constants["T"] == tl.float64 else []  # beyond 128 there is one program in any case
         found["maxnreg"] = max(limits)
     return found
 
@@ -725,6 +790,7 @@ class _Call:
         if self.dtype not in STORAGE:
             raise RuntimeError(f"dtype must be float32, float64, bfloat16 or float16, got {self.dtype}")
         self.table, self.programs = (table.data_ptr(), self.rows), min(self.rows, PROGRAMS)
+        self.terms = self.programs * (2 if self.dtype == torch.float64 else 1)  # of a sum: values, and what was lost
         self.kind = None if self.device.type == "cpu" else torch.get_device_module(self.device)
 
     def launch(self, kernel: Any, *args: int, **constants: Any) -> None:
@@ -866,7 +932,7 @@ def _direction(
 
 def _norm(call: _Call, direction: _Direction, sigma: float, eta: float | None) -> Tensor:
     pointers, ema, constants = direction
-    terms = torch.empty(call.programs, dtype=torch.float64, device=call.device)
+    terms = torch.empty(call.terms, dtype=torch.float64, device=call.device)
     call.launch(norm_kernel, terms.data_ptr(), *call.table, *pointers, ema, *_bits(sigma, eta or 0.0), **constants)
     return terms if call.rows else terms.new_zeros(1)
 
@@ -917,7 +983,7 @@ def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
         raise RuntimeError(f"count must be 1 to {VECTORS}, got {count}")
     call = _Call(table, terms=terms)
     *_, pointers, _ = call.pointers([], count, terms=terms)
-    sums = torch.empty(count * (count + 1) // 2, call.programs, dtype=torch.float64, device=call.device)
+    sums = torch.empty(count * (count + 1) // 2, call.terms, dtype=torch.float64, device=call.device)
     call.launch(gram_kernel, sums.data_ptr(), *call.table, pointers, call.segments, COUNT=count)
     return sums if call.rows else sums.new_zeros(len(sums), 1)
 
