@@ -337,6 +337,13 @@ MUTANTS = [
     Mutant("a patched step is not called", P + "rules.py", "or any(step_hooks(base))", "", "tests/test_conventions.py"),
     # -- flat and checkpoint
     Mutant(
+        "what lies among other things moves",
+        P + "flat.py",
+        "0 < p.nbytes < p.untyped_storage().nbytes()",
+        "False",
+        "tests/test_holders.py",
+    ),
+    Mutant(
         "a parameter off by one row",
         P + "flat.py",
         "for begin in range(0, p.numel(), CHUNK)",
