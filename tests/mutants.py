@@ -723,8 +723,8 @@ MUTANTS = [
     Mutant(
         "CUDA: perturbed from where the weights are",
         DEVICE,
-        "before == kPerturbed ? saved : weights,",
-        "weights,",
+        "before == kPerturbed ? saved : nullptr,",
+        "nullptr,",
         EMULATED,
     ),
     Mutant(
@@ -735,7 +735,7 @@ MUTANTS = [
         EMULATED,
     ),
     Mutant(
-        "CUDA: products of one vector alone", DEVICE, ".add(j, x[u][j], x[v][j])", ".add(j, x[v][j], x[v][j])", EMULATED
+        "CUDA: products of one vector alone", DEVICE, ".add(j, wide[u], wide[v])", ".add(j, wide[v], wide[v])", EMULATED
     ),
     Mutant(
         "CUDA: the squared norm of a sum that stays is not made",

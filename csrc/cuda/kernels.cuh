@@ -93,12 +93,15 @@ struct PackOf<S, 1> {
 template <class S, int N>
 using Pack = typename PackOf<S, N>::type;
 
+// The compiler is told what it does not always see, so that no access asks which memory it is.
 template <int N, class S>
 MSAM_DEVICE Pack<S, N> load(const S* p) {
+  __builtin_assume(__isGlobal(p));
   return *reinterpret_cast<const Pack<S, N>*>(p);
 }
 template <int N, class S>
 MSAM_DEVICE void store(S* p, Pack<S, N> v) {
+  __builtin_assume(__isGlobal(p));
   *reinterpret_cast<Pack<S, N>*>(p) = v;
 }
 
@@ -421,7 +424,8 @@ struct PerturbOp {
   using T = typename Traits<S>::T;
   static constexpr int kUnroll = sizeof(S) == 2 && friendly && adaptive ? 1 : 2;  // what the registers hold
   S* weights;
-  const S *base, *grads, *ema;
+  const S* base;  // what the weights were, null where they are it
+  const S *grads, *ema;
   S *saved, *ema_out;
   uint64_t first_bit;  // of the mask: eight times the address of its byte and its place there; 0 without
   T sigma, lmbda, one_minus_lmbda, eta;
@@ -440,7 +444,7 @@ struct PerturbOp {
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.w = cuda::load<N>(base + i);
+    in.w = cuda::load<N>((base ? base : weights) + i);
     in.g = cuda::load<N>(grads + i);
     if (friendly) in.ema = cuda::load<N>(ema + i);
   }
@@ -449,7 +453,7 @@ struct PerturbOp {
     T w[N], g[N], e[N], next[N], ema_new[N];
     if (saved) cuda::store<N>(saved + i, in.w);
     if (!is_known) {  // no perturbation, and an EMA that stays usable
-      if (base != weights) cuda::store<N>(weights + i, in.w);
+      if (base) cuda::store<N>(weights + i, in.w);
       return;
     }
     Convert<S, N>::widen(in.w, w);
@@ -498,7 +502,7 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, const Chunk& c, Shared& shar
   }
   S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
   PerturbOp<S, friendly, adaptive> op{weights,
-                                      before == kPerturbed ? saved : weights,
+                                      before == kPerturbed ? saved : nullptr,
                                       grads,
                                       at<S>(a.ema, c),
                                       before == kUntouched ? saved : nullptr,
@@ -580,12 +584,16 @@ struct GramOp {
 #pragma unroll
     for (int v = 0; v < vectors; ++v) Convert<S, N>::widen(in.x[v], x[v]);
 #pragma unroll
-    for (int j = 0; j < N; ++j)
+    for (int j = 0; j < N; ++j) {
+      double wide[vectors];  // converted once, whatever is absent
+#pragma unroll
+      for (int v = 0; v < vectors; ++v) wide[v] = x[v][j];
 #pragma unroll
       for (int v = 0; v < vectors; ++v)
 #pragma unroll
         for (int u = 0; u <= v; ++u)
-          if (from[u] && from[v]) sums[v * (v + 1) / 2 + u].add(j, x[u][j], x[v][j]);
+          if (from[u] && from[v]) sums[v * (v + 1) / 2 + u].add(j, wide[u], wide[v]);
+    }
   }
 };
 
@@ -646,6 +654,7 @@ struct Gradient {
   const S* from[kMost];  // null where a term is absent
   const T* coefs;        // shared: registers are short
   T nothing = 0;         // the sum of no term
+  unsigned live = 0;     // a bit for each term that counts
 
   template <class P>
   MSAM_DEVICE Gradient(const P& p, const Chunk& c, Shared& shared) : coefs(numbers_of<T>(shared)) {
@@ -676,22 +685,24 @@ struct Gradient {
     for (int k = 0; k < kMost; ++k)
       if (from[k]) in.x[k] = cuda::load<N>(from[k] + i);
   }
-  MSAM_DEVICE bool counts(int k) const { return from[k] && coefs[k] != 0; }
+  // Once the coefficients are there.
+  MSAM_DEVICE void begin() {
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) live |= unsigned(from[k] && coefs[k] != 0) << k;
+  }
   template <int N>
   MSAM_DEVICE void sum(const In<N>& in, T* g) const {
-    bool any = false;
 #pragma unroll
     for (int j = 0; j < N; ++j) g[j] = T(-0.);  // to which adding changes no number
 #pragma unroll
     for (int k = 0; k < kMost; ++k) {
-      if (!counts(k)) continue;
-      any = true;
+      if (!(live >> k & 1)) continue;
       T x[N];
       Convert<S, N>::widen(in.x[k], x);
 #pragma unroll
       for (int j = 0; j < N; ++j) g[j] = plus_weighted(g[j], x[j], coefs[k]);
     }
-    if (any) return;
+    if (live) return;
 #pragma unroll
     for (int j = 0; j < N; ++j) g[j] = nothing;
   }
@@ -735,12 +746,11 @@ struct DescendOp {
   }
   // Whether `out` is the only term that counts, as it is.
   MSAM_DEVICE bool stays() const {
-    int count = 0;
-    bool same = false;
+    bool stays = false;
 #pragma unroll
     for (int k = 0; k < gradient.kMost; ++k)
-      if (gradient.counts(k)) ++count, same = gradient.from[k] == out && gradient.coefs[k] == 1;
-    return count == 1 && same;
+      stays |= gradient.live == 1u << k && gradient.from[k] == out && gradient.coefs[k] == 1;
+    return stays;
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) {
@@ -777,6 +787,7 @@ __global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined>) descend
   walk(op, base || out ? int(c.numel) : 0, [&] {
     __syncthreads();
     if (!out) return;
+    op.gradient.begin();
     op.writes = stays ? op.gradient.coefs[0] != 1 : op.squares || !op.stays();
     if (stays) op.gradient.nothing = op.gradient.coefs[0];
   });
@@ -900,6 +911,7 @@ MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weight
   UpdateOp<S, rule, option, combined> op{base, weights, p.args.states, c.offset, gradient, formula};
   walk(op, int(c.numel), [&] {
     __syncthreads();
+    op.gradient.begin();
     draw_ticket(p.args, shared);
   });
 }

@@ -34,6 +34,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
+#define __isGlobal(p) true
+#define __builtin_assume(condition)
 
 // ---- types ------------------------------------------------------------------------------------------------------
 
