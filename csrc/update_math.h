@@ -15,6 +15,13 @@
 #define MSAM_FN inline
 #endif
 
+// Before a loop that one thread runs while others load: rolled, it takes less of the instruction cache.
+#ifdef __CUDACC__
+#define MSAM_ROLLED _Pragma("unroll 1")
+#else
+#define MSAM_ROLLED
+#endif
+
 namespace msam {
 
 // What `status` says of a row's weights.
@@ -92,6 +99,7 @@ MSAM_FN double ascent_scale(double norm_sq, double rho) { return rho / (std::sqr
 // x^n by repeated squaring: std::pow rounds differently on host and device.
 MSAM_FN double integer_power(double x, int64_t n) {
   double result = 1;
+  MSAM_ROLLED
   for (; n > 0; n >>= 1, x *= x)
     if (n & 1) result *= x;
   return result;
@@ -162,16 +170,27 @@ MSAM_FN double coefficient(const Coefficient& c, const double* sums) {
 MSAM_FN void coefficients(const Combination& combination, const double* sums, double norm_sq, double* out) {
   const int n = combination.gram;
   double poison = norm_sq - norm_sq;
+  MSAM_ROLLED
   for (int k = 0; k < combination.count; ++k) out[k] = coefficient(combination.of[k], sums);
   if (combination.rescale >= 0) {
     double square = 0;
+    MSAM_ROLLED
     for (int v = 0; v < n; ++v)
+      MSAM_ROLLED
       for (int u = 0; u <= v; ++u) square += out[u] * out[v] * sums[v * (v + 1) / 2 + u] * (u == v ? 1 : 2);
     const double factor = std::sqrt(sums[combination.rescale]) / (std::sqrt(square < 0 ? 0. : square) + 1e-12);
+    MSAM_ROLLED
     for (int k = 0; k < n; ++k) out[k] *= factor;
   }
+  MSAM_ROLLED
   for (int r = 0; r < n * (n + 1) / 2; ++r) poison += sums[r] - sums[r];
+  MSAM_ROLLED
   for (int k = 0; k < combination.count; ++k) out[k] = (out[k] + poison) * combination.of[k].scale;
+}
+
+// Whether the combination is one term as it is, where the norm is finite.
+MSAM_FN bool is_one(const Combination& c) {
+  return c.count == 1 && c.rescale < 0 && c.of[0].b == 0 && c.of[0].a * c.of[0].scale == 1;
 }
 
 // The first term that is there, and what each further one adds. A term whose coefficient is 0 the caller leaves out, as in
@@ -189,10 +208,15 @@ MSAM_FN T plus_weighted(T sum, T x, T c) {
 // and rule(w, g, state) for an element, which has `states` numbers. They choose by value (?:), not by branch, so that their
 // loops become vector code.
 
+// One with its option, momentum or amsgrad, has the constants of one without.
+
 // torch.optim.SGD. The momentum buffer begins with the first gradient.
 template <class T, bool with_momentum>
-struct Sgd {
-  static constexpr int states = with_momentum ? 1 : 0;
+struct Sgd;
+
+template <class T>
+struct Sgd<T, false> {
+  static constexpr int states = 0;
   T lr, momentum, one_minus_dampening, weight_decay;
   bool nesterov, maximize, fresh;
 
@@ -205,24 +229,40 @@ struct Sgd {
         maximize(row[kSgdMaximize] != 0),
         fresh(step == 1) {}
 
-  MSAM_FN void operator()(T& w, T g, T* state) const {
+  MSAM_FN void operator()(T& w, T g, T*) const { w = w - lr * decayed(w, g); }
+
+ protected:
+  MSAM_FN T decayed(T w, T g) const {
     g = maximize ? -g : g;
-    g = weight_decay != 0 ? g + weight_decay * w : g;
-    if (with_momentum) {
-      T& momentum_buffer = state[0];
-      momentum_buffer = fresh ? g : momentum * momentum_buffer + one_minus_dampening * g;
-      g = nesterov ? g + momentum * momentum_buffer : momentum_buffer;
-    }
-    w = w - lr * g;
+    return weight_decay != 0 ? g + weight_decay * w : g;
+  }
+};
+
+template <class T>
+struct Sgd<T, true> : Sgd<T, false> {
+  static constexpr int states = 1;
+  using Sgd<T, false>::Sgd;
+
+  MSAM_FN void operator()(T& w, T g, T* state) const {
+    T& momentum_buffer = state[0];
+    g = this->decayed(w, g);
+    momentum_buffer = this->fresh ? g : this->momentum * momentum_buffer + this->one_minus_dampening * g;
+    g = this->nesterov ? g + this->momentum * momentum_buffer : momentum_buffer;
+    w = w - this->lr * g;
   }
 };
 
 // torch.optim.Adam and AdamW (decoupled).
 template <class T, bool amsgrad>
-struct Adam {
-  static constexpr int states = amsgrad ? 3 : 2;
+struct Adam;
+
+template <class T>
+struct Adam<T, false> {
+  static constexpr int states = 2;
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, bias_correction2_sqrt;
+  T per_bias_correction2_sqrt;  // for devices that divide slowly
   bool maximize, coupled, small;
+  bool is_ordinary;  // eps and the correction, neither tiny nor huge, so that it may be used
 
   MSAM_FN Adam(const double* row, int64_t step)
       : beta1(T(row[kBeta1])),
@@ -234,11 +274,19 @@ struct Adam {
         decay(row[kDecoupled] != 0 ? T(1 - row[kAdamLr] * row[kAdamWeightDecay]) : T(1)),
         step_size(T(row[kAdamLr] / (1 - integer_power(row[kBeta1], step)))),
         bias_correction2_sqrt(T(std::sqrt(1 - integer_power(row[kBeta2], step)))),
+        per_bias_correction2_sqrt(1 / bias_correction2_sqrt),
         maximize(row[kAdamMaximize] != 0),
         coupled(row[kDecoupled] == 0 && row[kAdamWeightDecay] != 0),
-        small(1 - row[kBeta1] < 0.5) {}
+        small(1 - row[kBeta1] < 0.5),
+        is_ordinary(eps >= 0 && eps <= 1 && bias_correction2_sqrt <= 1 && bias_correction2_sqrt >= T(0x1p-16)) {}
 
   MSAM_FN void operator()(T& w, T g, T* state) const {
+    const T v = average(w, g, state);
+    w = w - step_size * direction(state[0], v);
+  }
+
+  // The averages' next values and the decay; returns the average of squares that counts.
+  MSAM_FN T average(T& w, T g, T* state) const {
     T &exp_avg = state[0], &exp_avg_sq = state[1];
     g = maximize ? -g : g;
     g = coupled ? g + weight_decay * w : g;
@@ -247,13 +295,25 @@ struct Adam {
     const T change = g - exp_avg, from_average = exp_avg + one_minus_beta1 * change, from_g = g - change * beta1;
     exp_avg = small ? from_average : from_g;
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g;  // in this order, as torch: g * g may overflow
-    T v = exp_avg_sq;
-    if (amsgrad) {
-      T& max_exp_avg_sq = state[2];
-      v = v <= max_exp_avg_sq ? max_exp_avg_sq : v;  // a NaN in exp_avg_sq, which stays there, wins as in torch.maximum
-      max_exp_avg_sq = v;
-    }
-    w = w - step_size * (exp_avg / (std::sqrt(v) / bias_correction2_sqrt + eps));
+    return exp_avg_sq;
+  }
+  MSAM_FN T direction(T exp_avg, T v) const { return exp_avg / (std::sqrt(v) / bias_correction2_sqrt + eps); }
+};
+
+template <class T>
+struct Adam<T, true> : Adam<T, false> {
+  static constexpr int states = 3;
+  using Adam<T, false>::Adam;
+
+  MSAM_FN void operator()(T& w, T g, T* state) const {
+    const T v = average(w, g, state);
+    w = w - this->step_size * this->direction(state[0], v);
+  }
+  MSAM_FN T average(T& w, T g, T* state) const {
+    const T v = Adam<T, false>::average(w, g, state);
+    T& max_exp_avg_sq = state[2];
+    // A NaN in exp_avg_sq, which stays there, wins as in torch.maximum.
+    return max_exp_avg_sq = v <= max_exp_avg_sq ? max_exp_avg_sq : v;
   }
 };
 

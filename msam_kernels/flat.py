@@ -22,13 +22,22 @@ from .backends import Backend
 from .backends.checks import lost_memory, span
 from .gradients import has_layout, holds, memory_layout
 
-CHUNK = 16384  # elements of one row of the table; the unit of work and of the deterministic reductions
+# Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
+# is a block of threads (csrc/cuda/kernels.cuh). The rows themselves, of 40 bytes, are 0.25 % of what one pass over them moves.
+CHUNK = 16384
+GPU_CHUNK_BYTES = 16384
+FEW_TERMS = 1024  # of a sum, at most, that every block of a GPU's kernel adds up by itself
 ALIGNMENT = 128  # bytes
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def row_length(device: torch.device, dtype: torch.dtype) -> int:
+    """Elements of a row of the table, at most."""
+    return CHUNK if device.type == "cpu" else GPU_CHUNK_BYTES // dtype.itemsize
 
 
 def _alias(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
@@ -127,14 +136,27 @@ class Memory:
     Attributes:
         buffer: flat, at one address for good: captured graphs read it there.
         parts: the same by parameter.
-        square: float64 ``[K]``, the terms of its squared norm, where a kernel has written them.
+        terms: float64 ``[K]``, the terms of its squared norm, where a kernel has written them.
+        square: the same, or their sum if they are many.
     """
 
     def __init__(self, flat: Flat, begin: float):
         self.begin = begin
         self.buffer = flat.new_buffer().fill_(begin) if begin else flat.new_buffer()
         self.parts = flat.parts(self.buffer)
-        self.square = torch.zeros(flat.rows, dtype=torch.float64, device=flat.device)
+        self.terms = torch.zeros(flat.rows, dtype=torch.float64, device=flat.device)
+        self.square = self.terms
+        if flat.rows > FEW_TERMS:
+            self.square = self.terms.new_zeros(1)
+            self._one = self.terms.new_ones(1)
+            self._row = flat.table.new_tensor([[0, 0, 0, 1, 0]])
+
+    def add_up(self, flat: Flat) -> None:
+        """``square`` from ``terms``, in the order in which kernels add: 1.0 times the first of these sums."""
+        if self.square is not self.terms:
+            first = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+            sums = [self.terms, self._one]
+            flat.backend.descend([], [self.square], [self._one], self._row, coefs=first, sums=sums)
 
     def begun(self, flat: Flat) -> list[bool]:
         """By parameter: whether it holds anything. One that begins as NaN has begun where it is a number."""
@@ -180,10 +202,11 @@ class Flat:
         for p in params:
             self.offsets.append(self.size)
             self.size += _round_up(p.numel(), step)
+        length = row_length(self.device, self.dtype)
         rows = [
-            (i, begin, self.offsets[i] + begin, min(CHUNK, p.numel() - begin), groups[i])
+            (i, begin, self.offsets[i] + begin, min(length, p.numel() - begin), groups[i])
             for i, p in enumerate(params)
-            for begin in range(0, p.numel(), CHUNK)
+            for begin in range(0, p.numel(), length)
         ]
         self.rows = len(rows)
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
@@ -357,7 +380,8 @@ class Flat:
     def measure(self, memory: Memory) -> None:
         """The terms of a memory's squared norm, by the kernel and in the order that they have when it is written."""
         one = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-        self.backend.descend([], memory.parts, memory.parts, self.table, coefs=one, sums=[], out_sq=memory.square)
+        self.backend.descend([], memory.parts, memory.parts, self.table, coefs=one, sums=[], out_sq=memory.terms)
+        memory.add_up(self)
 
     def mask_of(self, i: int) -> Tensor:
         """A parameter's part of the mask, as bools in its shape and memory order."""

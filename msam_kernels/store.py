@@ -303,7 +303,7 @@ class Store:
             if weights:
                 options.update(saved=flat.saved, status=flat.status, last=last)
             if memories:
-                options["out_sq"] = memories[f].square
+                options["out_sq"] = memories[f].terms
             flat.backend.descend(
                 flat.weights if weights else [],
                 [] if out is None else out.lists[f],
@@ -311,6 +311,8 @@ class Store:
                 flat.table,
                 **options,
             )
+            if memories:
+                memories[f].add_up(flat)
 
     def update(self, rule: Rule, tables: Tables, state: Any, descent: Descent, found_inf: Tensor | None = None) -> None:
         """The base optimizer's step on Σ cₖ xₖ, from what the weights were before they were perturbed.

@@ -346,15 +346,15 @@ MUTANTS = [
     Mutant(
         "a parameter off by one row",
         P + "flat.py",
-        "for begin in range(0, p.numel(), CHUNK)",
-        "for begin in range(0, p.numel() - 1, CHUNK)",
+        "for begin in range(0, p.numel(), length)",
+        "for begin in range(0, p.numel() - 1, length)",
         "tests/test_golden.py tests/test_flatten.py -k cpu",
     ),
     Mutant(
         "off by one at chunk borders",
         P + "flat.py",
-        "min(CHUNK, p.numel() - begin)",
-        "min(CHUNK - 1, p.numel() - begin)",
+        "min(length, p.numel() - begin)",
+        "min(length - 1, p.numel() - begin)",
         "tests/test_optimizer.py -k 'several_rows'",
     ),
     Mutant(
@@ -647,8 +647,8 @@ MUTANTS = [
     Mutant(
         "weight decay of the old sign",
         "csrc/update_math.h",
-        "g = weight_decay != 0 ? g + weight_decay * w : g;",
-        "g = weight_decay != 0 ? g - weight_decay * w : g;",
+        "return weight_decay != 0 ? g + weight_decay * w : g;",
+        "return weight_decay != 0 ? g - weight_decay * w : g;",
         EMULATED,
     ),
     Mutant(
@@ -895,8 +895,8 @@ MUTANTS = [
     Mutant(
         "CUDA: perturbed from where the weights are",
         DEVICE,
-        "const S* base = before == kPerturbed ? saved : weights;",
-        "const S* base = weights;",
+        "before == kPerturbed ? saved : nullptr,",
+        "nullptr,",
         EMULATED,
     ),
     Mutant(
@@ -909,39 +909,53 @@ MUTANTS = [
     Mutant(
         "CUDA: a step that is skipped counts",
         DEVICE,
-        "if (!shared.is_last || !is_wanted(a)) return;",
-        "if (!shared.is_last) return;",
+        "if (shared.is_last && is_wanted(a)) count_steps(p);",
+        "if (shared.is_last) count_steps(p);",
         EMULATED,
     ),
     Mutant(
-        "CUDA: products of one vector alone", DEVICE, ".add(j, x[u][j], x[v][j])", ".add(j, x[v][j], x[v][j])", EMULATED
+        "CUDA: products of one vector alone", DEVICE, ".add(j, wide[u], wide[v])", ".add(j, wide[v], wide[v])", EMULATED
     ),
     Mutant(
         "CUDA: the squared norm of a sum that stays is not made",
         DEVICE,
-        "terms.coefs[0] == 1 && !a.out_sq);",
-        "terms.coefs[0] == 1);",
+        "op.writes = stays ? op.gradient.coefs[0] != 1 : op.squares || !op.stays();",
+        "op.writes = stays ? op.gradient.coefs[0] != 1 : !op.stays();",
         EMULATED,
     ),
     Mutant(
-        "CUDA: a step is counted for every row",
+        "CUDA: a step is counted where there is no gradient",
         DEVICE,
-        "if (c.begin != 0 || !is_here(a, c)) continue;",
-        "if (!is_here(a, c)) continue;",
+        "if (any) a.step[a.begin + i] += 1;",
+        "a.step[a.begin + i] += 1;",
         ALL_EMULATED,
+    ),
+    Mutant(
+        "CUDA: small numbers take the way of ordinary ones",
+        DEVICE,
+        "least >= 0x1p-100f",
+        "least >= 0.f",
+        ALL_EMULATED,
+    ),
+    Mutant(
+        "CUDA: a row's weights are used before their coefficients are there",
+        DEVICE,
+        "if (done == 0) ready();",
+        "",
+        EMULATED,
     ),
     Mutant(
         "CUDA: a missing state is made do without",
         DEVICE,
-        "find_terms(p, c, !missing, terms, shared);",
-        "find_terms(p, c, true, terms, shared);",
+        "(a, rows, !missing, shared);",
+        "(a, rows, true, shared);",
         ALL_EMULATED,
     ),
     Mutant(
         "CUDA: nothing is saved of a gradient that is not finite",
         DEVICE,
-        "} else if (before != kSaved) {",
-        "} else if (before == kPerturbed) {",
+        "if (saved) cuda::store<N>(saved + i, in.w);",
+        "if (saved && is_known) cuda::store<N>(saved + i, in.w);",
         EMULATED,
     ),
 ]

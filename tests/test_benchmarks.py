@@ -832,3 +832,39 @@ def test_one_launch_and_two_take_turns_by_the_threshold_that_they_are_asked_for(
 def test_the_crossover_is_where_one_launch_stops_to_win(load):
     assert load("bench_ascend").crossover([1, 2, 3, 4], {1: True, 2: True, 3: False, 4: True}.__getitem__) == 2
     assert load("bench_ascend").crossover([1, 2], lambda n: False) == 0
+
+
+# One round: a load, a quotient with a way for unusual numbers, a choice of two ways, a store.
+SASS = """LDG.E.128 R4
+FCHK P0, R4, R5
+@!P0 BRA 0x50
+FMUL R4
+CALL.REL.NOINC 0x200
+@P1 BRA 0x80
+MUFU.RCP R6
+F2F.F64.F32 R8
+STG.E.128 R4
+@P2 BRA 0x0"""
+
+
+def test_the_model_of_kernels_takes_the_longest_ordinary_way_round_the_main_loop(load):
+    model = load("kernel_model")
+    body = [(16 * i, line) for i, line in enumerate(SASS.splitlines())]
+    kernel = model.Kernel(70, [*body, (0xA0, "LDG.E.128 R0"), (0xB0, "@P0 BRA 0xa0")])
+    loop = kernel.loop(1, 1)
+    assert (loop.instructions, dict(loop.mix), loop.branches) == (8, {"MUFU": 1, "F2F64": 1}, 1)
+    assert kernel.resident == 3  # of 72 registers a thread
+    with pytest.raises(SystemExit, match="no loop with 2 loads"):
+        kernel.loop(2, 1)
+
+
+@pytest.mark.parametrize(("branches", "slow"), [(0, False), (24, True)], ids=["no branches", "branches"])
+def test_the_model_of_kernels_is_bound_by_memory_or_by_what_a_thread_does(branches, slow, load, monkeypatch):
+    """354.8M elements in fp32, 1 read and 1 write: 2.8 GB at no more than the sweep's bandwidth."""
+    model = load("kernel_model")
+    monkeypatch.setattr(model.Kernel, "loop", lambda *_: model.Loop(40, {}, branches))
+    p = model.predict(model.Entry(1, 1, "", 1, 1, 1), model.Kernel(64, []), [354_800_000], 4, 4096, False)
+    assert p.limit == ("latency" if slow else "memory")
+    assert p.blocks == -(-354_800_000 // 4096)
+    assert (p.seconds > 8 * 354.8e6 / 3000e9) == slow
+    assert p.seconds > 8 * 354.8e6 / 4172e9

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels as nvcc compiles them, which takes no GPU: all of csrc/cuda and the binding, for sm_80 and sm_90.
+"""The CUDA kernels as nvcc compiles them, which takes no GPU: all of csrc/cuda and the binding, for sm_80 to sm_120.
 
 What ptxas reports and what the disassembly shows is what a GPU will run: registers that do not spill, and 16 bytes for
 every load and store of the main loops.
@@ -32,7 +32,8 @@ KERNELS = {
     **{"gram_kernel": 3, "descend_kernel": 2, "update_kernel": 4},
 }
 REGISTERS = 65536  # of a multiprocessor
-OPERATIONS = re.compile(r"\b((?:LD|ST)[GL]\b[.\w]*)")
+MORE = ("80", "100", "120")  # compute capabilities beside 9.0
+OPERATIONS = re.compile(r"\b((?:LD|ST)[GL]?\b[.\w]*)")
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 
@@ -103,8 +104,18 @@ def compiled(architecture: str, folder: Path) -> list[Kernel]:
     ]
 
 
-@pytest.mark.parametrize("architecture", ["90", pytest.param("80", marks=pytest.mark.exhaustive)])
+def blocks_of(k: Kernel, architecture: str) -> int:
+    """Blocks of 256 threads that share a multiprocessor, at least: what the loads in flight of kernels.cuh take."""
+    adam = re.search(r"update_kernel<(\S+), \(msam::Rule\)1, (true|false)", k.name)
+    if adam and (adam[2] == "true" or "double" in k.name or int(architecture) >= 100):
+        return 2
+    return 3
+
+
+@pytest.mark.parametrize("architecture", ["90", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in MORE)])
 def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(architecture, tmp_path):
+    if f"sm_{architecture}" not in check([tool("nvcc"), "--list-gpu-code"]).split():
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
     found = compiled(architecture, tmp_path)
     for kind, variants in KERNELS.items():
         assert sum(k.kind == kind for k in found) == variants * len(STORAGE) * 2, kind
@@ -112,14 +123,13 @@ def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(archite
     for k in found:
         assert (k.stack, k.spilled) == (0, 0), k.name
         assert not k.has(r"(LDL|STL)\b.*"), k.name
+        # An access that has to find out which memory it is.
+        assert not k.has(r"(LD|ST)\.E.*\.128"), k.name
         assert k.has(r"LDG\.E.*\.128"), k.name
         assert k.kind in ("norm_kernel", "gram_kernel") or k.has(r"STG\.E.*\.128"), k.name
-        # What is saved leaves the cache first.
-        assert k.kind not in ("perturb_kernel", "ascend_kernel") or k.has(r"STG\.E\.EF\.128"), k.name
-        # Enough blocks of 256 threads for the loads in flight that kernels.cuh counts on.
-        few = "double" in k.name or re.search(r"update_kernel<msam::\w+, \(msam::Rule\)1, true", k.name)
-        blocks = 2 if few else 3
-        assert k.registers * 256 * blocks <= REGISTERS, k.name
+        # Evict-first accesses were slower by 3 to 10 % on an H200.
+        assert not k.has(r"(LD|ST)G\..*\bEF\b.*"), k.name
+        assert k.registers * 256 * blocks_of(k, architecture) <= REGISTERS, k.name
 
 
 @pytest.mark.exhaustive

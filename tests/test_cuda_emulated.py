@@ -17,16 +17,17 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import cases
 from cases import (
     ABSENT,
     BITS,
     CASES,
-    CHUNK,
     EXPONENT,
     LARGEST,
     MIXED,
@@ -40,11 +41,11 @@ from cases import (
     each_case,
     each_dtype,
     exact_sum_of_squares,
-    make,
     spread,
     table,
 )
-from msam_kernels import MicroBatchSAM, backends, store
+from msam_kernels import MicroBatchSAM, backends, flat, methods, store
+from msam_kernels.flat import row_length
 from plain import METHODS as FAMILY
 from plain import batch, loss_of, mlp, same_bits, train_parameters_without_elements, weights
 from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
@@ -70,8 +71,10 @@ FLAGS = (
     *("-Dmsam_kernels=msam_emulated", "-DMSAM_DISPATCH_KEY=CPU"),
     '-DMSAM_LAUNCH_POINTERS=emulator::setting("MSAM_EMULATOR_POINTERS",1<<30)',
 )
-# Around a thread's 16 bytes (2, 4 or 8 elements), a round of 256 threads (512 to 8192), and a chunk.
-SIZES = (0, 1, 3, 4, 5, 8, 255, 257, 1023, 4097, CHUNK + 5, 2 * CHUNK, 33)
+GPU = torch.device("cuda")
+ROW = row_length(GPU, torch.float32)  # half as long in fp64, twice as long in 16 bits
+# Around a thread's 16 bytes (2, 4 or 8 elements), a round of 256 threads (512 to 8192), and a row of each storage type.
+SIZES = (0, 1, 3, 4, 5, 8, 255, 257, 1023, ROW + 1, 3 * ROW + 5, 2 * ROW, 33)
 each_large_case = pytest.mark.parametrize(("operator", "variant"), LARGEST, ids=lambda v: v)
 pytestmark = [pytest.mark.host, pytest.mark.usefixtures("extension")]
 
@@ -168,6 +171,11 @@ def added_up(terms: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def make(operator, variant, dtype=torch.float32, sizes=SIZES, **options) -> Call:
+    """A call with rows as a GPU has them."""
+    return cases.make(operator, variant, dtype, sizes, **{"chunk": row_length(GPU, dtype), **options})
+
+
 def assert_matches_cpu(emulated: Emulated, call: Call) -> None:
     """Every bit of the CPU's results, but of the sums, which are added in another order."""
     assert_matches(call, emulated, "cpu", rtol=1e-14)
@@ -198,7 +206,7 @@ def test_the_kernels_give_the_bits_of_the_cpu(operator, variant, dtype, flat, sh
 @each_dtype
 @each_large_case
 def test_listed_aligned_weights_give_the_bits_of_the_cpu(operator, variant, dtype, emulated):
-    assert_matches_cpu(emulated, make(operator, variant, dtype, (257, 0, 8, CHUNK + 5), flat=False))
+    assert_matches_cpu(emulated, make(operator, variant, dtype, (257, 0, 8, ROW + 5), flat=False))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
@@ -214,7 +222,7 @@ def test_rows_of_any_length_give_the_bits_of_the_cpu(operator, variant, chunk, e
 def test_out_may_be_any_term(alias, dtype, emulated):
     for variant in ("out, four terms", "out, many sums", "out, zero coefficients"):
         options = {**VARIANTS["descend"][variant], "alias": alias, "unread": (), "out_sq": True}
-        assert_matches_cpu(emulated, make("descend", options, dtype, (5, 300, 0, 33, CHUNK + 1), absent=ABSENT))
+        assert_matches_cpu(emulated, make("descend", options, dtype, (5, 300, 0, 33, ROW + 1), absent=ABSENT))
 
 
 @each_dtype
@@ -230,12 +238,30 @@ def test_a_tensor_that_stays_as_it_is_is_not_written(dtype, emulated):
             assert_same_bits(t, expected)
 
 
+EXTREMES = (0.0, -0.0, 1e-45, 1e-38, 1e-31, 1e-30, 1e-18, 1e-9, 1.0, 1e6, 2e6, 1e20, 3e38, math.inf, math.nan)
+
+
+@pytest.mark.parametrize("options", [{}, {"eps": 0.0}, {"eps": 1e6}, {"beta2": 1.0}, {"beta2": 1 - 1e-12}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_roots_and_quotients_of_any_size_have_the_bits_of_the_cpu(dtype, options, emulated):
+    """Within a thread's vector, beside others and alone: ordinary numbers take another way than the rest."""
+    numbers = torch.tensor(EXTREMES, dtype=torch.float64)
+    first = torch.cat([numbers, -numbers]).repeat_interleave(len(numbers) * 9)
+    second = numbers.repeat(2 * len(numbers)).repeat_interleave(9)
+    first[1::3], second[1::3] = 0.25 + torch.arange(len(first[1::3])) / len(first), 0.5
+    first[100:500] *= 1 + torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    call = make("update", {**VARIANTS["update"]["adam"], **options}, dtype, (len(first),))
+    exp_avg, exp_avg_sq = call.arguments["states"]
+    exp_avg[: len(first)], exp_avg_sq[: len(first)] = first.to(dtype), second.to(dtype)
+    assert_matches_cpu(emulated, call)
+
+
 # ---- launches ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_operator_is_one_launch_and_ascend_at_most_two(emulated, monkeypatch):
     def launches(operator, variant):
-        call, before = make(operator, variant, torch.float32, (5, 300, CHUNK + 5)), emulated.launches()
+        call, before = make(operator, variant, torch.float32, (5, 300, ROW + 5)), emulated.launches()
         call.run(emulated)
         return emulated.launches() - before
 
@@ -252,7 +278,7 @@ def test_every_operator_is_one_launch_and_ascend_at_most_two(emulated, monkeypat
 @pytest.mark.parametrize("pointers", [7, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (6, 13))])
 @each_case
 def test_pointers_beyond_one_launch_take_several(operator, variant, pointers, emulated, monkeypatch):
-    sizes = (5, 0, 300, 33, CHUNK + 5, 1, 257, 8, 1, 40, 7, 5, 3, 9)
+    sizes = (5, 0, 300, 33, ROW + 5, 1, 257, 8, 1, 40, 7, 5, 3, 9)
     calls = [make(operator, variant, torch.float32, sizes, flat=False, absent=ABSENT) for _ in range(2)]
     results = [calls[0].run(emulated)]
     before = emulated.launches()
@@ -297,11 +323,12 @@ def test_an_empty_table_launches_nothing(flat, sizes, emulated):
 
 
 @pytest.mark.parametrize("decades", [0, 4], ids=["alike", "over eight decades"])
-@pytest.mark.parametrize("n", [1, 5, 257, CHUNK + 1, 40000])
+@pytest.mark.parametrize("n", [1, 5, 257, ROW + 1, 40000])
 @each_dtype
 def test_the_norm_is_within_a_few_ulp_of_the_exact_one(dtype, n, decades, emulated):
     g = spread(n, dtype, 2 if dtype == torch.float16 and decades else decades)
-    norm_sq = math.fsum(emulated.norm([], [g], table((n,), dtype.itemsize)[0]).tolist())
+    rows = table((n,), dtype.itemsize, chunk=row_length(GPU, dtype))[0]
+    norm_sq = math.fsum(emulated.norm([], [g], rows).tolist())
     exact = exact_sum_of_squares(g)
     assert abs(norm_sq - exact) <= (4 if dtype == torch.float64 else 16) * math.ulp(exact)
     norms = torch.tensor([math.sqrt(norm_sq), math.sqrt(exact)], dtype=torch.float64)
@@ -326,7 +353,7 @@ def test_the_gram_matrix_has_the_bits_of_the_norm_where_its_vectors_are_one(dtyp
 @each_dtype
 @pytest.mark.parametrize("variant", VARIANTS["ascend"])
 def test_one_launch_gives_the_bits_of_two(variant, dtype, emulated, monkeypatch):
-    sizes = (5, 300, 0, 3 * CHUNK + 7, 257)
+    sizes = (5, 300, 0, 3 * ROW + 7, 257)
     one, two, three = (make("ascend", variant, dtype, sizes, absent=(1,)) for _ in range(3))
     result = one.run(emulated)
     norm_sq = norm_of(two).run(emulated)
@@ -391,7 +418,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(operator, variant, emulate
     calls, results = [], []
     for order in (0, 0, 1, 2):
         monkeypatch.setenv("MSAM_EMULATOR_ORDER", str(order))
-        calls.append(make(operator, variant, torch.bfloat16, (5, 0, 300, 2 * CHUNK + 7, 33), absent=ABSENT))
+        calls.append(make(operator, variant, torch.bfloat16, (5, 0, 300, 2 * ROW + 7, 33), absent=ABSENT))
         results.append(calls[-1].run(emulated))
     for call, result in zip(calls[1:], results[1:], strict=True):
         assert_same(calls[0], call, results[0], result)
@@ -406,7 +433,7 @@ def test_an_update_counts_each_step_once_and_leaves_the_ticket_as_it_was(
     monkeypatch.setenv("MSAM_EMULATOR_POINTERS", str(pointers))
     monkeypatch.setenv("MSAM_EMULATOR_ORDER", str(order))
     absent = {"terms 0": (1, 2), "terms 1": (0, 1)}
-    call = make("update", variant, torch.float32, (5, 300, CHUNK + 5, 0, 7), flat=False, absent=absent)
+    call = make("update", variant, torch.float32, (5, 300, ROW + 5, 0, 7), flat=False, absent=absent)
     expected = copy.deepcopy(call)
     before = call.arguments["step"].clone()
     for _ in range(3):
@@ -485,6 +512,22 @@ def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, flatte
 def test_parameters_without_elements_are_no_obstacle(name, flatten, emulated, monkeypatch):
     monkeypatch.setattr(store, "get_backend", lambda *_: emulated)
     train_parameters_without_elements(method=FAMILY[name], flatten=flatten)
+
+
+def test_many_terms_are_added_up_once_with_the_same_bits(emulated, monkeypatch):
+    """Those of the squared norm that LookSAM remembers."""
+    monkeypatch.setattr(store, "get_backend", lambda *_: emulated)
+    found = []
+    for few in (flat.FEW_TERMS, 1):
+        monkeypatch.setattr(flat, "FEW_TERMS", few)
+        model, data = mlp(), batch()
+        opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.5, method=methods.LookSAM(k=2))
+        for _ in range(4):
+            opt.train_step(partial(loss_of, model), *data)
+        (memory,) = opt.engine.store.memory("v", 0.0)
+        assert len(memory.square) == (1 if few == 1 else len(memory.terms))
+        found.append(weights(model))
+    assert same_bits(*found)
 
 
 def test_an_interrupted_loop_restores_the_weights(emulated, monkeypatch):

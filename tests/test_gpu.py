@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
+import cases
 from cases import (
     BITS,
     CASES,
@@ -29,9 +30,9 @@ from cases import (
     assert_same_memory,
     each_case,
     each_dtype,
-    make,
 )
 from msam_kernels import MicroBatchSAM, backends, methods
+from msam_kernels.flat import row_length
 from plain import METHODS as FAMILY
 
 if not torch.cuda.is_available() and __name__ != "__main__":
@@ -56,6 +57,11 @@ def gpu(request) -> str:
     if missing is not None:
         pytest.fail(missing, pytrace=False)
     return request.param
+
+
+def make(operator, variant, dtype=torch.float32, sizes=SIZES, **options) -> Call:
+    """A call with rows as a GPU has them."""
+    return cases.make(operator, variant, dtype, sizes, **{"chunk": row_length(torch.device("cuda"), dtype), **options})
 
 
 def run(call: Call, backend: str) -> torch.Tensor | None:

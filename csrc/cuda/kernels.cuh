@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The device code: load -> function of update_math.h -> store. Knows no torch.
 //
+// Geometry, by the sweep of plain kernels with as many streams on an H200: a block of 256 threads for every 16 KiB of each
+// stream, loads and stores without hints. Larger pieces lose 6 to 20 %, evict-first accesses 3 to 10 %.
+//
 // Bytes in flight: HBM3e at 4.8 TB/s with 0.8 us from load to use has 3.8 MB under way, 29 KB for each of 132
-// multiprocessors. Every thread issues independent 16-byte loads before it uses the first, kUnroll of each buffer: 64 to 128
-// bytes, and 32 or 48 where an operator reads little or the registers hold no more. __launch_bounds__ holds those to what lets 3
-// or 4 blocks of 256 threads share a multiprocessor, for some of Adam's 2 (see kBlocks, kUpdateBlocks): mostly 48 to 128 KB, so
-// that nearly half of them may be waiting at a barrier or in a store.
+// multiprocessors. Every thread issues independent 16-byte loads before it uses the first, kUnroll of each buffer; four or
+// more blocks share a multiprocessor, for some of Adam's two or three (see kBlocks, kUpdateBlocks). A block adds sums up while
+// it waits for its row of the table, and evaluates coefficients and settings while its first loads are under way.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -57,14 +59,28 @@ struct Traits<double> {
 template <class S>
 constexpr int kWidth = 16 / sizeof(S);
 
-// Blocks that share a multiprocessor, at least: as many as registers leave room for without spilling.
+// Blocks that share a multiprocessor, at least: as many as registers leave room for without spilling. For compute capability
+// 10 and later ptxas takes a few registers more, which costs those that need most of them a block, and Adam in fp32 two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFewer = 1;
+#else
+constexpr int kFewer = 0;
+#endif
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
+template <class S, bool friendly>
+constexpr int kPerturbBlocks = kBlocks<S> - (sizeof(S) == 2 && friendly ? kFewer : 0);
+template <class S, int vectors>
+constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
+template <class S, bool combined>
+constexpr int kDescendBlocks = kBlocks<S> - (combined ? kFewer : 0);
 // Adam keeps more values than SGD, several terms more than one, and 16-bit storage widens twice as many at once as fp32.
 template <class S, Rule rule, bool combined>
-constexpr int kUpdateBlocks =
-    kBlocks<S> - (sizeof(S) == 2 && combined) - (rule == kAdam && (sizeof(S) != 4 || combined));
+constexpr int kUpdateBlocks = rule == kSgd                                ? (sizeof(S) == 4 ? 4 : 3)
+                              : kFewer || sizeof(S) == 8 || (sizeof(S) == 2 && combined) ? 2
+                              : sizeof(S) == 4 && !combined                ? 4
+                                                                           : 3;
 
 template <class S, int N>
 struct PackOf {
@@ -77,22 +93,16 @@ struct PackOf<S, 1> {
 template <class S, int N>
 using Pack = typename PackOf<S, N>::type;
 
+// The compiler is told what it does not always see, so that no access asks which memory it is.
 template <int N, class S>
 MSAM_DEVICE Pack<S, N> load(const S* p) {
+  __builtin_assume(__isGlobal(p));
   return *reinterpret_cast<const Pack<S, N>*>(p);
-}
-// What is not needed again soon leaves the cache first, and makes room for what is.
-template <int N, class S>
-MSAM_DEVICE Pack<S, N> load_last(const S* p) {
-  return __ldcs(reinterpret_cast<const Pack<S, N>*>(p));
 }
 template <int N, class S>
 MSAM_DEVICE void store(S* p, Pack<S, N> v) {
+  __builtin_assume(__isGlobal(p));
   *reinterpret_cast<Pack<S, N>*>(p) = v;
-}
-template <int N, class S>
-MSAM_DEVICE void store_last(S* p, Pack<S, N> v) {
-  __stcs(reinterpret_cast<Pack<S, N>*>(p), v);
 }
 
 template <class S, int N>
@@ -166,21 +176,25 @@ struct Convert<half, 1> {
 // ---- one row of the table, one block ----------------------------------------------------------------------------
 
 // A row through `op`, whose load<N>(in, i) fetches what apply<N>(in, i) works on: 16 bytes at a time where all memory
-// is aligned for it, element by element where it is not and at the end.
-template <class Op>
-MSAM_DEVICE void walk(Op& op, int numel) {
+// is aligned for it, element by element where it is not and at the end. ready(), which all threads call once, between the
+// first loads and their use, may wait for other threads: for those that make what the use needs and load later.
+template <class Op, class Ready>
+MSAM_DEVICE void walk(Op& op, int numel, Ready&& ready) {
   constexpr int N = kWidth<typename Op::S>, U = Op::kUnroll;
   const int vectors = op.addresses() % 16 == 0 ? numel / N : 0;
+  int done = 0;
 #pragma unroll 1
-  for (int first = threadIdx.x; first < vectors; first += kThreads * U) {
+  do {
+    const int first = done + threadIdx.x;
     typename Op::template In<N> in[U];
 #pragma unroll
     for (int u = 0; u < U; ++u)
       if (first + u * kThreads < vectors) op.template load<N>(in[u], (first + u * kThreads) * N);
+    if (done == 0) ready();
 #pragma unroll
     for (int u = 0; u < U; ++u)
       if (first + u * kThreads < vectors) op.template apply<N>(in[u], (first + u * kThreads) * N);
-  }
+  } while ((done += kThreads * U) < vectors);
 #pragma unroll 1
   for (int i = vectors * N + threadIdx.x; i < numel; i += kThreads) {
     typename Op::template In<1> in;
@@ -188,6 +202,24 @@ MSAM_DEVICE void walk(Op& op, int numel) {
     op.template apply<1>(in, i);
   }
 }
+template <class Op>
+MSAM_DEVICE void walk(Op& op, int numel) {
+  walk(op, numel, [] {});
+}
+
+#ifdef __CUDACC__  // the emulator has its own
+// Near 1 / x and 1 / sqrt(x), for numbers that are neither tiny nor huge.
+MSAM_DEVICE float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MSAM_DEVICE float approximate_rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
 
 template <class T>
 MSAM_DEVICE T as(const Number& x) {
@@ -202,9 +234,19 @@ MSAM_DEVICE uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t
 struct Shared {
   double warps[kRows + 1][kParts<true> * kWarps];
   double sums[kRows + 1];  // of a descent: the rows of its sums and norm_sq, added up
+  double wide[kTerms];     // its coefficients
+  double numbers[kTerms];  // the same in arithmetic type, see numbers_of
   alignas(16) unsigned char constants[128];
-  bool is_last;  // of the blocks to finish
+  bool is_known;  // the norm
+  bool is_last;   // of the blocks that draw a ticket
 };
+template <class T>
+MSAM_DEVICE T* numbers_of(Shared& shared) {
+  return reinterpret_cast<T*>(shared.numbers);
+}
+// Each of these works alone while the other warps load, so they are threads of different warps. Doubles are slow on many GPUs,
+// and coefficients and a group's constants take dozens of operations on them.
+constexpr int kFirst = 0, kSecond = 32;
 
 template <bool careful>
 MSAM_DEVICE Sum<double, careful> warp_sum(Sum<double, careful> sum) {
@@ -234,29 +276,14 @@ MSAM_DEVICE Sum<double, careful> block_sum(Sum<double, careful> sum, Shared& sha
   return added_up<careful>(shared.warps[0]);
 }
 
-// A thread's share of the terms of a sum. Past L1: an earlier phase of the kernel may have written them.
+// The terms of a sum, each warp's share to `warps`. Every block of every kernel adds them up in this order, see added_up.
 template <bool careful>
-MSAM_DEVICE Sum<double, careful> share_of(const double* terms, int64_t count) {
+MSAM_DEVICE void add_share(const double* terms, int64_t count, double* warps) {
   Sum<double, careful> sum;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < int(count); i += kThreads) sum.add(__ldcg(terms + i));
-  return sum;
-}
-
-// Every block of every kernel adds the terms up in this order.
-template <bool careful>
-MSAM_DEVICE double norm_sq_of(const Perturb& a, Shared& shared) {
-  return rounded(block_sum(share_of<careful>(a.norm_sq.data, a.norm_sq.terms), shared));
-}
-
-// Made by one thread: doubles are slow on many GPUs, and a group's constants take dozens of operations on them.
-template <class Constants, class Make>
-MSAM_DEVICE const Constants& shared_constants(Shared& shared, Make&& make) {
-  static_assert(sizeof(Constants) <= sizeof shared.constants, "constants outgrew their place");
-  __syncthreads();  // the last ones have been read
-  if (threadIdx.x == 0) new (shared.constants) Constants(make());
-  __syncthreads();
-  return *reinterpret_cast<const Constants*>(shared.constants);
+  for (int i = threadIdx.x; i < int(count); i += kThreads) sum.add(terms[i]);
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) put(sum, warps, threadIdx.x / 32, kWarps);
 }
 
 // Where a row's part of an argument begins; null where the call has no such argument, or the list no such parameter.
@@ -280,6 +307,18 @@ MSAM_DEVICE const S* at(const void* flat, const Chunk& c) {
 template <class Args>
 MSAM_DEVICE bool is_here(const Window<Args>& a, const Chunk& c) {
   return c.segment >= a.begin && c.segment < a.end;
+}
+
+// body(row) for every kPartials-th row of the table that is here. The next row is read while a row is worked on.
+template <class Args, class Body>
+MSAM_DEVICE void every_partial(const Args& a, int64_t which, Body&& body) {
+  Chunk next = a.table[which];
+#pragma unroll 1
+  for (int64_t k = which; k < a.rows; k += kPartials) {
+    const Chunk c = next;
+    if (k + kPartials < a.rows) next = a.table[k + kPartials];
+    if (is_here(a, c)) body(c);
+  }
 }
 
 // Products of doubles, in lanes that take turns unless the sum is careful, which takes twice the registers. For values that
@@ -317,7 +356,7 @@ struct CopyOp {
   MSAM_DEVICE uintptr_t addresses() const { return address(from) | address(to); }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.v = load_last<N>(from + i);
+    in.v = cuda::load<N>(from + i);
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) const {
@@ -386,14 +425,12 @@ MSAM_DEVICE void norm_term(const P& p, int64_t which, Shared& shared) {
   using T = typename Traits<S>::T;
   const auto& a = p.args;
   NormOp<S, friendly, adaptive> op{nullptr, nullptr, nullptr, as<T>(a.sigma), as<T>(a.eta), {}};
-#pragma unroll 1
-  for (int64_t k = which; k < a.rows; k += kPartials) {
-    const Chunk c = a.table[k];
-    if (!is_here(a, c) || !(op.grads = at<S>(p, a.grads, c))) continue;
+  every_partial(a, which, [&](const Chunk& c) {
+    if (!(op.grads = at<S>(p, a.grads, c))) return;
     op.weights = at<S>(p, a.weights, c);
     op.ema = at<S>(a.ema, c);
     walk(op, int(c.numel));
-  }
+  });
   leave(a, block_sum(op.sum.total(), shared), a.partials, which);
 }
 
@@ -411,11 +448,14 @@ struct PerturbOp {
   using T = typename Traits<S>::T;
   static constexpr int kUnroll = sizeof(S) == 2 && friendly && adaptive ? 1 : 2;  // what the registers hold
   S* weights;
-  const S *base, *grads, *ema;
+  const S* base;  // what the weights were, null where they are it
+  const S *grads, *ema;
   S *saved, *ema_out;
   uint64_t first_bit;  // of the mask: eight times the address of its byte and its place there; 0 without
-  T scale, sigma, lmbda, one_minus_lmbda, eta;
-  Products<T, false> sum;  // of which no coefficient is made
+  T sigma, lmbda, one_minus_lmbda, eta;
+  T scale = 0;
+  bool is_known = false;  // the norm
+  Products<T, false> sum = {};  // of which no coefficient is made
 
   template <int N>
   struct In {
@@ -428,14 +468,18 @@ struct PerturbOp {
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.w = cuda::load<N>(base + i);
-    in.g = load_last<N>(grads + i);
-    if (friendly) in.ema = load_last<N>(ema + i);
+    in.w = cuda::load<N>((base ? base : weights) + i);
+    in.g = cuda::load<N>(grads + i);
+    if (friendly) in.ema = cuda::load<N>(ema + i);
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) {
     T w[N], g[N], e[N], next[N], ema_new[N];
-    if (saved) store_last<N>(saved + i, in.w);
+    if (saved) cuda::store<N>(saved + i, in.w);
+    if (!is_known) {  // no perturbation, and an EMA that stays usable
+      if (base) cuda::store<N>(weights + i, in.w);
+      return;
+    }
     Convert<S, N>::widen(in.w, w);
     Convert<S, N>::widen(in.g, g);
     if (friendly) Convert<S, N>::widen(in.ema, e);
@@ -450,7 +494,7 @@ struct PerturbOp {
       }
       next[j] = bits >> j & 1 ? perturbed(w[j], d, scale, eta, adaptive) : w[j];
     }
-    if (friendly && ema_out) store_last<N>(ema_out + i, Convert<S, N>::narrow(ema_new));
+    if (friendly && ema_out) cuda::store<N>(ema_out + i, Convert<S, N>::narrow(ema_new));
     const Pack<S, N> stored = Convert<S, N>::narrow(next);
     store<N>(weights + i, stored);
     // What counts is what was stored.
@@ -463,51 +507,57 @@ struct PerturbOp {
   }
 };
 
+// The warps' shares of the squared norm, for added_up.
+template <bool careful>
+MSAM_DEVICE void share_norm(const Perturb& a, Shared& shared) {
+  add_share<careful>(a.norm_sq.data, a.norm_sq.terms, shared.warps[kRows]);
+  __syncthreads();
+}
+
 template <class S, bool friendly, bool adaptive, class P>
-MSAM_DEVICE void perturb_row(const P& p, int64_t k, double norm_sq, Shared& shared) {
+MSAM_DEVICE void perturb_row(const P& p, int64_t k, const Chunk& c, Shared& shared) {
   using T = typename Traits<S>::T;
   const auto& a = p.args;
-  const Chunk c = a.table[k];
+  const uint8_t before = a.status[k];
   if (!is_here(a, c)) return;
   const S* grads = at<S>(p, a.grads, c);
   if (!grads) {
     if (threadIdx.x == 0) a.achieved_sq[k] = 0;
     return;
   }
-  const uint8_t before = a.status[k];
   S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
-  const S* base = before == kPerturbed ? saved : weights;
-  Sum<double, false> sum;
-  if (is_finite(norm_sq)) {
-    const T scale = shared_constants<T>(shared, [&] { return T(ascent_scale(norm_sq, a.radii[c.group])); });
-    PerturbOp<S, friendly, adaptive> op{weights,
-                                        base,
-                                        grads,
-                                        at<S>(a.ema, c),
-                                        before == kUntouched ? saved : nullptr,
-                                        at<S>(a.ema_out, c),
-                                        a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
-                                        scale,
-                                        as<T>(a.sigma),
-                                        as<T>(a.lmbda),
-                                        as<T>(a.one_minus_lmbda),
-                                        as<T>(a.eta),
-                                        {}};
-    walk(op, int(c.numel));
-    sum = op.sum.total();
-  } else if (before != kSaved) {  // no perturbation, and an EMA that stays usable
-    copy(base, before == kPerturbed ? weights : saved, int(c.numel));
+  PerturbOp<S, friendly, adaptive> op{weights,
+                                      before == kPerturbed ? saved : nullptr,
+                                      grads,
+                                      at<S>(a.ema, c),
+                                      before == kUntouched ? saved : nullptr,
+                                      at<S>(a.ema_out, c),
+                                      a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
+                                      as<T>(a.sigma),
+                                      as<T>(a.lmbda),
+                                      as<T>(a.one_minus_lmbda),
+                                      as<T>(a.eta)};
+  if (threadIdx.x == kFirst) {
+    const double norm_sq = rounded(added_up<kCareful<S>>(shared.warps[kRows]));
+    shared.is_known = is_finite(norm_sq);
+    *numbers_of<T>(shared) = T(ascent_scale(norm_sq, a.radii[c.group]));
   }
-  sum = block_sum(sum, shared);  // from its barriers on nobody reads the status
+  walk(op, int(c.numel), [&] {
+    __syncthreads();
+    op.is_known = shared.is_known, op.scale = *numbers_of<T>(shared);
+  });
+  const auto sum = block_sum(op.sum.total(), shared);  // from its barriers on nobody reads the status
   if (threadIdx.x == 0) a.achieved_sq[k] = rounded(sum), a.status[k] = kPerturbed;
 }
 
 template <class S, bool friendly, bool adaptive, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) perturb_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  const double norm_sq = norm_sq_of<kCareful<S>>(p.args, shared);
   // Backwards: the end of what norm read may still be in cache.
-  perturb_row<S, friendly, adaptive>(p, p.args.rows - 1 - blockIdx.x, norm_sq, shared);
+  const int64_t k = p.args.rows - 1 - blockIdx.x;
+  const Chunk c = p.args.table[k];
+  share_norm<kCareful<S>>(p.args, shared);
+  perturb_row<S, friendly, adaptive>(p, k, c, shared);
 }
 
 // ---- ascend: both in one cooperative launch -----------------------------------------------------------------------
@@ -520,10 +570,10 @@ __global__ void __launch_bounds__(kThreads, kAscendBlocks) ascend_kernel(const _
   for (int64_t which = blockIdx.x; which < partials_of(p.args.rows); which += gridDim.x)
     norm_term<S, friendly, adaptive>(p, which, shared);
   cooperative_groups::this_grid().sync();
-  const double norm_sq = norm_sq_of<kCareful<S>>(p.args, shared);
+  share_norm<kCareful<S>>(p.args, shared);
 #pragma unroll 1
   for (int64_t k = p.args.rows - 1 - blockIdx.x; k >= 0; k -= gridDim.x)
-    perturb_row<S, friendly, adaptive>(p, k, norm_sq, shared);
+    perturb_row<S, friendly, adaptive>(p, k, p.args.table[k], shared);
 }
 
 // ---- gram -------------------------------------------------------------------------------------------------------
@@ -559,29 +609,30 @@ struct GramOp {
 #pragma unroll
     for (int v = 0; v < vectors; ++v) Convert<S, N>::widen(in.x[v], x[v]);
 #pragma unroll
-    for (int j = 0; j < N; ++j)
+    for (int j = 0; j < N; ++j) {
+      double wide[vectors];  // converted once, whatever is absent
+#pragma unroll
+      for (int v = 0; v < vectors; ++v) wide[v] = x[v][j];
 #pragma unroll
       for (int v = 0; v < vectors; ++v)
 #pragma unroll
         for (int u = 0; u <= v; ++u)
-          if (from[u] && from[v]) sums[v * (v + 1) / 2 + u].add(j, x[u][j], x[v][j]);
+          if (from[u] && from[v]) sums[v * (v + 1) / 2 + u].add(j, wide[u], wide[v]);
+    }
   }
 };
 
 // Terms as in norm.
 template <class S, int vectors, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) gram_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kGramBlocks<S, vectors>) gram_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
   GramOp<S, vectors> op{};
-#pragma unroll 1
-  for (int64_t k = blockIdx.x; k < a.rows; k += kPartials) {
-    const Chunk c = a.table[k];
-    if (!is_here(a, c)) continue;
+  every_partial(a, blockIdx.x, [&](const Chunk& c) {
 #pragma unroll
     for (int v = 0; v < vectors; ++v) op.from[v] = at<S>(p, a.terms[v], c);
     if (op.addresses()) walk(op, int(c.numel));
-  }
+  });
 #pragma unroll
   for (int r = 0; r < op.kProducts; ++r) {
     double* terms = a.partials + r * kParts<kCareful<S>> * partials_of(a.rows);
@@ -591,80 +642,61 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) gram_kernel(const __grid
 
 // ---- what descend and update share --------------------------------------------------------------------------------
 
-// The terms of a row's combination that count: those that are there and whose coefficient is not 0.
-template <class S>
-struct Terms {
-  const S* from[kTerms];
-  typename Traits<S>::T coefs[kTerms];
-  int count;
-  bool any;  // a term is there, whatever its coefficient
-  double wide[kTerms];  // every coefficient
-};
-
-// All rows of a descent's sums to shared.sums, norm_sq last, each in the order of block_sum. Returns how many there are.
+// The warps' shares of all rows of a descent's sums, norm_sq last, for evaluate. Returns how many rows there are.
 template <bool careful>
-MSAM_DEVICE int add_up(const Descent& a, Shared& shared) {
+MSAM_DEVICE int share_sums(const Descent& a, Shared& shared) {
   int rows = 0;
 #pragma unroll 1
   for (int i = 0; i <= kSums; ++i) {
     const Sums& s = i < kSums ? a.sums[i] : a.norm_sq;
 #pragma unroll 1
-    for (int64_t r = 0; r < s.rows; ++r, ++rows) {
-      const auto sum = warp_sum(share_of<careful>(s.data + r * s.terms, s.terms));
-      if (threadIdx.x % 32 == 0) put(sum, shared.warps[rows], threadIdx.x / 32, kWarps);
-    }
+    for (int64_t r = 0; r < s.rows; ++r) add_share<careful>(s.data + r * s.terms, s.terms, shared.warps[rows++]);
   }
-  if (rows == 0) return 0;
-  __syncthreads();
-  if (threadIdx.x < rows) shared.sums[threadIdx.x] = rounded(added_up<careful>(shared.warps[threadIdx.x]));
-  __syncthreads();
+  if (rows) __syncthreads();
   return rows;
 }
 
-// Finds a row's terms and evaluates their coefficients, by one thread as in shared_constants. Unless what the update needs is
-// `known`, every coefficient is NaN.
-template <class S, class P>
-MSAM_DEVICE void find_terms(const P& p, const Chunk& c, bool known, Terms<S>& terms, Shared& shared) {
-  using T = typename Traits<S>::T;
-  const auto& a = p.args;
-  const int rows = add_up<kCareful<S>>(a, shared);
-  if (threadIdx.x == 0) {
-    const double norm_sq = a.norm_sq.data ? shared.sums[rows - 1] : 0;
-    coefficients(a.combination, shared.sums, known ? norm_sq : NAN, terms.wide);
-    terms.count = 0, terms.any = false, terms.coefs[0] = 0;
+// The coefficients of a row's terms to shared memory, by kFirst and its warp. Unless what the update needs is `known`, every
+// one is NaN.
+template <class T>
+MSAM_DEVICE void evaluate(const Descent& a, int rows, bool known, Shared& shared) {
+  if (threadIdx.x / 32 != kFirst / 32) return;
+  if (threadIdx.x < rows) shared.sums[threadIdx.x] = rounded(added_up<kCareful<T>>(shared.warps[threadIdx.x]));
+  __syncwarp();
+  if (threadIdx.x != kFirst) return;
+  const double norm_sq = a.norm_sq.data ? shared.sums[rows - 1] : 0;
+  coefficients(a.combination, shared.sums, known ? norm_sq : NAN, shared.wide);
 #pragma unroll 1
-    for (int k = 0; k < a.combination.count; ++k) {
-      const S* from = at<S>(p, a.terms[k], c);
-      const T coef = T(terms.wide[k]);
-      terms.any |= from != nullptr;
-      if (!from || coef == 0) continue;
-      terms.from[terms.count] = from;
-      terms.coefs[terms.count++] = coef;
-    }
-  }
-  __syncthreads();
+  for (int k = 0; k < a.combination.count; ++k) numbers_of<T>(shared)[k] = T(shared.wide[k]);
 }
 
-// The sum of those terms: of at most one, or combined of several.
+// The sum of a row's terms: of at most one, or combined of several. Those whose coefficient is 0 are left out.
 template <class S_, bool combined>
 struct Gradient {
   using S = S_;
   using T = typename Traits<S>::T;
   static constexpr int kMost = combined ? kTerms : 1;
-  const S* from[kMost];  // null where there are fewer
+  const S* from[kMost];  // null where a term is absent
   const T* coefs;        // shared: registers are short
+  T nothing = 0;         // the sum of no term
+  unsigned live = 0;     // a bit for each term that counts
 
-  // The first term is read without a branch, which saves registers. Where there is none, `instead` is read and left out.
-  MSAM_DEVICE Gradient(const Terms<S>& terms, const S* instead) : coefs(terms.coefs) {
-    from[0] = terms.count > 0 ? terms.from[0] : instead;
+  template <class P>
+  MSAM_DEVICE Gradient(const P& p, const Chunk& c, Shared& shared) : coefs(numbers_of<T>(shared)) {
 #pragma unroll
-    for (int k = 1; k < kMost; ++k) from[k] = k < terms.count ? terms.from[k] : nullptr;
+    for (int k = 0; k < kMost; ++k) from[k] = at<S>(p, p.args.terms[k], c);
+  }
+
+  MSAM_DEVICE void leave() {
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) from[k] = nullptr;
   }
 
   template <int N>
   struct In {
     Pack<S, N> x[kMost];
   };
+  // 0 where every term is absent.
   MSAM_DEVICE uintptr_t addresses() const {
     uintptr_t all = 0;
 #pragma unroll
@@ -676,35 +708,37 @@ struct Gradient {
   MSAM_DEVICE void load(In<N>& in, int i) const {
 #pragma unroll
     for (int k = 0; k < kMost; ++k)
-      if (k == 0 || from[k]) in.x[k] = load_last<N>(from[k] + i);
+      if (from[k]) in.x[k] = cuda::load<N>(from[k] + i);
+  }
+  // Once the coefficients are there.
+  MSAM_DEVICE void begin() {
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) live |= unsigned(from[k] && coefs[k] != 0) << k;
   }
   template <int N>
   MSAM_DEVICE void sum(const In<N>& in, T* g) const {
-    Convert<S, N>::widen(in.x[0], g);
 #pragma unroll
-    for (int j = 0; j < N; ++j) g[j] = coefs[0] == 0 ? T(0) : weighted(g[j], coefs[0]);
+    for (int j = 0; j < N; ++j) g[j] = T(-0.);  // to which adding changes no number
 #pragma unroll
-    for (int k = 1; k < kMost; ++k) {
-      if (!from[k]) break;
+    for (int k = 0; k < kMost; ++k) {
+      if (!(live >> k & 1)) continue;
       T x[N];
       Convert<S, N>::widen(in.x[k], x);
 #pragma unroll
       for (int j = 0; j < N; ++j) g[j] = plus_weighted(g[j], x[j], coefs[k]);
     }
+    if (live) return;
+#pragma unroll
+    for (int j = 0; j < N; ++j) g[j] = nothing;
   }
 };
 
-// What a row's weights return to: `saved` where they are perturbed, null where they stay as they are.
-template <class S, class Args>
-MSAM_DEVICE const S* base_of(const Args& a, int64_t k, const Chunk& c) {
-  return a.weights && a.status && a.status[k] == kPerturbed ? at<S>(a.saved, c) : nullptr;
-}
+MSAM_DEVICE uint8_t status_of(const Descent& a, int64_t k) { return a.weights && a.status ? a.status[k] : kUntouched; }
 
-// Notes that a row's weights have returned.
-MSAM_DEVICE void settle(const Descent& a, int64_t k, bool last) {
-  if (!a.weights || !a.status) return;
-  __syncthreads();  // every thread has asked for its base
-  if (threadIdx.x == 0 && (last || a.status[k] == kPerturbed)) a.status[k] = last ? kUntouched : kSaved;
+// Notes that a row's weights have returned, once every thread has read its status.
+MSAM_DEVICE void settle(const Descent& a, int64_t k, uint8_t was, bool last) {
+  if (threadIdx.x != 0 || !a.weights || !a.status) return;
+  if (last || was == kPerturbed) a.status[k] = last ? kUntouched : kSaved;
 }
 
 // ---- descend ----------------------------------------------------------------------------------------------------
@@ -719,7 +753,8 @@ struct DescendOp {
   S *weights, *out;
   Gradient<S, combined> gradient;
   bool squares;  // are wanted
-  Products<T> sum;
+  bool writes = false;
+  Products<T> sum = {};
 
   template <int N>
   struct In {
@@ -732,12 +767,21 @@ struct DescendOp {
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
-    if (base) in.w = load_last<N>(base + i);
+    if (base) in.w = cuda::load<N>(base + i);
+  }
+  // Whether `out` is the only term that counts, as it is.
+  MSAM_DEVICE bool stays() const {
+    bool stays = false;
+#pragma unroll
+    for (int k = 0; k < gradient.kMost; ++k)
+      stays |= gradient.live == 1u << k && gradient.from[k] == out && gradient.coefs[k] == 1;
+    return stays;
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) {
-    T x[N];
     if (base) store<N>(weights + i, in.w);
+    if (!writes) return;
+    T x[N];
     gradient.template sum<N>(in.g, x);
     const Pack<S, N> stored = Convert<S, N>::narrow(x);
     store<N>(out + i, stored);
@@ -749,33 +793,77 @@ struct DescendOp {
 };
 
 template <class S, bool combined, class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) descend_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined>) descend_kernel(const __grid_constant__ P p) {
+  using T = typename Traits<S>::T;
   __shared__ Shared shared;
-  __shared__ Terms<S> terms;
   const auto& a = p.args;
   const int64_t k = blockIdx.x;
   const Chunk c = a.table[k];
+  const uint8_t was = status_of(a, k);
+  const int rows = share_sums<kCareful<S>>(a, shared);
   if (!is_here(a, c)) return;
   S *weights = at<S>(p, a.weights, c), *out = at<S>(p, a.out, c);
-  const S* base = base_of<S>(a, k, c);
-  Sum<double, kCareful<S>> sum;
-  if (out) find_terms(p, c, true, terms, shared);
-  const bool stays = !out || (terms.count == 1 && terms.from[0] == out && terms.coefs[0] == 1 && !a.out_sq);
-  if (!stays) {
-    DescendOp<S, combined> op{base, weights, out, Gradient<S, combined>(terms, out), a.out_sq != nullptr, {}};
-    walk(op, int(c.numel));
-    sum = op.sum.total();
-  } else if (base) {
-    copy(base, weights, int(c.numel));
-  }
+  const S* base = was == kPerturbed ? at<S>(a.saved, c) : nullptr;
+  DescendOp<S, combined> op{base, weights, out, Gradient<S, combined>(p, c, shared), a.out_sq != nullptr};
+  // Where `out` is to stay as it is, unless the norm is not finite, nobody has to read it.
+  const bool stays = !combined && out && op.gradient.from[0] == out && is_one(a.combination) && !op.squares;
+  if (stays || !out) op.gradient.leave();
+  if (out) evaluate<T>(a, rows, true, shared);
+  walk(op, base || out ? int(c.numel) : 0, [&] {
+    __syncthreads();
+    if (!out) return;
+    op.gradient.begin();
+    op.writes = stays ? op.gradient.coefs[0] != 1 : op.squares || !op.stays();
+    if (stays) op.gradient.nothing = op.gradient.coefs[0];
+  });
   if (a.out_sq) {
-    sum = block_sum(sum, shared);
+    const auto sum = block_sum(op.sum.total(), shared);
     if (threadIdx.x == 0) a.out_sq[k] = rounded(sum);
   }
-  settle(a, k, a.last);
+  settle(a, k, was, a.last);
 }
 
 // ---- update -----------------------------------------------------------------------------------------------------
+
+// rule.direction() for numbers between 2^-100 and 2^20, where no intermediate result overflows or loses bits: the root is at
+// least 2^-50 and what it is divided by at least 2^-16 (is_ordinary). Division by a constant takes its reciprocal and two
+// corrections: a quotient that is within an ulp is right after the next one (Markstein).
+template <class Rule>
+MSAM_DEVICE float quick_direction(const Rule& rule, float above, float v) {
+  const float c = rule.bias_correction2_sqrt, per_c = rule.per_bias_correction2_sqrt;
+  const float y = approximate_rsqrt(v), r = v * y, root = fmaf(fmaf(-r, r, v), y * 0.5f, r);
+  const float first = root * per_c, second = fmaf(per_c, fmaf(-c, first, root), first);
+  const float below = fmaf(per_c, fmaf(-c, second, root), second) + rule.eps;
+  const float z = approximate_reciprocal(below), per_below = fmaf(z, fmaf(-below, z, 1), z), near = above * per_below;
+  return fmaf(per_below, fmaf(-below, near, above), near);
+}
+
+// N elements by a rule.
+template <int N, class Formula, class T>
+MSAM_DEVICE void apply_rule(const Formula& rule, T (&w)[N], const T (&g)[N], T (&state)[N][kStates]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) rule(w[j], g[j], state[j]);
+}
+
+// Adam's root and quotients as IEEE rounds them. Ordinary numbers take a few instructions each, those of the compiler's own
+// code; but it has a branch for other numbers around every one of them, after which the next element waits. Here one branch is
+// for all elements of a thread.
+template <int N, bool amsgrad>
+MSAM_DEVICE void apply_rule(const Adam<float, amsgrad>& rule, float (&w)[N], const float (&g)[N],
+                            float (&state)[N][kStates]) {
+  float v[N], least = INFINITY, most = 0;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    v[j] = rule.average(w[j], g[j], state[j]);
+    least = fminf(least, fminf(fabsf(state[j][0]), v[j]));
+    most = fmaxf(most, fmaxf(fabsf(state[j][0]), v[j]));
+  }
+  // NaNs, which these leave out, come out as they are.
+  const bool ordinary = least >= 0x1p-100f && most <= 0x1p20f && rule.is_ordinary;
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+    w[j] = w[j] - rule.step_size * (ordinary ? quick_direction(rule, state[j][0], v[j]) : rule.direction(state[j][0], v[j]));
+}
 
 // A rule with or without its option, momentum or amsgrad.
 template <class T, Rule rule, bool option>
@@ -791,8 +879,7 @@ struct UpdateOp {
   void* const* flat;  // the states; not as pointers of the row's own: registers are short
   int64_t offset;
   Gradient<S, combined> gradient;
-  // Adam's dozen constants stay in shared memory.
-  std::conditional_t<rule == kSgd, Formula<T, rule, option>, const Formula<T, rule, option>&> formula;
+  const Formula<T, rule, option>& formula;  // shared
 
   template <int N>
   struct In {
@@ -810,65 +897,62 @@ struct UpdateOp {
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
 #pragma unroll
-    for (int v = 0; v < states; ++v) in.state[v] = load_last<N>(state(v) + i);
-    in.w = load_last<N>((base ? base : weights) + i);
+    for (int v = 0; v < states; ++v) in.state[v] = cuda::load<N>(state(v) + i);
+    in.w = cuda::load<N>((base ? base : weights) + i);
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) const {
-    T w[N], g[N], x[kStates][N];
+    T w[N], g[N], x[N], one[N][kStates];
     Convert<S, N>::widen(in.w, w);
     gradient.template sum<N>(in.g, g);
 #pragma unroll
-    for (int v = 0; v < states; ++v) Convert<S, N>::widen(in.state[v], x[v]);
+    for (int v = 0; v < states; ++v) {
+      Convert<S, N>::widen(in.state[v], x);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      T one[kStates];
-#pragma unroll
-      for (int v = 0; v < states; ++v) one[v] = x[v][j];
-      formula(w[j], g[j], one);
-#pragma unroll
-      for (int v = 0; v < states; ++v) x[v][j] = one[v];
+      for (int j = 0; j < N; ++j) one[j][v] = x[j];
     }
+    apply_rule(formula, w, g, one);
 #pragma unroll
-    for (int v = 0; v < states; ++v) store_last<N>(state(v) + i, Convert<S, N>::narrow(x[v]));
+    for (int v = 0; v < states; ++v) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[j] = one[j][v];
+      store<N>(state(v) + i, Convert<S, N>::narrow(x));
+    }
     store<N>(weights + i, Convert<S, N>::narrow(w));
   }
 };
 
-template <class S, Rule rule, bool option, bool combined, class P>
-MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights, const Terms<S>& terms,
-                            Shared& shared) {
-  using Op = UpdateOp<S, rule, option, combined>;
-  using Made = Formula<typename Op::T, rule, option>;
-  const auto& a = p.args;
-  const Made& formula = shared_constants<Made>(shared, [&] {
-    return Made(a.settings + c.group * a.columns, 1 + (a.step ? int64_t(a.step[c.segment]) : 0));
-  });
-  Op op{base, weights, a.states, c.offset, Gradient<S, combined>(terms, weights), formula};
-  walk(op, int(c.numel));
+// The ticket of a block that needs the old step numbers no more. By kSecond, which is the only thread that reads them.
+MSAM_DEVICE void draw_ticket(const Window<Update>& a, Shared& shared) {
+  if (!a.step || threadIdx.x != kSecond) return;
+  __threadfence();
+  auto* ticket = reinterpret_cast<unsigned*>(a.step + a.segments);
+  shared.is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // which makes it zero again
 }
 
 // Read where it is needed: a value that lives through a row's work takes a register of it.
 MSAM_DEVICE bool is_wanted(const Update& a) { return !a.found_inf || *a.found_inf == 0; }
 
-// Once no block needs the old step numbers any more, the last one counts them up, of this launch's segments.
+template <class S, Rule rule, bool option, bool combined, class P>
+MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights, const Gradient<S, combined>& gradient,
+                            const Formula<typename Traits<S>::T, rule, option>& formula, Shared& shared) {
+  UpdateOp<S, rule, option, combined> op{base, weights, p.args.states, c.offset, gradient, formula};
+  walk(op, int(c.numel), [&] {
+    __syncthreads();
+    op.gradient.begin();
+    draw_ticket(p.args, shared);
+  });
+}
+
+// Of this launch's parameters that have a term, by the last block.
 template <class P>
-MSAM_DEVICE void count_steps(const P& p, Shared& shared) {
+MSAM_DEVICE void count_steps(const P& p) {
   const auto& a = p.args;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    auto* ticket = reinterpret_cast<unsigned*>(a.step + a.segments);
-    shared.is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // which makes it zero again
-  }
-  __syncthreads();
-  if (!shared.is_last || !is_wanted(a)) return;
-  for (int64_t k = threadIdx.x; k < a.rows; k += kThreads) {
-    const Chunk c = a.table[k];
-    if (c.begin != 0 || !is_here(a, c)) continue;
+  const int64_t count = a.end - a.begin;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     bool any = false;
-    for (int t = 0; t < a.combination.count && !any; ++t) any = at<char>(p, a.terms[t], c);
-    if (any) a.step[c.segment] += 1;
+    for (int t = 0; t < a.combination.count && !any; ++t) any = p.pointers[a.terms[t].list * count + i];
+    if (any) a.step[a.begin + i] += 1;
   }
 }
 
@@ -876,27 +960,39 @@ template <class S, Rule rule, bool combined, class P>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
     update_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  __shared__ Terms<S> terms;
   const auto& a = p.args;
   const int64_t k = blockIdx.x;
   const Chunk c = a.table[k];
-  if (is_here(a, c)) {
+  const uint8_t was = status_of(a, k);
+  const int rows = share_sums<kCareful<S>>(a, shared);
+  if (!is_here(a, c)) {
+    draw_ticket(a, shared);
+  } else if (const Gradient<S, combined> gradient(p, c, shared); gradient.addresses() && is_wanted(a)) {
+    using Made = Formula<typename Traits<S>::T, rule, true>;
+    static_assert(sizeof(Made) <= sizeof shared.constants, "constants outgrew their place");
     S* weights = at<S>(p, a.weights, c);
-    const S* base = base_of<S>(a, k, c);
-    const bool option = a.settings[c.group * a.columns + (rule == kSgd ? int(kMomentum) : int(kAmsgrad))] != 0;
+    const S* base = was == kPerturbed ? at<S>(a.saved, c) : nullptr;
+    const double* settings = a.settings + c.group * a.columns;
+    const bool option = settings[rule == kSgd ? int(kMomentum) : int(kAmsgrad)] != 0;
     // The host cannot see that a group has the option. Where the state for it is missing, the weights become NaN.
     const bool missing = option && !a.states[rule == kSgd ? 0 : 2];
-    find_terms(p, c, !missing, terms, shared);
-    const bool any = terms.any && is_wanted(a);
-    if (any && option && !missing)
-      update_row<S, rule, true, combined>(p, c, base, weights, terms, shared);
-    else if (any)
-      update_row<S, rule, false, combined>(p, c, base, weights, terms, shared);
-    else if (base)
-      copy(base, weights, int(c.numel));
-    settle(a, k, true);
+    evaluate<typename Traits<S>::T>(a, rows, !missing, shared);
+    if (threadIdx.x == kSecond) new (shared.constants) Made(settings, 1 + (a.step ? int64_t(a.step[c.segment]) : 0));
+    const Made& formula = *reinterpret_cast<const Made*>(shared.constants);
+    if (option && !missing)
+      update_row<S, rule, true, combined>(p, c, base, weights, gradient, formula, shared);
+    else
+      update_row<S, rule, false, combined>(p, c, base, weights, gradient, formula, shared);
+    settle(a, k, was, true);
+  } else {
+    if (was == kPerturbed) copy(at<S>(a.saved, c), at<S>(p, a.weights, c), int(c.numel));
+    draw_ticket(a, shared);
+    __syncthreads();  // every thread has read the status
+    settle(a, k, was, true);
   }
-  if (a.step && a.combination.count) count_steps(p, shared);
+  if (!a.step || !a.combination.count) return;
+  __syncthreads();
+  if (shared.is_last && is_wanted(a)) count_steps(p);
 }
 
 }  // namespace msam::cuda

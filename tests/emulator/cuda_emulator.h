@@ -34,6 +34,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
+#define __isGlobal(p) true
+#define __builtin_assume(condition)
 
 // ---- types ------------------------------------------------------------------------------------------------------
 
@@ -111,9 +113,10 @@ class Block {
   }
 
   void sync_block(int line) { wait(whole_, threads_, line); }
+  void sync_warp(int line) { wait(warps_[current_ / 32], lanes(), line); }
   template <class T>
   T shuffle_down(T x, unsigned distance, int line) {
-    const unsigned warp = current_ / 32, lane = current_ % 32, lanes = std::min(threads_ - warp * 32, 32u);
+    const unsigned warp = current_ / 32, lane = current_ % 32, lanes = this->lanes();
     static_assert(sizeof(T) <= sizeof(double), "one value");
     std::memcpy(&values_[current_], &x, sizeof x);
     wait(warps_[warp], lanes, line);
@@ -133,6 +136,7 @@ class Block {
     bool started = false, done = false;
   };
 
+  unsigned lanes() const { return std::min(threads_ - current_ / 32 * 32, 32u); }  // of this thread's warp
   static void enter(unsigned low, unsigned high) {
     auto* block = reinterpret_cast<Block*>(uintptr_t(low) | uintptr_t(high) << 32);
     (*block->body_)();
@@ -223,6 +227,7 @@ inline void run_blocks(dim3 grid, dim3 block, const std::vector<unsigned>& which
 // ---- device functions ---------------------------------------------------------------------------------------------
 
 #define __syncthreads() emulator::Block::here()->sync_block(__LINE__)
+#define __syncwarp() emulator::Block::here()->sync_warp(__LINE__)
 #define __shfl_down_sync(mask, x, distance) \
   (static_cast<void>(mask), emulator::Block::here()->shuffle_down(x, unsigned(distance), __LINE__))
 
@@ -238,18 +243,6 @@ struct grid_group {
 inline grid_group this_grid() { return {}; }
 }  // namespace cooperative_groups
 
-template <class T>
-T __ldcs(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldcg(const T* p) {
-  return *p;
-}
-template <class T>
-void __stcs(T* p, T x) {
-  *p = x;
-}
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* p, unsigned most) {
   const unsigned old = *p;
@@ -257,6 +250,8 @@ inline unsigned atomicInc(unsigned* p, unsigned most) {
   return old;
 }
 
+inline float approximate_reciprocal(float x) { return 1 / x; }
+inline float approximate_rsqrt(float x) { return float(1 / std::sqrt(double(x))); }
 inline float __uint_as_float(unsigned u) {
   float f;
   std::memcpy(&f, &u, sizeof f);
