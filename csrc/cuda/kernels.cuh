@@ -69,8 +69,8 @@ constexpr int kFewer = 0;
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 constexpr int kAscendBlocks = 3;
-template <class S, bool friendly>
-constexpr int kPerturbBlocks = kBlocks<S> - (sizeof(S) == 2 && friendly ? kFewer : 0);
+template <class S, bool friendly, bool adaptive>
+constexpr int kPerturbBlocks = kBlocks<S> - (sizeof(S) == 2 && friendly && (kFewer || adaptive));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
 template <class S, bool combined>
@@ -551,7 +551,7 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, const Chunk& c, Shared& shar
 }
 
 template <class S, bool friendly, bool adaptive, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly>) perturb_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   // Backwards: the end of what norm read may still be in cache.
   const int64_t k = p.args.rows - 1 - blockIdx.x;
