@@ -45,7 +45,7 @@ from cases import (
     table,
 )
 from msam_kernels import MicroBatchSAM, backends, flat, methods, store
-from msam_kernels.flat import row_length
+from msam_kernels.flat import CHUNK, row_length
 from plain import METHODS as FAMILY
 from plain import batch, loss_of, mlp, same_bits, train_parameters_without_elements, weights
 from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
