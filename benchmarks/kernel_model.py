@@ -18,13 +18,15 @@ Where the parameters come from:
 * the sweep of plain kernels on an H200: BANDWIDTH by the share of what is written, the loss by size of the pieces and by
   evict-first accesses, LAUNCH from 11.7M against 354.8M elements, LATENCY from two resident blocks of 128 threads, 1 read and
   1 write, 2 loads in flight;
-* fitted to what was measured of 9e8c072: the bandwidth without writes, which the sweep lacks (``dots of three``, fp32, 354.8M);
-  COLD (``sgd``, 11.7M); BRANCH, what a root or quotient with a branch of its own costs a thread (``adamw``, bf16, 354.8M),
-  of which later kernels have none. That the cache's dirty lines count was seen in the read-only kernels at 11.7M.
+* fitted to what was measured of 9e8c072, the same rows that the model is then compared with: the bandwidth without writes,
+  which the sweep lacks (``dots of three``, fp32, 354.8M); COLD, so that the kernels at 11.7M come out; BRANCH, what a root or
+  quotient with a branch of its own costs a thread (``adamw``, bf16, 354.8M; values from 150 to 224 clocks were tried), of which
+  later kernels have none; and the part of L2 that counts, whose dirty lines the read-only kernels at 11.7M had shown.
 
-Of the 104 times measured at 9e8c072, 97 are predicted within 10 %. Worse are norm in bf16 at 11.7M (+12 to +27 %, of 15 to
-23 us) and two kernels that the model takes for simpler than they are: a third list beside perturb's, and the mask, which is
-read late.
+Of the 104 times measured at 9e8c072, 97 are predicted within 10 %. Since some parameters were fitted to those rows, that shows
+that the model can explain them, not yet that it predicts: the next measurement does. Worse are norm in bf16 at 11.7M (+12 to
++27 %, of 15 to 23 us) and two kernels that the model takes for simpler than they are: a third list beside perturb's, and the
+mask, which is read late.
 """
 
 from __future__ import annotations
