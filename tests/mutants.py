@@ -780,8 +780,8 @@ MUTANTS = [
     Mutant(
         "CPU: the last piece of the work is left out",
         "csrc/cpu/operators.cpp",
-        "if (sum >= kGrain || k + 1 == rows())",
-        "if (sum >= kGrain)",
+        "if (sum >= enough || k + 1 == rows())",
+        "if (sum >= enough)",
         KERNELS,
         OPERATORS,
     ),

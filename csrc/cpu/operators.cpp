@@ -6,17 +6,17 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
+#include <vector>
 
 #include "kernels.h"
-#include "pieces.h"
 
 namespace msam::cpu {
 namespace {
 
-// Elements of a piece of work.
+// Elements of a piece of work: for fewer, waking another thread costs more than it saves, and much more when it is slow to
+// come.
 constexpr int64_t kGrain = 32768;
-// Elements for each thread, at least: with fewer, waking another one costs more than it saves.
-constexpr int64_t kAlone = 131072;
 // Stores past the cache pay once a buffer no longer fits the one that the cores share.
 constexpr int64_t kLargeBytes = int64_t(8) << 20;
 
@@ -89,21 +89,35 @@ class Device : public Call {
     return sums;
   }
 
-  // The rows in pieces of kGrain elements, by as many threads as torch may use.
+  // Every thread has an even share of the elements, in pieces of kGrain, and then helps with what others have left: neither
+  // memory nor other processes leave the cores equally fast.
   template <class Arguments>
   void share(const Arguments& a, Kernel<Arguments> kernel, bool backwards = false) const {
     const int64_t elements = reach().elements;
-    const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), elements / kAlone);
-    if (threads <= 1) return kernel(a, context_, 0, rows());
+    if (elements <= kGrain) return kernel(a, context_, 0, rows());
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), (elements + kGrain - 1) / kGrain);
+    const int64_t enough = std::min(kGrain, elements / threads);
     c10::SmallVector<int64_t, 64> pieces{0};  // where each begins, and the end
     for (int64_t k = 0, sum = 0; k < rows(); ++k) {
       sum += a.table[k].numel;
-      if (sum >= kGrain || k + 1 == rows()) pieces.push_back(k + 1), sum = 0;
+      if (sum >= enough || k + 1 == rows()) pieces.push_back(k + 1), sum = 0;
     }
     const int64_t count = int64_t(pieces.size()) - 1;
-    in_pieces(count, threads, [&](int64_t p) {
-      const int64_t piece = backwards ? count - 1 - p : p;
-      kernel(a, context_, pieces[piece], pieces[piece + 1]);
+    struct alignas(64) Share {
+      int64_t begin, end;
+      std::atomic<int64_t> taken{0};
+    };
+    std::vector<Share> shares(threads);
+    for (int64_t t = 0; t < threads; ++t) shares[t].begin = count * t / threads, shares[t].end = count * (t + 1) / threads;
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        for (int64_t k = 0; k < threads; ++k) {
+          Share& share = shares[(t + k) % threads];
+          for (int64_t p; (p = share.taken.fetch_add(1, std::memory_order_relaxed)) < share.end - share.begin;) {
+            const int64_t piece = backwards ? share.end - 1 - p : share.begin + p;
+            kernel(a, context_, pieces[piece], pieces[piece + 1]);
+          }
+        }
     });
   }
 
