@@ -109,6 +109,9 @@ def blocks_of(k: Kernel, architecture: str) -> int:
     adam = re.search(r"update_kernel<(\S+), \(msam::Rule\)1, (true|false)", k.name)
     if adam and (adam[2] == "true" or "double" in k.name or int(architecture) >= 100):
         return 2
+    # From there on a kernel takes more registers, and the sums of fp64 hold twice the numbers.
+    if int(architecture) >= 100 and "descend_kernel<double, true" in k.name:
+        return 2
     return 3
 
 
