@@ -89,6 +89,10 @@ class Between:
         if self._scaled is not None:
             self._scaled.scaler.unscale_(self._opt)
             self.found_infs = self._scaled.found_infs
+            if not self.found_infs:
+                raise RuntimeError(
+                    "no parameter has a gradient for the scaler to look at: does the loss depend on the parameters?"
+                )
             device = self._engine.store.device
             for found in self.found_infs.values():
                 found = found.to(device, non_blocking=device.type != "cpu")

@@ -204,7 +204,7 @@ class CapturedStep:
         inputs = self._inputs[shapes]
         for static, leaf in zip(inputs, leaves, strict=True):
             if static is not None and leaf is not None:
-                static.copy_(leaf, non_blocking=True)
+                static.copy_(leaf.detach(), non_blocking=True)
         engine.prepare()
         plan = engine.plan()
         if engine.chooses_mask(plan):  # looks at values, as no graph can
@@ -313,7 +313,9 @@ class CapturedStep:
             tensors += flat.state.values()
         fused = fused_rule(self._opt.base_optimizer) is not None
         addresses = [t.data_ptr() for t in tensors] + engine.buffers.addresses()
-        return engine.store.layout, engine.tables.names, fused, addresses
+        # And what the graph did by: which parameters are trained, whose buffers are held, how batches are split.
+        trained = [p.requires_grad for p in engine.store.parameters()]
+        return engine.store.layout, engine.tables.names, fused, addresses, trained, engine.buffers, self._opt.split
 
 
 def _shapes(leaves: Sequence[Tensor | None]) -> Shapes:

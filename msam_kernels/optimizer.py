@@ -523,7 +523,8 @@ class MicroBatchSAM(Optimizer):
                 show goes into a tensor that was there before, as in
                 ``lambda: norm.copy_(clip_grad_norm_(model.parameters(), 1.0))``. Call ``scaler.update()`` after each step.
             other_shapes: what a batch of other shapes, such as the last one of an epoch, is: an "eager" step, with the
-                result of ``train_step``; a "capture" of its own, with its own warm-up and memory; or an "error".
+                result of ``train_step``; a "capture" of its own, with its own warm-up and memory; or an "error". One of fewer
+                samples than micro-batches is refused, as there.
             generators: CUDA generators other than the default one that ``loss_fn`` draws from.
 
         Raises:

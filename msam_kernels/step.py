@@ -27,7 +27,7 @@ class Stats:
     """What the kernels recorded in the latest step, one entry per micro-batch, on the device until somebody looks.
 
     Attributes:
-        grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64.
+        grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64; of scaled losses in units of their scale.
         perturbation_norm: ‖e‖ as it arrived in the stored weights, float64. In 16 bits it can fall far short of rho.
         nonfinite: True where the ascent gradient was not finite, so that nothing was perturbed.
     """
@@ -246,7 +246,6 @@ class Engine:
                 value = call(closure)
                 if turn == 0:
                     values.append(value)
-            step.conclude()
             step.update(between)
         self.count_step()
         return values
@@ -491,7 +490,7 @@ class Step:
         return self._scores or []
 
     def conclude(self) -> None:
-        """After the last pass: what may fail comes before what cannot be undone."""
+        """After the last pass, and what is the user's: what may fail comes before what cannot be undone."""
         engine, sparse = self.engine, self.plan.sparse
         if self._scores is None or sparse is None:
             return
@@ -542,6 +541,8 @@ class Step:
         if rule is not None:
             engine.refresh_settings(rule)
         at_once = rule is not None and between is None
+        if between is None:
+            self.conclude()
         descent = self._descent(clear=self.clear)
         if not at_once or (plan.reuses is not None and self._mean is not None):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
@@ -560,7 +561,11 @@ class Step:
                 self._descend(self._mean, descent, last=True, weights=False)
             assert self._mean is not None
             self.store.set_grads(self.store.optionals(self._mean))
-            engine.update_uncounted(None if between is None else between())
+            found_inf = None
+            if between is not None:
+                found_inf = between()
+                self.conclude()
+            engine.update_uncounted(found_inf)
             if self.clear:
                 self.store.set_grads(None)
         forget_casts()

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from msam_kernels import MicroBatchSAM
+from msam_kernels import MicroBatchSAM, methods
 from plain import DEVICE, METHODS, batch, loss_of, mlp, same_bits, weights
 
 BASES = {
@@ -115,7 +115,35 @@ def test_an_error_before_the_update_changes_nothing(base, backend):
     trained.opt.train_step(trained.loss_fn, *trained.batch(1))
 
 
+def test_an_error_before_the_update_leaves_the_mask_as_it_was(backend):
+    trained, other = (Trained(backend, "Sparse SAM", "SGD", count=2) for _ in range(2))
+    for t in (trained, other):
+        t.opt.method = methods.SparseSAM(update_every=2)
+    for i in range(3):
+        for t in (trained, other):
+            t.opt.train_step(t.loss_fn, *t.batch(i))
+    before, mask_step = [m.clone() for m in trained.opt.mask], trained.opt.engine.mask_step
+    with pytest.raises(KeyError):
+        trained.opt.train_step(trained.loss_fn, *trained.batch(3), before_update=lambda: {}["mine"])
+    assert same_bits(trained.opt.mask, before)
+    assert trained.opt.engine.mask_step == mask_step
+    for i in range(3, 6):
+        for t in (trained, other):
+            t.opt.train_step(t.loss_fn, *t.batch(i))
+    assert same_bits(trained.model.parameters(), other.model.parameters())
+
+
 # ---- scalers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_scaler_without_any_gradient_to_look_at_says_so_and_the_next_step_works(backend):
+    trained, scaler = Trained(backend, "SAM", "SGD", count=1), new_scaler()
+    alone = torch.ones((), device=DEVICE, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        trained.opt.train_step(lambda *_: alone * 2, *trained.batch(0), scaler=scaler)
+    trained.opt.train_step(trained.loss_fn, *trained.batch(0), scaler=scaler)
+    scaler.update()
+
 
 SCALED = [name for name in METHODS if "F-SAM" not in name]
 

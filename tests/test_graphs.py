@@ -925,6 +925,40 @@ def test_what_is_unfrozen_is_warmed_up_and_captured_too():
     assert same_bits(model.state_dict().values(), other.state_dict().values())
 
 
+CHANGES = {
+    "a layer is frozen": lambda model, opt: model[0].requires_grad_(False),
+    "other micro-batches": lambda model, opt: setattr(opt, "num_micro_batches", 3),
+    "a model whose buffers are held": lambda model, opt: setattr(opt, "model", model),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_the_user_changes_is_no_longer_replayed_as_it_was(change):
+    pairs = [setup("SGD", "SAM"), setup("SGD", "SAM")]
+    for _, opt, _ in pairs:
+        opt.model = None
+    (model, opt, loss_fn), (other, plain, other_loss_fn) = pairs
+    step, recorder = captured(opt, model, loss_fn, *data())
+    for i in range(8):
+        if i == 4:
+            CHANGES[change](model, opt)
+            CHANGES[change](other, plain)
+        step(*data(seed=i))
+        plain.train_step(other_loss_fn, *data(seed=i))
+        assert same_bits(model.state_dict().values(), other.state_dict().values()), f"step {i}"
+    assert (recorder.captures, recorder.replays) == (2, 2 + 2)
+
+
+def test_a_batch_with_a_graph_of_its_own_leaves_none_in_the_graph_s_inputs():
+    model, opt, loss_fn = setup("SGD", "SAM")
+    step, _ = captured(opt, model, loss_fn, *data())
+    for i in range(4):
+        x, y = data(seed=i)
+        step(x.requires_grad_() * 2, y)
+    (inputs,) = step._inputs.values()
+    assert [t.requires_grad for t in inputs] == [False, False]
+
+
 def test_state_that_moved_or_was_exchanged_reaches_the_graph():
     model, opt, loss_fn = setup("AdamW")
     other, plain, other_loss_fn = setup("AdamW")
