@@ -17,7 +17,7 @@ namespace msam {
 
 // The memory of lists that are gone, for those to come. A step frees hundreds of small tensors, and the next larger piece of
 // memory that glibc is asked for waits until all of them are merged. Whoever makes or frees a list holds the GIL.
-std::vector<std::vector<at::Tensor>>& spare() {
+static std::vector<std::vector<at::Tensor>>& spare() {
   static auto* lists = new std::vector<std::vector<at::Tensor>>;  // never freed: Python may outlive what is static
   return *lists;
 }
@@ -88,7 +88,8 @@ bool each(PyObject* const* items, Py_ssize_t size, bool of_grads, const Visit& v
     if (const auto* t = tensor(i + 3 * kAhead)) fetch(t);
     if (const auto* t = tensor(i + 2 * kAhead)) {
       if (t->has_storage()) fetch(t->unsafe_storage().unsafeGetStorageImpl());
-      if (of_grads) fetch(static_cast<const torch::autograd::AutogradMeta*>(t->autograd_meta()));
+      const auto* autograd = of_grads ? t->autograd_meta() : nullptr;
+      if (autograd) fetch(static_cast<const torch::autograd::AutogradMeta*>(autograd));
     }
     if (of_grads)
       if (const auto* t = tensor(i + kAhead))
@@ -316,6 +317,12 @@ void define_parameters(py::module_& m) {
   py::class_<Tensors>(m, "Tensors", "Tensors that become Python objects only where Python looks at them.")
       .def("__len__", [](const Tensors& t) { return t.all.size(); })
       .def("__iter__", [](const Tensors& t) { return py::iter(as_list(t)); })
+      .def("__getitem__",
+           [](const Tensors& t, Py_ssize_t i) {
+             const Py_ssize_t size = t.all.size();
+             if (i < -size || i >= size) throw py::index_error("there are " + std::to_string(size) + " tensors");
+             return py::reinterpret_steal<py::object>(THPVariable_Wrap(t.all[i < 0 ? i + size : i]));
+           })
       .def("__getitem__", [](const Tensors& t, const py::object& index) { return py::object(as_list(t)[index]); });
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");

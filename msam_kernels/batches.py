@@ -202,8 +202,8 @@ def closures_of(
 def mean(values: Sequence[Any], shares: Sequence[float]) -> Any:
     """The mean of the micro-batches' losses, weighted by their shares; of tensors in a few kernels, however many they are."""
     tensors = [v.detach() for v in values if isinstance(v, Tensor)]
-    kinds = {(t.device, t.dtype, t.shape) for t in tensors if t.is_floating_point()}
-    if len(tensors) < len(values) or len(kinds) != 1:
+    kinds = {(t.device, t.dtype, t.shape) for t in tensors}
+    if len(tensors) < len(values) or len(kinds) != 1 or not tensors[0].is_floating_point():
         return sum(v * s for v, s in zip(values, shares, strict=True))
     if len(tensors) == 1:  # with a share of 1
         return tensors[0]

@@ -260,7 +260,7 @@ def own_memory(grads: Sequence[Gradient], *, whole: bool = True) -> Sequence[Gra
         return grads
     out = list(grads)
     for i in copied:
-        g = grads[i]
+        g = out[i]
         assert g is not None
         out[i] = g.detach().clone()
     return out

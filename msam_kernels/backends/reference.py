@@ -89,7 +89,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _Sum:
-    """A sum of products in fp64. Of fp64 storage it is exact until it is rounded, once: no order of summation shows.
+    """A sum of products in fp64. Of fp64 storage it is rounded once, practically: no order of summation shows.
 
     Products of narrower values are exact, and what is made of their sum is rounded to fp32, where an order does not show.
     """
