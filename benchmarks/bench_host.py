@@ -125,7 +125,7 @@ class Training:
 
 def without_rows(opt: Any) -> None:
     """Kernels get all pointers from now on, and have nothing to do."""
-    for flat in (opt.engine.store if hasattr(opt, "engine") else opt._store).flats:
+    for flat in opt.engine.store.flats:
         flat.table, flat.status, flat.rows = flat.table[:0], flat.status[:0], 0
 
 

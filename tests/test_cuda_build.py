@@ -107,7 +107,7 @@ def compiled(architecture: str, folder: Path) -> list[Kernel]:
 def blocks_of(k: Kernel, architecture: str) -> int:
     """Blocks of 256 threads that share a multiprocessor, at least: what the loads in flight of kernels.cuh take."""
     adam = re.search(r"update_kernel<(\S+), \(msam::Rule\)1, (true|false)", k.name)
-    if adam and (adam[2] == "true" or "double" in k.name or int(architecture) >= 100):
+    if adam and ("double" in k.name or int(architecture) >= 100 or (adam[2] == "true" and adam[1] != "float")):
         return 2
     # From there on a kernel takes more registers, and the sums of fp64 hold twice the numbers.
     if int(architecture) >= 100 and "descend_kernel<double, true" in k.name:
