@@ -33,13 +33,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import itertools
 import math
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -47,6 +43,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cubin
 from shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,26 +150,6 @@ EARLIER_ASCENDS = {
 # ---- what nvcc makes -----------------------------------------------------------------------------------------------------
 
 
-def tool(name: str) -> str:
-    """nvcc or cuobjdump: on PATH, of the toolkit, or of triton."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    candidates = [shutil.which(name), *(str(Path(home, "bin", name)) for home in homes if home)]
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.origin:
-        candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name))
-    for candidate in candidates:
-        if candidate and Path(candidate).is_file():
-            return candidate
-    raise SystemExit(f"{name} is missing: install the CUDA toolkit, or put its bin folder on PATH")
-
-
-def output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
-
-
 @dataclass(frozen=True)
 class Loop:
     """One round of a main loop, for a thread: its longest way past the code for unusual numbers."""
@@ -248,20 +225,10 @@ def kind_of(text: str) -> str | None:
 
 
 def compiled(root: Path, folder: Path) -> dict[str, Kernel]:
-    """The kernels of a checkout for few pointers, for compute capability 9.0."""
-    source, target = str(root / "csrc" / "cuda" / "kernels.cu"), str(folder / "kernels.cubin")
-    flags = ("-O3", "-std=c++17", "--fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v", "-arch=sm_90", "-cubin")
-    report = output(tool("nvcc"), *flags, source, "-o", target)
-    usage = dict(re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", report, re.DOTALL))
-    parts = re.split(r"Function : (\w+)\n", output(tool("cuobjdump"), "-sass", target))
-    text = dict(zip(parts[1::2], parts[2::2], strict=True))
-    names = output("c++filt", *usage).splitlines()
+    """The kernels of a checkout for compute capability 9.0."""
     line = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", re.MULTILINE)
-    return {
-        name: Kernel(int(registers), [(int(a, 16), x.strip()) for a, x in line.findall(text[entry])])
-        for name, (entry, registers) in zip(names, usage.items(), strict=True)
-        if int(re.findall(r", (\d+)> ?>", name)[0]) < 1000
-    }
+    made, _ = cubin.kernels("90", folder, root)
+    return {k.name: Kernel(k.registers, [(int(a, 16), x.strip()) for a, x in line.findall(k.text)]) for k in made}
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------------
@@ -366,14 +333,14 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="where to write the prediction")
     options = parser.parse_args()
     git = ("git", "-C", str(ROOT))
-    commit = output(*git, "rev-parse", "--short", options.commit or "HEAD").strip()
-    if not options.commit and output(*git, "status", "--porcelain", "csrc").strip():
+    commit = cubin.output(*git, "rev-parse", "--short", options.commit or "HEAD").strip()
+    if not options.commit and cubin.output(*git, "status", "--porcelain", "csrc").strip():
         commit += " and changes"
     with tempfile.TemporaryDirectory() as temporary:
         root, folder = ROOT, Path(temporary)
         if options.commit:
-            output(*git, "archive", "-o", str(folder / "csrc.tar"), options.commit, "csrc")
-            output("tar", "-xf", str(folder / "csrc.tar"), "-C", temporary)
+            cubin.output(*git, "archive", "-o", str(folder / "csrc.tar"), options.commit, "csrc", "setup.py")
+            cubin.output("tar", "-xf", str(folder / "csrc.tar"), "-C", temporary)
             root = folder
         kernels = compiled(root, folder)
     found = predictions(kernels, any("inner_products_kernel" in name for name in kernels))
@@ -405,4 +372,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RuntimeError as error:
+        sys.exit(str(error))

@@ -7,7 +7,6 @@ every load and store of the main loops.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
@@ -37,29 +36,18 @@ OPERATIONS = re.compile(r"\b((?:LD|ST)[GL]?\b[.\w]*)")
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 
-def tool(name: str) -> str:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [shutil.which(name), *(str(Path(home, "bin", name)) for home in homes if home)]
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.origin:
-        candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name))
-    for candidate in candidates:
-        if candidate and Path(candidate).is_file():
-            return candidate
-    missing = f"{name} is missing: install the CUDA toolkit, or put its bin folder on PATH"
-    if os.environ.get("CI") == "true":
-        pytest.fail(missing, pytrace=False)
-    pytest.skip(missing)
-
-
-def nvcc_flags() -> list[str]:
-    """Those of setup.py, and what torch adds to every extension."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NVCC_FLAGS":
-            flags = ast.literal_eval(node.value)
-            break
-    removed = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
-    return [*flags, *(f"-D__CUDA_NO_{name}__" for name in removed), "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
+@pytest.fixture
+def cubin(monkeypatch):
+    """The module of benchmarks/; without nvcc there is nothing to look at."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("cubin")
+    try:
+        module.tool("nvcc"), module.tool("cuobjdump")
+    except module.Missing as missing:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(missing), pytrace=False)
+        pytest.skip(str(missing))
+    return module
 
 
 @dataclass
@@ -85,23 +73,10 @@ def check(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def compiled(architecture: str, folder: Path) -> list[Kernel]:
-    """Every kernel of kernels.cu; takes about 30 s."""
-    target, source = str(folder / "kernels.cubin"), str(CSRC / "cuda" / "kernels.cu")
-    command = [tool("nvcc"), *nvcc_flags(), "-Xptxas=-v", f"-arch=sm_{architecture}", "-cubin", source, "-o", target]
-    usage = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
-        check(command),
-        re.DOTALL,
-    )
-    parts = re.split(r"Function : (\w+)\n", check([tool("cuobjdump"), "-sass", target]))
-    operations = {entry: set(OPERATIONS.findall(text)) for entry, text in zip(parts[1::2], parts[2::2], strict=True)}
-    readable = check(["c++filt", *(entry for entry, *_ in usage)]).splitlines()
-    return [
-        Kernel(name, int(stack), int(stores) + int(loads), int(registers), operations[entry])
-        for name, (entry, stack, stores, loads, registers) in zip(readable, usage, strict=True)
-    ]
+def compiled(cubin, architecture: str, folder: Path) -> list[Kernel]:
+    made, report = cubin.kernels(architecture, folder)
+    assert "warning" not in report, report
+    return [Kernel(k.name, k.stack, k.spilled, k.registers, set(OPERATIONS.findall(k.text))) for k in made]
 
 
 def blocks_of(k: Kernel, architecture: str) -> int:
@@ -116,10 +91,10 @@ def blocks_of(k: Kernel, architecture: str) -> int:
 
 
 @pytest.mark.parametrize("architecture", ["90", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in MORE)])
-def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(architecture, tmp_path):
-    if f"sm_{architecture}" not in check([tool("nvcc"), "--list-gpu-code"]).split():
+def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(architecture, cubin, tmp_path):
+    if f"sm_{architecture}" not in cubin.output(cubin.tool("nvcc"), "--list-gpu-code").split():
         pytest.skip(f"this nvcc does not know sm_{architecture}")
-    found = compiled(architecture, tmp_path)
+    found = compiled(cubin, architecture, tmp_path)
     for kind, variants in KERNELS.items():
         assert sum(k.kind == kind for k in found) == variants * len(STORAGE) * 2, kind
     assert {k.kind for k in found} == set(KERNELS)
@@ -136,9 +111,11 @@ def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(archite
 
 
 @pytest.mark.exhaustive
-def test_the_binding_compiles_with_cuda():
+def test_the_binding_compiles_with_cuda(cubin):
     # The nvcc on PATH may be a link or a script outside of its toolkit.
-    top = re.search(r"^#\$ TOP=(.+)$", check([tool("nvcc"), "--dryrun", "-x", "cu", "-E", os.devnull]), re.MULTILINE)
+    top = re.search(
+        r"^#\$ TOP=(.+)$", cubin.output(cubin.tool("nvcc"), "--dryrun", "-x", "cu", "-E", os.devnull), re.MULTILINE
+    )
     home = Path(top[1].strip()).resolve()
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
