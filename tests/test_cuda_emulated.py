@@ -295,7 +295,11 @@ def test_pointers_beyond_one_launch_take_several(operator, variant, pointers, em
     ("count", "operator", "variant", "launches"),
     [
         *((900, "norm", "plain", 1), (900, "update", "sgd, four terms", 1)),
-        *((4200, "norm", "plain", 2), (2100, "update", "adam, mean", 2), (1100, "update", "sgd, four terms", 2)),
+        (1100, "update", "sgd, four terms", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in ((4200, "norm", "plain", 2), (2100, "update", "adam, mean", 2))
+        ),
     ],
 )
 def test_thousands_of_parameters_fit_a_few_launches(count, operator, variant, launches, emulated):

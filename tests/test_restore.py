@@ -571,7 +571,7 @@ def each_old_or_new(now, old, new):
     [
         ("passes", "SAM", BACKENDS[0]),
         ("passes", "F-SAM", BACKENDS[0]),
-        ("passes", "F-SAM", "reference"),
+        pytest.param("passes", "F-SAM", "reference", marks=pytest.mark.exhaustive),
         ("passes given up", "SAM", BACKENDS[0]),
         ("closures, SGD", "SAM", BACKENDS[0]),
         ("closures, SGD", "F-SAM", BACKENDS[0]),

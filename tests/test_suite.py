@@ -21,7 +21,10 @@ from msam_kernels import backends
 pytestmark = pytest.mark.host
 
 ROOT = Path(__file__).resolve().parent.parent
-PROCESSES = [pytest.param((), id="one process"), pytest.param(("-p", "xdist", "-n", "1"), id="xdist")]
+PROCESSES = [
+    pytest.param((), id="one process"),
+    pytest.param(("-p", "xdist", "-n", "1"), id="xdist", marks=pytest.mark.exhaustive),
+]
 
 
 def suite(folder: Path, tests: str, *options: str, **environment: str) -> tuple[dict[str, str], str]:
