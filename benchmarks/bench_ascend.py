@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norm and perturb in one cooperative launch against two launches, by size: where ``MSAM_KERNELS_COOPERATIVE_BYTES`` should be.
+"""Norm and perturb in one launch, as steps have it, against two launches, by size.
 
     python benchmarks/bench_ascend.py --csv ascend.csv
 
@@ -10,9 +10,8 @@ was written just before, as a backward pass leaves it. On a CPU, which launches 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,25 +22,12 @@ import measure
 from contest import dtype_name
 from gradients import Gradients
 from kernels import Kernels
-from measure import Call, Clock, EventClock, Job, Results, Say, interleave, number, print_table, size
+from measure import Clock, EventClock, Job, Results, Say, interleave, number, print_table, size
 
-THRESHOLD = "MSAM_KERNELS_COOPERATIVE_BYTES"  # read in every call
-WAYS = {"one launch": 1 << 62, "two launches": 0}  # 0: no gradient is as small
+WAYS: dict[str, dict[str, None]] = {"one launch": {}, "two launches": {"arrived": None}}
 SIZES = (100_000, 300_000, 1_000_000, 2_000_000, 4_000_000, 6_000_000, 8_000_000, 12_000_000, 16_000_000, 25_000_000)
 SIZES += (35_000_000, 50_000_000)
 TENSORS = 60
-
-
-class Way(Call):
-    """A call under its threshold."""
-
-    def __init__(self, call: Call, threshold: int):
-        super().__init__(call)
-        self.threshold = str(threshold)
-
-    def prepare(self, count: int) -> None:
-        os.environ[THRESHOLD] = self.threshold
-        self.run.prepare(count)
 
 
 class Warm(EventClock):
@@ -62,34 +48,18 @@ def run_size(results: Results, dtype: torch.dtype, numel: int, args: argparse.Na
     clocks: dict[str, Clock] = {"host": Clock(args.device)}
     if args.device.type == "cuda":
         clocks = {"flushed": EventClock(args.device), "warm": Warm(args.device, kernels.grads)}
-    calls = {way: Way(kernels.ascend(), threshold) for way, threshold in WAYS.items()}
-    before = os.environ.get(THRESHOLD)
-    try:
-        with torch.no_grad():
-            for name, clock in clocks.items():
-                for way, timing in interleave(calls, measure.effort(args), clock, say=say).items():
-                    row = {"clock": name, "dtype": dtype_name(dtype), "numel": numel, "way": way}
-                    results.add(kind="ascend", **row, **timing.as_row())
-    finally:
-        os.environ.pop(THRESHOLD)
-        if before is not None:
-            os.environ[THRESHOLD] = before
-
-
-def crossover(sizes: Sequence[int], wins: Callable[[int], bool]) -> int:
-    """The largest size up to which one launch wins throughout; 0: nowhere."""
-    largest = 0
-    for numel in sizes:
-        if not wins(numel):
-            break
-        largest = numel
-    return largest
+    calls = {way: kernels.ascend(**options) for way, options in WAYS.items()}
+    with torch.no_grad():
+        for name, clock in clocks.items():
+            for way, timing in interleave(calls, measure.effort(args), clock, say=say).items():
+                row = {"clock": name, "dtype": dtype_name(dtype), "numel": numel, "way": way}
+                results.add(kind="ascend", **row, **timing.as_row())
 
 
 def print_results(results: Results, copy: float | None) -> None:
     rows = results.select(kind="ascend")
     for dtype, clock in dict.fromkeys((row["dtype"], row["clock"]) for row in rows):
-        lines, wins, bytes_each = [], {}, getattr(torch, dtype).itemsize
+        lines, bytes_each = [], getattr(torch, dtype).itemsize
         here = results.select(kind="ascend", dtype=dtype, clock=clock)
         for numel in dict.fromkeys(row["numel"] for row in here):
             times = {row["way"]: row["ms"] * 1e3 for row in here if row["numel"] == numel}
@@ -97,12 +67,8 @@ def print_results(results: Results, copy: float | None) -> None:
             best = 5 * numel * bytes_each / (min(one, two) / 1e6)
             share = f"{best / copy:.0%}" if copy else "–"
             lines.append((size(numel), number(one), number(two), f"{two / one:.2f}x", share))
-            wins[numel] = one <= two
         print(f"\n== norm + perturb, {dtype}, {clock}: µs ==\n")
         print_table(("parameters", "one launch", "two launches", "two / one", "best, of copy_"), lines)
-        largest = crossover(list(wins), wins.__getitem__)
-        bytes_ = largest * bytes_each / 2**20
-        print(f"\n  one launch wins up to {size(largest)} parameters, {bytes_:.0f} MiB of gradients")
 
 
 def jobs(results: Results, args: argparse.Namespace) -> Generator[Job, None, None]:

@@ -66,9 +66,11 @@ class Kernels:
         return torch.tensor([values], dtype=torch.float64, device=self.flat.device)
 
     def ascend(self, name: str = "ascend", state: int = UNTOUCHED, **options) -> Call:
-        """Or, by its name, ``perturb``."""
+        """Or, by its name, ``perturb``. Two launches with ``arrived=None``."""
         if name == "perturb":
             options["norm_sq"] = self.norm_sq
+        else:
+            options = {"arrived": self.flat.arrived} | options
         achieved_sq = torch.empty(self.flat.rows, dtype=torch.float64, device=self.flat.device)
         options |= {"radii": self.radii, "saved": self.saved, "achieved_sq": achieved_sq}
         operator = getattr(self.k, name)

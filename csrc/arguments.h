@@ -22,7 +22,6 @@ struct Place {
 constexpr int kLists = 2 + kTerms;  // weights, out, terms
 struct Lists {
   void* const* data[kLists] = {};
-  int64_t elements[kLists] = {};  // of all segments
   int count = 0;
   int64_t segments = 0;
 };
@@ -69,6 +68,7 @@ struct Perturb : Norm {
   const uint8_t* mask = nullptr;   // a bit for every element of a flat buffer
   void* ema_out = nullptr;         // null where the EMA is only read
   Number lmbda, one_minus_lmbda;
+  unsigned* arrived = nullptr;  // one element, zero between calls
 };
 
 struct Gram : Common {

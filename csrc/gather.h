@@ -70,7 +70,6 @@ class Call {
     for (int64_t k = 0; k < size; ++k) {
       check_dense(tensors[k], {name, first + k}, dtype_, device());
       pointers.push_back(tensors[k].numel() ? tensors[k].data_ptr() : nullptr);
-      lists_.elements[lists_.count] += tensors[k].numel();
     }
     check_list(tensors, name, first, reach_);
     lists_.segments = size;
@@ -112,6 +111,12 @@ class Call {
     check_plain(*t, {name}, at::kFloat, device(), t->dim());
     TORCH_CHECK(t->numel() == 1, name, " must have one element, got shape ", t->sizes());
     return t->const_data_ptr<float>();
+  }
+  unsigned* counter(const MaybeTensor& t, const char* name) const {
+    if (!t) return nullptr;
+    check_plain(*t, {name}, at::kInt, device(), 1);
+    TORCH_CHECK(t->numel() == 1, name, " must have one element, got shape ", t->sizes());
+    return reinterpret_cast<unsigned*>(t->mutable_data_ptr<int>());
   }
   const uint8_t* mask(const MaybeTensor& t) const {
     if (!t) return nullptr;

@@ -36,11 +36,12 @@ struct Operators {
   }
 
   static Tensor ascend(TensorList weights, TensorList grads, const Tensor& table, const Tensor& radii, const Tensor& saved,
-                       const Tensor& status, const Tensor& achieved_sq, const MaybeTensor& ema, const MaybeTensor& mask,
-                       double sigma, MaybeDouble lmbda, MaybeDouble eta) {
+                       const Tensor& status, const Tensor& achieved_sq, const MaybeTensor& arrived, const MaybeTensor& ema,
+                       const MaybeTensor& mask, double sigma, MaybeDouble lmbda, MaybeDouble eta) {
     Device call(table, dtype_of(weights, {}, "weights"));
     Perturb a;
     call.perturbation(a, weights, grads, radii, saved, status, achieved_sq, ema, mask, sigma, lmbda, eta);
+    a.arrived = call.counter(arrived, "arrived");
     return call.ascend(a);
   }
 

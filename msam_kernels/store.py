@@ -237,9 +237,8 @@ class Store:
         renew = plan.opposite is None
         if len(self.flats) == 1:
             flat = self.flats[0]
-            return flat.backend.ascend(
-                flat.weights, grads.lists[0], flat.table, **self._perturbation(flat, plan, tables, "radii", i, renew)
-            )
+            options = self._perturbation(flat, plan, tables, "radii", i, renew)
+            return flat.backend.ascend(flat.weights, grads.lists[0], flat.table, arrived=flat.arrived, **options)
         norm_sq = self._together(
             [
                 flat.backend.norm(flat.weights, g, flat.table, **_direction(flat, plan))

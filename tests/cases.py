@@ -346,7 +346,7 @@ class _Maker:
         if dtype in BITS:
             memory.view(BITS[dtype]).fill_(EXPONENT[dtype] | number)
         else:
-            memory.fill_(0xA5 if dtype == torch.uint8 else -(2**62) - number)
+            memory.fill_(0xA5 if dtype == torch.uint8 else torch.iinfo(dtype).min // 2 - number)
         self.call.arenas[name] = memory
         return memory[GUARD + shift : GUARD + shift + n].view(shape)
 
@@ -458,7 +458,9 @@ class _Maker:
         self.direction()
         self.perturbation()
 
-    ascend = perturb
+    def ascend(self) -> None:
+        self.perturb()
+        self.put("arrived", torch.zeros(1, dtype=torch.int32))
 
     def gram(self) -> None:
         count = self.o["count"]
@@ -601,16 +603,23 @@ def _root(t: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(np.sqrt(t.numpy())))
 
 
+def halves(call: Call, norm_sq: Tensor | None) -> tuple[Call, Call]:
+    """What ``ascend`` does: ``norm``, and ``perturb`` by what that returned."""
+    a, names = call.arguments, ("weights", "grads", "table", "ema", "sigma", "eta")
+    norm = {name: value for name, value in a.items() if name in names}
+    perturb = {name: value for name, value in a.items() if name != "arrived"} | {"norm_sq": norm_sq}
+    return Call("norm", norm), Call("perturb", perturb)
+
+
 def expect(call: Call, norm_sq: Tensor | None = None, oracle: Any = "reference") -> Tensor | None:
     """Runs the call on the ``oracle`` and returns its result; ``ascend`` perturbs by ``norm_sq``, the norm under test."""
     # torch's own root of a long vector, out of MKL, is off by an ulp for one value in five; the kernels' is exact.
     with mock.patch.object(Tensor, "sqrt", _root):
         if call.operator != "ascend":
             return call.run(oracle)
-        a = call.arguments
-        direction = {n: v for n, v in a.items() if n in ("weights", "grads", "table", "ema", "sigma", "eta")}
-        wanted = Call("norm", direction).run(oracle)
-        Call("perturb", {**a, "norm_sq": norm_sq}).run(oracle)
+        norm, perturb = halves(call, norm_sq)
+        wanted = norm.run(oracle)
+        perturb.run(oracle)
         return wanted
 
 

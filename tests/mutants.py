@@ -599,6 +599,34 @@ MUTANTS = [
     ),
     # -- Triton
     Mutant(
+        "CUDA: a perturbation that does not wait for the norm",
+        DEVICE,
+        "if (threadIdx.x == 0) wait_for(a.arrived, terms);",
+        "",
+        "tests/test_cuda_emulated.py -k every_order_of_its_blocks",
+    ),
+    Mutant(
+        "CUDA: a row without a gradient that does not wait for the norm",
+        DEVICE,
+        "return wait();",
+        "return;",
+        "tests/test_cuda_emulated.py -k every_order_of_its_blocks",
+    ),
+    Mutant(
+        "CUDA: blocks that stay counted",
+        DEVICE,
+        "atomicInc(a.arrived, gridDim.x - 1)",
+        "atomicInc(a.arrived, gridDim.x)",
+        "tests/test_cuda_emulated.py -k every_order_of_its_blocks",
+    ),
+    Mutant(
+        "Triton: programs that stay counted",
+        B + "triton_kernels.py",
+        "== 2 * half - 1:",
+        "== 2 * half:",
+        TRITON,
+    ),
+    Mutant(
         "Triton: lmbda for its complement",
         B + "triton_kernels.py",
         "lmbda * ema + one_minus_lmbda * g",

@@ -18,6 +18,7 @@ import zipfile
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -814,24 +815,19 @@ def test_the_model_of_the_host_has_the_tensors_of_resnet50(load):
 
 
 @pytest.mark.usefixtures("extension")
-def test_one_launch_and_two_take_turns_by_the_threshold_that_they_are_asked_for(load, monkeypatch, tmp_path, capsys):
-    bench, kernels, seen = load("bench_ascend"), load("kernels"), []
-    call = kernels.From.__call__
-    monkeypatch.setattr(kernels.From, "__call__", lambda self: (seen.append(os.environ[bench.THRESHOLD]), call(self)))
-    monkeypatch.setenv(bench.THRESHOLD, "7")
+def test_one_launch_and_two_take_turns(load, monkeypatch, tmp_path, capsys):
+    bench, seen = load("bench_ascend"), []
+    ascend = backends.extension.ascend
+    counted = SimpleNamespace(norm=backends.extension.norm)
+    counted.ascend = lambda *a, arrived, **k: (seen.append(arrived is not None), ascend(*a, arrived=arrived, **k))
+    monkeypatch.setattr(backends, "get_backend", lambda *_: counted)
     options = "--device cpu --sizes 6000 60000 --dtype float32 --rounds 1 --seconds 0.01"
     assert bench.main([*options.split(), "--csv", str(tmp_path / "ascend.csv")]) == 0
-    assert set(seen) == {str(threshold) for threshold in bench.WAYS.values()}
-    assert os.environ[bench.THRESHOLD] == "7"
+    assert set(seen) == {True, False}
     with (tmp_path / "ascend.csv").open() as file:
         rows = [(row["numel"], row["way"]) for row in csv.DictReader(file)]
     assert sorted(rows) == [(numel, way) for numel in ("6000", "60000") for way in bench.WAYS]
-    assert "one launch wins up to" in capsys.readouterr().out
-
-
-def test_the_crossover_is_where_one_launch_stops_to_win(load):
-    assert load("bench_ascend").crossover([1, 2, 3, 4], {1: True, 2: True, 3: False, 4: True}.__getitem__) == 2
-    assert load("bench_ascend").crossover([1, 2], lambda n: False) == 0
+    assert "two / one" in capsys.readouterr().out
 
 
 # One round: a load, a quotient with a way for unusual numbers, a choice of two ways, a store.

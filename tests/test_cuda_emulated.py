@@ -12,7 +12,6 @@ import copy
 import ctypes
 import fcntl
 import hashlib
-import importlib
 import math
 import shutil
 import subprocess
@@ -41,6 +40,7 @@ from cases import (
     each_case,
     each_dtype,
     exact_sum_of_squares,
+    halves,
     spread,
     table,
 )
@@ -58,7 +58,7 @@ SOURCES = (
     TESTS / "emulator" / "cuda_emulator.h",
 )
 STUBS = (
-    *("cuda_runtime.h", "cooperative_groups.h", "cuda_bf16.h", "cuda_fp16.h"),
+    *("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"),
     *("c10/cuda/CUDAException.h", "c10/cuda/CUDAGuard.h", "c10/cuda/CUDAStream.h"),
 )
 UNITS = {
@@ -187,12 +187,6 @@ def assert_same(one: Call, other: Call, *results: torch.Tensor | None) -> None:
         assert_same_bits(*results, "the result")
 
 
-def norm_of(call: Call) -> Call:
-    """What ``ascend`` does first."""
-    names = ("weights", "grads", "table", "ema", "sigma", "eta")
-    return Call("norm", {name: value for name, value in call.arguments.items() if name in names})
-
-
 # ---- the CPU's bits ----------------------------------------------------------------------------------------------------
 
 
@@ -259,20 +253,12 @@ def test_roots_and_quotients_of_any_size_have_the_bits_of_the_cpu(dtype, options
 # ---- launches ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_operator_is_one_launch_and_ascend_at_most_two(emulated, monkeypatch):
-    def launches(operator, variant):
-        call, before = make(operator, variant, torch.float32, (5, 300, ROW + 5)), emulated.launches()
-        call.run(emulated)
-        return emulated.launches() - before
-
-    for case in CASES:
-        assert launches(*case) == 1, case
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    bench = importlib.import_module("bench_ascend")  # which measures both
-    for way, threshold in bench.WAYS.items():
-        monkeypatch.setenv(bench.THRESHOLD, str(threshold))
-        for case in CASES:
-            assert launches(*case) == (2 if case[0] == "ascend" and way == "two launches" else 1), (way, case)
+@pytest.mark.parametrize("sizes", [(5, 300, ROW + 5), (50 * ROW,)], ids=str)
+@each_case
+def test_every_operator_is_one_launch(operator, variant, sizes, emulated):
+    call, before = make(operator, variant, torch.float32, sizes), emulated.launches()
+    call.run(emulated)
+    assert emulated.launches() - before == 1
 
 
 @pytest.mark.parametrize("pointers", [7, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (6, 13))])
@@ -356,24 +342,28 @@ def test_the_gram_matrix_has_the_bits_of_the_norm_where_its_vectors_are_one(dtyp
 
 @each_dtype
 @pytest.mark.parametrize("variant", VARIANTS["ascend"])
-def test_one_launch_gives_the_bits_of_two(variant, dtype, emulated, monkeypatch):
+def test_one_launch_gives_the_bits_of_two(variant, dtype, emulated):
     sizes = (5, 300, 0, 3 * ROW + 7, 257)
     one, two, three = (make("ascend", variant, dtype, sizes, absent=(1,)) for _ in range(3))
     result = one.run(emulated)
-    norm_sq = norm_of(two).run(emulated)
-    Call("perturb", {**two.arguments, "norm_sq": norm_sq}).run(emulated)
+    norm_sq = halves(two, None)[0].run(emulated)
+    halves(two, norm_sq)[1].run(emulated)
     assert_same(one, two, result, norm_sq)
-    monkeypatch.setenv("MSAM_KERNELS_COOPERATIVE_BYTES", "0")
-    assert_same(one, three, result, three.run(emulated))
+    before = emulated.launches()
+    assert_same(one, three, result, Call("ascend", {**three.arguments, "arrived": None}).run(emulated))
+    assert emulated.launches() - before == 2
 
 
-def test_one_launch_gives_the_same_bits_on_gpus_of_every_size(emulated, monkeypatch):
+@pytest.mark.parametrize("absent", [(), (1,), (0, 1, 2)], ids="absent {}".format)
+@pytest.mark.parametrize("chunk", [2, 50, 700], ids="rows of {}".format)  # of 1,050 rows, two make one term
+def test_one_launch_gives_the_same_bits_in_every_order_of_its_blocks(chunk, absent, emulated, monkeypatch):
     calls, results = [], []
-    for device in range(4):
-        monkeypatch.setenv("MSAM_EMULATOR_DEVICE", str(device))
-        calls.append(make("ascend", "any status, friendly", torch.float32, (700,) * 3, chunk=50))
+    for order in range(5):
+        monkeypatch.setenv("MSAM_EMULATOR_ORDER", str(order))
+        calls.append(make("ascend", "any status, friendly", torch.float32, (700,) * 3, chunk=chunk, absent=absent))
         results.append(calls[-1].run(emulated))
         assert_same(calls[0], calls[-1], results[0], results[-1])
+        assert calls[-1].arguments["arrived"].item() == 0, "or the next call would not wait"
 
 
 @pytest.mark.parametrize("terms", [1, 2, 300, 1024])
@@ -481,8 +471,7 @@ def test_what_the_kernels_cannot_use_is_refused(emulated, monkeypatch):
     refused("gram", "three", r"terms\[1\] stands for other", terms=lambda v: [v[0], torch._neg_view(v[1]), *v[2:]])
     refused("update", "adam", r"states\[1\] .* freed or shrunk", states=lambda v: [v[0], freed(v[1])])
     refused("ascend", "plain", "table .* freed or shrunk", table=freed)
-    monkeypatch.setenv("MSAM_KERNELS_COOPERATIVE_BYTES", "many")
-    refused("ascend", "plain", "MSAM_KERNELS_COOPERATIVE_BYTES must be a number of bytes, got many")
+    refused("ascend", "plain", "arrived must have one element", arrived=lambda t: torch.zeros(2, dtype=torch.int32))
 
 
 def test_state_that_a_group_needs_and_the_call_lacks_shows(emulated):

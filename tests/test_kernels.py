@@ -980,6 +980,8 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         "achieved_sq .* row of the table, 3, got 1",
     ),
     "out_sq too short": ("descend", "mean", _with(out_sq=_half), "out_sq .* row of the table, 3, got 1"),
+    "arrived as float": ("ascend", "plain", _with(arrived=_as(FP32)), "arrived must be .* Int .* Float"),
+    "arrived of none": ("ascend", "plain", _with(arrived=lambda t: t[:0]), "arrived must have one element"),
     "status as bool": ("update", "sgd, scaled", _with(status=_as(torch.bool)), "status must be .* Byte .* Bool"),
     "status too short": ("descend", "weights", _with(status=_half), "status .* row of the table, 3, got 1"),
     "mask of floats": ("perturb", "masked", _with(mask=_as(FP32)), "mask must be .* Byte .* Float"),

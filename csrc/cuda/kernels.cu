@@ -3,7 +3,6 @@
 #include "kernels.cuh"
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 
 // Pointers that a launch may carry, if that is fewer than fit. For tests.
@@ -57,16 +56,11 @@ cudaError_t for_windows(const Args& args, const Lists& lists, Launch&& launch) {
 }
 
 template <class P>
-cudaError_t launch(void (*kernel)(P), int64_t blocks, bool cooperative, cudaStream_t stream, const P& p) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+cudaError_t launch(void (*kernel)(P), int64_t blocks, cudaStream_t stream, const P& p) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
@@ -109,26 +103,9 @@ cudaError_t launch_windows(const Args& args, const Lists& lists, int64_t blocks,
   return for_windows(args, lists, [&](const auto& p) {
     return dispatch(
         args.storage,
-        [&](auto s, auto... constants) { return launch(choose(p, s, constants...), blocks, false, stream, p); },
+        [&](auto s, auto... constants) { return launch(choose(p, s, constants...), blocks, stream, p); },
         options...);
   });
-}
-
-constexpr int kDevices = 64;
-using ByDevice = std::atomic<int64_t>[kDevices];
-
-// Blocks of a kernel that the current device runs at once; asked once for every device and kept in `known`.
-template <class Kernel>
-cudaError_t resident_blocks(Kernel* kernel, ByDevice& known, int64_t* blocks) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (device < kDevices && (*blocks = known[device])) return cudaSuccess;
-  int processors = 0, each = 0;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0)) return error;
-  *blocks = int64_t(processors) * each;
-  if (device < kDevices) known[device] = *blocks;
-  return cudaSuccess;
 }
 
 }  // namespace
@@ -147,25 +124,16 @@ cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t
   return launch_windows(args, lists, args.rows, stream, kernel, args.ema != nullptr, args.adaptive);
 }
 
-cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t stream, bool one_launch) {
-  if (!one_launch || lists.count * lists.segments > capacity<Perturb>()) {
+cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t stream) {
+  if (!args.arrived || lists.count * lists.segments > capacity<Perturb>()) {
     const cudaError_t error = launch_norm(args, lists, stream);
     return error != cudaSuccess ? error : launch_perturb(args, lists, stream);
   }
-  return for_windows(args, lists, [&](const auto& p) {
-    using P = std::decay_t<decltype(p)>;
-    const auto cooperative = [&](auto s, auto friendly, auto adaptive) {
-      const auto kernel = ascend_kernel<decltype(s), friendly.value, adaptive.value, P>;
-      static ByDevice known;  // one for every kernel that this lambda stands for
-      int64_t resident = 0;
-      if (const cudaError_t error = resident_blocks(kernel, known, &resident)) return error;
-      if (resident == 0) return cudaErrorCooperativeLaunchTooLarge;
-      // Equal shares: as many rounds of terms as it takes, and no more blocks than that many rounds need.
-      const int64_t terms = partials_of(args.rows), rounds = (terms + resident - 1) / resident;
-      return launch(kernel, (terms + rounds - 1) / rounds, true, stream, p);
-    };
-    return dispatch(args.storage, cooperative, args.ema != nullptr, args.adaptive);
-  });
+  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
+    return ascend_kernel<decltype(s), friendly.value, adaptive.value, std::decay_t<decltype(p)>>;
+  };
+  const int64_t blocks = partials_of(args.rows) + args.rows;
+  return launch_windows(args, lists, blocks, stream, kernel, args.ema != nullptr, args.adaptive);
 }
 
 cudaError_t launch_gram(const Gram& args, const Lists& lists, cudaStream_t stream) {

@@ -10,7 +10,6 @@
 // it waits for its row of the table, and evaluates coefficients and settings while its first loads are under way.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -68,7 +67,6 @@ constexpr int kFewer = 0;
 #endif
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
-constexpr int kAscendBlocks = 3;
 template <class S, bool friendly, bool adaptive>
 constexpr int kPerturbBlocks = kBlocks<S> - (sizeof(S) == 2 && friendly && (kFewer || adaptive));
 template <class S, int vectors>
@@ -218,6 +216,15 @@ MSAM_DEVICE float approximate_rsqrt(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+// Until so many blocks have arrived; what they wrote before is there then.
+MSAM_DEVICE void wait_for(const unsigned* arrived, unsigned enough) {
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
+    if (seen >= enough) return;
+    __nanosleep(100);
+  } while (true);
 }
 #endif
 
@@ -507,23 +514,18 @@ struct PerturbOp {
   }
 };
 
-// The warps' shares of the squared norm, for added_up.
-template <bool careful>
-MSAM_DEVICE void share_norm(const Perturb& a, Shared& shared) {
-  add_share<careful>(a.norm_sq.data, a.norm_sq.terms, shared.warps[kRows]);
-  __syncthreads();
-}
-
-template <class S, bool friendly, bool adaptive, class P>
-MSAM_DEVICE void perturb_row(const P& p, int64_t k, const Chunk& c, Shared& shared) {
+// Every thread calls wait(), which returns when the terms of the norm are there: after the row's first loads are under way.
+template <class S, bool friendly, bool adaptive, class P, class Wait>
+MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait) {
   using T = typename Traits<S>::T;
   const auto& a = p.args;
+  const Chunk c = a.table[k];
   const uint8_t before = a.status[k];
   if (!is_here(a, c)) return;
   const S* grads = at<S>(p, a.grads, c);
   if (!grads) {
     if (threadIdx.x == 0) a.achieved_sq[k] = 0;
-    return;
+    return wait();
   }
   S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
   PerturbOp<S, friendly, adaptive> op{weights,
@@ -537,12 +539,15 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, const Chunk& c, Shared& shar
                                       as<T>(a.lmbda),
                                       as<T>(a.one_minus_lmbda),
                                       as<T>(a.eta)};
-  if (threadIdx.x == kFirst) {
-    const double norm_sq = rounded(added_up<kCareful<S>>(shared.warps[kRows]));
-    shared.is_known = is_finite(norm_sq);
-    *numbers_of<T>(shared) = T(ascent_scale(norm_sq, a.radii[c.group]));
-  }
   walk(op, int(c.numel), [&] {
+    wait();
+    add_share<kCareful<S>>(a.norm_sq.data, a.norm_sq.terms, shared.warps[0]);
+    __syncthreads();
+    if (threadIdx.x == kFirst) {
+      const double norm_sq = rounded(added_up<kCareful<S>>(shared.warps[0]));
+      shared.is_known = is_finite(norm_sq);
+      *numbers_of<T>(shared) = T(ascent_scale(norm_sq, a.radii[c.group]));
+    }
     __syncthreads();
     op.is_known = shared.is_known, op.scale = *numbers_of<T>(shared);
   });
@@ -554,26 +559,29 @@ template <class S, bool friendly, bool adaptive, class P>
 __global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   // Backwards: the end of what norm read may still be in cache.
-  const int64_t k = p.args.rows - 1 - blockIdx.x;
-  const Chunk c = p.args.table[k];
-  share_norm<kCareful<S>>(p.args, shared);
-  perturb_row<S, friendly, adaptive>(p, k, c, shared);
+  perturb_row<S, friendly, adaptive>(p, p.args.rows - 1 - blockIdx.x, shared, [] {});
 }
 
-// ---- ascend: both in one cooperative launch -----------------------------------------------------------------------
+// ---- ascend: both in one launch -----------------------------------------------------------------------------------
 
+// The blocks of norm, and behind them those of perturb, which wait for them. Blocks begin in the order of their indices, as
+// CUB's scans suppose too: no block waits for one that cannot begin, however few fit the GPU at once. The last to arrive
+// leaves the count at zero.
 template <class S, bool friendly, bool adaptive, class P>
-__global__ void __launch_bounds__(kThreads, kAscendBlocks) ascend_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive>) ascend_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  // Terms as in norm, whatever the number of blocks: a block makes one after the other.
-#pragma unroll 1
-  for (int64_t which = blockIdx.x; which < partials_of(p.args.rows); which += gridDim.x)
-    norm_term<S, friendly, adaptive>(p, which, shared);
-  cooperative_groups::this_grid().sync();
-  share_norm<kCareful<S>>(p.args, shared);
-#pragma unroll 1
-  for (int64_t k = p.args.rows - 1 - blockIdx.x; k >= 0; k -= gridDim.x)
-    perturb_row<S, friendly, adaptive>(p, k, p.args.table[k], shared);
+  const auto& a = p.args;
+  const auto terms = unsigned(partials_of(a.rows));
+  if (blockIdx.x < terms) {
+    norm_term<S, friendly, adaptive>(p, blockIdx.x, shared);
+    if (threadIdx.x == 0) __threadfence();  // the term, which this thread has written
+  } else {
+    perturb_row<S, friendly, adaptive>(p, a.rows - 1 - (blockIdx.x - terms), shared, [&] {
+      if (threadIdx.x == 0) wait_for(a.arrived, terms);
+      __syncthreads();
+    });
+  }
+  if (threadIdx.x == 0) atomicInc(a.arrived, gridDim.x - 1);
 }
 
 // ---- gram -------------------------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ MSAM_FN int64_t partials_of(int64_t rows) { return rows < kPartials ? rows : kPa
 // On the current device, in order on `stream`; a table without rows launches nothing.
 cudaError_t launch_norm(const Norm&, const Lists&, cudaStream_t stream);
 cudaError_t launch_perturb(const Perturb&, const Lists&, cudaStream_t stream);
-// The two one after the other, the terms of the norm in args.partials: the same bits in one launch, where all blocks fit the
-// GPU at once and the pointers one launch.
-cudaError_t launch_ascend(const Perturb&, const Lists&, cudaStream_t stream, bool one_launch);
+// The two one after the other, the terms of the norm in args.partials: the same bits in one launch, where args.arrived is there
+// and the pointers fit.
+cudaError_t launch_ascend(const Perturb&, const Lists&, cudaStream_t stream);
 cudaError_t launch_gram(const Gram&, const Lists&, cudaStream_t stream);
 cudaError_t launch_descend(const Descend&, const Lists&, cudaStream_t stream);
 cudaError_t launch_update(const Update&, const Lists&, cudaStream_t stream);

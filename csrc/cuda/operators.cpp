@@ -9,30 +9,15 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <cstdlib>
-
 #include "kernels.h"
 
 namespace msam::cuda {
 namespace {
 
-// Gradients of up to so many bytes ascend in one cooperative launch. It saves the gap between two launches, about 2 us or
-// 8 MB at the speed of HBM3e; beyond, blocks that the scheduler hands out as others finish do better than fixed shares.
-int64_t cooperative_bytes() {
-  const char* asked = std::getenv("MSAM_KERNELS_COOPERATIVE_BYTES");
-  if (!asked) return int64_t(32) << 20;
-  char* end = nullptr;
-  const long long bytes = std::strtoll(asked, &end, 10);
-  TORCH_CHECK(end != asked && !*end && bytes >= 0, "MSAM_KERNELS_COOPERATIVE_BYTES must be a number of bytes, got ",
-              asked);
-  return int64_t(bytes);
-}
-
 class Device : public Call {
  public:
-  Device(const Tensor& table, at::ScalarType dtype)
-      : Call(table, dtype, false), guard_(table.device()), itemsize_(int64_t(c10::elementSize(dtype))) {
-    TORCH_CHECK(rows() <= INT32_MAX, "table has ", rows(), " rows, more than a launch has blocks");
+  Device(const Tensor& table, at::ScalarType dtype) : Call(table, dtype, false), guard_(table.device()) {
+    TORCH_CHECK(rows() <= INT32_MAX - kPartials, "table has ", rows(), " rows, more than a launch has blocks");
   }
 
   Tensor run(Norm& a) const {
@@ -52,7 +37,7 @@ class Device : public Call {
     const Tensor norm_sq = sums_of_rows(a.storage);
     a.partials = norm_sq.mutable_data_ptr<double>();
     a.norm_sq = {a.partials, 1, norm_sq.numel()};
-    launch(&launch_ascend, a, lists().elements[a.grads.list] * itemsize_ <= cooperative_bytes());
+    launch(&launch_ascend, a);
     return norm_sq;
   }
   void run(Descend& a) const { launch(&launch_descend, a); }
@@ -67,16 +52,14 @@ class Device : public Call {
     sizes.push_back(rows() ? partials_of(rows()) * parts_of(storage) : 1);
     return rows() ? at::empty(sizes, options) : at::zeros(sizes, options);
   }
-  template <class Arguments, class... More>
-  void launch(cudaError_t (*launcher)(const Arguments&, const Lists&, cudaStream_t, More...), const Arguments& a,
-              More... more) const {
+  template <class Arguments>
+  void launch(cudaError_t (*launcher)(const Arguments&, const Lists&, cudaStream_t), const Arguments& a) const {
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device().index()).stream();
-    C10_CUDA_CHECK(launcher(a, lists(), stream, more...));
+    C10_CUDA_CHECK(launcher(a, lists(), stream));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
   c10::cuda::CUDAGuard guard_;
-  int64_t itemsize_;
 };
 
 }  // namespace

@@ -5,7 +5,7 @@ Every backend is a namespace with the functions below, called alike:
 
     norm(weights, grads, table, *, ema, sigma, eta) -> norm_sq
     perturb(weights!, grads, table, *, norm_sq, radii, saved!, status!, achieved_sq!, ema!, mask, sigma, lmbda, eta)
-    ascend(weights!, grads, table, *, radii, saved!, status!, achieved_sq!, ema!, mask, sigma, lmbda, eta) -> norm_sq
+    ascend(weights!, grads, table, *, radii, saved!, status!, achieved_sq!, arrived!, ema!, mask, sigma, lmbda, eta) -> norm_sq
     gram(terms, table, *, count) -> sums
     descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!)
     update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!, found_inf)
@@ -19,6 +19,8 @@ Every backend is a namespace with the functions below, called alike:
 * ``saved``, ``ema``, ``states``: flat buffers of the weights' dtype. An element of ``ema`` that is NaN has not begun; without
   ``lmbda`` it is only read.
 * ``status``: uint8 ``[K]``, how it stands with a row's weights: 0 untouched, 1 saved, 2 perturbed.
+* ``arrived``: int32 ``[1]``, zero between calls, where GPU kernels count the blocks that are done; without it ``ascend`` is two
+  launches there.
 * ``mask``: uint8 ``[⌈size / 8⌉]`` for flat buffers of ``size`` elements; element 8·j + k is perturbed where bit k of byte j
   is set.
 * ``radii``: float64 ``[groups]``. ``settings``: float64 ``[groups, columns]``, columns as in ``reference.py``.
@@ -67,7 +69,8 @@ _SCHEMAS = (
     "perturb(Tensor(a!)[] weights, Tensor[] grads, Tensor table, *, Tensor norm_sq, Tensor radii, Tensor(b!) saved, "
     f"Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? ema=None, {_DIRECTION}) -> ()",
     "ascend(Tensor(a!)[] weights, Tensor[] grads, Tensor table, *, Tensor radii, Tensor(b!) saved, "
-    f"Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? ema=None, {_DIRECTION}) -> Tensor",
+    "Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? arrived=None, Tensor(f!)? ema=None, "
+    f"{_DIRECTION}) -> Tensor",
     "gram(Tensor[] terms, Tensor table, *, int count) -> Tensor",
     f"descend(Tensor(a!)[] weights, Tensor(b!)[] out, Tensor[] terms, Tensor table, *, {_COMBINATION}, "
     "Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None) -> ()",

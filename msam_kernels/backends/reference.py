@@ -217,6 +217,7 @@ def ascend(
     saved: Tensor,
     status: Tensor,
     achieved_sq: Tensor,
+    arrived: Tensor | None = None,
     ema: Tensor | None = None,
     mask: Tensor | None = None,
     sigma: float = 0.0,
@@ -224,6 +225,7 @@ def ascend(
     eta: float | None = None,
 ) -> Tensor:
     """``norm``, then ``perturb`` by what it returned; returns it too."""
+    check(table, arrived=arrived)
     norm_sq = norm(weights, grads, table, ema=ema, sigma=sigma, eta=eta)
     perturb(
         weights,

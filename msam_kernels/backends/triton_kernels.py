@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators in Triton: for NVIDIA GPUs without nvcc, and for ROCm and XPU. Imported when first asked for.
 
-One program works on one row of the table at a time. ``ascend`` is two launches, every other operator one. The formulas are
-those of csrc/update_math.h, in the same order of operations and without contraction into FMA, so that element-wise results
-have the bits of the C++ kernels.
+One program works on one row of the table at a time, and every operator is one launch. The formulas are those of
+csrc/update_math.h, in the same order of operations and without contraction into FMA, so that element-wise results have the
+bits of the C++ kernels.
 
 Memory reaches the kernels as int64 addresses, and what is absent as address 0, where nothing is read or written. One compiled
 kernel then serves flat and listed weights, rows with and without a gradient, and calls with and without saved weights, sums
@@ -32,7 +32,10 @@ THREADS = tl.constexpr(256)  # of a program
 BLOCK = 2048  # elements that a program has in flight: 8 per thread, one or two 128-bit accesses to each buffer
 # Of a thread, at most, on NVIDIA GPUs: a multiprocessor has them for four programs at 64, three at 80, two at 128. Left alone,
 # ptxas takes more than are good for the number of programs, or spills a few bytes to fit one more. Some options take more.
-REGISTERS = {"norm_kernel": 64, "perturb_kernel": 64, "gram_kernel": 128, "descend_kernel": 80, "update_kernel": 80}
+REGISTERS = {
+    **{"norm_kernel": 64, "perturb_kernel": 64, "ascend_kernel": 64},
+    **{"gram_kernel": 128, "descend_kernel": 80, "update_kernel": 80},
+}
 MORE_REGISTERS = {"FRIENDLY": 80, "SQUARED": 128, "MASKED": 128}
 STORAGE = {
     torch.float32: tl.float32,
@@ -362,7 +365,7 @@ def entry(sums, i):
     return tl.sum(tl.where(tl.arange(0, 8) == i, sums, 0.0), 0)
 
 
-# ---- norm and perturb. S: storage type, T: arithmetic type --------------------------------------------------------------
+# ---- norm, perturb, and both in one launch. S: storage type, T: arithmetic type ---------------------------------------
 
 
 @triton.jit
@@ -386,15 +389,14 @@ def norm_of_row(
     return added_up(value, lost, T)
 
 
-@_kernel
-def norm_kernel(
-    out: tl.int64, table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64,
-    ema: tl.int64, sigma: tl.int64, eta: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def norm_of_program(
+    out, program, programs, table, rows, flat_weights, weights, grads, ema, sigma, eta, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     value = tl.full([], 0.0, tl.float64)
     lost = value
-    for k in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for k in range(program, rows, programs):
         segment, begin, offset, numel, _ = load_row(table, k)
         w, g = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_list(grads, segment, begin, S)
         e = in_flat(ema, offset, S)
@@ -406,10 +408,22 @@ def norm_kernel(
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
                 value, lost = plus(value, lost + lost_of_row, of_row, T)
-    place = pointer(out, tl.float64) + tl.program_id(0)
+    place = pointer(out, tl.float64) + program
     tl.store(place, value)
     if T.primitive_bitwidth == 64:
-        tl.store(place + tl.num_programs(0), correction(lost))
+        tl.store(place + programs, correction(lost))
+
+
+@_kernel
+def norm_kernel(
+    out: tl.int64, table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64,
+    ema: tl.int64, sigma: tl.int64, eta: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    norm_of_program(
+        out, tl.program_id(0), tl.num_programs(0), table, rows, flat_weights, weights, grads, ema, sigma, eta, S, T,
+        FRIENDLY, ADAPTIVE, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -452,17 +466,15 @@ def perturb_row(
     return added_up(value, lost, tl.float32)[0]
 
 
-@_kernel
-def perturb_kernel(
-    table: tl.int64, rows: tl.int64, norm_sq: tl.int64, norm_terms: tl.int64, radii: tl.int64, flat_weights: tl.int64,
-    weights: tl.int64, grads: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64, ema: tl.int64,
-    mask: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+@triton.jit
+def perturb_by_program(
+    program, programs, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status, achieved_sq,
+    ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = total(norm_sq, norm_terms, T)
-    for before in range(tl.program_id(0), rows, tl.num_programs(0)):
-        k = rows - 1 - before  # backwards: what norm_kernel read last may still be in the L2 cache
+    for before in range(program, rows, programs):
+        k = rows - 1 - before  # backwards: what the norm read last may still be in the L2 cache
         segment, begin, offset, numel, group = load_row(table, k)
         w, g = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_list(grads, segment, begin, S)
         s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
@@ -478,6 +490,51 @@ def perturb_kernel(
                 )  # fmt: skip
                 tl.store(pointer(achieved_sq, tl.float64) + k, achieved)
         store_status(status, k, PERTURBED, there)
+
+
+@_kernel
+def perturb_kernel(
+    table: tl.int64, rows: tl.int64, norm_sq: tl.int64, norm_terms: tl.int64, radii: tl.int64, flat_weights: tl.int64,
+    weights: tl.int64, grads: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64, ema: tl.int64,
+    mask: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    perturb_by_program(
+        tl.program_id(0), tl.num_programs(0), table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved,
+        status, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK,
+    )  # fmt: skip
+
+
+@_kernel
+def ascend_kernel(
+    arrived: tl.int64, table: tl.int64, rows: tl.int64, norm_sq: tl.int64, norm_terms: tl.int64, radii: tl.int64,
+    flat_weights: tl.int64, weights: tl.int64, grads: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64,
+    ema: tl.int64, mask: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64,
+    one_minus_lmbda: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The programs of the norm, and behind them as many of the perturbation, which wait for them: see csrc/cuda/kernels.cuh."""
+    half = tl.num_programs(0) // 2
+    program, count = tl.program_id(0), pointer(arrived, tl.int32)
+    if program < half:
+        norm_of_program(
+            norm_sq, program, half, table, rows, flat_weights, weights, grads, ema, sigma, eta, S, T, FRIENDLY, ADAPTIVE,
+            BLOCK,
+        )  # fmt: skip
+        tl.debug_barrier()
+        tl.atomic_add(count, 1, sem="release")
+    else:
+        while tl.atomic_add(count, 0, sem="acquire") < half:
+            pass
+        tl.debug_barrier()
+        perturb_by_program(
+            program - half, half, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status,
+            achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK,
+        )  # fmt: skip
+        if tl.atomic_add(count, 1, sem="relaxed") == 2 * half - 1:
+            tl.store(count, 0)
 
 
 # ---- gram -----------------------------------------------------------------------------------------------------------------
@@ -743,6 +800,8 @@ def write_words_kernel(
 
 PLATFORM = "hip" if torch.version.hip else "cuda" if torch.version.cuda else "other"
 INTERPRETED = not isinstance(norm_kernel, triton.JITFunction)
+# Whether programs begin in the order of their numbers, as ascend_kernel supposes. Other platforms do not say so.
+IN_ORDER = INTERPRETED or PLATFORM == "cuda"
 
 
 def _bits(*numbers: float) -> tuple[int, ...]:
@@ -793,12 +852,19 @@ class _Call:
         self.terms = self.programs * (2 if self.dtype == torch.float64 else 1)  # of a sum: values, and what was lost
         self.kind = None if self.device.type == "cpu" else torch.get_device_module(self.device)
 
-    def launch(self, kernel: Any, *args: int, **constants: Any) -> None:
+    def launch(self, kernel: Any, *args: int, times: int = 1, **constants: Any) -> None:
+        """``times``: the programs, of those that one pass over the rows takes."""
         double = self.dtype == torch.float64
         types = {"S": STORAGE[self.dtype], "T": tl.float64 if double else tl.float32, "BLOCK": BLOCK >> double}
         if self.rows:
             with self.on_device():
-                _launch(kernel, self.programs, *args, **types, **constants)
+                _launch(kernel, times * self.programs, *args, **types, **constants)
+
+    def sums(self, *several: int) -> Tensor:
+        """The terms of a sum, or of several, still to be filled; zero for an empty table, which launches nothing."""
+        if not self.rows:
+            return torch.zeros(*several, 1, dtype=torch.float64, device=self.device)
+        return torch.empty(*several, self.terms, dtype=torch.float64, device=self.device)
 
     def on_device(self) -> AbstractContextManager[Any]:
         """A context in which ``device`` is the current one, where Triton launches."""
@@ -930,23 +996,24 @@ def _direction(
     return pointers, call.dense("ema", ema), {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None}
 
 
-def _norm(call: _Call, direction: _Direction, sigma: float, eta: float | None) -> Tensor:
+def _norm(call: _Call, direction: _Direction, terms: Tensor, sigma: float, eta: float | None) -> None:
     pointers, ema, constants = direction
-    terms = torch.empty(call.terms, dtype=torch.float64, device=call.device)
     call.launch(norm_kernel, terms.data_ptr(), *call.table, *pointers, ema, *_bits(sigma, eta or 0.0), **constants)
-    return terms if call.rows else terms.new_zeros(1)
 
 
 def _perturb(
     call: _Call, direction: _Direction, norm_sq: Tensor, sigma: float, eta: float | None, *, radii: Tensor, saved: Tensor,
-    status: Tensor, achieved_sq: Tensor, mask: Tensor | None = None, lmbda: float | None = None,
+    status: Tensor, achieved_sq: Tensor, mask: Tensor | None = None, lmbda: float | None = None, arrived: int = 0,
 ) -> None:  # fmt: skip
+    """``arrived``: the address where programs are counted, for a launch that also fills ``norm_sq``."""
     pointers, ema, constants = direction
+    kernel, first = (ascend_kernel, (arrived,)) if arrived else (perturb_kernel, ())
     call.launch(
-        perturb_kernel, *call.table, *call.sum("norm_sq", norm_sq), call.plain("radii", radii), *pointers,
+        kernel, *first, *call.table, *call.sum("norm_sq", norm_sq), call.plain("radii", radii), *pointers,
         call.dense("saved", saved), call.per_row("status", status, torch.uint8), call.per_row("achieved_sq", achieved_sq),
         ema, call.plain("mask", mask, torch.uint8), int(lmbda is not None),
-        *_bits(sigma, eta or 0.0, lmbda or 0.0, 1 - (lmbda or 0.0)), MASKED=mask is not None, **constants,
+        *_bits(sigma, eta or 0.0, lmbda or 0.0, 1 - (lmbda or 0.0)), times=1 + len(first), MASKED=mask is not None,
+        **constants,
     )  # fmt: skip
 
 
@@ -956,7 +1023,9 @@ def norm(
 ) -> Tensor:  # fmt: skip
     call = _Call(table, grads=grads)
     check(table, weights=weights)  # also those that are not read
-    return _norm(call, _direction(call, weights if eta is not None else [], grads, ema, eta), sigma, eta)
+    norm_sq = call.sums()
+    _norm(call, _direction(call, weights if eta is not None else [], grads, ema, eta), norm_sq, sigma, eta)
+    return norm_sq
 
 
 def perturb(
@@ -968,13 +1037,18 @@ def perturb(
 
 
 def ascend(
-    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, ema: Tensor | None = None, sigma: float = 0.0,
-    eta: float | None = None, **options: Any,
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, arrived: Tensor | None = None, ema: Tensor | None = None,
+    sigma: float = 0.0, eta: float | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     call = _Call(table, weights=weights)
     direction = _direction(call, weights, grads, ema, eta)
-    norm_sq = _norm(call, direction, sigma, eta)
-    _perturb(call, direction, norm_sq, sigma, eta, **options)
+    norm_sq, counter = call.sums(), call.plain("arrived", arrived, torch.int32)
+    if arrived is not None and len(arrived) != 1:
+        raise RuntimeError(f"arrived must have one element, got shape {list(arrived.shape)}")
+    if not (counter and IN_ORDER):
+        counter = 0
+        _norm(call, direction, norm_sq, sigma, eta)
+    _perturb(call, direction, norm_sq, sigma, eta, arrived=counter, **options)
     return norm_sq
 
 
@@ -983,9 +1057,9 @@ def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
         raise RuntimeError(f"count must be 1 to {VECTORS}, got {count}")
     call = _Call(table, terms=terms)
     *_, pointers, _ = call.pointers([], count, terms=terms)
-    sums = torch.empty(count * (count + 1) // 2, call.terms, dtype=torch.float64, device=call.device)
+    sums = call.sums(count * (count + 1) // 2)
     call.launch(gram_kernel, sums.data_ptr(), *call.table, pointers, call.segments, COUNT=count)
-    return sums if call.rows else sums.new_zeros(len(sums), 1)
+    return sums
 
 
 def _combination(

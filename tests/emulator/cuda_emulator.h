@@ -2,9 +2,9 @@
 // As much of CUDA as csrc/cuda uses, for a C++ compiler on the CPU: every thread of a block is a fiber, every barrier and
 // shuffle a place where fibers wait for each other. Stops the process where threads of a block wait at different barriers.
 //
-// A block's fibers share an operating system thread, so that __shared__ is thread_local; blocks run one after the other,
-// or side by side in a cooperative launch. Fibers and blocks run in an order that MSAM_EMULATOR_ORDER shuffles: results
-// that depend on it lack a barrier.
+// A block's fibers share an operating system thread, so that __shared__ is thread_local. Blocks run one after the other; one
+// that waits runs those that it may wait for, which a GPU has begun before it. Fibers and blocks run in an order that
+// MSAM_EMULATOR_ORDER shuffles: results that depend on it lack a barrier.
 #pragma once
 
 #include <setjmp.h>
@@ -12,14 +12,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -171,32 +169,6 @@ class Block {
 
 // ---- one launch ---------------------------------------------------------------------------------------------------
 
-// A barrier of operating system threads.
-class Grid {
- public:
-  explicit Grid(unsigned blocks) : blocks_(blocks) {}
-  void sync() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const uint64_t passed = passed_;
-    if (++waiting_ == blocks_) {
-      waiting_ = 0, ++passed_;
-      all_.notify_all();
-    } else {
-      all_.wait(lock, [&] { return passed_ != passed; });
-    }
-  }
-  static Grid*& here() {
-    static thread_local Grid* grid = nullptr;
-    return grid;
-  }
-
- private:
-  unsigned blocks_, waiting_ = 0;
-  uint64_t passed_ = 0;
-  std::mutex mutex_;
-  std::condition_variable all_;
-};
-
 inline int setting(const char* name, int otherwise) {
   const char* value = std::getenv(name);
   return value ? std::atoi(value) : otherwise;
@@ -209,18 +181,24 @@ inline std::vector<unsigned> shuffled(unsigned n, int seed) {
   return order;
 }
 
-inline void run_blocks(dim3 grid, dim3 block, const std::vector<unsigned>& which, Grid* all,
-                       const std::function<void()>& body) {
-  static thread_local Block one;
-  Block::here() = &one;
-  Grid::here() = all;
-  gridDim = grid, blockDim = block;
-  const auto order = shuffled(block.x, setting("MSAM_EMULATOR_ORDER", 0));
-  for (unsigned b : which) {
-    blockIdx = {b, 0, 0};
-    one.run(block.x, order, body);
+struct Launch {
+  dim3 grid, block;
+  const std::function<void()>* body;
+  std::vector<unsigned> order;  // of a block's threads
+  std::vector<bool> begun;      // by block
+
+  void run(unsigned b) {
+    static thread_local Block one;
+    Block::here() = &one, here() = this;
+    gridDim = grid, blockDim = block, blockIdx = {b, 0, 0};
+    begun[b] = true;
+    one.run(block.x, order, *body);
   }
-}
+  static Launch*& here() {
+    static thread_local Launch* launch = nullptr;
+    return launch;
+  }
+};
 
 }  // namespace emulator
 
@@ -231,23 +209,20 @@ inline void run_blocks(dim3 grid, dim3 block, const std::vector<unsigned>& which
 #define __shfl_down_sync(mask, x, distance) \
   (static_cast<void>(mask), emulator::Block::here()->shuffle_down(x, unsigned(distance), __LINE__))
 
-namespace cooperative_groups {
-struct grid_group {
-  void sync() const {
-    if (!emulator::Grid::here()) emulator::fail("a grid barrier without a cooperative launch");
-    __syncthreads();
-    if (threadIdx.x == 0) emulator::Grid::here()->sync();
-    __syncthreads();
-  }
-};
-inline grid_group this_grid() { return {}; }
-}  // namespace cooperative_groups
-
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* p, unsigned most) {
   const unsigned old = *p;
   *p = old >= most ? 0 : old + 1;
   return old;
+}
+
+inline void wait_for(const unsigned* arrived, unsigned enough) {
+  auto& launch = *emulator::Launch::here();
+  while (*arrived < enough) {
+    const auto next = unsigned(std::find(launch.begun.begin(), launch.begun.end(), false) - launch.begun.begin());
+    if (next >= blockIdx.x) emulator::fail("a block waits for one that need not have begun");
+    std::thread([&] { launch.run(next); }).join();  // which has shared memory of its own
+  }
 }
 
 inline float approximate_reciprocal(float x) { return 1 / x; }
@@ -268,34 +243,13 @@ inline __half2 __floats2half2_rn(float x, float y) { return {_Float16(x), _Float
 
 // ---- host functions -----------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorCooperativeLaunchTooLarge };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 using cudaStream_t = void*;
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    int cooperative;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
-
-// The GPUs: what MSAM_EMULATOR_DEVICE counts differ in their multiprocessors.
-inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::setting("MSAM_EMULATOR_DEVICE", 0), cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-  constexpr int processors[] = {3, 1, 2, 50};
-  return *value = processors[device], cudaSuccess;
-}
-template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  return *blocks = 2, cudaSuccess;
-}
 
 // Launches so far, for tests that count them.
 inline int64_t& emulated_launches() {
@@ -309,20 +263,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 grid = config->gridDim, block = config->blockDim;
   ++emulated_launches();
   if (grid.x == 0 || block.x > emulator::Block::kMostThreads) return cudaErrorInvalidValue;
-  const auto blocks = emulator::shuffled(grid.x, emulator::setting("MSAM_EMULATOR_ORDER", 0));
-  if (!config->numAttrs) {
-    emulator::run_blocks(grid, block, blocks, nullptr, body);
-    return cudaSuccess;
-  }
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (grid.x > unsigned(2 * processors)) return cudaErrorCooperativeLaunchTooLarge;
-  emulator::Grid all(grid.x);
-  std::vector<std::thread> threads;
-  for (unsigned b : blocks)
-    threads.emplace_back([&, b] { emulator::run_blocks(grid, block, {b}, &all, body); });
-  for (auto& t : threads) t.join();
+  const int seed = emulator::setting("MSAM_EMULATOR_ORDER", 0);
+  emulator::Launch launch{grid, block, &body, emulator::shuffled(block.x, seed), std::vector<bool>(grid.x)};
+  for (unsigned b : emulator::shuffled(grid.x, seed))
+    if (!launch.begun[b]) launch.run(b);
   return cudaSuccess;
 }
 
