@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients as autograd leaves them, without the model: new tensors in ``p.grad``, which nobody else holds."""
+"""Gradients as autograd leaves them, without the model: new tensors in ``p.grad`` that nobody else holds, nor Python yet."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class Gradients:
 
 
 class Backward:
-    """Stands for a forward and backward pass of ``params``: each call assigns a copy of the next of ``gradients``.
+    """Stands for a forward and backward pass of ``params``: each call leaves a copy of the next of ``gradients``.
 
     ``seconds`` is the host's time in the calls since ``prepare``, which is to be subtracted from what is measured around
-    them. ``prepare(passes)`` makes the copies ahead where that is asked for, or where a GPU would make them meanwhile.
+    them. Autograd makes the copies: a tensor that Python has seen takes other ways for the rest of its life. Where a GPU would
+    make them meanwhile, ``prepare(passes)`` makes them ahead.
     """
 
     def __init__(self, gradients: Gradients, params: list[nn.Parameter]):
@@ -53,18 +54,21 @@ class Backward:
     def prepare(self, passes: int) -> None:
         self.stock.clear()
         if self.ahead:
-            self.stock += [self._next(self.calls + i) for i in reversed(range(passes))]
+            self.stock += [[g.clone() for g in self._next(self.calls + i)] for i in reversed(range(passes))]
         self.seconds = 0.0
 
     def _next(self, call: int) -> list[Tensor]:
-        return [g.clone() for g in self.gradients.masters[call % SETS]]
+        """Gradients, to be copied."""
+        return self.gradients.masters[call % SETS]
 
     def __call__(self) -> Tensor:
         start = time.perf_counter()
-        grads = self.stock.pop() if self.stock else self._next(self.calls)
+        if self.stock:
+            for p, g in zip(self.params, self.stock.pop(), strict=True):
+                p.grad = g
+        else:
+            torch.autograd.backward(self.params, self._next(self.calls))
         self.calls += 1
-        for p, g in zip(self.params, grads, strict=True):
-            p.grad = g
         self.seconds += time.perf_counter() - start
         return self.loss
 

@@ -23,21 +23,62 @@ static std::vector<std::vector<at::Tensor>>& spare() {
 }
 constexpr size_t kSpare = 8;
 
-Tensors::Tensors(size_t size) {
+static PyTypeObject* tensors_type;  // there from define_parameters on, for good
+
+// An empty list with room for so many.
+static py::object new_tensors(size_t size) {
+  auto* self = PyObject_New(Tensors, tensors_type);
+  if (!self) throw py::error_already_set();
+  new (&self->all) std::vector<at::Tensor>;
   if (!spare().empty()) {
-    all = std::move(spare().back());
+    self->all = std::move(spare().back());
     spare().pop_back();
   }
-  all.reserve(size);
+  self->all.reserve(size);
+  return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(self));
 }
-Tensors::~Tensors() {
+static std::vector<at::Tensor>& tensors_in(PyObject* self) { return reinterpret_cast<Tensors*>(self)->all; }
+
+static void free_tensors(PyObject* self) {
+  auto& all = tensors_in(self);
   all.clear();
   if (all.capacity() && spare().size() < kSpare) spare().push_back(std::move(all));
+  all.~vector();
+  PyObject_Free(self);
+  Py_DECREF(tensors_type);
+}
+static Py_ssize_t count_tensors(PyObject* self) { return Py_ssize_t(tensors_in(self).size()); }
+static PyObject* get_tensor(PyObject* self, Py_ssize_t i) {
+  const auto& all = tensors_in(self);
+  if (i >= 0 && size_t(i) < all.size()) return THPVariable_Wrap(all[i]);
+  PyErr_Format(PyExc_IndexError, "there are %zu tensors", all.size());
+  return nullptr;
+}
+static PyObject* get_tensors(PyObject* self, PyObject* index) {  // by an integer of either sign, or a slice
+  PyObject* list = PySequence_List(self);
+  PyObject* found = list ? PyObject_GetItem(list, index) : nullptr;
+  Py_XDECREF(list);
+  return found;
+}
+
+static PyTypeObject* make_tensors_type() {
+  static const char doc[] = "Tensors that become Python objects only where Python looks at them.";
+  static PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(&free_tensors)},
+                                {Py_sq_length, reinterpret_cast<void*>(&count_tensors)},
+                                {Py_sq_item, reinterpret_cast<void*>(&get_tensor)},
+                                {Py_mp_subscript, reinterpret_cast<void*>(&get_tensors)},
+                                {Py_tp_doc, const_cast<char*>(doc)},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"msam_kernels.Tensors", sizeof(Tensors), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  PyObject* type = PyType_FromSpec(&spec);
+  if (!type) throw py::error_already_set();
+  return reinterpret_cast<PyTypeObject*>(type);
 }
 
 TensorsOf::TensorsOf(py::handle sequence, bool or_none) {
-  if (py::isinstance<Tensors>(sequence)) {
-    own_ = sequence.cast<const Tensors&>().all;
+  if (Py_TYPE(sequence.ptr()) == tensors_type) {
+    own_ = tensors_in(sequence.ptr());
     return;
   }
   TORCH_CHECK_TYPE(PyList_Check(sequence.ptr()), "expected a list of tensors, got ", Py_TYPE(sequence.ptr())->tp_name);
@@ -191,7 +232,8 @@ void set_grads(const py::list& params, py::handle grads) {
 // Every p.grad, with a placeholder for None; whether all are regular; how many are None. Where all are regular, counts the
 // parameters that have one as modified in place and, with `clear`, makes every p.grad None.
 py::tuple collect_grads(const py::list& params, const at::Tensor& placeholder, bool clear) {
-  Tensors grads(params.size());
+  py::object list = new_tensors(params.size());
+  auto& grads = tensors_in(list.ptr());
   size_t absent = 0;
   bool regular = true;
   each(params, true, [&](Py_ssize_t, PyObject* p) {
@@ -200,30 +242,31 @@ py::tuple collect_grads(const py::list& params, const at::Tensor& placeholder, b
     if (grad.defined()) {
       regular = regular && is_regular(grad, param);
       if (grad.has_storage()) fetch(grad.storage().unsafeGetStorageImpl());  // for the kernels' pointers
-      grads.all.push_back(grad);
+      grads.push_back(grad);
     } else {
       ++absent;
-      grads.all.push_back(placeholder);
+      grads.push_back(placeholder);
     }
     return true;
   });
-  for (size_t i = 0; regular && i < grads.all.size(); ++i) {
-    if (grads.all[i].is_same(placeholder)) continue;
+  for (size_t i = 0; regular && i < grads.size(); ++i) {
+    if (grads[i].is_same(placeholder)) continue;
     const at::Tensor& param = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i));
     param.unsafeGetTensorImpl()->bump_version();
     if (clear) param.mutable_grad().reset();
   }
-  return py::make_tuple(std::move(grads), regular, absent);
+  return py::make_tuple(std::move(list), regular, absent);
 }
 
 // The tensors of all lists, one list after the other.
-Tensors joined(const py::list& lists) {
+py::object joined(const py::list& lists) {
   size_t size = 0;
   for (py::handle list : lists) size += py::len(list);
-  Tensors out(size);
+  py::object out = new_tensors(size);
+  auto& all = tensors_in(out.ptr());
   for (py::handle list : lists) {
     const TensorsOf tensors(list);
-    out.all.insert(out.all.end(), tensors.list().begin(), tensors.list().end());
+    all.insert(all.end(), tensors.list().begin(), tensors.list().end());
   }
   return out;
 }
@@ -305,25 +348,11 @@ bool holds(
   return true;
 }
 
-py::list as_list(const Tensors& tensors) {
-  py::list list(tensors.all.size());
-  for (size_t i = 0; i < tensors.all.size(); ++i) list[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensors.all[i]));
-  return list;
-}
-
 }  // namespace
 
 void define_parameters(py::module_& m) {
-  py::class_<Tensors>(m, "Tensors", "Tensors that become Python objects only where Python looks at them.")
-      .def("__len__", [](const Tensors& t) { return t.all.size(); })
-      .def("__iter__", [](const Tensors& t) { return py::iter(as_list(t)); })
-      .def("__getitem__",
-           [](const Tensors& t, Py_ssize_t i) {
-             const Py_ssize_t size = t.all.size();
-             if (i < -size || i >= size) throw py::index_error("there are " + std::to_string(size) + " tensors");
-             return py::reinterpret_steal<py::object>(THPVariable_Wrap(t.all[i < 0 ? i + size : i]));
-           })
-      .def("__getitem__", [](const Tensors& t, const py::object& index) { return py::object(as_list(t)[index]); });
+  tensors_type = make_tensors_type();
+  m.attr("Tensors") = py::handle(reinterpret_cast<PyObject*>(tensors_type));
   m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
   m.def("without_own_memory", &without_own_memory, "(grads, whole) -> the indices of those to copy before they are written to");

@@ -10,13 +10,10 @@
 
 namespace msam {
 
-// Tensors that become Python objects only where Python looks at them: making and freeing one for each costs more than a small
-// kernel.
+// A Python object, of a type of its own: tensors that become Python objects only where Python looks at them. Making and freeing
+// one for each costs more than a small kernel; so would pybind11's table of instances.
 struct Tensors {
-  explicit Tensors(size_t size);  // room for so many
-  Tensors(Tensors&&) = default;
-  ~Tensors();
-
+  PyObject_HEAD
   std::vector<at::Tensor> all;
 };
 

@@ -202,3 +202,25 @@ def test_a_state_holds_what_it_held(of):
 def test_what_is_no_list_of_tensors_is_refused_by_its_type(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+@pytest.mark.usefixtures("extension")
+def test_collected_gradients_are_a_sequence_that_keeps_them_alive():
+    params = [nn.Parameter(torch.zeros(n)) for n in (3, 0, 2)]
+    for p in params:
+        p.grad = torch.full_like(p, 7.0)
+    grads, _, absent = backends.extension.collect_grads(params, torch.empty(0), True)
+    assert (len(grads), absent, [p.grad for p in params]) == (3, 0, [None] * 3)
+    again = backends.extension.joined([grads, list(grads)[:1]])
+    first = grads[0]
+    del grads
+    assert [len(g) for g in again] == [3, 0, 2, 3]
+    assert all(again[i] is first for i in (0, -1, 3))
+    assert [len(g) for g in again[1:3]] == [0, 2]
+    for wrong in (4, -5):
+        with pytest.raises(IndexError):
+            again[wrong]
+    with pytest.raises(TypeError, match="slices"):
+        again["0"]
+    with pytest.raises(TypeError, match="cannot create"):
+        backends.extension.Tensors()

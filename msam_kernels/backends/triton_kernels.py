@@ -814,6 +814,7 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     if platform == "cuda" and kernel.__name__ in REGISTERS:
         limits = [REGISTERS[kernel.__name__], *(n for option, n in MORE_REGISTERS.items() if constants.get(option))]
         limits += [128] if constants.get("STATES") == 3 or constants.get("COUNT") == TERMS else []
+        limits += [80] if kernel.__name__ == "ascend_kernel" and constants["S"].primitive_bitwidth == 16 else []
         limits += [255] if constants["T"] == tl.float64 else []  # beyond 128 there is one program in any case
         found["maxnreg"] = max(limits)
     return found
