@@ -33,6 +33,7 @@ __all__ = [
     "copy_all",
     "end_capture",
     "forget_casts",
+    "has_hooks",
     "has_listeners",
     "is_lazy",
     "is_shared",
@@ -87,6 +88,11 @@ def leave_to_eager(package: str) -> None:
 def children_of(module: nn.Module) -> Iterable[nn.Module | None]:
     """The module's children. ``children()`` takes several times as long, because it looks for duplicates."""
     return module._modules.values()
+
+
+def has_hooks(t: Tensor) -> bool:
+    """Whether somebody is told of the tensor's gradient; torch has no public name for it."""
+    return bool(t._backward_hooks or getattr(t, "_post_accumulate_grad_hooks", None))
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:

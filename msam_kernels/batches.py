@@ -163,22 +163,42 @@ def leaves_of(part: Any) -> list[Any]:
 
 
 class MicroBatches(list[Callable[[], Any]]):
-    """One closure per micro-batch, with the share of the batch that each has."""
+    """One closure per micro-batch, with the share of the batch that each has.
 
-    def __init__(self, closures: Sequence[Callable[[], Any]], shares: Sequence[float]):
-        super().__init__(closures)
-        self.shares = list(shares)
+    Attributes:
+        parts: the micro-batches.
+        loss_fn: (micro-batch) -> its loss.
+        scale: what makes of a loss the one that is differentiated, or None.
+        between: what comes before the update of a whole step, or None.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        shares: Sequence[float],
+        loss_fn: Callable[[Any], Tensor],
+        scale: Callable[[Tensor], Tensor] | None = None,
+        between: Any = None,
+    ):
+        self.parts, self.shares = parts, list(shares)
+        self.loss_fn, self.scale, self.between = loss_fn, scale, between
+        super().__init__(partial(self._run, part) for part in parts)
+
+    def _run(self, part: Any) -> Tensor:
+        """Forward and backward; the detached loss."""
+        loss = self.loss_fn(part)
+        (loss if self.scale is None else self.scale(loss)).backward()
+        return loss.detach()
 
 
-def closures_of(
+def micro_batches(
     loss_fn: Callable[..., Tensor],
     batch: tuple[Any, ...],
     how: Split,
     scale: Callable[[Tensor], Tensor] | None = None,
+    between: Any = None,
 ) -> MicroBatches:
-    """Closures that run ``loss_fn`` forward and backward on each micro-batch, and return the detached loss.
-
-    ``scale``: what makes of a loss the one that is differentiated.
+    """Those of ``batch``, of which each is given to ``loss_fn``: one entry, or an argument for each. See ``MicroBatches``.
 
     Raises:
         TypeError, ValueError: ``loss_fn`` cannot be called, or the batch cannot be split.
@@ -188,14 +208,12 @@ def closures_of(
     parts, shares = split(batch, how)
     renewed = renewal(parts[0])
 
-    def closure(part: Any) -> Tensor:
+    def loss_of(part: Any) -> Tensor:
         if renewed is not None:
             part = renewed(part)
-        loss = loss_fn(*part) if len(batch) > 1 else loss_fn(part)
-        (loss if scale is None else scale(loss)).backward()
-        return loss.detach()
+        return loss_fn(*part) if len(batch) > 1 else loss_fn(part)
 
-    return MicroBatches([partial(closure, part) for part in parts], shares)
+    return MicroBatches(parts, shares, loss_of, scale, between)
 
 
 @torch.no_grad()

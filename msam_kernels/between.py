@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ._torch import Scaled
-from .batches import MicroBatches
 from .rules import fused_rule
 from .step import Engine
 
@@ -111,11 +110,3 @@ class Between:
         """The step did not take place."""
         if self._scaled is not None:
             self._scaled.forget()
-
-
-class WithBetween(MicroBatches):
-    """Micro-batches of a whole step, and what comes before its update."""
-
-    def __init__(self, closures: MicroBatches, between: Between):
-        super().__init__(closures, closures.shares)
-        self.between = between

@@ -246,8 +246,8 @@ class CapturedStep:
 
     def _recorded(self, inputs: Inputs) -> list[Tensor]:
         """The step as it is captured; what every replay is to write: the loss, terms of norms, and what a scaler found."""
-        engine, closures = self._opt.engine, self._micro_batches(inputs)
-        loss: Tensor = mean(engine.run(closures, closures.shares, self._between), closures.shares)
+        engine, whole = self._opt.engine, self._micro_batches(inputs)
+        loss: Tensor = mean(self._opt.run(whole), whole.shares)
         found = [] if self._between is None else list(self._between.found_infs.values())
         return [loss, *engine.norms_sq, *found]
 
@@ -311,11 +311,21 @@ class CapturedStep:
             tensors += [t for t in (flat.saved, flat.mask) if t is not None]
             tensors += [memory.buffer for memory in flat.memories.values()]
             tensors += flat.state.values()
+            tensors += flat.copies
         fused = fused_rule(self._opt.base_optimizer) is not None
         addresses = [t.data_ptr() for t in tensors] + engine.buffers.addresses()
         # And what the graph did by: which parameters are trained, whose buffers are held, how batches are split.
         trained = [p.requires_grad for p in engine.store.parameters()]
-        return engine.store.layout, engine.tables.names, fused, addresses, trained, engine.buffers, self._opt.split
+        return (
+            engine.store.layout,
+            engine.tables.names,
+            fused,
+            addresses,
+            trained,
+            engine.buffers,
+            self._opt.split,
+            self._opt.parallel,
+        )
 
 
 def _shapes(leaves: Sequence[Tensor | None]) -> Shapes:

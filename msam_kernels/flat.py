@@ -20,6 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .backends import Backend
 from .backends.checks import lost_memory, span
+from .backends.reference import PERTURBED
 from .gradients import has_layout, holds, memory_layout
 
 # Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
@@ -227,6 +228,8 @@ class Flat:
         self.saved: Tensor | None = None
         self.memories: dict[str, Memory] = {}
         self.mask: Tensor | None = None
+        self._stack: Tensor | None = None
+        self._perturbed: Tensor | None = None
         self.state: dict[str, Tensor] = {}
         self.views: dict[tuple[int, str], Tensor] = {}
         self._bound: _Bound | None = None
@@ -312,6 +315,32 @@ class Flat:
             self.check_not_capturing("the buffer of saved weights")
             self.saved = self.new_buffer()
         return self.saved
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What parallel passes keep."""
+        return [t for t in (self._stack, self._perturbed) if t is not None]
+
+    @property
+    def all_perturbed(self) -> Tensor:
+        """A status of rows whose weights are to be written elsewhere: a perturbation starts from what is saved."""
+        if self._perturbed is None:
+            self._perturbed = torch.full_like(self.status, PERTURBED)
+        return self._perturbed
+
+    def stack(self, n: int) -> Tensor:
+        """``[n, size]`` for copies of the weights; the same memory as long as that is enough."""
+        if self._stack is None or len(self._stack) < n:
+            self.check_not_capturing("the number of micro-batches that run at once")
+            self._stack = self.weights[0].new_zeros(n, self.size)
+        return self._stack[:n]
+
+    def stacked(self, stack: Tensor | None, n: int) -> list[Tensor]:
+        """Every parameter ``[n, *shape]``: its parts of the stack, or n times itself."""
+        if stack is None:
+            return [p.detach().expand(n, *p.shape) for p in self.params]
+        places = zip(self._shapes, self._strides, self.offsets, strict=True)
+        return [stack.as_strided((n, *shape), (self.size, *strides), offset) for shape, strides, offset in places]
 
     # -- parameters that somebody moved -----------------------------------------------------------------------------------
 

@@ -15,9 +15,10 @@ from . import batches, checkpoint, methods
 from ._checks import check_integer
 from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
-from .between import Between, WithBetween
+from .between import Between
 from .buffers import Buffers, check_model
 from .gradients import set_grads
+from .parallel import Auto, Parallel, ParallelPasses, Refused, check_parallel
 from .rules import Radius, check_rho, rho_at
 from .step import Engine, Stats
 
@@ -123,6 +124,12 @@ class MicroBatchSAM(Optimizer):
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
         model: if given, its buffers, e.g. BatchNorm's statistics or a codebook, change in the first pass of each micro-batch
             only: after the others they are brought back from a copy, which is made in each step.
+        parallel: run the micro-batches of a ``train_step``, or of a captured one, in two parallel passes instead of one after
+            the other, see ``docs/parallel.md``. True: all at once; a number: so many at once, where memory is short;
+            "auto": whichever way is faster in the first steps, or sequentially with a warning where a model cannot. Needs
+            ``model``. k micro-batches at once hold k copies of weights and gradients, and their activations together. The
+            same result up to rounding, but that dropout draws other numbers. ``passes`` and ``step(closures)`` stay
+            sequential.
         flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower. So do,
             for all parameters of a device and dtype, some that have their place among other things: in shared memory, or in
             a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do.
@@ -145,6 +152,7 @@ class MicroBatchSAM(Optimizer):
         micro_batch_size: int | None = None,
         method: methods.SAM | None = None,
         model: nn.Module | None = None,
+        parallel: Parallel = False,
         flatten: bool = True,
         backend: str = "auto",
     ):
@@ -170,6 +178,7 @@ class MicroBatchSAM(Optimizer):
                 check_integer(name, count, 1)
         if model is not None:
             check_model(model)
+        check_parallel(parallel, model)
         check_rho(rho_at(rho, 0))
         for group in base_optimizer.param_groups:
             check_rho(rho_at(group.get("rho", rho), 0))
@@ -179,12 +188,13 @@ class MicroBatchSAM(Optimizer):
         super().__setstate__({"defaults": defaults, **LIKE_NEW})
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
-        self.flatten, self.backend = flatten, backend
+        self.parallel, self.flatten, self.backend = parallel, flatten, backend
         self._make_engine(method, model)
         self.engine.take_over()
 
     def _make_engine(self, method: methods.SAM, model: nn.Module | None) -> None:
         leave_to_eager(__package__)
+        self._auto = Auto()
         #: What runs the steps, for modules of this package.
         self.engine = Engine(
             self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend
@@ -254,7 +264,7 @@ class MicroBatchSAM(Optimizer):
         engine.check_idle("copying or pickling the optimizer")
         engine.take_in()
         engine.radii.take_schedules(engine.steps)
-        own = ("defaults", "base_optimizer", "num_micro_batches", "micro_batch_size", "flatten", "backend")
+        own = ("defaults", "base_optimizer", "num_micro_batches", "micro_batch_size", "parallel", "flatten", "backend")
         return {
             **{name: getattr(self, name) for name in (*own, "method", "model", "enabled")},
             "schedules": engine.radii.schedules,
@@ -267,7 +277,7 @@ class MicroBatchSAM(Optimizer):
             return
         own, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
-        super().__setstate__(state)
+        super().__setstate__({"parallel": False, **state})
         self._make_engine(method, model)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
@@ -411,9 +421,8 @@ class MicroBatchSAM(Optimizer):
                 if wanted
                 else "step takes one closure per micro-batch, got an empty sequence"
             )
-        if isinstance(closure, WithBetween):
-            with closure.between:
-                values = self.engine.run(closures, shares, closure.between)
+        if isinstance(closure, MicroBatches):
+            values = self.run(closure) if closure.between is None else self._run_between(closure)
         else:
             values = self.engine.run(closures, shares)
         if callable(closure):
@@ -477,9 +486,35 @@ class MicroBatchSAM(Optimizer):
         self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], between: Between | None = None
     ) -> MicroBatches:
         """The closures that ``train_step`` runs, one per micro-batch."""
-        if between is None:
-            return batches.closures_of(loss_fn, batch, self.split)
-        return WithBetween(batches.closures_of(loss_fn, batch, self.split, between.scale), between)
+        scale = None if between is None else between.scale
+        return batches.micro_batches(loss_fn, batch, self.split, scale, between)
+
+    def _run_between(self, whole: MicroBatches) -> list[Any]:
+        with whole.between:
+            return self.run(whole)
+
+    def run(self, whole: MicroBatches) -> list[Any]:
+        """A step of these micro-batches, one after the other or in parallel; their losses at w."""
+        engine, parallel = self.engine, self.parallel
+        model = engine.buffers.model
+        if not parallel or len(whole) == 1 or model is None:
+            return engine.run(whole, whole.shares, whole.between)
+        most = len(whole) if isinstance(parallel, (bool, str)) else parallel
+
+        def at_once() -> list[Any]:
+            passes = ParallelPasses(model, engine.store, whole.loss_fn, whole.parts, whole.scale, most)
+            return engine.run(whole, whole.shares, whole.between, passes)
+
+        if parallel != "auto":
+            return at_once()
+        way = self._auto.way(engine.store.is_capturing())
+        with self._auto.timed(way, engine.store.devices):
+            if way:
+                try:
+                    return at_once()
+                except Refused as refusal:
+                    self._auto.refused(refusal)
+            return engine.run(whole, whole.shares, whole.between)
 
     def capture(
         self,
@@ -626,7 +661,7 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("update_mask()")
         if not samples:
             raise ValueError("update_mask needs samples: update_mask(loss_fn, x, y)")
-        closures = batches.closures_of(loss_fn, samples, Split(None, 1))
+        closures = batches.micro_batches(loss_fn, samples, Split(None, 1))
         self.engine.update_mask(closures, sparse)
 
     def _check_sparse(self, what: str) -> methods.SparseSAM:

@@ -18,6 +18,7 @@ from ._torch import forget_casts, mark_stepped
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
+from .parallel import ParallelPasses
 from .rules import RULES, Radii, Radius, Rule, Tables, fused_rule
 from .store import Descent, Store
 
@@ -238,14 +239,23 @@ class Engine:
         closures: Sequence[Callable[[], Any]],
         shares: list[float],
         between: Callable[[], Tensor | None] | None = None,
+        passes: ParallelPasses | None = None,
     ) -> list[Any]:
-        """One whole step; what the closures returned at w. ``between``: see ``Step.update``."""
+        """One whole step; what the closures returned at w.
+
+        Args:
+            between: see ``Step.update``.
+            passes: what runs the closures' losses at once, instead of them.
+        """
         values = []
         with self.begin(shares) as step:
-            for turn, closure in step.turns(closures):
-                value = call(closure)
-                if turn == 0:
-                    values.append(value)
+            if passes is not None:
+                values = step.together(passes)
+            else:
+                for turn, closure in step.turns(closures):
+                    value = call(closure)
+                    if turn == 0:
+                        values.append(value)
             step.update(between)
         self.count_step()
         return values
@@ -357,6 +367,7 @@ class Step:
         self._held: list[Vectors] = []  # its gradients of earlier passes, the latest first
         self._norm_sq: Tensor | None = None  # of its ascent
         self._mean: Vectors | None = None  # of the descents so far
+        self._given: Vectors | None = None  # its latest gradient, where that is not in p.grad; nobody else writes to it
 
     def __enter__(self) -> Step:
         try:
@@ -421,6 +432,53 @@ class Step:
             if i + 1 < len(parts):
                 self._accumulate()
 
+    def together(self, passes: ParallelPasses) -> list[Tensor]:
+        """The passes of all micro-batches, as many at once as ``passes`` runs, and the kernels' work; the losses at w.
+
+        Weights are read only: those of the passes at w + e are copies. The last descent is left to ``update``.
+        """
+        plan, store, buffers, values = self.plan, self.store, self.engine.buffers, []
+        buffers.freeze()
+        try:
+            for which in passes.turns:
+                losses, latest = passes.run(which, None)
+                values += losses
+                vectors: list[list[Vectors]] = [latest]
+                norms: list[Tensor | None] = [None] * len(which)
+                if plan.perturbs:
+                    stacks = store.stacks(len(which))
+                    places = [[stack[j] for stack in stacks] for j in range(len(which))]
+                    for j, i in enumerate(which):
+                        self._i = i
+                        norms[j] = self._ascend_apart(latest[j], places[j])
+                    vectors.insert(0, passes.run(which, stacks)[1])
+                    if plan.opposite is not None:
+                        for j in range(len(which)):
+                            norm_sq = norms[j]
+                            assert norm_sq is not None
+                            store.cross_apart(latest[j], plan, self.engine.tables, norm_sq, places[j])
+                        vectors.insert(0, passes.run(which, stacks)[1])
+                for j, i in enumerate(which):
+                    self._i, self._norm_sq = i, norms[j]
+                    self._given, *held = (vector[j] for vector in vectors)
+                    self._held = held[: plan.holds]
+                    if i + 1 < len(self.shares):
+                        self._accumulate()
+        finally:
+            passes.put_back()
+        buffers.thaw()
+        passes.commit()
+        return values
+
+    def _ascend_apart(self, grads: Vectors, into: list[Tensor]) -> Tensor:
+        if self._scores == []:  # the first become the sum, and are still needed
+            self._look_at(Vectors([[g.clone() for g in tensors] for tensors in grads.lists], grads.absent))
+        else:
+            self._look_at(grads)
+        norm_sq = self.store.ascend_apart(grads, self.plan, self.engine.tables, self._i, into)
+        self.engine.norms_sq.append(norm_sq)
+        return norm_sq
+
     def check_current(self) -> None:
         if self.engine.step is not self:
             raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
@@ -444,17 +502,23 @@ class Step:
             self._check_model(model)
         if plan.holds:
             self._hold(grads)
-        if self._scores is not None:
-            self.add_scores(grads)
-            if any(flat.mask is None for flat in store.flats):
-                assert plan.sparse is not None
-                engine.choose_mask(self._scores, plan.sparse, engine.steps)
-                self.chose_mask = True
+        self._look_at(grads)
         self.perturbed = self.saves = True
         self.turn = 1
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
         engine.norms_sq.append(self._norm_sq)
         forget_casts()
+
+    def _look_at(self, grads: Vectors) -> None:
+        """What a mask is chosen by, from gradients at w."""
+        if self._scores is None:
+            return
+        engine, sparse = self.engine, self.plan.sparse
+        self.add_scores(grads)
+        if any(flat.mask is None for flat in self.store.flats):
+            assert sparse is not None
+            engine.choose_mask(self._scores, sparse, engine.steps)
+            self.chose_mask = True
 
     def _cross(self) -> None:
         """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
@@ -577,7 +641,7 @@ class Step:
         """
         engine, store, plan, i = self.engine, self.store, self.plan, self._i
         engine.follow()
-        vectors = [store.collect(clear=clear), *self._held]
+        vectors = [store.collect(clear=clear) if self._given is None else self._given, *self._held]
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         if plan.keeps:
@@ -600,11 +664,10 @@ class Step:
         self._norm_sq = None
         return descent
 
-    @staticmethod
-    def _into(descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:
+    def _into(self, descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:
         """Where the descent goes: into the memory of what it is added to, where that is absent into its own gradients'."""
         grads = descent.terms[0]
-        if sum_so_far is None or sum_so_far.absent:
+        if self._given is None and (sum_so_far is None or sum_so_far.absent):
             grads.lists = own_memory_of_lists(grads.lists, whole=whole)
         out = grads if sum_so_far is None else sum_so_far.filled(grads)
         for vector in descent.terms:

@@ -239,33 +239,56 @@ class Store:
             flat = self.flats[0]
             options = self._perturbation(flat, plan, tables, "radii", i, renew)
             return flat.backend.ascend(flat.weights, grads.lists[0], flat.table, arrived=flat.arrived, **options)
-        norm_sq = self._together(
-            [
-                flat.backend.norm(flat.weights, g, flat.table, **_direction(flat, plan))
-                for flat, g in zip(self.flats, grads.lists, strict=True)
-            ]
-        )
+        norm_sq = self._norm(grads, plan)
         self._perturb(grads, plan, tables, norm_sq, "radii", i, renew)
         return norm_sq
+
+    def _norm(self, grads: Vectors, plan: Plan) -> Tensor:
+        pairs = zip(self.flats, grads.lists, strict=True)
+        return self._together(
+            [flat.backend.norm(flat.weights, g, flat.table, **_direction(flat, plan)) for flat, g in pairs]
+        )
+
+    def stacks(self, n: int) -> list[Tensor]:
+        """By flat: memory for n copies of the weights."""
+        return [flat.stack(n) for flat in self.flats]
+
+    def ascend_apart(self, grads: Vectors, plan: Plan, tables: Tables, i: int, into: Sequence[Tensor]) -> Tensor:
+        """``ascend``, but that w + e_i is written to ``into``, a buffer by flat, and the weights stay."""
+        if grads.absent:
+            for flat, weights in zip(self.flats, into, strict=True):
+                weights.copy_(flat.weights[0])
+        norm_sq = self._norm(grads, plan)
+        self._perturb(grads, plan, tables, norm_sq, "radii", i, plan.opposite is None, into)
+        return norm_sq
+
+    def cross_apart(self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: Sequence[Tensor]) -> None:
+        """``cross``, but that what is written goes to ``into``."""
+        self._perturb(grads, plan, tables, norm_sq, "opposite", None, True, into)
 
     def cross(self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor) -> None:
         """Perturb the weights to the other side. What arrives there is not recorded."""
         self._perturb(grads, plan, tables, norm_sq, "opposite", None, True)
 
     def _perturb(
-        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, i: int | None, renew: bool
-    ) -> None:
-        for flat, g in zip(self.flats, grads.lists, strict=True):
-            options = self._perturbation(flat, plan, tables, radii, i, renew)
-            flat.backend.perturb(flat.weights, g, flat.table, norm_sq=_moved(norm_sq, flat.device), **options)
+        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, i: int | None, renew: bool,
+        into: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        for f, (flat, g) in enumerate(zip(self.flats, grads.lists, strict=True)):
+            options = self._perturbation(flat, plan, tables, radii, i, renew, into is not None)
+            weights = flat.weights if into is None else [into[f]]
+            flat.backend.perturb(weights, g, flat.table, norm_sq=_moved(norm_sq, flat.device), **options)
 
     @staticmethod
-    def _perturbation(flat: Flat, plan: Plan, tables: Tables, radii: str, i: int | None, renew: bool) -> dict[str, Any]:
+    def _perturbation(
+        flat: Flat, plan: Plan, tables: Tables, radii: str, i: int | None, renew: bool, apart: bool = False
+    ) -> dict[str, Any]:
+        """``apart``: what is written to is not the weights, which are what a perturbation starts from."""
         achieved = torch.empty(flat.rows, dtype=torch.float64, device=flat.device) if i is None else flat.achieved_sq(i)
         options: dict[str, Any] = {
             "radii": tables.on(radii, flat.device),
-            "saved": flat.save_buffer(),
-            "status": flat.status,
+            "saved": flat.weights[0] if apart else flat.save_buffer(),
+            "status": flat.all_perturbed if apart else flat.status,
             "achieved_sq": achieved,
         }
         if not plan.is_plain:

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All micro-batches of a step in one forward and backward pass, each with its own weights: ``MicroBatchSAM(parallel=...)``.
+
+The loss runs under ``torch.func.vmap`` over stacked weights, and autograd differentiates what that became: batched
+multiplications and grouped convolutions, which it knows. The gradient of the sum of the losses by weights ``[m, *shape]``
+is each micro-batch's own. A parameter's place in its module holds its stack while the loss runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from ._checks import check_integer
+from ._torch import buffers_of, forget_casts, has_hooks, parameters_of, tree_flatten, tree_unflatten, versions_of
+from .gradients import Vectors, regular_gradient
+from .store import Store
+
+SDPA, LINEAR = F.scaled_dot_product_attention, F.linear
+SEQUENTIAL = "train it sequentially, with parallel=False"
+
+
+#: ``MicroBatchSAM``'s argument: never, all micro-batches at once, so many at once, or whichever way is faster.
+Parallel = bool | int | Literal["auto"]
+
+
+def check_parallel(parallel: Any, model: nn.Module | None) -> None:
+    """Refuse what says no way.
+
+    Raises:
+        TypeError, ValueError: the value, and what it may be.
+    """
+    if isinstance(parallel, str):
+        if parallel != "auto":
+            raise ValueError(f"parallel must be a bool, a number of micro-batches or 'auto', got {parallel!r}")
+    elif not isinstance(parallel, bool):
+        check_integer("parallel", parallel, 1)
+    if parallel and model is None:
+        raise ValueError(
+            f"parallel={parallel!r} needs the model, in which every micro-batch gets weights of its own: give model=model too"
+        )
+
+
+class Refused(RuntimeError):
+    """The micro-batches of a step cannot run in parallel. Nothing was changed."""
+
+
+class Auto:
+    """Which way is faster: both take turns in the first steps, of which the host waits for the device."""
+
+    TRIALS = 4  # of each way; the first is not timed, as it makes what both need
+
+    def __init__(self) -> None:
+        self.decision: bool | None = None
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}
+
+    def way(self, capturing: bool) -> bool:
+        """Whether the next step is parallel. One that is captured cannot be timed: it is, if that has worked."""
+        if self.decision is not None:
+            return self.decision
+        if capturing:
+            return bool(self._seconds[True])
+        return len(self._seconds[True]) < len(self._seconds[False])
+
+    def refused(self, refusal: Refused) -> None:
+        """It cannot be parallel."""
+        self.decision = False
+        warnings.warn(f"parallel='auto' trains sequentially: {refusal}", stacklevel=2)
+
+    @contextmanager
+    def timed(self, way: bool, devices: Sequence[torch.device]) -> Iterator[None]:
+        """Around a step, to be timed if that is still to be done."""
+        if self.decision is not None:
+            yield
+            return
+        _wait_for(devices)
+        start = time.perf_counter()
+        yield
+        _wait_for(devices)
+        self._seconds[way].append(time.perf_counter() - start)
+        if all(len(s) >= self.TRIALS for s in self._seconds.values()):
+            sequential, parallel = (statistics.median(self._seconds[w][1:]) for w in (False, True))
+            self.decision = parallel < sequential
+
+
+def _wait_for(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+
+
+# -- what vmap lacks ---------------------------------------------------------------------------------------------------------
+
+
+class _Folded(torch.autograd.Function):
+    """Attention has no weights: the micro-batches are as many more samples of its batch."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:  # of inputs that are the same for all micro-batches, and so depend on no weights
+        query, key, value, mask, options = args
+        return SDPA(query, key, value, mask, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        n, (*tensors, mask, options) = info.batch_size, args
+        query, key, value = (_first(t, dim, n) for t, dim in zip(tensors, in_dims, strict=False))
+        if mask is not None and (in_dims[3] is not None or (mask.dim() == query.dim() - 1 and mask.shape[0] > 1)):
+            mask = _first(mask, in_dims[3], n)
+            mask = mask.reshape(n, *(1,) * (query.dim() - mask.dim()), *mask.shape[1:])
+            mask = mask.expand(n, query.shape[1], *mask.shape[2:]) if query.dim() > 3 else mask
+            mask = mask.flatten(0, 1) if query.dim() > 3 else mask
+        if query.dim() == 3:  # without a batch of their own
+            return SDPA(query, key, value, attn_mask=mask, **options), 0
+        query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+        return SDPA(query, key, value, attn_mask=mask, **options).unflatten(0, (n, -1)), 0
+
+
+def _first(t: Tensor, dim: int | None, n: int) -> Tensor:
+    """The dimension of the micro-batches first."""
+    return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+class _Supplied(TorchFunctionMode):
+    """Functions that run another way under vmap. What stands in for them is called without this mode."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            with _by_name():
+                return function(*args, **kwargs)
+        return SUPPLIED.get(function, function)(*args, **kwargs)
+
+
+@contextmanager
+def _by_name() -> Iterator[None]:
+    """For a function of torch that looks others up by name, where no mode sees it. Other threads find what they would."""
+    thread = get_ident()
+
+    def instead_of(function: Callable[..., Tensor], supplied: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: (supplied if get_ident() == thread else function)(*args, **kwargs)
+
+    try:
+        for function, supplied in SUPPLIED.items():
+            setattr(F, function.__name__, instead_of(function, supplied))
+        yield
+    finally:
+        for function in SUPPLIED:
+            setattr(F, function.__name__, function)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What vmap makes of it adds the bias in its own dtype, which under autocast is a wider one."""
+    out = LINEAR(x, weight)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *more: Any, **options: Any
+) -> Tensor:
+    names = ("dropout_p", "is_causal", "scale", "enable_gqa")
+    options |= dict(zip(names, more, strict=False))
+    out: Tensor = _Folded.apply(query, key, value, attn_mask, options)  # type: ignore[no-untyped-call]
+    return out
+
+
+SUPPLIED: dict[Callable[..., Any], Callable[..., Tensor]] = {SDPA: _attention, LINEAR: _linear}
+
+
+# -- statistics of BatchNorm --------------------------------------------------------------------------------------------------
+
+
+class _Statistics:
+    """The running statistics of one BatchNorm, which every micro-batch moves on, one after the other."""
+
+    def __init__(self, name: str, module: _BatchNorm):
+        if module.momentum is None:
+            raise Refused(
+                f"{name}, a {type(module).__name__} with momentum=None, keeps a mean that depends on the number of batches "
+                f"so far: give it a momentum, or {SEQUENTIAL}"
+            )
+        self.module, self.momentum = module, float(module.momentum)
+        self.names = ("running_mean", "running_var")
+        self.moved: list[tuple[Tensor, ...]] = []
+
+    def stacks(self, n: int) -> list[Tensor]:
+        return [buffers_of(self.module)[name].detach().expand(n, -1).clone() for name in self.names]  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """r ← (1 - f)·r + f·x for each micro-batch's x in turn, of which (1 - f)·r₀ + f·x is known."""
+        keep = 1 - self.momentum
+        for name, chunks in zip(self.names, zip(*self.moved, strict=True), strict=True):
+            running, each = buffers_of(self.module)[name], torch.cat(chunks)
+            assert running is not None
+            n = len(each)
+            decay = keep ** torch.arange(n - 1, -1, -1, device=each.device, dtype=each.dtype)
+            running.copy_(keep**n * running + (decay.unsqueeze(1) * (each - keep * running)).sum(0))
+        if self.module.num_batches_tracked is not None:
+            self.module.num_batches_tracked.add_(sum(len(chunk[0]) for chunk in self.moved))
+
+
+# -- the passes ----------------------------------------------------------------------------------------------------------------
+
+
+class ParallelPasses:
+    """The passes of one step.
+
+    Args:
+        model: whose parameters the losses are computed with.
+        store: their memory.
+        loss_fn: (micro-batch) -> its loss.
+        parts: the micro-batches.
+        scale: what makes of losses those that are differentiated; None for themselves.
+        most: run at once, at most.
+
+    Raises:
+        Refused: something in the model, or of its parameters, needs the passes one by one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: Store,
+        loss_fn: Callable[[Any], Tensor],
+        parts: Sequence[Any],
+        scale: Callable[[Tensor], Tensor] | None,
+        most: int,
+    ):
+        self._model, self._store, self._loss_fn, self._scale = model, store, loss_fn, scale
+        self._leaves, (self._spec, *others) = zip(*(tree_flatten(part) for part in parts), strict=True)
+        if any(spec != self._spec for spec in others):
+            raise Refused(f"the micro-batches have different structures: {SEQUENTIAL}")
+        self.turns = list(self._turns(most))
+        self._places = self._find_places()
+        self._statistics = self._find_statistics()
+        self._kept: list[tuple[dict[str, Any], str, Any]] = []  # what stood in the modules' tables
+
+    def _turns(self, most: int) -> Iterator[range]:
+        """Micro-batches that run at once: as many in a row as are of one size."""
+        shapes = [[t.shape if isinstance(t, Tensor) else None for t in leaves] for leaves in self._leaves]
+        begin = 0
+        for i in range(1, len(shapes) + 1):
+            if i == len(shapes) or i - begin == most or shapes[i] != shapes[begin]:
+                yield range(begin, i)
+                begin = i
+
+    def _find_places(self) -> list[list[tuple[dict[str, Any], str]]]:
+        """By parameter that is trained: the tables of modules, and its names there."""
+        index = {id(p): k for k, p in enumerate(p for flat in self._store.flats for p in flat.params)}
+        places: list[list[tuple[dict[str, Any], str]]] = [[] for _ in index]
+        for name, module in self._model.named_modules():
+            if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+                raise Refused(
+                    f"{name or 'the model'} is a {type(module).__name__}, which must see every pass: {SEQUENTIAL}"
+                )
+            table: dict[str, Any] = parameters_of(module)
+            for key, p in table.items():
+                if id(p) in index:
+                    if has_hooks(p):
+                        raise Refused(
+                            f"parameter {name}.{key} has hooks, which would not run: {SEQUENTIAL}".replace(" .", " ")
+                        )
+                    places[index[id(p)]].append((table, key))
+        for flat in self._store.flats:
+            if not flat.flatten:
+                raise Refused(
+                    f"parameters that stay where they are cannot have copies beside them: flatten=True, or {SEQUENTIAL}"
+                )
+        return places
+
+    def _find_statistics(self) -> list[_Statistics]:
+        return [
+            _Statistics(name or "the model", module)
+            for name, module in self._model.named_modules()
+            if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+        ]
+
+    def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Vectors]]:
+        """(losses, gradients) of these micro-batches.
+
+        Args:
+            weights: by flat, ``[len(which), size]``; None for w, in the pass that moves statistics on.
+        """
+        n, flats = len(which), self._store.flats
+        params = [p for flat in flats for p in flat.params]
+        stacks = [s for f, flat in enumerate(flats) for s in flat.stacked(None if weights is None else weights[f], n)]
+        stacks = [s.requires_grad_(p.requires_grad) for s, p in zip(stacks, params, strict=True)]
+        running = [t for s in self._statistics for t in s.stacks(n)]
+        columns = [
+            torch.stack(column) if isinstance(column[0], Tensor) else column[0]
+            for column in zip(*(self._leaves[i] for i in which), strict=True)
+        ]
+        dims = [0 if isinstance(c, Tensor) else None for c in columns]
+        enabled = torch.is_autocast_cache_enabled()
+        tables = [(module, buffers_of(module)) for module in self._model.modules()]
+        buffers = [(module, key, t) for module, table in tables for key, t in table.items() if t is not None]
+        versions = versions_of(t for *_, t in buffers)
+        try:
+            torch.set_autocast_cache_enabled(False)  # it would keep casts of stacks
+            with torch.enable_grad(), _Supplied():
+                losses = vmap(self._losses, (0, 0, dims), randomness="different")(stacks, running, columns)
+        except Exception as error:
+            raise self._refused(self._culprit(error), error, n) from error
+        finally:
+            self.put_back()
+            torch.set_autocast_cache_enabled(enabled)
+        after = versions_of(t for *_, t in buffers)
+        for (module, key, t), old, new in zip(buffers, versions, after, strict=True):
+            if old != new or buffers_of(module).get(key) is not t:
+                raise Refused(
+                    f"{self._named(module)} changes its buffer {key}, by one micro-batch after the other: {SEQUENTIAL}"
+                )
+        if losses.dim() != 1 or not losses.requires_grad:
+            raise Refused(
+                f"the loss of a micro-batch must be one number that depends on the parameters, got shape "
+                f"{tuple(losses.shape[1:])}: {SEQUENTIAL}"
+            )
+        with torch.enable_grad():
+            total = (losses if self._scale is None else self._scale(losses)).sum()
+        trained = [k for k, s in enumerate(stacks) if s.requires_grad]
+        missed = [p for p in params if p.requires_grad]
+        wanted = [*(stacks[k] for k in trained), *missed]
+        try:
+            found = torch.autograd.grad(total, wanted, allow_unused=True)
+        except RuntimeError as error:  # e.g. a checkpoint, which would run its part of the forward again, without vmap
+            raise self._refused("the backward of the loss", error, n) from error
+        for p, g in zip(missed, found[len(trained) :], strict=True):
+            if g is not None:
+                raise Refused(
+                    f"{self._name_of(p)} is used other than by its name in its module, as nn.LSTM does: there is one of it "
+                    f"for all micro-batches; {SEQUENTIAL}"
+                )
+        if weights is None:
+            for s, k in zip(self._statistics, range(0, len(running), 2), strict=True):
+                s.moved.append(tuple(running[k : k + 2]))
+        return list(losses.detach().unbind()), self._vectors(n, dict(zip(trained, found, strict=False)))
+
+    def _losses(self, stacks: list[Tensor], running: list[Tensor], columns: list[Any]) -> Tensor:
+        """The loss of one micro-batch, as vmap has it, with its weights and statistics in the modules."""
+        for places, s in zip(self._places, stacks, strict=True):
+            for table, key in places:
+                self._put(table, key, s)
+        values = iter(running)
+        for norm in self._statistics:
+            buffers = buffers_of(norm.module)
+            for name in norm.names:
+                self._put(buffers, name, next(values))
+            if buffers.get("num_batches_tracked") is not None:
+                self._put(buffers, "num_batches_tracked", None)
+        return self._loss_fn(tree_unflatten(columns, self._spec))
+
+    def _put(self, table: dict[str, Any], key: str, value: Any) -> None:
+        self._kept.append((table, key, table[key]))
+        table[key] = value
+
+    def put_back(self) -> None:
+        """Modules hold again what they held."""
+        while self._kept:
+            table, key, value = self._kept[-1]
+            table[key] = value
+            self._kept.pop()
+
+    def _vectors(self, n: int, found: dict[int, Tensor | None]) -> list[Vectors]:
+        """By micro-batch, what the kernels take."""
+        lists: list[list[list[Tensor]]] = [[] for _ in range(n)]
+        absent, k = 0, 0
+        for flat in self._store.flats:
+            columns: list[Sequence[Tensor]] = []
+            for p in flat.params:
+                g = found.get(k)
+                k += 1
+                if g is None:
+                    columns.append([flat.absent] * n)
+                    absent += 1
+                else:
+                    columns.append([regular_gradient(p, each) for each in g.unbind()])
+            for i, row in enumerate(zip(*columns, strict=True)):
+                lists[i].append(list(row))
+        return [Vectors(each, absent) for each in lists]
+
+    def commit(self) -> None:
+        """All passes have ended: statistics move on."""
+        for s in self._statistics:
+            s.commit()
+        forget_casts()
+
+    def _name_of(self, p: Tensor) -> str:
+        names = [name for name, q in self._model.named_parameters() if q is p]
+        return (
+            f"parameter {names[0]}" if names else f"a parameter of shape {tuple(p.shape)}, which is not in the model,"
+        )
+
+    def _named(self, module: nn.Module) -> str:
+        names = [name for name, each in self._model.named_modules() if each is module]
+        return f"{names[0] or 'the model'}, a {type(module).__name__},"
+
+    def _culprit(self, error: BaseException) -> str:
+        """The innermost module of the model that the error came out of."""
+        modules = {id(module): module for module in self._model.modules()}
+        found, frame = "the loss", error.__traceback__
+        while frame is not None:
+            module = modules.get(id(frame.tb_frame.f_locals.get("self")))
+            found = found if module is None else self._named(module)
+            frame = frame.tb_next
+        return found
+
+    @staticmethod
+    def _refused(what: str, error: Exception, n: int) -> Exception:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return torch.cuda.OutOfMemoryError(
+                f"{error}\n{n} micro-batches ran at once: parallel={max(n // 2, 1)} takes less"
+            )
+        if isinstance(error, Refused):
+            return error
+        return Refused(f"{what} cannot run for several micro-batches at once ({error}): {SEQUENTIAL}")

@@ -1,0 +1,543 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parallel passes give what the sequential ones give, refuse what they cannot run, and never touch the weights on the way."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW, RMSprop
+
+from msam_kernels import MicroBatchSAM, methods
+from msam_kernels import parallel as parallel_module
+from msam_kernels.parallel import Auto, ParallelPasses, Refused
+from plain import METHODS, same_bits, weights
+
+DOUBLE = torch.float64
+TOLERANCE = 1e-10
+
+
+class Attention(nn.Module):
+    """Self-attention; ``mask``: "causal", "none", or the dimensions of a boolean one."""
+
+    def __init__(self, mask="causal", d=8, heads=2):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d)
+        self.heads, self.mask = heads, mask
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if isinstance(self.mask, int):
+            mask = torch.ones(length, length, dtype=torch.bool).tril()
+            mask = mask.expand(*(batch, self.heads)[4 - self.mask :][: self.mask - 2], length, length)
+            out = F.scaled_dot_product_attention(q, k, v, mask)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.mask == "causal")
+        return x + self.out(out.transpose(1, 2).flatten(2))
+
+
+class Text(nn.Module):
+    """Words, attention, and the words' own weights at the end."""
+
+    def __init__(self, *masks):
+        super().__init__()
+        self.words, self.layers = nn.Embedding(11, 8), nn.Sequential(*map(Attention, masks or ("causal", "none")))
+        self.head = nn.Linear(8, 11)
+        self.head.weight = self.words.weight
+
+    def forward(self, x):
+        return self.head(self.layers(self.words(x))).flatten(0, 1)
+
+
+class Patches(nn.Module):
+    """A small vision transformer out of torch's own layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut, self.places = nn.Conv2d(1, 8, 4, 4), nn.Parameter(torch.randn(1, 4, 8) * 0.1)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.layer(self.cut(x).flatten(2).transpose(1, 2) + self.places).mean(1))
+
+
+def images(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 1, 8, 8, generator=g, dtype=DOUBLE), torch.randint(5, (n,), generator=g)
+
+
+def text(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(11, (n, 6), generator=g), torch.randint(11, (n, 6), generator=g)
+
+
+def convolutions():
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2)),
+        *(nn.BatchNorm2d(6, momentum=0.3), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)),
+    )
+
+
+class Scaled(nn.Module):
+    """A parametrization: rows of length one."""
+
+    def forward(self, w):
+        return w / w.norm(dim=1, keepdim=True)
+
+
+def unit_rows(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Scaled())
+    return layer
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 5)), images),
+    "cnn with BatchNorm": (convolutions, images),
+    "transformer": (Text, text),
+    "transformer with masks": (lambda: Text(2, 3, 4), text),
+    "ViT": (Patches, images),
+    "a parametrization": (lambda: nn.Sequential(nn.Flatten(), unit_rows(nn.Linear(64, 5))), images),
+}
+# With a large eps: a gradient that is zero but for rounding is not blown up to the length of others.
+BASES = {
+    "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "AdamW": lambda params: AdamW(params, lr=1e-2, eps=1e-3),
+    "RMSprop, unfused": lambda params: RMSprop(params, lr=1e-2, eps=1e-3),
+}
+
+
+def loss_of(model):
+    return lambda x, y: F.cross_entropy(model(x), y.flatten())
+
+
+def twins(make, base="SGD", method="SAM", parallel=True, count=3, **options):
+    """(model, opt) that trains sequentially, and in parallel."""
+    torch.manual_seed(0)
+    model = make().to(DOUBLE)
+    found = []
+    for way in (False, parallel):
+        model = copy.deepcopy(model)
+        groups = list(model.parameters())
+        opt = BASES[base]([{"params": groups[:1]}, {"params": groups[1:], "rho": 0.1}] if len(groups) > 1 else groups)
+        options = {
+            "method": METHODS[method] if isinstance(method, str) else method,
+            "num_micro_batches": count,
+            **options,
+        }
+        found.append((model, MicroBatchSAM(opt, 0.05, model=model, parallel=way, **options)))
+    return found
+
+
+def apart(actual, expected):
+    pairs = zip(actual, expected, strict=True)
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item() for a, b in pairs if b.numel())
+
+
+def assert_train_alike(ours, expected, batches, stats=True):
+    (model, opt), (other, plain) = ours, expected
+    for i, batch in enumerate(batches):
+        losses = opt.train_step(loss_of(model), *batch), plain.train_step(loss_of(other), *batch)
+        assert apart(losses[:1], losses[1:]) < TOLERANCE, f"step {i}"
+        assert apart(model.state_dict().values(), other.state_dict().values()) < TOLERANCE, f"step {i}"
+        assert all(p.grad is None for p in model.parameters())
+        if stats and plain.engine.norms_sq:
+            assert torch.equal(opt.stats.nonfinite, plain.stats.nonfinite)
+            for name in ("grad_norm", "perturbation_norm"):
+                assert apart([getattr(opt.stats, name)], [getattr(plain.stats, name)]) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_twenty_steps_are_those_of_the_sequential_passes(name, method):
+    make, data = MODELS[name]
+    # A GELU or a norm makes differences of rounding grow; these do not go that far within as many steps.
+    expected, ours = twins(make, method=method)
+    assert_train_alike(ours, expected, [data(12, i % 4) for i in range(20)])
+
+
+@pytest.mark.parametrize("most", [True, 1, 2, 5], ids="parallel={}".format)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ["SAM", "GSAM", "LookSAM k=2", "Bilateral SAM"])
+def test_so_many_at_once_and_uneven_ones_are_those_of_the_sequential_passes(method, base, most):
+    expected, ours = twins(convolutions, base, method, most)
+    assert_train_alike(ours, expected, [images(10, i) for i in range(5)])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_every_backend_writes_beside_the_weights(backend):
+    expected, ours = twins(convolutions, method="F-SAM + Sparse + Stable", backend=backend)
+    assert_train_alike(ours, expected, [images(12, i) for i in range(6)])
+
+
+def test_batches_may_be_trees_and_models_partly_frozen():
+    def make():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 5))
+        return model
+
+    (other, plain), (model, opt) = twins(make)
+    for m in (other, model):
+        m[1].weight.requires_grad_(False)
+    for i in range(4):
+        x, y = images(9, i)
+        losses = []
+        for m, o in ((other, plain), (model, opt)):
+            tree = {"x": x, "y": (y, None)}
+            losses.append(o.train_step(lambda part, m=m: F.cross_entropy(m(part["x"]), part["y"][0]), tree))
+        assert apart(losses[:1], losses[1:]) < TOLERANCE
+        assert apart(weights(model), weights(other)) < TOLERANCE
+
+
+def test_a_parameter_without_a_gradient_is_absent_as_in_sequential_passes():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(64, 5), nn.Linear(64, 5)
+
+        def forward(self, x):
+            return self.used(x.flatten(1))
+
+    expected, ours = twins(Half)  # with weight decay, which would move it
+    before = ours[0].unused.weight.clone()
+    assert_train_alike(ours, expected, [images(9, i) for i in range(3)])
+    assert torch.equal(ours[0].unused.weight, before)
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["scaling", "disabled"])
+def test_scaler_and_before_update_see_what_they_see_sequentially(enabled):
+    expected, ours = twins(convolutions)
+    seen = []
+    for i in range(5):
+        for model, opt in (expected, ours):
+            scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=enabled)
+            clip = lambda model=model: seen.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1))  # noqa: E731
+            opt.train_step(loss_of(model), *images(9, i), before_update=clip, scaler=scaler)
+    assert apart(seen[1::2], seen[::2]) < TOLERANCE
+    assert apart(ours[0].state_dict().values(), expected[0].state_dict().values()) < TOLERANCE
+
+
+def test_autocast_runs_in_the_forward():
+    expected, ours = twins(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5)))
+    found, dtypes = [], []
+    for model, opt in (expected, ours):
+        model.float()
+        opt = MicroBatchSAM(SGD(model.parameters(), 0.1), num_micro_batches=3, model=model, parallel=opt.parallel)
+        x, y = images(9)
+
+        def loss_fn(x, y, model=model):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+                dtypes.append(out.dtype)
+            return F.cross_entropy(out.float(), y)
+
+        found.append([opt.train_step(loss_fn, x.float(), y), *weights(model)])
+        assert torch.is_autocast_cache_enabled()
+    assert set(dtypes) == {torch.bfloat16}
+    assert apart(found[1], found[0]) < 0.02  # bf16, batched otherwise
+
+
+def test_dropout_draws_for_every_micro_batch_and_pass():
+    expected, ours = twins(lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 5)))
+    x, y = images(1)
+    model, opt = ours
+    torch.manual_seed(3)
+    opt.train_step(loss_of(model), x.expand(3, 1, 8, 8), y.expand(3))
+    norms = opt.stats.grad_norm
+    assert len(set(norms.tolist())) == 3, "three micro-batches of the same sample, each with a mask of its own"
+
+
+# -- statistics and other buffers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
+def test_running_statistics_are_those_of_one_micro_batch_after_the_other(momentum):
+    make = lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, momentum=momentum), nn.Linear(64, 5))  # noqa: E731
+    (other, plain), (model, opt) = twins(make, parallel=2)
+    for i in range(3):
+        plain.train_step(loss_of(other), *images(10, i))
+        opt.train_step(loss_of(model), *images(10, i))
+    for (name, b), (_, expected) in zip(model.named_buffers(), other.named_buffers(), strict=True):
+        torch.testing.assert_close(b, expected, rtol=1e-13, atol=1e-14, msg=name)
+    assert model[1].num_batches_tracked.item() == 9
+
+
+def test_statistics_stay_where_a_model_evaluates():
+    (other, plain), (model, opt) = twins(convolutions)
+    for m in (other, model):
+        m[1].eval()
+    before = copy.deepcopy(model[1].state_dict())
+    assert_train_alike((model, opt), (other, plain), [images(9)])
+    assert same_bits([model[1].running_mean, model[1].running_var], [before["running_mean"], before["running_var"]])
+
+
+# -- what cannot be ----------------------------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.GRU):
+        super().__init__()
+        self.cells, self.head = kind(8, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.cells(x.squeeze(1))[0][:, -1])
+
+
+class Looks(nn.Linear):
+    def forward(self, x):
+        out = super().forward(x.flatten(1))
+        return out * 2 if out.sum().item() > 0 else out
+
+
+class Counts(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return super().forward(x.flatten(1))
+
+
+class Assigns(Counts):
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return nn.Linear.forward(self, x.flatten(1))
+
+
+class Averages(Counts):
+    def forward(self, x):
+        self.calls.lerp_(x.mean().detach(), 0.1)
+        return nn.Linear.forward(self, x.flatten(1))
+
+
+class Captures(nn.Linear):
+    """Uses its weight by another way than its name."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.also = [self.weight]
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)) + self.also[0].square().sum()
+
+
+def linear():
+    return nn.Linear(64, 5)
+
+
+def hooked(kind):
+    def make():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+        getattr(model[1].weight, kind)(lambda *_: None)
+        return model
+
+    return make
+
+
+def checkpointed(model):
+    from torch.utils.checkpoint import checkpoint
+
+    return lambda x, y: F.cross_entropy(checkpoint(model, x.flatten(1), use_reentrant=False), y)
+
+
+REFUSED = {
+    "a recurrent layer": (lambda: nn.Sequential(Recurrent()), loss_of, r"0\.cells, a GRU, cannot run"),
+    "a look at a value": (lambda: nn.Sequential(Looks(64, 5)), loss_of, r"0, a Looks, cannot run .*\.item\(\)"),
+    "a counter": (lambda: nn.Sequential(Counts(64, 5)), loss_of, "0, a Counts, changes its buffer calls"),
+    "a buffer that is assigned": (lambda: Assigns(64, 5), loss_of, "the model, a Assigns, changes its buffer calls"),
+    "a mean of its own": (lambda: nn.Sequential(Averages(64, 5)), loss_of, "0, a Averages, cannot run"),
+    "a hook of a gradient": (hooked("register_hook"), loss_of, "parameter 1.weight has hooks"),
+    "a hook after it": (hooked("register_post_accumulate_grad_hook"), loss_of, "parameter 1.weight has hooks"),
+    "a weight by another way": (lambda: Captures(64, 5), loss_of, "parameter weight is used other than by its name"),
+    "DataParallel": (
+        lambda: nn.DataParallel(nn.Sequential(nn.Flatten(), linear())),
+        loss_of,
+        "the model is a DataParallel",
+    ),
+    "a cumulative mean": (
+        *(lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, momentum=None), nn.Linear(64, 5)), loss_of),
+        "1, a BatchNorm1d with momentum=None",
+    ),
+    "a loss per sample": (
+        *(linear, lambda m: lambda x, y: F.cross_entropy(m(x.flatten(1)), y, reduction="none")),
+        r"one number that depends on the parameters, got shape \(3,\)",
+    ),
+    "a loss without a graph": (
+        linear,
+        lambda m: lambda x, y: F.cross_entropy(m(x.flatten(1)).detach(), y),
+        "one number that",
+    ),
+    "a loss that is no tensor": (linear, lambda m: lambda x, y: 1.0, "the loss cannot run .*float"),
+    "a loss that fails": (linear, lambda m: lambda x, y: 1 / 0, r"the loss cannot run .*\(division by zero\)"),
+    "checkpoints": (linear, checkpointed, "the backward of the loss cannot run"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(("make", "loss", "match"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_run_at_once_is_refused_by_name_before_anything_changes(make, loss, match):
+    torch.manual_seed(0)
+    model = make().to(DOUBLE)
+    opt = MicroBatchSAM(SGD(model.parameters(), 0.1, momentum=0.9), num_micro_batches=3, model=model, parallel=True)
+    before, tables = copy.deepcopy(model.state_dict()), [dict(m._parameters) for m in model.modules()]
+    with pytest.raises(Refused, match=match) as refusal:
+        opt.train_step(loss(model), *images(9))
+    assert "parallel=False" in str(refusal.value)
+    assert same_bits(model.state_dict().values(), before.values())
+    assert all(a[k] is b[k] for a, b in zip(tables, (m._parameters for m in model.modules()), strict=True) for k in a)
+    assert opt.engine.step is None
+    assert not opt.state
+    opt.parallel = False
+    if "loss" not in match and "one number" not in match:
+        opt.train_step(loss(model), *images(9))
+
+
+def test_parameters_that_stay_where_they_are_are_refused():
+    model = linear().to(DOUBLE)
+    opt = MicroBatchSAM(SGD(model.parameters(), 0.1), num_micro_batches=3, model=model, parallel=True, flatten=False)
+    with pytest.raises(Refused, match="flatten=True"):
+        opt.train_step(loss_of(nn.Sequential(nn.Flatten(), model)), *images(9))
+
+
+ARGUMENTS = {
+    "a word": ({"parallel": "always"}, ValueError, "'auto', got 'always'"),
+    "zero": ({"parallel": 0}, ValueError, "parallel must be an integer >= 1, got 0"),
+    "a float": ({"parallel": 2.0}, ValueError, "parallel must be an integer >= 1, got 2.0"),
+    "no model": ({"parallel": True, "model": None}, ValueError, "parallel=True needs the model"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "match"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments_that_say_no_way_are_refused(options, error, match):
+    model = linear()
+    with pytest.raises(error, match=match):
+        MicroBatchSAM(SGD(model.parameters(), 0.1), **{"model": model, **options})
+
+
+def test_memory_that_is_short_names_a_smaller_number(monkeypatch):
+    _, (model, opt) = twins(convolutions, count=4)
+
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(parallel_module, "vmap", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="4 micro-batches ran at once: parallel=2 takes less"):
+        opt.train_step(loss_of(model), *images(12))
+
+
+def interrupt_at(n, where):
+    """A trace that raises at the n-th line of those files; it says how many there were."""
+    seen = [0]
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in where:
+            return None
+        if event == "line":
+            seen[0] += 1
+            if seen[0] == n:
+                raise KeyboardInterrupt
+        return trace
+
+    return trace, seen
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="somebody traces")
+def test_an_interruption_at_any_line_leaves_weights_and_modules_as_they_were():
+    files = {parallel_module.__file__, sys.modules["msam_kernels.step"].__file__}
+
+    def run(n):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 5)).to(DOUBLE)
+        opt = MicroBatchSAM(SGD(model.parameters(), 0.1), num_micro_batches=2, model=model, parallel=True)
+        before = [p.clone() for p in model.parameters()]
+        trace, seen = interrupt_at(n, files)
+        sys.settrace(trace)
+        try:
+            opt.train_step(loss_of(model), *images(6))
+        except KeyboardInterrupt:
+            sys.settrace(None)
+            updated = opt.engine.step is None and opt.steps == 0 and not same_bits(weights(model), before)
+            opt.restore()
+            assert updated or same_bits(weights(model), before), f"line {n}"
+            assert all(type(p) is nn.Parameter for m in model.modules() for p in m._parameters.values())
+            assert (F.scaled_dot_product_attention, F.linear) == (parallel_module.SDPA, parallel_module.LINEAR)
+            assert torch.is_autocast_cache_enabled()
+            opt.train_step(loss_of(model), *images(6))
+            assert all(p.isfinite().all() for p in model.parameters())
+        finally:
+            sys.settrace(None)
+        return seen[0]
+
+    lines = run(0)
+    assert lines > 300
+    for n in range(1, lines, 1 + lines // 150):
+        run(n)
+
+
+# -- which way ---------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_tries_both_ways_and_takes_the_faster(monkeypatch):
+    for slow in (False, True):
+        expected, (model, opt) = twins(convolutions, parallel="auto")
+        ran, now = [], [0.0]
+        run = opt.engine.run
+
+        def noted(*args, run=run, ran=ran, now=now, slow=slow, **kwargs):
+            ran.append(len(args) > 3)
+            now[0] += 2.0 if ran[-1] == slow else 1.0
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(opt.engine, "run", noted)
+        monkeypatch.setattr(parallel_module.time, "perf_counter", lambda now=now: now[0])
+        assert_train_alike((model, opt), expected, [images(9, i) for i in range(2 * Auto.TRIALS + 3)])
+        assert ran == [False, True] * Auto.TRIALS + [not slow] * 3
+        monkeypatch.undo()
+
+
+def test_auto_says_once_what_makes_it_sequential():
+    model = nn.Sequential(Recurrent()).to(DOUBLE)
+    opt = MicroBatchSAM(SGD(model.parameters(), 0.1), num_micro_batches=3, model=model, parallel="auto")
+    with pytest.warns(UserWarning, match="trains sequentially: 0.cells, a GRU, cannot run"):
+        for _ in range(3):
+            opt.train_step(loss_of(model), *images(9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.train_step(loss_of(model), *images(9))
+
+
+def test_loops_and_closures_stay_sequential(monkeypatch):
+    _, (model, opt) = twins(convolutions)
+    monkeypatch.setattr(ParallelPasses, "run", None)
+    x, y = images(9)
+    for part in opt.passes(x, y):
+        loss_of(model)(*part).backward()
+    opt.step()
+
+    def closure():
+        loss = loss_of(model)(x, y)
+        loss.backward()
+        return loss
+
+    opt.step([closure] * 3)
+
+
+def test_a_copy_of_the_optimizer_goes_on_in_parallel():
+    expected, (model, opt) = twins(convolutions)
+    both = copy.deepcopy((model, opt))
+    assert both[1].parallel is True
+    assert_train_alike(both, expected, [images(9, i) for i in range(3)])
+
+
+def test_no_copy_of_the_weights_is_made_where_nothing_is_perturbed():
+    _, (model, opt) = twins(convolutions, method=methods.SAM(start=2))
+    opt.train_step(loss_of(model), *images(9))
+    (flat,) = opt.engine.store.flats
+    assert flat.copies == []
+    assert flat.saved is None
