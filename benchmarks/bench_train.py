@@ -4,10 +4,11 @@
     python benchmarks/bench_train.py --device cuda --csv train.csv
     python benchmarks/bench_train.py                  # tiny models on the CPU, without CUDA graphs: minutes
 
-A small CNN, a network like ResNet-18 for small images and a small transformer, trained with SAM and mSAM on random data
-that is on the device already, in fp32 without TF32. Ours: ``train_step``, the same around a compiled model, and
-``capture``, which replays the step as one CUDA graph. Against it: the steps of ``peers.py``, with the model as it is and
-compiled.
+An MLP, a small CNN, a network like ResNet-18 for small images, a small transformer and a vision transformer, trained with
+SAM and mSAM on random data that is on the device already, in fp32 without TF32. Ours: ``train_step`` with the micro-batches
+one after the other and in parallel, the same around a compiled model, and ``capture``, which replays the step as one CUDA
+graph. Against it: the steps of ``peers.py``, with the model as it is and compiled, and the base optimizer's own step on the
+same batch, which is what sharpness is paid on top of. ``--plot`` draws what a step costs over the number of micro-batches.
 
 All begin with the same weights and take the same ``CHECKED`` steps first. A peer whose losses or whose weights after the
 first step are not those of the loop over parameters, that fails, or that does not end in its time is left out, with a note;
@@ -39,7 +40,9 @@ import peers
 from contest import count_of, first_line
 from measure import Call, Clock, Failed, Job, Results, Say, interleave, number, print_table, size
 
-OURS, CAPTURED, COMPILED = "ours", "ours, captured", ", compiled model"
+OURS, PARALLEL, COMPILED = "ours", "ours, parallel", ", compiled model"
+CAPTURED, PARALLEL_CAPTURED = "ours, captured", "ours, parallel, captured"
+BASE = "no SAM"  # the base optimizer's own step on the same batch
 PEERS = ("loop", "foreach", "compile")
 EAGER_PEERS = ("loop", "foreach")
 GOAL, GOAL_MODELS = 2.0, ("cnn", "transformer")  # captured / best of EAGER_PEERS, in samples per second
@@ -92,18 +95,18 @@ class ResNet(nn.Sequential):
 
 
 class Layer(nn.Module):
-    """Causal attention and an MLP."""
+    """Attention, causal or not, and an MLP."""
 
-    def __init__(self, d: int, heads: int):
+    def __init__(self, d: int, heads: int, causal: bool = True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-3, -2).flatten(-2))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(-3, -2).flatten(-2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -118,6 +121,24 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.layers(self.words(x) + self.places))).flatten(0, 1)
+
+
+class ViT(nn.Module):
+    """A small vision transformer for images of 3x32x32 in 64 patches: 0.8M parameters at d = 128 and four layers."""
+
+    def __init__(self, d: int = 128, layers: int = 4, heads: int = 4):
+        super().__init__()
+        self.patches, self.places = nn.Conv2d(3, d, 4, 4), nn.Parameter(torch.randn(64, d) * 0.02)
+        self.layers = nn.Sequential(*(Layer(d, heads, causal=False) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layers(self.patches(x).flatten(2).mT + self.places)).mean(1))
+
+
+def mlp(width: int = 512) -> nn.Sequential:
+    layers = [nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)]
+    return nn.Sequential(*layers)
 
 
 @dataclass(frozen=True)
@@ -141,11 +162,15 @@ GPU_TASKS = {
     "cnn": Task(SmallCNN, images(1, 28, 28), 128),
     "transformer": Task(Transformer, text(1000, 64), 32),
     "resnet18": Task(ResNet, images(3, 32, 32), 128),
+    "mlp": Task(mlp, images(1, 28, 28), 128),
+    "vit": Task(ViT, images(3, 32, 32), 128),
 }
 CPU_TASKS = {
-    "cnn": Task(SmallCNN, images(1, 28, 28), 16),
-    "transformer": Task(lambda: Transformer(32, 2, 2, 100, 16), text(100, 16), 8),
-    "resnet18": Task(lambda: ResNet(4), images(3, 32, 32), 8),
+    "cnn": Task(SmallCNN, images(1, 28, 28), 32),
+    "transformer": Task(lambda: Transformer(32, 2, 2, 100, 16), text(100, 16), 16),
+    "resnet18": Task(lambda: ResNet(4), images(3, 32, 32), 16),
+    "mlp": Task(lambda: mlp(128), images(1, 28, 28), 128),
+    "vit": Task(lambda: ViT(32, 2, 2), images(3, 32, 32), 32),
 }
 
 
@@ -178,6 +203,17 @@ def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) 
     kind = name.removesuffix(COMPILED)
     loss_fn = loss_of(model if kind == name else torch.compile(model, dynamic=False))
     count = case.micro_batches
+    if kind == BASE:
+        base = torch_base(model, case.base, foreach=True)
+
+        def plain(x, y):
+            base.zero_grad()
+            loss = loss_fn(x, y)
+            loss.backward()
+            base.step()
+            return loss
+
+        return plain
     if kind in peers.PEERS:
         cls = peers.PEERS[kind]
         peer = cls(torch_base(model, case.base, **cls.base_options), rho=RHO)
@@ -195,8 +231,10 @@ def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) 
     from msam_kernels import MicroBatchSAM
 
     options = {"num_micro_batches": count, "model": model, "backend": case.backend}
+    if kind in (PARALLEL, PARALLEL_CAPTURED):
+        options["parallel"] = True
     opt = MicroBatchSAM(torch_base(model, case.base), rho=RHO, **options)
-    if kind == CAPTURED:
+    if kind in (CAPTURED, PARALLEL_CAPTURED):
         return opt.capture(loss_fn, *batch, warm_up=2)
     return lambda x, y: opt.train_step(loss_fn, x, y)
 
@@ -234,9 +272,10 @@ def enter(
     template = task.make().to(batches[0][0].device)
     entered: dict[str, Contestant] = {}
     # The first is what the others are compared with.
-    for name in sorted(args.contestants, key=lambda name: name != "loop"):
+    names = [n for n in args.contestants if case.micro_batches > 1 or not n.startswith(PARALLEL)]
+    for name in sorted(names, key=lambda name: name != "loop"):
         say(f"checking {name}")
-        own = name in (OURS, CAPTURED)
+        own = name in (OURS, CAPTURED, PARALLEL, PARALLEL_CAPTURED)
         try:
             # A peer or a compiler that a machine cannot run is no reason not to measure the others.
             with measure.time_limit(math.inf if own else args.peer_seconds):
@@ -248,6 +287,8 @@ def enter(
     first, expected = next(iter(entered.items()))
     way = (expected.weights - vector(template)).norm()
     for name, contestant in list(entered.items()):
+        if name.startswith(BASE):  # takes other steps
+            continue
         pairs = zip(contestant.losses, expected.losses, strict=True)
         loss = max(abs(a / b - 1) if math.isfinite(a) else math.inf for a, b in pairs)
         apart = ((contestant.weights - expected.weights).norm() / way).item()
@@ -271,15 +312,18 @@ def print_case(results: Results, case: Case, parameters: int, samples: int) -> N
     if not rows:
         return
     best = max((r["samples_per_s"] for r in rows if r["contestant"] in EAGER_PEERS), default=None)
+    alone = min((r["ms"] for r in rows if r["contestant"].startswith(BASE)), default=None)
     lines = []
     for row in sorted(rows, key=lambda row: row["ms"]):
         row["over_eager_peers"] = row["samples_per_s"] / best if best else None
         spread = f"± {number(row['iqr_ms'], 2)}"
         ratio = f"{row['over_eager_peers']:.2f}x" if best else ""
-        lines.append((row["contestant"], f"{row['samples_per_s']:,.0f}", number(row["ms"]), spread, ratio))
+        row["base_steps"] = row["ms"] / alone if alone else None
+        steps = f"{row['base_steps']:.2f}" if alone else ""
+        lines.append((row["contestant"], f"{row['samples_per_s']:,.0f}", number(row["ms"]), spread, ratio, steps))
     what = f"{size(parameters)} parameters, {samples} samples in {count_of(case.micro_batches)}"
     print(f"\n== {case.model}, {what}, {case.base} ==\n")
-    print_table(("", "samples/s", "ms / step", "iqr", "over eager peers"), lines)
+    print_table(("", "samples/s", "ms / step", "iqr", "over eager peers", f"steps with {BASE}"), lines)
     sys.stdout.flush()
 
 
@@ -294,6 +338,42 @@ def print_goals(results: Results) -> None:
     if lines:
         print(f"\n== goals: captured, samples per second over the best of {', '.join(EAGER_PEERS)} ==\n")
         print_table(("", "measured", "goal", ""), lines)
+
+
+def plot(results: Results, path: Path) -> None:
+    """What a step costs over the number of micro-batches, in steps of the base optimizer on the same batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in results.select(kind="train") if r.get("base_steps") and not r["contestant"].startswith(BASE)]
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    figure, axes = plt.subplots(1, max(len(models), 1), figsize=(3.2 * max(len(models), 1), 3.2), squeeze=False)
+    ways = list(dict.fromkeys(r["contestant"] for r in rows))
+    for axis, model in zip(axes[0], models, strict=False):
+        for k, way in enumerate(ways):
+            points = sorted(
+                (r["micro_batches"], r["base_steps"]) for r in rows if (r["model"], r["contestant"]) == (model, way)
+            )
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    color=f"C{k}",
+                    label=way,
+                    lw=2.5 if way.startswith(PARALLEL) else 1,
+                )
+        axis.set(title=model, xlabel="micro-batches", xscale="log", yscale="log", ylim=(1, None))
+        axis.set_xticks(sorted({r["micro_batches"] for r in rows}), labels=sorted({r["micro_batches"] for r in rows}))
+        axis.xaxis.minorticks_off()
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel(f"time of a step, in steps with {BASE}")
+    handles = [plt.Line2D([], [], color=f"C{k}", marker="o", label=way) for k, way in enumerate(ways)]
+    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
@@ -329,13 +409,14 @@ def jobs(results: Results, args: argparse.Namespace) -> Generator[Job, None, Non
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = measure.parser(__doc__, seconds=4.0, rounds=30)
     parser.add_argument("--models", nargs="+", choices=GPU_TASKS, default=list(GPU_TASKS))
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--base", nargs="+", choices=("sgd", "adamw"), default=["sgd", "adamw"])
+    parser.add_argument("--plot", type=Path, help="draw there what a step costs")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--no-compile", action="store_true", help="leave out whatever is compiled")
     args = parser.parse_args(argv)
-    captured = [CAPTURED] if args.device.type == "cuda" else []
-    names = [OURS, *captured, *args.peers]
+    captured = [CAPTURED, PARALLEL_CAPTURED] if args.device.type == "cuda" else []
+    names = [OURS, PARALLEL, BASE, *captured, *args.peers]
     if args.no_compile:
         args.contestants = [n for n in names if n != "compile"]
     else:
@@ -352,6 +433,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = len(args.models) * len(args.base) * len(args.micro_batches)
     failed = measure.run(jobs(results, args), total, results, args)
     print_goals(results)
+    if args.plot:
+        plot(results, args.plot)
     return measure.conclude(results, args, failed)
 
 

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from ._checks import check_integer
@@ -28,6 +27,7 @@ from ._torch import buffers_of, forget_casts, has_hooks, parameters_of, tree_fla
 from .gradients import Vectors, regular_gradient
 from .store import Store
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 SDPA, LINEAR = F.scaled_dot_product_attention, F.linear
 SEQUENTIAL = "train it sequentially, with parallel=False"
 
@@ -142,26 +142,22 @@ class _Supplied(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.multi_head_attention_forward:
-            with _by_name():
+            _supply(get_ident())
+            try:
                 return function(*args, **kwargs)
+            finally:
+                _supply(None)
         return SUPPLIED.get(function, function)(*args, **kwargs)
 
 
-@contextmanager
-def _by_name() -> Iterator[None]:
-    """For a function of torch that looks others up by name, where no mode sees it. Other threads find what they would."""
-    thread = get_ident()
+def _supply(thread: int | None) -> None:
+    """What that thread looks up in ``torch.nn.functional`` by name, where no mode sees it; None: as it was."""
 
     def instead_of(function: Callable[..., Tensor], supplied: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: (supplied if get_ident() == thread else function)(*args, **kwargs)
 
-    try:
-        for function, supplied in SUPPLIED.items():
-            setattr(F, function.__name__, instead_of(function, supplied))
-        yield
-    finally:
-        for function in SUPPLIED:
-            setattr(F, function.__name__, function)
+    for function, supplied in SUPPLIED.items():
+        setattr(F, function.__name__, function if thread is None else instead_of(function, supplied))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -188,7 +184,7 @@ SUPPLIED: dict[Callable[..., Any], Callable[..., Tensor]] = {SDPA: _attention, L
 class _Statistics:
     """The running statistics of one BatchNorm, which every micro-batch moves on, one after the other."""
 
-    def __init__(self, name: str, module: _BatchNorm):
+    def __init__(self, name: str, module: BatchNorm):
         if module.momentum is None:
             raise Refused(
                 f"{name}, a {type(module).__name__} with momentum=None, keeps a mean that depends on the number of batches "
@@ -250,6 +246,7 @@ class ParallelPasses:
         self._places = self._find_places()
         self._statistics = self._find_statistics()
         self._kept: list[tuple[dict[str, Any], str, Any]] = []  # what stood in the modules' tables
+        self._caches: bool | None = None  # autocast's setting, where it was changed
 
     def _turns(self, most: int) -> Iterator[range]:
         """Micro-batches that run at once: as many in a row as are of one size."""
@@ -288,7 +285,7 @@ class ParallelPasses:
         return [
             _Statistics(name or "the model", module)
             for name, module in self._model.named_modules()
-            if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+            if isinstance(module, BatchNorm) and module.training and module.running_mean is not None
         ]
 
     def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Vectors]]:
@@ -307,11 +304,11 @@ class ParallelPasses:
             for column in zip(*(self._leaves[i] for i in which), strict=True)
         ]
         dims = [0 if isinstance(c, Tensor) else None for c in columns]
-        enabled = torch.is_autocast_cache_enabled()
         tables = [(module, buffers_of(module)) for module in self._model.modules()]
         buffers = [(module, key, t) for module, table in tables for key, t in table.items() if t is not None]
         versions = versions_of(t for *_, t in buffers)
         try:
+            self._caches = torch.is_autocast_cache_enabled()
             torch.set_autocast_cache_enabled(False)  # it would keep casts of stacks
             with torch.enable_grad(), _Supplied():
                 losses = vmap(self._losses, (0, 0, dims), randomness="different")(stacks, running, columns)
@@ -319,7 +316,6 @@ class ParallelPasses:
             raise self._refused(self._culprit(error), error, n) from error
         finally:
             self.put_back()
-            torch.set_autocast_cache_enabled(enabled)
         after = versions_of(t for *_, t in buffers)
         for (module, key, t), old, new in zip(buffers, versions, after, strict=True):
             if old != new or buffers_of(module).get(key) is not t:
@@ -370,11 +366,15 @@ class ParallelPasses:
         table[key] = value
 
     def put_back(self) -> None:
-        """Modules hold again what they held."""
+        """Modules hold again what they held, and torch has its own functions and settings. More than once does no harm."""
         while self._kept:
             table, key, value = self._kept[-1]
             table[key] = value
             self._kept.pop()
+        _supply(None)
+        if self._caches is not None:
+            torch.set_autocast_cache_enabled(self._caches)
+            self._caches = None
 
     def _vectors(self, n: int, found: dict[int, Tensor | None]) -> list[Vectors]:
         """By micro-batch, what the kernels take."""

@@ -30,14 +30,15 @@ MAY_KNOW = {
     "capture": {"_checks", "_torch", "batches", "between", "methods", "optimizer", "rules"},
     "flatness": {"_checks", "_torch", "batches", "buffers", "flat", "gradients", "methods", "optimizer"},
     "optimizer": {
-        *("_checks", "_torch", "batches", "between", "buffers", "checkpoint", "gradients", "methods", "rules", "step")
+        *("_checks", "_torch", "batches", "between", "buffers", "checkpoint", "gradients", "methods", "parallel", "rules", "step")
     },
-    "between": {"_torch", "batches", "rules", "step"},
+    "between": {"_torch", "rules", "step"},
     "checkpoint": {"flat", "rules", "step", "store"},
-    "step": {"_torch", "buffers", "gradients", "masks", "methods", "rules", "store"},
+    "step": {"_torch", "buffers", "gradients", "masks", "methods", "parallel", "rules", "store"},
+    "parallel": {"_checks", "_torch", "gradients", "store"},
     "masks": {"flat", "methods"},
     "store": {"backends", "flat", "gradients", "methods", "rules"},
-    "flat": {"backends", "backends.checks", "gradients"},
+    "flat": {"backends", "backends.checks", "backends.reference", "gradients"},
     "gradients": {"_torch", "backends", "backends.checks"},
     "rules": {"_checks", "_torch", "backends.reference", "methods"},
     "methods": {"_checks", "backends.reference"},
