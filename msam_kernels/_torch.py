@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+# What vmap has wrapped, and the way around it: see ``below_vmap``.
+from torch._C import _functorch as functorch
+
 # Torch's wrapper around ``step`` names it for the profiler, and is left out where nobody listens.
 from torch._C._autograd import _profiler_enabled as profiler_enabled
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 # What a GradScaler notes of an optimizer: see ``Scaled``.
 from torch.amp.grad_scaler import OptState
@@ -28,6 +32,7 @@ __all__ = [
     "Scaled",
     "Table",
     "TreeSpec",
+    "below_vmap",
     "buffers_of",
     "children_of",
     "copy_all",
@@ -83,6 +88,32 @@ def leave_to_eager(package: str) -> None:
     import torch._dynamo  # torch's Optimizer has imported it already
 
     torch._dynamo.trace_rules.add(package)
+
+
+def below_vmap(of_stacks: Callable[..., Tensor], alone: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """A function, given by what it does to stacks, of tensors that vmap has stacked.
+
+    As a ``torch.autograd.Function`` it would be public, and take 0.3 ms for what else takes 0.03.
+
+    Args:
+        of_stacks: (n, dims, *tensors) -> its result, with the dimension of the stack first. ``dims``: where each of the
+            tensors has that dimension; None for one that is no stack, which stands for n times itself.
+        alone: the function itself, for when none is a stack.
+    """
+    interpreter = retrieve_current_functorch_interpreter()
+    level, n = interpreter.level(), 0
+    values: list[Tensor | None] = list(tensors)
+    dims: list[int | None] = [None] * len(values)
+    for i, t in enumerate(tensors):
+        if t is not None and functorch.is_batchedtensor(t) and functorch.maybe_get_level(t) == level:
+            values[i], dim = functorch.get_unwrapped(t), functorch.maybe_get_bdim(t)
+            dims[i], n = dim, functorch.get_unwrapped(t).shape[dim]
+    if n == 0:
+        return alone(*tensors)
+    with interpreter.lower():
+        out = of_stacks(n, dims, *values)
+    found: Tensor = functorch._add_batch_dim(out, 0, level)
+    return found
 
 
 def children_of(module: nn.Module) -> Iterable[nn.Module | None]:

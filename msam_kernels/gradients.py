@@ -199,10 +199,22 @@ def regular_gradient(p: Tensor, g: Tensor) -> Tensor:
             "bring its values back first"
         )
     g = g.detach()
+    return g if _is_regular(p, g) else torch.empty_like(p).copy_(g)
+
+
+def _is_regular(p: Tensor, g: Tensor) -> bool:
     same_order = all(a == b for a, b, n in zip(g.stride(), p.stride(), p.size(), strict=True) if n != 1)
-    if g.device == p.device and same_order and not _torch.is_lazy(g) and not _is_frozen(g):
-        return g
-    return torch.empty_like(p).copy_(g)
+    return g.device == p.device and same_order and not _torch.is_lazy(g) and not _is_frozen(g)
+
+
+def regular_stack(p: Tensor, stack: Tensor) -> Tensor:
+    """``regular_gradient`` of several gradients ``[n, *shape]`` that autograd has made for us."""
+    if stack.layout != torch.strided or stack.dtype != p.dtype:
+        regular_gradient(p, stack)  # refuses it
+    stack = stack.detach()
+    if _is_regular(p, stack[0]):
+        return stack
+    return torch.empty_strided(stack.shape, (p.numel(), *p.stride()), dtype=p.dtype, device=p.device).copy_(stack)
 
 
 def _is_frozen(g: Tensor) -> bool:

@@ -19,16 +19,27 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from ._checks import check_integer
-from ._torch import buffers_of, forget_casts, has_hooks, parameters_of, tree_flatten, tree_unflatten, versions_of
-from .gradients import Vectors, regular_gradient
+from ._torch import (
+    below_vmap,
+    buffers_of,
+    forget_casts,
+    has_hooks,
+    parameters_of,
+    tree_flatten,
+    tree_unflatten,
+    versions_of,
+)
+from .gradients import Vectors, regular_stack
 from .store import Store
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-SDPA, LINEAR = F.scaled_dot_product_attention, F.linear
+SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
+LINEAR: Callable[..., Tensor] = F.linear
 SEQUENTIAL = "train it sequentially, with parallel=False"
 
 
@@ -104,33 +115,6 @@ def _wait_for(devices: Sequence[torch.device]) -> None:
 # -- what vmap lacks ---------------------------------------------------------------------------------------------------------
 
 
-class _Folded(torch.autograd.Function):
-    """Attention has no weights: the micro-batches are as many more samples of its batch."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:  # of inputs that are the same for all micro-batches, and so depend on no weights
-        query, key, value, mask, options = args
-        return SDPA(query, key, value, mask, **options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        n, (*tensors, mask, options) = info.batch_size, args
-        query, key, value = (_first(t, dim, n) for t, dim in zip(tensors, in_dims, strict=False))
-        if mask is not None and (in_dims[3] is not None or (mask.dim() == query.dim() - 1 and mask.shape[0] > 1)):
-            mask = _first(mask, in_dims[3], n)
-            mask = mask.reshape(n, *(1,) * (query.dim() - mask.dim()), *mask.shape[1:])
-            mask = mask.expand(n, query.shape[1], *mask.shape[2:]) if query.dim() > 3 else mask
-            mask = mask.flatten(0, 1) if query.dim() > 3 else mask
-        if query.dim() == 3:  # without a batch of their own
-            return SDPA(query, key, value, attn_mask=mask, **options), 0
-        query, key, value = (t.flatten(0, 1) for t in (query, key, value))
-        return SDPA(query, key, value, attn_mask=mask, **options).unflatten(0, (n, -1)), 0
-
-
 def _first(t: Tensor, dim: int | None, n: int) -> Tensor:
     """The dimension of the micro-batches first."""
     return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
@@ -160,19 +144,79 @@ def _supply(thread: int | None) -> None:
         setattr(F, function.__name__, function if thread is None else instead_of(function, supplied))
 
 
+class _Product(torch.autograd.Function):
+    """x_i·w_iᵀ, x ``[n, rows, in]`` and w ``[n, out, in]``; the gradient by w has the memory order of w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        if w.stride(0) == 0:  # the same for all
+            return LINEAR(x.flatten(0, 1), w[0]).unflatten(0, x.shape[:2])
+        return torch.bmm(x, w.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            by_x = (g.flatten(0, 1) @ w[0]).view_as(x) if w.stride(0) == 0 else torch.bmm(g, w)
+        return by_x, torch.bmm(g.mT, x) if ctx.needs_input_grad[1] else None
+
+
+_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What vmap makes of it adds the bias in its own dtype, which under autocast is a wider one."""
-    out = LINEAR(x, weight)
-    return out if bias is None else out + bias.to(out.dtype)
+    """A linear layer, whose gradients vmap would leave transposed, each to be copied, and its output wider than autocast's."""
+
+    def of_stacks(n: int, dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        x = _first(x, dims[0], n)
+        if dims[1] is None:
+            out = LINEAR(x, weight)
+        else:
+            rows = x.reshape(n, -1, x.shape[-1])
+            out = _product(rows, _first(weight, dims[1], n)).view(*x.shape[:-1], -1)
+        if bias is not None:
+            bias = _first(bias, dims[2], n).to(out.dtype)
+            out = out + bias.view(n, *(1,) * (out.dim() - 2), -1)
+        return out
+
+    return below_vmap(of_stacks, LINEAR, x, weight, bias)
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *more: Any, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
 ) -> Tensor:
-    names = ("dropout_p", "is_causal", "scale", "enable_gqa")
-    options |= dict(zip(names, more, strict=False))
-    out: Tensor = _Folded.apply(query, key, value, attn_mask, options)  # type: ignore[no-untyped-call]
-    return out
+    """Attention has no weights: the micro-batches are as many more samples of its batch. Vmap would loop over them."""
+    options |= {"dropout_p": dropout_p, "is_causal": is_causal}
+
+    def alone(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return SDPA(query, key, value, mask, **options)
+
+    def of_stacks(
+        n: int, dims: Sequence[int | None], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        query, key, value = (_first(t, dim, n) for t, dim in zip((query, key, value), dims, strict=False))
+        if query.dim() == 3:  # without a batch of their own
+            return alone(query, key, value, mask if mask is None or dims[3] is None else _first(mask, dims[3], n))
+        if mask is not None and (dims[3] is not None or (mask.dim() == query.dim() - 1 and mask.shape[0] > 1)):
+            mask = _first(mask, dims[3], n)
+            mask = mask.reshape(n, *(1,) * (query.dim() - mask.dim()), *mask.shape[1:])
+            mask = mask.expand(n, query.shape[1], *mask.shape[2:]).flatten(0, 1)
+        out = alone(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask)
+        return out.unflatten(0, (n, -1))
+
+    return below_vmap(of_stacks, alone, query, key, value, attn_mask)
 
 
 SUPPLIED: dict[Callable[..., Any], Callable[..., Tensor]] = {SDPA: _attention, LINEAR: _linear}
@@ -378,21 +422,18 @@ class ParallelPasses:
 
     def _vectors(self, n: int, found: dict[int, Tensor | None]) -> list[Vectors]:
         """By micro-batch, what the kernels take."""
-        lists: list[list[list[Tensor]]] = [[] for _ in range(n)]
+        rows: list[list[list[Tensor]]] = [[] for _ in range(n)]
         absent, k = 0, 0
         for flat in self._store.flats:
             columns: list[Sequence[Tensor]] = []
             for p in flat.params:
-                g = found.get(k)
+                stack = found.get(k)
                 k += 1
-                if g is None:
-                    columns.append([flat.absent] * n)
-                    absent += 1
-                else:
-                    columns.append([regular_gradient(p, each) for each in g.unbind()])
-            for i, row in enumerate(zip(*columns, strict=True)):
-                lists[i].append(list(row))
-        return [Vectors(each, absent) for each in lists]
+                absent += stack is None
+                columns.append([flat.absent] * n if stack is None else regular_stack(p, stack).unbind())
+            for row, grads in zip(rows, zip(*columns, strict=True), strict=True):
+                row.append(list(grads))
+        return [Vectors(lists, absent) for lists in rows]
 
     def commit(self) -> None:
         """All passes have ended: statistics move on."""

@@ -30,7 +30,19 @@ MAY_KNOW = {
     "capture": {"_checks", "_torch", "batches", "between", "methods", "optimizer", "rules"},
     "flatness": {"_checks", "_torch", "batches", "buffers", "flat", "gradients", "methods", "optimizer"},
     "optimizer": {
-        *("_checks", "_torch", "batches", "between", "buffers", "checkpoint", "gradients", "methods", "parallel", "rules", "step")
+        *(
+            "_checks",
+            "_torch",
+            "batches",
+            "between",
+            "buffers",
+            "checkpoint",
+            "gradients",
+            "methods",
+            "parallel",
+            "rules",
+            "step",
+        )
     },
     "between": {"_torch", "rules", "step"},
     "checkpoint": {"flat", "rules", "step", "store"},
