@@ -151,7 +151,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
         if w.stride(0) == 0:  # the same for all
-            return LINEAR(x.flatten(0, 1), w[0]).unflatten(0, x.shape[:2])
+            return LINEAR(x.flatten(0, 1), w[0]).view(*x.shape[:2], -1)
         return torch.bmm(x, w.mT)
 
     @staticmethod
@@ -214,7 +214,7 @@ def _attention(
             mask = mask.reshape(n, *(1,) * (query.dim() - mask.dim()), *mask.shape[1:])
             mask = mask.expand(n, query.shape[1], *mask.shape[2:]).flatten(0, 1)
         out = alone(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask)
-        return out.unflatten(0, (n, -1))
+        return out.view(n, -1, *out.shape[1:])
 
     return below_vmap(of_stacks, alone, query, key, value, attn_mask)
 
