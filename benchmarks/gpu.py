@@ -56,6 +56,7 @@ SMALL = {
     "bench_step.py": ("--micro-batches", "1", "--shapes", "cnn", "--peers", "loop", "--dtype", "float32"),
     "bench_train.py": ("--micro-batches", "1", "--models", "transformer", "--base", "sgd", "--no-compile"),
     "bench_family.py": ("--shape", "cnn"),
+    "bench_sweep.py": ("--device", "cpu", "--sizes", "100000"),
     "bench_ascend.py": ("--device", "cpu", "--sizes", "100000", "--dtype", "float32"),
 }
 EAGER = ("loop", "foreach", "foreach+fused", "pytorch_optimizer")
@@ -159,6 +160,7 @@ def parts(results: Path, workers: int, rehearse: bool) -> dict[str, Part]:
         Part("build", build, wanted, alone=True, weight=100, least=200),
         Part("smoke", [[*script, "--against-cpu", *all_kernels]], threads, alone=True, weight=20),
         timed("kernels", kernels("cuda", "transformer350m resnet18 transformer100m transformer1_3b"), 40),
+        timed("sweep", bench("bench_sweep.py", "sweep"), 10),
         timed("steps_small", steps("steps-small", "resnet50 resnet18 vit_b"), 60),
         timed(
             "steps_large",
@@ -166,7 +168,7 @@ def parts(results: Path, workers: int, rehearse: bool) -> dict[str, Part]:
             40,
             **large,
         ),
-        timed("train_sgd", train("train-sgd", "cnn transformer resnet18", "sgd", "--no-compile"), 60),
+        timed("train_sgd", train("train-sgd", "cnn transformer mlp resnet18 vit", "sgd", "--no-compile"), 80),
         timed("steps_fsam", steps("steps-fsam", most, "--micro-batches", "1", method="F-SAM"), 20),
         checks("test", "tests/test_gpu.py", "tests/test_graphs.py", **on_gpu),
         checks("suite_optimizer", "-m", "not host", *OPTIMIZER_TESTS, **on_gpu),

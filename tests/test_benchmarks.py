@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import json
 import math
 import os
@@ -828,6 +829,34 @@ def test_one_launch_and_two_take_turns(load, monkeypatch, tmp_path, capsys):
         rows = [(row["numel"], row["way"]) for row in csv.DictReader(file)]
     assert sorted(rows) == [(numel, way) for numel in ("6000", "60000") for way in bench.WAYS]
     assert "two / one" in capsys.readouterr().out
+
+
+def test_the_sweep_keeps_the_best_of_each_pattern(load, tmp_path, capsys):
+    bench = load("bench_sweep")
+    options = "--device cpu --sizes 4000 --rounds 1"
+    assert bench.main([*options.split(), "--csv", str(tmp_path / "sweep.csv")]) == 0
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "plain"]
+    assert [(r["pattern"], r["rank"]) for r in rows] == [(p, f"best {k}") for p in bench.PATTERNS for k in (1, 2, 3)]
+    assert all(
+        float(a["gb_per_s"]) >= float(b["gb_per_s"])
+        for a, b in itertools.pairwise(rows)
+        if a["pattern"] == b["pattern"]
+    )
+    wanted = {pattern for pattern in load("gpu_tables").KERNELS.values() if pattern}
+    assert wanted <= set(bench.PATTERNS), "the tables look for these"
+    assert "loads ahead" in capsys.readouterr().out
+
+
+def test_the_sweep_refuses_kernels_that_compute_something_else(load):
+    bench = load("bench_sweep")
+
+    def one_element_less(streams, *_):
+        bench.on_a_cpu(streams)
+        streams.outputs[-1][-1] += 1
+
+    with pytest.raises(load("measure").Failed, match=r"R1 W1 apart with 4096 elements, .* computes something else"):
+        bench.check(one_element_less, torch.device("cpu"))
 
 
 # One round: a load, a quotient with a way for unusual numbers, a choice of two ways, a store.

@@ -146,3 +146,9 @@ def test_the_build_says_whether_it_has_cuda():
             backends.get_backend("cuda", torch.device("cuda"))
     elif built is not None:
         assert built.startswith(torch.version.cuda)
+
+
+def test_the_plain_kernels_of_the_sweep_compile(cubin, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(cubin.__file__).parent))
+    bench = importlib.import_module("bench_sweep")
+    assert bench.build(tmp_path / "sweep.so", "sm_90").stat().st_size > 10_000
