@@ -20,7 +20,7 @@ from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_m
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import ParallelPasses
 from .rules import RULES, Radii, Radius, Rule, Tables, fused_rule
-from .store import Descent, Store
+from .store import TERMS, Descent, Store
 
 
 @dataclass(frozen=True)
@@ -458,7 +458,8 @@ class Step:
                             assert norm_sq is not None
                             store.cross_apart(latest[j], plan, self.engine.tables, norm_sq, places[j])
                         vectors.insert(0, passes.run(which, stacks)[1])
-                for j, i in enumerate(which):
+                rest = self._add_up(which, vectors[0], norms) if plan.is_mean else list(enumerate(which))
+                for j, i in rest:
                     self._i, self._norm_sq = i, norms[j]
                     self._given, *held = (vector[j] for vector in vectors)
                     self._held = held[: plan.holds]
@@ -469,6 +470,27 @@ class Step:
         buffers.thaw()
         passes.commit()
         return values
+
+    def _add_up(
+        self, which: range, gradients: Sequence[Vectors], norms: Sequence[Tensor | None]
+    ) -> list[tuple[int, int]]:
+        """Add as many gradients to the mean at once as a kernel takes; the (place, micro-batch) of those that are left."""
+        left = [(j, i) for j, i in enumerate(which)]
+        while len(left) > 1 and left[1][1] + 1 < len(self.shares):  # the last one of all is the update's
+            room = TERMS - (self._mean is not None)
+            now = [(j, i) for j, i in left[:room] if i + 1 < len(self.shares)]
+            descent, known = Descent(), [norms[j] for j, _ in now]
+            if known[0] is not None:
+                descent.norm_sq = torch.cat([norm_sq for norm_sq in known if norm_sq is not None])
+            for j, i in now:
+                descent.add(gradients[j], Coefficient().row(self.shares[i]))
+            if self._mean is not None:
+                # Of one micro-batch alone it is not weighted yet.
+                descent.add(self._mean, Coefficient().row(self.shares[0] if now[0][1] == 1 else 1.0))
+            self._given = gradients[now[0][0]]
+            self._descend(self._into(descent, self._mean, whole=False), descent, last=False)
+            left = left[len(now) :]
+        return left
 
     def _ascend_apart(self, grads: Vectors, into: list[Tensor]) -> Tensor:
         if self._scores == []:  # the first become the sum, and are still needed

@@ -30,6 +30,9 @@ from .gradients import (
 from .methods import Plan
 from .rules import Rule, Tables
 
+#: That a descent or an update takes at once.
+TERMS = 4
+
 
 class Descent:
     """A linear combination Σ cₖ xₖ, as ``descend`` and ``update`` take it. See ``backends.reference.coefficients``."""
@@ -258,8 +261,13 @@ class Store:
         if grads.absent:
             for flat, weights in zip(self.flats, into, strict=True):
                 weights.copy_(flat.weights[0])
+        renew = plan.opposite is None
+        if len(self.flats) == 1 and plan.eta is None:  # else the direction depends on the weights that are there
+            flat = self.flats[0]
+            options = self._perturbation(flat, plan, tables, "radii", i, renew, apart=True)
+            return flat.backend.ascend([into[0]], grads.lists[0], flat.table, arrived=flat.arrived, **options)
         norm_sq = self._norm(grads, plan)
-        self._perturb(grads, plan, tables, norm_sq, "radii", i, plan.opposite is None, into)
+        self._perturb(grads, plan, tables, norm_sq, "radii", i, renew, into)
         return norm_sq
 
     def cross_apart(self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: Sequence[Tensor]) -> None:
