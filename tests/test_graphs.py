@@ -112,12 +112,11 @@ def data(n=6, seed=0, device="cpu"):
     return x.to(device), torch.randint(3, (n,), generator=generator).to(device)
 
 
-def setup(base="SGD", method="SAM", count=2, device="cpu", frozen=False):
+def setup(base="SGD", method="SAM", count=2, device="cpu", frozen=False, parallel=False):
     model = net(device)
     model[0].requires_grad_(not frozen)
-    opt = MicroBatchSAM(
-        BASES[base](model.parameters()), 0.1, method=METHODS[method], num_micro_batches=count, model=model
-    )
+    options = {"method": METHODS[method], "num_micro_batches": count, "model": model, "parallel": parallel}
+    opt = MicroBatchSAM(BASES[base](model.parameters()), 0.1, **options)
     return model, opt, lambda x, y: F.cross_entropy(model(x), y)
 
 
@@ -128,9 +127,9 @@ def captured(opt, model, loss_fn, *example, warm_up=2, before_update=None, scale
     return CapturedStep(opt, loss_fn, example, recorder, warm_up, between, other_shapes), recorder
 
 
-def assert_trains_like_train_step(make_step, base, method, count, device):
-    model, opt, loss_fn = setup(base, method, count, device)
-    other, plain, other_loss_fn = setup(base, method, count, device)
+def assert_trains_like_train_step(make_step, base, method, count, device, parallel=False):
+    model, opt, loss_fn = setup(base, method, count, device, parallel=parallel)
+    other, plain, other_loss_fn = setup(base, method, count, device, parallel=parallel)
     schedulers = [lr_scheduler.ExponentialLR(o, 0.8) for o in (opt, plain)]
     step = make_step(opt, model, loss_fn, *data(device=device))
     for i in range(7):
@@ -152,6 +151,18 @@ def assert_trains_like_train_step(make_step, base, method, count, device):
             for o in (opt, plain):
                 o.param_groups[0]["rho"] = 0.2
     return step
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_captured_step_holds_parallel_passes(method):
+    step = assert_trains_like_train_step(lambda *a: captured(*a)[0], "SGD", method, 3, "cpu", parallel=2)
+    assert (step._recorder.captures, step._recorder.replays) == CAPTURES_AND_REPLAYS.get(method, (1, 5))
+
+
+@gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_graph_holds_parallel_passes(method):
+    assert_trains_like_train_step(MicroBatchSAM.capture, "SGD", method, 3, "cuda", parallel=True)
 
 
 @pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, RMSprop
 from msam_kernels import MicroBatchSAM, methods
 from msam_kernels import parallel as parallel_module
 from msam_kernels.parallel import Auto, ParallelPasses, Refused
-from plain import METHODS, same_bits, weights
+from plain import BACKENDS, DEVICE, METHODS, same_bits, weights
 
 DOUBLE = torch.float64
 TOLERANCE = 1e-10
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         q, k, v = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if isinstance(self.mask, int):
-            mask = torch.ones(length, length, dtype=torch.bool).tril()
+            mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
             mask = mask.expand(*(batch, self.heads)[4 - self.mask :][: self.mask - 2], length, length)
             out = F.scaled_dot_product_attention(q, k, v, mask)
         else:
@@ -70,12 +70,12 @@ class Patches(nn.Module):
 
 def images(n, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 1, 8, 8, generator=g, dtype=DOUBLE), torch.randint(5, (n,), generator=g)
+    return torch.randn(n, 1, 8, 8, generator=g, dtype=DOUBLE).to(DEVICE), torch.randint(5, (n,), generator=g).to(DEVICE)
 
 
 def text(n, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(11, (n, 6), generator=g), torch.randint(11, (n, 6), generator=g)
+    return torch.randint(11, (n, 6), generator=g).to(DEVICE), torch.randint(11, (n, 6), generator=g).to(DEVICE)
 
 
 def convolutions():
@@ -121,7 +121,7 @@ def loss_of(model):
 def twins(make, base="SGD", method="SAM", parallel=True, count=3, **options):
     """(model, opt) that trains sequentially, and in parallel."""
     torch.manual_seed(0)
-    model = make().to(DOUBLE)
+    model = make().to(DEVICE, DOUBLE)
     found = []
     for way in (False, parallel):
         model = copy.deepcopy(model)
@@ -180,7 +180,7 @@ def test_so_many_at_once_and_uneven_ones_are_those_of_the_sequential_passes(meth
     assert_train_alike(ours, expected, [images(10, i) for i in range(5)])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_writes_beside_the_weights(backend):
     expected, ours = twins(convolutions, method="F-SAM + Sparse + Stable", backend=backend)
     assert_train_alike(ours, expected, [images(12, i) for i in range(6)])
@@ -225,7 +225,7 @@ def test_scaler_and_before_update_see_what_they_see_sequentially(enabled):
     seen = []
     for i in range(5):
         for model, opt in (expected, ours):
-            scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=enabled)
+            scaler = torch.amp.GradScaler(DEVICE.type, init_scale=64.0, enabled=enabled)
             clip = lambda model=model: seen.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1))  # noqa: E731
             opt.train_step(loss_of(model), *images(9, i), before_update=clip, scaler=scaler)
     assert apart(seen[1::2], seen[::2]) < TOLERANCE
@@ -241,7 +241,7 @@ def test_autocast_runs_in_the_forward():
         x, y = images(9)
 
         def loss_fn(x, y, model=model):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 out = model(x)
                 dtypes.append(out.dtype)
             return F.cross_entropy(out.float(), y)
@@ -392,7 +392,7 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "loss", "match"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_run_at_once_is_refused_by_name_before_anything_changes(make, loss, match):
     torch.manual_seed(0)
-    model = make().to(DOUBLE)
+    model = make().to(DEVICE, DOUBLE)
     opt = MicroBatchSAM(SGD(model.parameters(), 0.1, momentum=0.9), num_micro_batches=3, model=model, parallel=True)
     before, tables = copy.deepcopy(model.state_dict()), [dict(m._parameters) for m in model.modules()]
     with pytest.raises(Refused, match=match) as refusal:
@@ -408,7 +408,7 @@ def test_what_cannot_run_at_once_is_refused_by_name_before_anything_changes(make
 
 
 def test_parameters_that_stay_where_they_are_are_refused():
-    model = linear().to(DOUBLE)
+    model = linear().to(DEVICE, DOUBLE)
     opt = MicroBatchSAM(SGD(model.parameters(), 0.1), num_micro_batches=3, model=model, parallel=True, flatten=False)
     with pytest.raises(Refused, match="flatten=True"):
         opt.train_step(loss_of(nn.Sequential(nn.Flatten(), model)), *images(9))
@@ -462,7 +462,7 @@ def test_an_interruption_at_any_line_leaves_weights_and_modules_as_they_were():
 
     def run(n):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 5)).to(DOUBLE)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 5)).to(DEVICE, DOUBLE)
         opt = MicroBatchSAM(SGD(model.parameters(), 0.1), num_micro_batches=2, model=model, parallel=True)
         before = [p.clone() for p in model.parameters()]
         update, reached = opt.engine.store.update, []
@@ -512,7 +512,7 @@ def test_auto_tries_both_ways_and_takes_the_faster(monkeypatch):
 
 
 def test_auto_says_once_what_makes_it_sequential():
-    model = nn.Sequential(Recurrent()).to(DOUBLE)
+    model = nn.Sequential(Recurrent()).to(DEVICE, DOUBLE)
     opt = MicroBatchSAM(SGD(model.parameters(), 0.1), num_micro_batches=3, model=model, parallel="auto")
     with pytest.warns(UserWarning, match="trains sequentially: 0.cells, a GRU, cannot run"):
         opt.train_step(loss_of(model), *images(9)), opt.train_step(loss_of(model), *images(9))
