@@ -55,6 +55,11 @@ static PyObject* get_tensor(PyObject* self, Py_ssize_t i) {
   return nullptr;
 }
 static PyObject* get_tensors(PyObject* self, PyObject* index) {  // by an integer of either sign, or a slice
+  if (PyIndex_Check(index)) {
+    const Py_ssize_t i = PyNumber_AsSsize_t(index, PyExc_IndexError);
+    if (i == -1 && PyErr_Occurred()) return nullptr;
+    return get_tensor(self, i < 0 ? i + count_tensors(self) : i);
+  }
   PyObject* list = PySequence_List(self);
   PyObject* found = list ? PyObject_GetItem(list, index) : nullptr;
   Py_XDECREF(list);

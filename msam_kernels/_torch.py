@@ -19,6 +19,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 # What a GradScaler notes of an optimizer: see ``Scaled``.
 from torch.amp.grad_scaler import OptState
+from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrize
 
 # Hooks of all optimizers: whoever registers one there expects it to run at every step.
@@ -38,6 +39,7 @@ __all__ = [
     "copy_all",
     "end_capture",
     "forget_casts",
+    "has_backward_hooks",
     "has_hooks",
     "has_listeners",
     "is_lazy",
@@ -124,6 +126,12 @@ def children_of(module: nn.Module) -> Iterable[nn.Module | None]:
 def has_hooks(t: Tensor) -> bool:
     """Whether somebody is told of the tensor's gradient; torch has no public name for it."""
     return bool(t._backward_hooks or getattr(t, "_post_accumulate_grad_hooks", None))
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether somebody is told of the gradients that pass through the module, or through all of them."""
+    own = module._backward_hooks or module._backward_pre_hooks
+    return bool(own or every_module._global_backward_hooks or every_module._global_backward_pre_hooks)
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -184,6 +184,12 @@ class MicroBatches(list[Callable[[], Any]]):
         self.loss_fn, self.scale, self.between = loss_fn, scale, between
         super().__init__(partial(self._run, part) for part in parts)
 
+    @property
+    def shapes(self) -> list[list[torch.Size | None]]:
+        """Of every micro-batch's tensors."""
+        leaves = (tree_flatten(part)[0] for part in self.parts)
+        return [[t.shape if isinstance(t, Tensor) else None for t in tensors] for tensors in leaves]
+
     def _run(self, part: Any) -> Tensor:
         """Forward and backward; the detached loss."""
         loss = self.loss_fn(part)

@@ -9,6 +9,7 @@ them and are named by segment. ``table`` tells the kernels what to work on.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -183,7 +184,8 @@ class Flat:
         table: int64 ``[K, 5]``, see csrc/segments.h.
         weights: what the operators take as weights: [the flat buffer], or every parameter's memory.
         status: uint8 ``[K]``, what the kernels know about each row's weights, see ``backends``.
-        arrived: int32 ``[1]``, where the blocks of a kernel are counted, see ``backends``.
+        arrived: int32 ``[1]``, where the blocks of a kernel are counted, see ``backends``; None where the environment asks for
+            two launches.
         saved: the weights of before the step, a flat buffer; None until a step perturbs.
         memories: what methods remember, by name.
         mask: Sparse SAM's, uint8: bit k of byte j is that of element 8·j + k.
@@ -214,7 +216,8 @@ class Flat:
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
         self.table = table.to(self.device, non_blocking=True)
         self.status = torch.zeros(self.rows, dtype=torch.uint8, device=self.device)
-        self.arrived = torch.zeros(1, dtype=torch.int32, device=self.device)
+        two = os.environ.get("MSAM_KERNELS_TWO_LAUNCHES", "0") != "0"
+        self.arrived = None if two else torch.zeros(1, dtype=torch.int32, device=self.device)
         self.absent = torch.empty(0, dtype=self.dtype, device=self.device)
         self._may_move = flatten
         self.flatten = flatten and not any(map(_stays, params))

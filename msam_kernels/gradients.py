@@ -212,7 +212,7 @@ def regular_stack(p: Tensor, stack: Tensor) -> Tensor:
     if stack.layout != torch.strided or stack.dtype != p.dtype:
         regular_gradient(p, stack)  # refuses it
     stack = stack.detach()
-    if _is_regular(p, stack[0]):
+    if _is_regular(p, stack[0]) and is_writable(stack):
         return stack
     return torch.empty_strided(stack.shape, (p.numel(), *p.stride()), dtype=p.dtype, device=p.device).copy_(stack)
 

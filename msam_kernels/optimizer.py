@@ -288,6 +288,7 @@ class MicroBatchSAM(Optimizer):
         if self.micro_batch_size is None:
             split = f"num_micro_batches={self.num_micro_batches}"
         base = "\n  ".join(repr(self.base_optimizer).splitlines())
+        split += f", parallel={self.parallel!r}" if self.parallel else ""
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
@@ -495,11 +496,14 @@ class MicroBatchSAM(Optimizer):
 
     def run(self, whole: MicroBatches) -> list[Any]:
         """A step of these micro-batches, one after the other or in parallel; their losses at w."""
-        engine, parallel = self.engine, self.parallel
-        model = engine.buffers.model
-        if not parallel or len(whole) == 1 or model is None:
+        engine, parallel, model = self.engine, self.parallel, self.engine.buffers.model
+        if not parallel or len(whole) == 1:
             return engine.run(whole, whole.shares, whole.between)
+        check_parallel(parallel, model)
+        assert model is not None
         most = len(whole) if isinstance(parallel, (bool, str)) else parallel
+        engine.check_idle("a step")
+        engine.follow()
 
         def at_once() -> list[Any]:
             passes = ParallelPasses(model, engine.store, whole.loss_fn, whole.parts, whole.scale, most)
@@ -507,13 +511,14 @@ class MicroBatchSAM(Optimizer):
 
         if parallel != "auto":
             return at_once()
-        way = self._auto.way(engine.store.is_capturing())
-        with self._auto.timed(way, engine.store.devices):
+        auto, kind, capturing = self._auto, (engine.plan(), whole.shapes), engine.store.is_capturing()
+        way = auto.way(kind, capturing)
+        with auto.timed(way, kind, engine.store.devices, capturing):
             if way:
                 try:
                     return at_once()
-                except Refused as refusal:
-                    self._auto.refused(refusal)
+                except (Refused, torch.cuda.OutOfMemoryError) as refusal:
+                    auto.refused(refusal)
             return engine.run(whole, whole.shares, whole.between)
 
     def capture(

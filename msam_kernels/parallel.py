@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from typing import Any, Literal
 
@@ -28,18 +29,20 @@ from ._torch import (
     below_vmap,
     buffers_of,
     forget_casts,
+    has_backward_hooks,
     has_hooks,
     parameters_of,
     tree_flatten,
     tree_unflatten,
     versions_of,
 )
-from .gradients import Vectors, regular_stack
+from .gradients import Vectors, own_memory, regular_stack
 from .store import Store
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 LINEAR: Callable[..., Tensor] = F.linear
+EMBEDDING: Callable[..., Tensor] = F.embedding
 SEQUENTIAL = "train it sequentially, with parallel=False"
 
 
@@ -69,31 +72,36 @@ class Refused(RuntimeError):
 
 
 class Auto:
-    """Which way is faster: both take turns in the first steps, of which the host waits for the device."""
+    """Which way is faster: both take turns in the first steps, of which the host waits for the device.
+
+    Only steps of one kind are compared, the first that came: as many micro-batches of the same shapes, and the same plan.
+    """
 
     TRIALS = 4  # of each way; the first is not timed, as it makes what both need
 
     def __init__(self) -> None:
         self.decision: bool | None = None
+        self._kind: object = None
         self._seconds: dict[bool, list[float]] = {False: [], True: []}
 
-    def way(self, capturing: bool) -> bool:
+    def way(self, kind: object, capturing: bool) -> bool:
         """Whether the next step is parallel. One that is captured cannot be timed: it is, if that has worked."""
         if self.decision is not None:
             return self.decision
         if capturing:
             return bool(self._seconds[True])
-        return len(self._seconds[True]) < len(self._seconds[False])
+        self._kind = kind if self._kind is None else self._kind
+        return kind == self._kind and len(self._seconds[True]) < len(self._seconds[False])
 
-    def refused(self, refusal: Refused) -> None:
+    def refused(self, refusal: Exception) -> None:
         """It cannot be parallel."""
         self.decision = False
         warnings.warn(f"parallel='auto' trains sequentially: {refusal}", stacklevel=2)
 
     @contextmanager
-    def timed(self, way: bool, devices: Sequence[torch.device]) -> Iterator[None]:
+    def timed(self, way: bool, kind: object, devices: Sequence[torch.device], capturing: bool) -> Iterator[None]:
         """Around a step, to be timed if that is still to be done."""
-        if self.decision is not None:
+        if self.decision is not None or capturing or kind != self._kind:
             yield
             return
         _wait_for(devices)
@@ -101,7 +109,7 @@ class Auto:
         yield
         _wait_for(devices)
         self._seconds[way].append(time.perf_counter() - start)
-        if all(len(s) >= self.TRIALS for s in self._seconds.values()):
+        if self.decision is None and all(len(s) >= self.TRIALS for s in self._seconds.values()):
             sequential, parallel = (statistics.median(self._seconds[w][1:]) for w in (False, True))
             self.decision = parallel < sequential
 
@@ -134,14 +142,66 @@ class _Supplied(TorchFunctionMode):
         return SUPPLIED.get(function, function)(*args, **kwargs)
 
 
+class _ByName:
+    """What stands in ``torch.nn.functional`` while a function of torch looks it up there, where no mode sees it."""
+
+    def __init__(self, function: Callable[..., Tensor], supplied: Callable[..., Tensor], thread: int):
+        self.function, self._supplied, self._thread = function, supplied, thread
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Other threads find what they would."""
+        return (self._supplied if get_ident() == self._thread else self.function)(*args, **kwargs)
+
+
 def _supply(thread: int | None) -> None:
-    """What that thread looks up in ``torch.nn.functional`` by name, where no mode sees it; None: as it was."""
+    """Put them there for that thread, or with None what was there before, which may be somebody else's."""
+    for function in (SDPA, LINEAR):
+        name = function.__name__
+        there = getattr(F, name)
+        if thread is None:
+            setattr(F, name, there.function if isinstance(there, _ByName) else there)
+        elif not isinstance(there, _ByName):
+            supplied = SUPPLIED[function] if there is function else partial(_with_mode, there)
+            setattr(F, name, _ByName(there, supplied, thread))
 
-    def instead_of(function: Callable[..., Tensor], supplied: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: (supplied if get_ident() == thread else function)(*args, **kwargs)
 
-    for function, supplied in SUPPLIED.items():
-        setattr(F, function.__name__, function if thread is None else instead_of(function, supplied))
+def _with_mode(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    with _Supplied():
+        return function(*args, **kwargs)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would make of it; None where it leaves it as it is."""
+    if not (torch.is_autocast_enabled(x.device.type) and x.is_floating_point()) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _embedding(
+    x: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Tensor:  # fmt: skip
+    """Vmap takes the padding for that of the first micro-batch alone."""
+    if max_norm is not None or sparse:
+        what = "max_norm writes to the weights" if max_norm is not None else "gradients are sparse"
+        raise Refused(f"an embedding's {what}, and cannot run for several micro-batches at once: {SEQUENTIAL}")
+    out = EMBEDDING(x, weight, None, None, norm_type, scale_grad_by_freq, False)
+    if padding_idx is None:
+        return out
+    padding = (x == padding_idx % weight.shape[0]).unsqueeze(-1)
+    return torch.where(padding, out.detach(), out)
+
+
+def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def supplied(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """What vmap makes of it is nothing that autocast knows."""
+        dtype = _autocast_dtype(x)
+        if dtype is None:
+            return function(x, weight, bias, *args, **kwargs)
+        out = function(x.to(dtype), weight.to(dtype), None, *args, **kwargs)
+        return out if bias is None else out + bias.view(-1, *(1,) * (weight.dim() - 2)).to(dtype)
+
+    return supplied
 
 
 class _Product(torch.autograd.Function):
@@ -171,8 +231,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer, whose gradients vmap would leave transposed, each to be copied, and its output wider than autocast's."""
 
     def of_stacks(n: int, dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = _autocast_dtype(x)
+        if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
         x = _first(x, dims[0], n)
         if dims[1] is None:
@@ -206,20 +266,33 @@ def _attention(
     def of_stacks(
         n: int, dims: Sequence[int | None], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        query, key, value = (_first(t, dim, n) for t, dim in zip((query, key, value), dims, strict=False))
-        if query.dim() == 3:  # without a batch of their own
-            return alone(query, key, value, mask if mask is None or dims[3] is None else _first(mask, dims[3], n))
-        if mask is not None and (dims[3] is not None or (mask.dim() == query.dim() - 1 and mask.shape[0] > 1)):
+        stacks = [_first(t, dim, n) for t, dim in zip((query, key, value), dims, strict=False)]
+        rank = max(t.dim() for t in stacks)
+        # Dimensions are counted from the last, but for that of the micro-batches.
+        stacks = [t.reshape(n, *(1,) * (rank - t.dim()), *t.shape[1:]) for t in stacks]
+        own = 3 if options.get("enable_gqa") else 2  # of which the three may have different ones
+        common = torch.broadcast_shapes(*(t.shape[1:-own] for t in stacks))
+        stacks = [t.expand(n, *common, *t.shape[-own:]) for t in stacks]
+        if mask is not None and rank > 3:
             mask = _first(mask, dims[3], n)
-            mask = mask.reshape(n, *(1,) * (query.dim() - mask.dim()), *mask.shape[1:])
-            mask = mask.expand(n, query.shape[1], *mask.shape[2:]).flatten(0, 1)
-        out = alone(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask)
+            mask = mask.reshape(n, *(1,) * (rank - mask.dim()), *mask.shape[1:])
+            mask = mask.expand(n, stacks[0].shape[1], *mask.shape[2:]).flatten(0, 1)
+        elif mask is not None and dims[3] is not None:
+            mask = _first(mask, dims[3], n)
+        if rank == 3:  # without a batch of their own
+            return alone(stacks[0], stacks[1], stacks[2], mask)
+        query, key, value = (t.flatten(0, 1) for t in stacks)
+        out = alone(query, key, value, mask)
         return out.view(n, -1, *out.shape[1:])
 
     return below_vmap(of_stacks, alone, query, key, value, attn_mask)
 
 
-SUPPLIED: dict[Callable[..., Any], Callable[..., Tensor]] = {SDPA: _attention, LINEAR: _linear}
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+SUPPLIED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **{SDPA: _attention, LINEAR: _linear, EMBEDDING: _embedding},
+    **{function: _convolution(function) for function in CONVOLUTIONS},
+}
 
 
 # -- statistics of BatchNorm --------------------------------------------------------------------------------------------------
@@ -228,31 +301,46 @@ SUPPLIED: dict[Callable[..., Any], Callable[..., Tensor]] = {SDPA: _attention, L
 class _Statistics:
     """The running statistics of one BatchNorm, which every micro-batch moves on, one after the other."""
 
+    NAMES = ("running_mean", "running_var")
+
     def __init__(self, name: str, module: BatchNorm):
         if module.momentum is None:
             raise Refused(
                 f"{name}, a {type(module).__name__} with momentum=None, keeps a mean that depends on the number of batches "
                 f"so far: give it a momentum, or {SEQUENTIAL}"
             )
+        if type(module).forward is not nn.BatchNorm1d.forward:
+            raise Refused(f"{name}, a {type(module).__name__}, has a forward of its own: {SEQUENTIAL}")
         self.module, self.momentum = module, float(module.momentum)
-        self.names = ("running_mean", "running_var")
-        self.moved: list[tuple[Tensor, ...]] = []
+        self.moved: list[
+            tuple[int, list[Tensor]]
+        ] = []  # by pass: how often it ran for each micro-batch, and its stacks
 
     def stacks(self, n: int) -> list[Tensor]:
-        return [buffers_of(self.module)[name].detach().expand(n, -1).clone() for name in self.names]  # type: ignore[union-attr]
+        """What a pass moves on: (mean, variance, the number of times that it does)."""
+        running = [buffers_of(self.module)[name].detach().expand(n, -1).clone() for name in self.NAMES]  # type: ignore[union-attr]
+        return [*running, torch.zeros((), dtype=torch.int64)]  # on the host, where nobody waits for it
+
+    def move(self, stacks: list[Tensor]) -> None:
+        *running, times = stacks
+        self.moved.append((int(times), running))
 
     @torch.no_grad()
     def commit(self) -> None:
-        """r ← (1 - f)·r + f·x for each micro-batch's x in turn, of which (1 - f)·r₀ + f·x is known."""
-        keep = 1 - self.momentum
-        for name, chunks in zip(self.names, zip(*self.moved, strict=True), strict=True):
-            running, each = buffers_of(self.module)[name], torch.cat(chunks)
+        """r ← (1 - f)ᵏ·r + s for each micro-batch in turn, where it ran k times; (1 - f)ᵏ·r₀ + s is known of each."""
+        table = buffers_of(self.module)
+        for i, name in enumerate(self.NAMES):
+            running = table[name]
             assert running is not None
-            n = len(each)
-            decay = keep ** torch.arange(n - 1, -1, -1, device=each.device, dtype=each.dtype)
-            running.copy_(keep**n * running + (decay.unsqueeze(1) * (each - keep * running)).sum(0))
-        if self.module.num_batches_tracked is not None:
-            self.module.num_batches_tracked.add_(sum(len(chunk[0]) for chunk in self.moved))
+            first, now = running.clone(), running
+            for times, stacks in self.moved:
+                each, keep, n = stacks[i], (1 - self.momentum) ** times, len(stacks[i])
+                decay = keep ** torch.arange(n - 1, -1, -1, device=each.device, dtype=each.dtype)
+                now = keep**n * now + (decay.unsqueeze(1) * (each - keep * first)).sum(0)
+            running.copy_(now)
+        counter = table.get("num_batches_tracked")
+        if counter is not None:
+            counter.add_(sum(times * len(stacks[0]) for times, stacks in self.moved))
 
 
 # -- the passes ----------------------------------------------------------------------------------------------------------------
@@ -307,17 +395,21 @@ class ParallelPasses:
         places: list[list[tuple[dict[str, Any], str]]] = [[] for _ in index]
         for name, module in self._model.named_modules():
             if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-                raise Refused(
-                    f"{name or 'the model'} is a {type(module).__name__}, which must see every pass: {SEQUENTIAL}"
-                )
+                what = "must see every pass"
+                raise Refused(f"{name or 'the model'} is a {type(module).__name__}, which {what}: {SEQUENTIAL}")
+            if has_backward_hooks(module):
+                raise Refused(f"{self._named(module)} has backward hooks, which would not run: {SEQUENTIAL}")
             table: dict[str, Any] = parameters_of(module)
             for key, p in table.items():
                 if id(p) in index:
                     if has_hooks(p):
-                        raise Refused(
-                            f"parameter {name}.{key} has hooks, which would not run: {SEQUENTIAL}".replace(" .", " ")
-                        )
+                        raise Refused(f"{self._name_of(p)} has hooks, which would not run: {SEQUENTIAL}")
                     places[index[id(p)]].append((table, key))
+                elif p is not None and p.requires_grad:
+                    raise Refused(
+                        f"{self._name_of(p)} requires a gradient, which it would not get, as it is not among those of this "
+                        f"optimizer: p.requires_grad_(False), or {SEQUENTIAL}"
+                    )
         for flat in self._store.flats:
             if not flat.flatten:
                 raise Refused(
@@ -342,7 +434,7 @@ class ParallelPasses:
         params = [p for flat in flats for p in flat.params]
         stacks = [s for f, flat in enumerate(flats) for s in flat.stacked(None if weights is None else weights[f], n)]
         stacks = [s.requires_grad_(p.requires_grad) for s, p in zip(stacks, params, strict=True)]
-        running = [t for s in self._statistics for t in s.stacks(n)]
+        running = [s.stacks(n) for s in self._statistics]
         columns = [
             torch.stack(column) if isinstance(column[0], Tensor) else column[0]
             for column in zip(*(self._leaves[i] for i in which), strict=True)
@@ -351,13 +443,18 @@ class ParallelPasses:
         tables = [(module, buffers_of(module)) for module in self._model.modules()]
         buffers = [(module, key, t) for module, table in tables for key, t in table.items() if t is not None]
         versions = versions_of(t for *_, t in buffers)
+        forget_casts()
         try:
             self._caches = torch.is_autocast_cache_enabled()
             torch.set_autocast_cache_enabled(False)  # it would keep casts of stacks
             with torch.enable_grad(), _Supplied():
-                losses = vmap(self._losses, (0, 0, dims), randomness="different")(stacks, running, columns)
+                in_dims = (0, [[0, 0, None]] * len(running), dims)
+                losses = vmap(self._losses, in_dims, randomness="different")(stacks, running, columns)
         except Exception as error:
-            raise self._refused(self._culprit(error), error, n) from error
+            refusal = self._refused(self._culprit(error), error, n)
+            if refusal is error:
+                raise
+            raise refusal from error
         finally:
             self.put_back()
         after = versions_of(t for *_, t in buffers)
@@ -377,7 +474,7 @@ class ParallelPasses:
         missed = [p for p in params if p.requires_grad]
         wanted = [*(stacks[k] for k in trained), *missed]
         try:
-            found = torch.autograd.grad(total, wanted, allow_unused=True)
+            found = list(torch.autograd.grad(total, wanted, allow_unused=True))
         except RuntimeError as error:  # e.g. a checkpoint, which would run its part of the forward again, without vmap
             raise self._refused("the backward of the loss", error, n) from error
         for p, g in zip(missed, found[len(trained) :], strict=True):
@@ -386,23 +483,21 @@ class ParallelPasses:
                     f"{self._name_of(p)} is used other than by its name in its module, as nn.LSTM does: there is one of it "
                     f"for all micro-batches; {SEQUENTIAL}"
                 )
+        # Those of the operands of a sum are one tensor, and some may be somebody else's.
+        own = own_memory(found[: len(trained)], whole=True)
         if weights is None:
-            for s, k in zip(self._statistics, range(0, len(running), 2), strict=True):
-                s.moved.append(tuple(running[k : k + 2]))
-        return list(losses.detach().unbind()), self._vectors(n, dict(zip(trained, found, strict=False)))
+            for s, moved in zip(self._statistics, running, strict=True):
+                s.move(moved)
+        return list(losses.detach().unbind()), self._vectors(n, dict(zip(trained, own, strict=True)))
 
-    def _losses(self, stacks: list[Tensor], running: list[Tensor], columns: list[Any]) -> Tensor:
+    def _losses(self, stacks: list[Tensor], running: list[list[Tensor]], columns: list[Any]) -> Tensor:
         """The loss of one micro-batch, as vmap has it, with its weights and statistics in the modules."""
         for places, s in zip(self._places, stacks, strict=True):
             for table, key in places:
                 self._put(table, key, s)
-        values = iter(running)
-        for norm in self._statistics:
-            buffers = buffers_of(norm.module)
-            for name in norm.names:
-                self._put(buffers, name, next(values))
-            if buffers.get("num_batches_tracked") is not None:
-                self._put(buffers, "num_batches_tracked", None)
+        for norm, values in zip(self._statistics, running, strict=True):
+            for name, t in zip((*norm.NAMES, "num_batches_tracked"), values, strict=True):
+                self._put(buffers_of(norm.module), name, t)
         return self._loss_fn(tree_unflatten(columns, self._spec))
 
     def _put(self, table: dict[str, Any], key: str, value: Any) -> None:
@@ -416,6 +511,7 @@ class ParallelPasses:
             table[key] = value
             self._kept.pop()
         _supply(None)
+        forget_casts()
         if self._caches is not None:
             torch.set_autocast_cache_enabled(self._caches)
             self._caches = None
@@ -467,6 +563,7 @@ class ParallelPasses:
             return torch.cuda.OutOfMemoryError(
                 f"{error}\n{n} micro-batches ran at once: parallel={max(n // 2, 1)} takes less"
             )
-        if isinstance(error, Refused):
+        # What vmap raises; the rest is the user's, as in sequential passes.
+        if isinstance(error, Refused) or not (isinstance(error, RuntimeError) or str(error).startswith("vmap(")):
             return error
         return Refused(f"{what} cannot run for several micro-batches at once ({error}): {SEQUENTIAL}")

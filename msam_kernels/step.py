@@ -441,7 +441,10 @@ class Step:
         buffers.freeze()
         try:
             for which in passes.turns:
+                self.turn = 0
                 losses, latest = passes.run(which, None)
+                self.check_current()
+                self._check_any(latest[0])
                 values += losses
                 vectors: list[list[Vectors]] = [latest]
                 norms: list[Tensor | None] = [None] * len(which)
@@ -451,13 +454,17 @@ class Step:
                     for j, i in enumerate(which):
                         self._i = i
                         norms[j] = self._ascend_apart(latest[j], places[j])
+                    self.turn = 1
                     vectors.insert(0, passes.run(which, stacks)[1])
+                    self.check_current()
                     if plan.opposite is not None:
                         for j in range(len(which)):
                             norm_sq = norms[j]
                             assert norm_sq is not None
                             store.cross_apart(latest[j], plan, self.engine.tables, norm_sq, places[j])
+                        self.turn = 2
                         vectors.insert(0, passes.run(which, stacks)[1])
+                        self.check_current()
                 rest = self._add_up(which, vectors[0], norms) if plan.is_mean else list(enumerate(which))
                 for j, i in rest:
                     self._i, self._norm_sq = i, norms[j]
@@ -519,9 +526,7 @@ class Step:
         engine, store, plan = self.engine, self.store, self.plan
         engine.follow()
         grads = store.collect(clear=self.clear)
-        model = engine.buffers.model
-        if grads.absent and model is not None and grads.absent == sum(len(flat.params) for flat in store.flats):
-            self._check_model(model)
+        self._check_any(grads)
         if plan.holds:
             self._hold(grads)
         self._look_at(grads)
@@ -556,8 +561,11 @@ class Step:
         """Keep the gradients of a pass for the micro-batch's descent."""
         self._held.insert(0, Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent))
 
-    def _check_model(self, model: nn.Module) -> None:
+    def _check_any(self, grads: Vectors) -> None:
         """No gradient at all: has the model other parameters by now?"""
+        model = self.engine.buffers.model
+        if not grads.absent or model is None or grads.absent < sum(len(flat.params) for flat in self.store.flats):
+            return
         own, theirs = set(map(id, self.store.parameters())), set(map(id, model.parameters()))
         if theirs and own.isdisjoint(theirs):
             raise RuntimeError(
@@ -646,6 +654,10 @@ class Step:
                 assert self._mean is not None
                 self._descend(self._mean, descent, last=True, weights=False)
             assert self._mean is not None
+            if self._given is not None:  # out of a stack, which nobody may write to in place but by another view
+                self._mean = Vectors(
+                    [[g if g.numel() == 0 else g.detach() for g in t] for t in self._mean.lists], self._mean.absent
+                )
             self.store.set_grads(self.store.optionals(self._mean))
             found_inf = None
             if between is not None:

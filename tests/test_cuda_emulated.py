@@ -354,6 +354,19 @@ def test_one_launch_gives_the_bits_of_two(variant, dtype, emulated):
     assert emulated.launches() - before == 2
 
 
+def test_two_launches_may_be_asked_for(emulated, monkeypatch):
+    monkeypatch.setattr(store, "get_backend", lambda *_: emulated)
+    launches = []
+    for asked in ("0", "1"):
+        monkeypatch.setenv("MSAM_KERNELS_TWO_LAUNCHES", asked)
+        model = mlp()
+        opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), 0.1))
+        before = emulated.launches()
+        opt.train_step(partial(loss_of, model), *batch(0))
+        launches.append(emulated.launches() - before)
+    assert launches == [2, 3]
+
+
 @pytest.mark.parametrize("absent", [(), (1,), (0, 1, 2)], ids="absent {}".format)
 @pytest.mark.parametrize("chunk", [2, 50, 700], ids="rows of {}".format)  # of 1,050 rows, two make one term
 def test_one_launch_gives_the_same_bits_in_every_order_of_its_blocks(chunk, absent, emulated, monkeypatch):
