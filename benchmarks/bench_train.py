@@ -168,7 +168,7 @@ GPU_TASKS = {
 CPU_TASKS = {
     "cnn": Task(SmallCNN, images(1, 28, 28), 32),
     "transformer": Task(lambda: Transformer(32, 2, 2, 100, 16), text(100, 16), 16),
-    "resnet18": Task(lambda: ResNet(4), images(3, 32, 32), 16),
+    "resnet18": Task(lambda: ResNet(4), images(3, 32, 32), 32),
     "mlp": Task(lambda: mlp(128), images(1, 28, 28), 128),
     "vit": Task(lambda: ViT(32, 2, 2), images(3, 32, 32), 32),
 }
