@@ -13,8 +13,8 @@ same batch, which is what sharpness is paid on top of. ``--plot`` draws what a s
 All begin with the same weights and take the same ``CHECKED`` steps first. A peer whose losses or whose weights after the
 first step are not those of the loop over parameters, that fails, or that does not end in its time is left out, with a note;
 where ours are not, the case is not timed. (Later weights do not agree, and later losses less: a ReLU that rounding turns on or
-off moves a small network by percents.) Then they take turns in shuffled order; a time is the median over the rounds. Ours gets ``model=``, so
-that BatchNorm records in the first pass only; the peers record in both.
+off moves a small network by percents.) Then they take turns in shuffled order; a time is the median over the rounds. Ours gets
+``model=``, so that BatchNorm records in the first pass only; the peers record in both.
 """
 
 from __future__ import annotations
@@ -354,29 +354,31 @@ def plot(results: Results, path: Path) -> None:
 
     rows = [r for r in results.select(kind="train") if r.get("base_steps") and not r["contestant"].startswith(BASE)]
     models = list(dict.fromkeys(r["model"] for r in rows))
-    figure, axes = plt.subplots(1, max(len(models), 1), figsize=(3.2 * max(len(models), 1), 3.2), squeeze=False)
+    size_of = {"figsize": (3.0 * max(len(models), 1), 3.6), "squeeze": False, "sharey": True}
+    figure, axes = plt.subplots(1, max(len(models), 1), **size_of)
     ways = list(dict.fromkeys(r["contestant"] for r in rows))
+    counts = sorted({r["micro_batches"] for r in rows})
+    ticks = [1 << k for k in range(8) if 1 << k <= 1.5 * max((r["base_steps"] for r in rows), default=1)]
     for axis, model in zip(axes[0], models, strict=False):
         for k, way in enumerate(ways):
-            points = sorted(
-                (r["micro_batches"], r["base_steps"]) for r in rows if (r["model"], r["contestant"]) == (model, way)
-            )
+            here = [r for r in rows if (r["model"], r["contestant"]) == (model, way)]
+            points = sorted((r["micro_batches"], r["base_steps"]) for r in here)
             if points:
                 axis.plot(
-                    *zip(*points, strict=True),
-                    "o-",
-                    color=f"C{k}",
-                    label=way,
-                    lw=2.5 if way.startswith(PARALLEL) else 1,
+                    *zip(*points, strict=True), "o-", color=f"C{k}", lw=3 if way.startswith(PARALLEL) else 1, ms=4
                 )
-        axis.set(title=model, xlabel="micro-batches", xscale="log", yscale="log", ylim=(1, None))
-        axis.set_xticks(sorted({r["micro_batches"] for r in rows}), labels=sorted({r["micro_batches"] for r in rows}))
-        axis.xaxis.minorticks_off()
-        axis.grid(alpha=0.3, which="both")
+        axis.set(title=model, xlabel="micro-batches", xscale="log", yscale="log", ylim=(1, 1.2 * ticks[-1]))
+        axis.set_xticks(counts, labels=counts)
+        axis.set_yticks(ticks, labels=ticks)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"time of a step, in steps with {BASE}")
     handles = [plt.Line2D([], [], color=f"C{k}", marker="o", label=way) for k, way in enumerate(ways)]
-    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.legend(handles=handles, loc="lower center", ncols=len(ways), fontsize=9, frameon=False)
+    facts = results.facts
+    where = f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"
+    figure.suptitle(f"What a step of SAM and mSAM costs, the batch being the same\n{where}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
