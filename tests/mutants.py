@@ -598,6 +598,63 @@ MUTANTS = [
         "Adam counts from 0", B + "reference.py", "t = int(count) + 1", "t = int(count) or 1", "tests/test_kernels.py"
     ),
     # -- Triton
+    # -- parallel passes
+    Mutant(
+        "parallel: the padding trains",
+        "msam_kernels/parallel.py",
+        "return torch.where(padding, out.detach(), out)",
+        "return out",
+        "tests/test_parallel.py -m 'not exhaustive'",
+    ),
+    Mutant(
+        "parallel: gradients that share memory",
+        "msam_kernels/parallel.py",
+        "own = own_memory(found[: len(trained)], whole=True)",
+        "own = found[: len(trained)]",
+        "tests/test_parallel.py -m 'not exhaustive'",
+    ),
+    Mutant(
+        "parallel: statistics of the last micro-batch alone",
+        "msam_kernels/parallel.py",
+        "now = keep**n * now +",
+        "now = 0 * now +",
+        "tests/test_parallel.py -m 'not exhaustive'",
+    ),
+    Mutant(
+        "parallel: a BatchNorm that runs twice counts once",
+        "msam_kernels/parallel.py",
+        "(1 - self.momentum) ** times",
+        "(1 - self.momentum) ** 1",
+        "tests/test_parallel.py -m 'not exhaustive'",
+    ),
+    Mutant(
+        "parallel: copies lack what has no gradient",
+        "msam_kernels/store.py",
+        "weights.copy_(flat.weights[0])",
+        "pass",
+        "tests/test_parallel.py -m 'not exhaustive'",
+    ),
+    Mutant(
+        "parallel: the first of several is weighted twice",
+        "msam_kernels/step.py",
+        "self.shares[0] if now[0][1] == 1 else 1.0",
+        "self.shares[0]",
+        "tests/test_parallel.py -m 'not exhaustive'",
+    ),
+    Mutant(
+        "parallel: attention sees its neighbours",
+        "msam_kernels/parallel.py",
+        "stacks = [t.reshape(n, *(1,) * (rank - t.dim()), *t.shape[1:]) for t in stacks]",
+        "stacks = [t.roll(1, 0).reshape(n, *(1,) * (rank - t.dim()), *t.shape[1:]) for t in stacks]",
+        "tests/test_parallel.py -m 'not exhaustive'",
+    ),
+    Mutant(
+        "parallel: modules keep the stacks",
+        "msam_kernels/parallel.py",
+        "table, key, value = self._kept[-1]",
+        "table, key, value = self._kept[0]",
+        "tests/test_parallel.py -m 'not exhaustive'",
+    ),
     Mutant(
         "CUDA: a perturbation that does not wait for the norm",
         DEVICE,

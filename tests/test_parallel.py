@@ -180,6 +180,13 @@ def test_so_many_at_once_and_uneven_ones_are_those_of_the_sequential_passes(meth
     assert_train_alike(ours, expected, [images(10, i) for i in range(5)])
 
 
+@pytest.mark.parametrize("most", [True, 5], ids="parallel={}".format)
+@pytest.mark.parametrize("method", ["SAM", "GSAM"])
+def test_a_dozen_micro_batches_are_added_up_by_their_sizes(method, most):
+    expected, ours = twins(MODELS["mlp"][0], method=method, parallel=most, count=12)
+    assert_train_alike(ours, expected, [images(29, i) for i in range(3)])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_writes_beside_the_weights(backend):
     expected, ours = twins(convolutions, method="F-SAM + Sparse + Stable", backend=backend)
@@ -290,10 +297,11 @@ class Summed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = (nn.Parameter(torch.randn(*shape) * 0.1) for shape in ((64, 5), (64, 5), (1,)))
+        shapes = (64, 5), (64, 5), (5,), (5,), (1,)
+        self.a, self.b, self.c, self.d, self.e = (nn.Parameter(torch.randn(*shape) * 0.1) for shape in shapes)
 
     def forward(self, x):
-        return x.flatten(1) @ (self.a + self.b) + torch.stack([self.a, self.b]).sum() + self.c
+        return x.flatten(1) @ (self.a + self.b) + torch.stack([self.c, self.d]).sum(0) + self.e
 
 
 class Twice(nn.Module):
