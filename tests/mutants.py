@@ -679,8 +679,8 @@ MUTANTS = [
     Mutant(
         "Triton: programs that stay counted",
         B + "triton_kernels.py",
-        "== 2 * half - 1:",
-        "== 2 * half:",
+        "% 65536 == 2 * half - 1:",
+        "% 65536 == 2 * half:",
         TRITON,
     ),
     Mutant(

@@ -7,7 +7,8 @@
 // Bytes in flight: HBM3e at 4.8 TB/s with 0.8 us from load to use has 3.8 MB under way, 29 KB for each of 132
 // multiprocessors. Every thread issues independent 16-byte loads before it uses the first, kUnroll of each buffer; four or
 // more blocks share a multiprocessor, for some of Adam's two or three (see kBlocks, kUpdateBlocks). A block adds sums up while
-// it waits for its row of the table, and evaluates coefficients and settings while its first loads are under way.
+// it waits for its row of the table, and evaluates coefficients and settings while its first loads are under way; an
+// ascent's norm it also adds up then.
 #pragma once
 
 #include <cuda_bf16.h>

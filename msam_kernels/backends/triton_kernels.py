@@ -515,9 +515,13 @@ def ascend_kernel(
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The programs of the norm, and behind them as many of the perturbation, which wait for them: see csrc/cuda/kernels.cuh."""
-    half = tl.num_programs(0) // 2
-    program, count = tl.program_id(0), pointer(arrived, tl.int32)
+    """The programs of the norm, and behind them as many of the perturbation, which wait for them: see csrc/cuda/kernels.cuh.
+
+    Here a program's number is the order in which it began, which nobody has to promise. ``arrived`` counts those that have
+    begun from bit 16 on, and below it those that are done.
+    """
+    half, count = tl.num_programs(0) // 2, pointer(arrived, tl.int32)
+    program = tl.atomic_add(count, 65536, sem="relaxed") // 65536
     if program < half:
         norm_of_program(
             norm_sq, program, half, table, rows, flat_weights, weights, grads, ema, sigma, eta, S, T, FRIENDLY, ADAPTIVE,
@@ -526,14 +530,14 @@ def ascend_kernel(
         tl.debug_barrier()
         tl.atomic_add(count, 1, sem="release")
     else:
-        while tl.atomic_add(count, 0, sem="acquire") < half:
+        while tl.atomic_add(count, 0, sem="acquire") % 65536 < half:
             pass
         tl.debug_barrier()
         perturb_by_program(
             program - half, half, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status,
             achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK,
         )  # fmt: skip
-        if tl.atomic_add(count, 1, sem="relaxed") == 2 * half - 1:
+        if tl.atomic_add(count, 1, sem="relaxed") % 65536 == 2 * half - 1:
             tl.store(count, 0)
 
 
@@ -800,8 +804,6 @@ def write_words_kernel(
 
 PLATFORM = "hip" if torch.version.hip else "cuda" if torch.version.cuda else "other"
 INTERPRETED = not isinstance(norm_kernel, triton.JITFunction)
-# Whether programs begin in the order of their numbers, as ascend_kernel supposes. Other platforms do not say so.
-IN_ORDER = INTERPRETED or PLATFORM == "cuda"
 
 
 def _bits(*numbers: float) -> tuple[int, ...]:
@@ -1046,8 +1048,7 @@ def ascend(
     norm_sq, counter = call.sums(), call.plain("arrived", arrived, torch.int32)
     if arrived is not None and len(arrived) != 1:
         raise RuntimeError(f"arrived must have one element, got shape {list(arrived.shape)}")
-    if not (counter and IN_ORDER):
-        counter = 0
+    if not counter:
         _norm(call, direction, norm_sq, sigma, eta)
     _perturb(call, direction, norm_sq, sigma, eta, arrived=counter, **options)
     return norm_sq
