@@ -162,6 +162,14 @@ def leaves_of(part: Any) -> list[Any]:
     return found
 
 
+Shapes = tuple[torch.Size | None, ...]
+
+
+def shapes_of(leaves: Sequence[Any]) -> Shapes:
+    """Of the tensors of a batch; None for what is none."""
+    return tuple(t.shape if isinstance(t, Tensor) else None for t in leaves)
+
+
 class MicroBatches(list[Callable[[], Any]]):
     """One closure per micro-batch, with the share of the batch that each has.
 
@@ -185,10 +193,9 @@ class MicroBatches(list[Callable[[], Any]]):
         super().__init__(partial(self._run, part) for part in parts)
 
     @property
-    def shapes(self) -> list[list[torch.Size | None]]:
+    def shapes(self) -> list[Shapes]:
         """Of every micro-batch's tensors."""
-        leaves = (tree_flatten(part)[0] for part in self.parts)
-        return [[t.shape if isinstance(t, Tensor) else None for t in tensors] for tensors in leaves]
+        return [shapes_of(tree_flatten(part)[0]) for part in self.parts]
 
     def _run(self, part: Any) -> Tensor:
         """Forward and backward; the detached loss."""

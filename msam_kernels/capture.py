@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ._checks import check_integer
 from ._torch import end_capture, forget_casts, has_listeners, mark_stepped, tree_flatten, tree_unflatten
-from .batches import MicroBatches, mean
+from .batches import MicroBatches, Shapes, mean, shapes_of
 from .between import Between
 from .methods import Plan
 from .optimizer import MicroBatchSAM
@@ -29,7 +29,6 @@ from .rules import fused_rule
 
 OtherShapes = Literal["eager", "capture", "error"]
 Inputs = list[Tensor | None]
-Shapes = tuple[torch.Size | None, ...]
 
 
 class Recorder(Protocol):
@@ -181,7 +180,7 @@ class CapturedStep:
         self._between, self._other_shapes = between, other_shapes
         self._dtypes = [t if t is None else t.dtype for t in leaves]
         # The graphs' inputs, by shapes: their addresses stay.
-        self._inputs: dict[Shapes, Inputs] = {_shapes(leaves): self._new_inputs(leaves)}
+        self._inputs: dict[Shapes, Inputs] = {shapes_of(leaves): self._new_inputs(leaves)}
         self._graphs: dict[tuple[Shapes, Plan], _Graph] = {}  # by what the step does, and on what
 
     def __call__(self, *batch: Any) -> Tensor:
@@ -194,7 +193,7 @@ class CapturedStep:
         """
         opt, engine = self._opt, self._opt.engine
         leaves = self._checked(batch)
-        shapes = _shapes(leaves)
+        shapes = shapes_of(leaves)
         engine.check_idle("a captured step")
         if shapes not in self._inputs:
             if self._other_shapes == "eager":
@@ -265,7 +264,7 @@ class CapturedStep:
                     f"the step was captured for {dtype} as tensor {i} of a batch, got {got}: convert it first, or capture "
                     "another step for such batches"
                 )
-        shapes = _shapes(leaves)
+        shapes = shapes_of(leaves)
         if self._other_shapes == "error" and shapes not in self._inputs:
             known, given = ([s if s is None else tuple(s) for s in each] for each in (next(iter(self._inputs)), shapes))
             raise ValueError(
@@ -326,10 +325,6 @@ class CapturedStep:
             self._opt.split,
             self._opt.parallel,
         )
-
-
-def _shapes(leaves: Sequence[Tensor | None]) -> Shapes:
-    return tuple(t if t is None else t.shape for t in leaves)
 
 
 def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:

@@ -511,7 +511,8 @@ class MicroBatchSAM(Optimizer):
 
         if parallel != "auto":
             return at_once()
-        auto, kind, capturing = self._auto, (engine.plan(), whole.shapes), engine.store.is_capturing()
+        auto, capturing = self._auto, engine.store.is_capturing()
+        kind = (engine.plan(), whole.shapes) if auto.decision is None else None
         way = auto.way(kind, capturing)
         with auto.timed(way, kind, engine.store.devices, capturing):
             if way:

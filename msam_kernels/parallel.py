@@ -35,6 +35,7 @@ from ._torch import (
     tree_unflatten,
     versions_of,
 )
+from .batches import shapes_of
 from .gradients import Vectors, own_memory, regular_stack
 from .store import Store
 
@@ -307,15 +308,14 @@ class _Statistics:
     def __init__(self, name: str, module: BatchNorm):
         if module.momentum is None:
             raise Refused(
-                f"{name}, a {type(module).__name__} with momentum=None, keeps a mean that depends on the number of batches "
+                f"{name} with momentum=None, keeps a mean that depends on the number of batches "
                 f"so far: give it a momentum, or {SEQUENTIAL}"
             )
         if type(module).forward is not nn.BatchNorm1d.forward:
-            raise Refused(f"{name}, a {type(module).__name__}, has a forward of its own: {SEQUENTIAL}")
+            raise Refused(f"{name} has a forward of its own: {SEQUENTIAL}")
         self.module, self.momentum = module, float(module.momentum)
-        self.moved: list[
-            tuple[int, list[Tensor]]
-        ] = []  # by pass: how often it ran for each micro-batch, and its stacks
+        # By pass: how often it ran for each micro-batch, and its stacks.
+        self.moved: list[tuple[int, list[Tensor]]] = []
 
     def stacks(self, n: int) -> list[Tensor]:
         """What a pass moves on: (mean, variance, the number of times that it does)."""
@@ -383,7 +383,7 @@ class ParallelPasses:
 
     def _turns(self, most: int) -> Iterator[range]:
         """Micro-batches that run at once: as many in a row as are of one size."""
-        shapes = [[t.shape if isinstance(t, Tensor) else None for t in leaves] for leaves in self._leaves]
+        shapes = list(map(shapes_of, self._leaves))
         begin = 0
         for i in range(1, len(shapes) + 1):
             if i == len(shapes) or i - begin == most or shapes[i] != shapes[begin]:
@@ -394,10 +394,9 @@ class ParallelPasses:
         """By parameter that is trained: the tables of modules, and its names there."""
         index = {id(p): k for k, p in enumerate(p for flat in self._store.flats for p in flat.params)}
         places: list[list[tuple[dict[str, Any], str]]] = [[] for _ in index]
-        for name, module in self._model.named_modules():
+        for module in self._model.modules():
             if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-                what = "must see every pass"
-                raise Refused(f"{name or 'the model'} is a {type(module).__name__}, which {what}: {SEQUENTIAL}")
+                raise Refused(f"{self._named(module)} must see every pass: {SEQUENTIAL}")
             if has_backward_hooks(module):
                 raise Refused(f"{self._named(module)} has backward hooks, which would not run: {SEQUENTIAL}")
             table: dict[str, Any] = parameters_of(module)
@@ -420,8 +419,8 @@ class ParallelPasses:
 
     def _find_statistics(self) -> list[_Statistics]:
         return [
-            _Statistics(name or "the model", module)
-            for name, module in self._model.named_modules()
+            _Statistics(self._named(module), module)
+            for module in self._model.modules()
             if isinstance(module, BatchNorm) and module.training and module.running_mean is not None
         ]
 

@@ -461,7 +461,7 @@ class Step:
                         for j in range(len(which)):
                             norm_sq = norms[j]
                             assert norm_sq is not None
-                            store.cross_apart(latest[j], plan, self.engine.tables, norm_sq, places[j])
+                            store.cross(latest[j], plan, self.engine.tables, norm_sq, places[j])
                         self.turn = 2
                         vectors.insert(0, passes.run(which, stacks)[1])
                         self.check_current()
@@ -504,7 +504,7 @@ class Step:
             self._look_at(Vectors([[g.clone() for g in tensors] for tensors in grads.lists], grads.absent))
         else:
             self._look_at(grads)
-        norm_sq = self.store.ascend_apart(grads, self.plan, self.engine.tables, self._i, into)
+        norm_sq = self.store.ascend(grads, self.plan, self.engine.tables, self._i, into)
         self.engine.norms_sq.append(norm_sq)
         return norm_sq
 

@@ -235,15 +235,25 @@ class Store:
 
     # -- the operators, over all flats --------------------------------------------------------------------------------------
 
-    def ascend(self, grads: Vectors, plan: Plan, tables: Tables, i: int) -> Tensor:
-        """Perturb the weights to w + e, for micro-batch i; the terms of the direction's squared norm."""
-        renew = plan.opposite is None
-        if len(self.flats) == 1:
+    def ascend(
+        self, grads: Vectors, plan: Plan, tables: Tables, i: int, into: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Perturb the weights to w + e, for micro-batch i; the terms of the direction's squared norm.
+
+        ``into``: a buffer by flat that w + e is written to; the weights then stay.
+        """
+        renew, apart = plan.opposite is None, into is not None
+        if into is not None and grads.absent:
+            for flat, copy in zip(self.flats, into, strict=True):
+                copy.copy_(flat.weights[0])
+        # Beside the weights an adaptive norm is a call of its own: its direction depends on what is there.
+        if len(self.flats) == 1 and not (apart and plan.eta is not None):
             flat = self.flats[0]
-            options = self._perturbation(flat, plan, tables, "radii", i, renew)
-            return flat.backend.ascend(flat.weights, grads.lists[0], flat.table, arrived=flat.arrived, **options)
+            options = self._perturbation(flat, plan, tables, "radii", i, renew, apart)
+            weights = flat.weights if into is None else [into[0]]
+            return flat.backend.ascend(weights, grads.lists[0], flat.table, arrived=flat.arrived, **options)
         norm_sq = self._norm(grads, plan)
-        self._perturb(grads, plan, tables, norm_sq, "radii", i, renew)
+        self._perturb(grads, plan, tables, norm_sq, "radii", i, renew, into)
         return norm_sq
 
     def _norm(self, grads: Vectors, plan: Plan) -> Tensor:
@@ -256,27 +266,11 @@ class Store:
         """By flat: memory for n copies of the weights."""
         return [flat.stack(n) for flat in self.flats]
 
-    def ascend_apart(self, grads: Vectors, plan: Plan, tables: Tables, i: int, into: Sequence[Tensor]) -> Tensor:
-        """``ascend``, but that w + e_i is written to ``into``, a buffer by flat, and the weights stay."""
-        if grads.absent:
-            for flat, weights in zip(self.flats, into, strict=True):
-                weights.copy_(flat.weights[0])
-        renew = plan.opposite is None
-        if len(self.flats) == 1 and plan.eta is None:  # else the direction depends on the weights that are there
-            flat = self.flats[0]
-            options = self._perturbation(flat, plan, tables, "radii", i, renew, apart=True)
-            return flat.backend.ascend([into[0]], grads.lists[0], flat.table, arrived=flat.arrived, **options)
-        norm_sq = self._norm(grads, plan)
-        self._perturb(grads, plan, tables, norm_sq, "radii", i, renew, into)
-        return norm_sq
-
-    def cross_apart(self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: Sequence[Tensor]) -> None:
-        """``cross``, but that what is written goes to ``into``."""
+    def cross(
+        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: Sequence[Tensor] | None = None
+    ) -> None:
+        """Perturb the weights to the other side, or write that to ``into``. What arrives there is not recorded."""
         self._perturb(grads, plan, tables, norm_sq, "opposite", None, True, into)
-
-    def cross(self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor) -> None:
-        """Perturb the weights to the other side. What arrives there is not recorded."""
-        self._perturb(grads, plan, tables, norm_sq, "opposite", None, True)
 
     def _perturb(
         self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, i: int | None, renew: bool,

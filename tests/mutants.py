@@ -630,7 +630,7 @@ MUTANTS = [
     Mutant(
         "parallel: copies lack what has no gradient",
         "msam_kernels/store.py",
-        "weights.copy_(flat.weights[0])",
+        "copy.copy_(flat.weights[0])",
         "pass",
         "tests/test_parallel.py -m 'not exhaustive'",
     ),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from msam_kernels import store
 from msam_kernels.backends import reference
 
 pytestmark = pytest.mark.host
@@ -47,7 +48,7 @@ MAY_KNOW = {
     "between": {"_torch", "rules", "step"},
     "checkpoint": {"flat", "rules", "step", "store"},
     "step": {"_torch", "buffers", "gradients", "masks", "methods", "parallel", "rules", "store"},
-    "parallel": {"_checks", "_torch", "gradients", "store"},
+    "parallel": {"_checks", "_torch", "batches", "gradients", "store"},
     "masks": {"flat", "methods"},
     "store": {"backends", "flat", "gradients", "methods", "rules"},
     "flat": {"backends", "backends.checks", "backends.reference", "gradients"},
@@ -452,6 +453,7 @@ def test_triton_agrees():
     columns = {reference.SGD: len(reference.SGD_COLUMNS), reference.ADAM: len(reference.ADAM_COLUMNS)}
     assert {rule: count for rule, (count, _) in triton.RULES.items()} == columns
     assert max(len(states) for _, states in triton.RULES.values()) == constant("kStates")
+    assert constant("kTerms") == store.TERMS
 
 
 # ---- every file ------------------------------------------------------------------------------------------------------

@@ -560,11 +560,11 @@ REFUSED = {
     "DataParallel": (
         lambda: nn.DataParallel(nn.Sequential(nn.Flatten(), linear())),
         loss_of,
-        "the model is a DataParallel",
+        "the model, a DataParallel, must see every pass",
     ),
     "a cumulative mean": (
         *(lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, momentum=None), nn.Linear(64, 5)), loss_of),
-        "1, a BatchNorm1d with momentum=None",
+        "1, a BatchNorm1d, with momentum=None",
     ),
     "a loss per sample": (
         *(linear, lambda m: lambda x, y: F.cross_entropy(m(x.flatten(1)), y, reduction="none")),
