@@ -112,12 +112,17 @@ struct Out {
   }
 };
 
+// In registers, where memcpy of a block would become an instruction that takes its time to begin.
 template <class S>
 inline void copy(const S* from, S* to, int64_t n, bool stream) {
-  if (stream)
-    stream_copy(from, to, n);
-  else
-    std::memcpy(to, from, n * sizeof(S));
+  if (stream) return stream_copy(from, to, n);
+  int64_t i = 0;
+  for (constexpr int k = sizeof(Doubles) / sizeof(S); i + k <= n; i += k) {
+    Doubles values;
+    std::memcpy(&values, from + i, sizeof values);
+    std::memcpy(to + i, &values, sizeof values);
+  }
+  if (i < n) std::memcpy(to + i, from + i, (n - i) * sizeof(S));
 }
 
 // body(i, count) for every block; count is a constant for whole blocks, and must be copied into an int before it bounds a
@@ -178,6 +183,90 @@ inline void finish_streaming(bool stream) {
 #endif
 }
 
+// ---- vectors ----------------------------------------------------------------------------------------------------
+
+// Elements of a block that fill a register: the compiler's own type, which the formulas take like a number.
+template <class T>
+using Pack = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
+template <class T>
+constexpr int kPack = sizeof(Pack<T>) / sizeof(T);
+
+template <class T>
+inline Pack<T> load_pack(const T* p) {
+  Pack<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store_pack(T* p, Pack<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline Pack<T> pack_of(T x) {
+  return Pack<T>{} + x;
+}
+template <class T>
+inline Pack<T> pack_of(const Number& number) {
+  T x;
+  number.get(&x);
+  return pack_of(x);
+}
+
+// kWidth elements in double; gcc makes several instructions and a way through memory of __builtin_convertvector.
+inline Doubles doubles(const double* p) { return load_pack(p); }
+inline Doubles doubles(const float* p) {
+#if defined(__AVX512F__)
+  return Doubles(_mm512_cvtps_pd(_mm256_loadu_ps(p)));
+#elif defined(__AVX__)
+  return Doubles(_mm256_cvtps_pd(_mm_loadu_ps(p)));
+#elif defined(__SSE2__)
+  return Doubles(_mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(p)))));
+#else
+  typedef float Half __attribute__((vector_size(4 * kWidth)));
+  Half v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Doubles);
+#endif
+}
+
+// A pack in double, as one or two vectors.
+template <class V>
+struct Wide {
+  Doubles of[1];
+};
+template <>
+struct Wide<Floats> {
+  Doubles of[2];
+};
+inline Wide<Doubles> wide(Doubles v) { return {{v}}; }
+inline Wide<Floats> wide(Floats v) {
+#if defined(__AVX512F__)
+  const __m512 x = __m512(v);
+  return {{Doubles(_mm512_cvtps_pd(_mm512_castps512_ps256(x))), Doubles(_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)))}};
+#elif defined(__AVX__)
+  const __m256 x = __m256(v);
+  return {{Doubles(_mm256_cvtps_pd(_mm256_castps256_ps128(x))), Doubles(_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)))}};
+#elif defined(__SSE2__)
+  const __m128 x = __m128(v);
+  return {{Doubles(_mm_cvtps_pd(x)), Doubles(_mm_cvtps_pd(_mm_movehl_ps(x, x)))}};
+#else
+  float p[kPack<float>];
+  store_pack(p, v);
+  return {{doubles(p), doubles(p + kWidth)}};
+#endif
+}
+template <class T>
+inline Wide<Pack<T>> load_wide(const T* p) {
+  Wide<Pack<T>> v;
+  for (int h = 0; h < kPack<T> / kWidth; ++h) v.of[h] = doubles(p + h * kWidth);
+  return v;
+}
+template <class V>
+inline Wide<V> square(Wide<V> v) {
+  for (Doubles& x : v.of) x = x * x;
+  return v;
+}
+
 // ---- reductions: kLanes fixed lanes in double, whatever the width of the registers ----------------------------------
 
 template <bool careful>
@@ -185,14 +274,17 @@ struct Lanes {
   static constexpr int kPacks = kLanes / kWidth;
   Sum<Doubles, careful> lanes[kPacks];
 
-  // Of the n elements of the block at i; value(j) is a vector of the terms from j on.
+  // Of the n elements of the block at i; value(j) is Wide, of the terms from j on.
   template <class A, class F>
   void add(int64_t i, int n, const A& ahead, F&& value) {
     Sum<Doubles, careful> sums[kPacks];
     for (int p = 0; p < kPacks; ++p) sums[p] = lanes[p];
     for (int j = 0; j < n; j += kLanes) {
       ahead(i + j);
-      for (int p = 0; p < kPacks; ++p) sums[p].add(value(j + p * kWidth));
+      for (int p = 0; p < kPacks;) {
+        const auto terms = value(j + p * kWidth);
+        for (const Doubles& term : terms.of) sums[p++].add(term);
+      }
     }
     for (int p = 0; p < kPacks; ++p) lanes[p] = sums[p];
   }
@@ -218,36 +310,6 @@ inline const T* padded(const T* p, T* tmp, int n) {
   return tmp;
 }
 
-// Whole lanes of a block, in vectors of kWidth: the compiler's own type, which the formulas take like a number.
-template <class T>
-using Pack = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
-template <class T>
-inline Pack<T> load_pack(const T* p) {
-  Pack<T> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class T>
-inline void store_pack(T* p, Pack<T> v) {
-  std::memcpy(p, &v, sizeof v);
-}
-inline Doubles doubles(Floats v) { return __builtin_convertvector(v, Doubles); }
-inline Doubles doubles(Doubles v) { return v; }
-template <class V>
-inline Doubles square(V v) {
-  return doubles(v) * doubles(v);
-}
-template <class T>
-inline Pack<T> pack_of(T x) {
-  return Pack<T>{} + x;
-}
-template <class T>
-inline Pack<T> pack_of(const Number& number) {
-  T x;
-  number.get(&x);
-  return pack_of(x);
-}
-
 // ---- norm -------------------------------------------------------------------------------------------------------
 
 // ||d||^2 of n elements; `a` has sigma and eta, and may be null where d is the gradient.
@@ -264,10 +326,11 @@ Sum<double, kCareful<S>> norm_of(const Norm* a, const S* grads, const S* emas, c
     const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
     const T* w = adaptive ? padded(load(weights + i, wt, n), wt, n) : nullptr;
     lanes.add(i, whole_lanes(n), ahead, [&](int j) {
+      if constexpr (!friendly && !adaptive) return square(load_wide(g + j));
       Pack<T> d = load_pack(g + j);
       if constexpr (friendly) d = residual(d, load_pack(ema + j), sigma);
       if constexpr (adaptive) d = stretch(load_pack(w + j), eta) * d;
-      return square(d);
+      return square(wide(d));
     });
   });
   return lanes.total();
@@ -306,10 +369,10 @@ void products_of(const S* const* from, int64_t numel, bool large, Sum<double, kC
       Sum<Doubles, kCareful<S>> sum[kProducts];
       for (int r = 0; r < kProducts; ++r) sum[r] = sums[r].lanes[turn];
       for (int j = turn * kWidth; j < whole_lanes(n); j += kLanes) {
-        Doubles wide[vectors];
-        for (int v = 0; v < vectors; ++v) wide[v] = doubles(load_pack(x[v] + j));
+        Doubles from_j[vectors];
+        for (int v = 0; v < vectors; ++v) from_j[v] = doubles(x[v] + j);
         for (int v = 0; v < vectors; ++v)
-          for (int u = 0; u <= v; ++u) sum[v * (v + 1) / 2 + u].add(wide[u] * wide[v]);
+          for (int u = 0; u <= v; ++u) sum[v * (v + 1) / 2 + u].add(from_j[u] * from_j[v]);
       }
       for (int r = 0; r < kProducts; ++r) sums[r].lanes[turn] = sum[r];
     }
@@ -354,20 +417,22 @@ inline void block_bits(const uint8_t* mask, int64_t bit, int n, uint8_t* bits) {
   std::memset(bits + bytes, 0, kBlock / 8 - bytes);
 }
 
-// `next` where the bit of an element is set, `old` where not.
+// `next` where the bit of an element is set, of a block's from j on, `old` where not.
 template <class V>
-inline V where(unsigned bits, V next, V old) {
+inline V where(const uint8_t* bits_of, int j, V next, V old) {
   using Element = std::conditional_t<std::is_same_v<V, Floats>, int32_t, int64_t>;
   using Elements = std::conditional_t<std::is_same_v<V, Floats>, Ints, Longs>;
-  static constexpr Element kEach[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  static constexpr Element kEach[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  static_assert(sizeof(Elements) <= sizeof kEach, "a bit for each element");
+  const unsigned bits = (bits_of[j / 8] | (sizeof(Elements) > 8 * sizeof(Element) ? bits_of[j / 8 + 1] << 8 : 0)) >> j % 8;
   Elements each;
   std::memcpy(&each, kEach, sizeof each);
   return ((Elements{} + Element(bits)) & each) != 0 ? next : old;
 }
 
 template <class V>
-inline Doubles difference_sq(V next, V old) {
-  return square(next == old ? V{} : next - old);  // inf - inf is NaN
+inline Wide<V> difference_sq(V next, V old) {
+  return square(wide(next == old ? V{} : next - old));  // inf - inf is NaN
 }
 
 // Weights of a row from `base` to w + e; returns ||e||^2 as it was stored. `saved` is null where nothing is to be saved.
@@ -405,7 +470,7 @@ double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* 
         d = residual(d, average, sigma);
       }
       Pack<T> next = perturbed(old, d, scale, eta, adaptive);
-      if constexpr (masked) next = where<Pack<T>>(bits[j / 8] >> j % 8, next, old);
+      if constexpr (masked) next = where<Pack<T>>(bits, j, next, old);
       store_pack(w_new + j, next);
       return difference_sq(next, old);
     };
@@ -531,7 +596,7 @@ double combine_row(const Terms<S>& terms, S* outs, int64_t numel, bool large, bo
     out.commit(n, squared);
     if (!squared) return;
     const T* stored = padded<T>(out.values(), result, n);
-    lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return square(load_pack(stored + j)); });
+    lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return square(load_wide(stored + j)); });
   });
   return rounded(lanes.total());
 }

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <vector>
 
 #include "kernels.h"
@@ -14,11 +15,32 @@
 namespace msam::cpu {
 namespace {
 
-// Elements of a piece of work: for fewer, waking another thread costs more than it saves, and much more when it is slow to
-// come.
+// Elements of a piece of work, and those that a thread of its own is worth: with fewer, waking it costs what it saves.
 constexpr int64_t kGrain = 32768;
+constexpr int64_t kShare = 2 * kGrain;
 // Stores past the cache pay once a buffer no longer fits the one that the cores share.
 constexpr int64_t kLargeBytes = int64_t(8) << 20;
+
+// Whether to ask other threads for help. Where one is kept from its core by another process, all wait for it at the end, for
+// milliseconds: after a wait that was longer than the work, the next calls are made alone, twice as many each time.
+using Clock = std::chrono::steady_clock;
+class Help {
+ public:
+  bool is_wanted() {
+    const int left = alone_.load(std::memory_order_relaxed);
+    if (left > 0) alone_.store(left - 1, std::memory_order_relaxed);
+    return left <= 0;
+  }
+  void came(bool in_time) {
+    next_.store(in_time ? kFew : std::min(2 * next_.load(std::memory_order_relaxed), kMany), std::memory_order_relaxed);
+    if (!in_time) alone_.store(next_.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int kFew = 4, kMany = 256;
+  std::atomic<int> alone_{0}, next_{kFew};
+};
+Help help;
 
 double total(const double* terms, int64_t n) {
   Sum<double, true> sum;
@@ -94,13 +116,12 @@ class Device : public Call {
   template <class Arguments>
   void share(const Arguments& a, Kernel<Arguments> kernel, bool backwards = false) const {
     const int64_t elements = reach().elements;
-    if (elements <= kGrain) return kernel(a, context_, 0, rows());
-    const int64_t threads = std::min<int64_t>(at::get_num_threads(), (elements + kGrain - 1) / kGrain);
-    const int64_t enough = std::min(kGrain, elements / threads);
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / kShare);
+    if (threads < 2 || !help.is_wanted()) return kernel(a, context_, 0, rows());
     c10::SmallVector<int64_t, 64> pieces{0};  // where each begins, and the end
     for (int64_t k = 0, sum = 0; k < rows(); ++k) {
       sum += a.table[k].numel;
-      if (sum >= enough || k + 1 == rows()) pieces.push_back(k + 1), sum = 0;
+      if (sum >= kGrain || k + 1 == rows()) pieces.push_back(k + 1), sum = 0;
     }
     const int64_t count = int64_t(pieces.size()) - 1;
     struct alignas(64) Share {
@@ -109,6 +130,8 @@ class Device : public Call {
     };
     std::vector<Share> shares(threads);
     for (int64_t t = 0; t < threads; ++t) shares[t].begin = count * t / threads, shares[t].end = count * (t + 1) / threads;
+    const auto start = Clock::now();
+    auto done = start;
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
         for (int64_t k = 0; k < threads; ++k) {
@@ -118,7 +141,9 @@ class Device : public Call {
             kernel(a, context_, pieces[piece], pieces[piece + 1]);
           }
         }
+      if (first == 0) done = Clock::now();  // the caller's own
     });
+    help.came(Clock::now() - done <= done - start);
   }
 
   Context context_;
