@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <string_view>
+#include <unordered_map>
+#include <utility>
 
 #include "checks.h"
 
@@ -234,35 +236,6 @@ void set_grads(const py::list& params, py::handle grads) {
   });
 }
 
-// Every p.grad, with a placeholder for None; whether all are regular; how many are None. Where all are regular, counts the
-// parameters that have one as modified in place and, with `clear`, makes every p.grad None.
-py::tuple collect_grads(const py::list& params, const at::Tensor& placeholder, bool clear) {
-  py::object list = new_tensors(params.size());
-  auto& grads = tensors_in(list.ptr());
-  size_t absent = 0;
-  bool regular = true;
-  each(params, true, [&](Py_ssize_t, PyObject* p) {
-    const at::Tensor& param = unpacked(p, "collect_grads");
-    const at::Tensor& grad = param.grad();
-    if (grad.defined()) {
-      regular = regular && is_regular(grad, param);
-      if (grad.has_storage()) fetch(grad.storage().unsafeGetStorageImpl());  // for the kernels' pointers
-      grads.push_back(grad);
-    } else {
-      ++absent;
-      grads.push_back(placeholder);
-    }
-    return true;
-  });
-  for (size_t i = 0; regular && i < grads.size(); ++i) {
-    if (grads[i].is_same(placeholder)) continue;
-    const at::Tensor& param = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i));
-    param.unsafeGetTensorImpl()->bump_version();
-    if (clear) param.mutable_grad().reset();
-  }
-  return py::make_tuple(std::move(list), regular, absent);
-}
-
 // The tensors of all lists, one list after the other.
 py::object joined(const py::list& lists) {
   size_t size = 0;
@@ -276,62 +249,151 @@ py::object joined(const py::list& lists) {
   return out;
 }
 
-// What a step relies on, as words for comparing: of every group how many tensors it holds, and of each of those which it is,
-// whether it is served, and if so where its memory is and how it is laid out. Of others nothing is asked: they may be of any
-// kind. `count` sees the groups, `parameter` the tensors, until one returns false. Groups that hold something else end it too:
-// they are refused, by name, when they are looked at.
+// What a step relies on, as words for comparing: of every group how many tensors it holds, and of each of those which it is
+// and, if it is served, its place in the lists of those that are, where its memory is and how it is laid out. Of others nothing
+// is asked: they may be of any kind. Before all that, how long the lists are. `count` sees the groups, `parameter` the tensors,
+// until one returns false. Groups that hold something else end it too: they are refused, by name, when they are looked at.
 template <class Count, class Parameter>
-bool all_parameters(const py::list& groups, const Count& count, const Parameter& parameter) {
+bool all_parameters(const py::list& groups, bool of_grads, const Count& count, const Parameter& parameter) {
   for (py::handle group : groups) {
     const py::object params = py::reinterpret_borrow<py::dict>(group)["params"];
     if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) return false;
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
     if (!count(static_cast<int64_t>(size))) return false;
     const auto visit = [&](Py_ssize_t, PyObject* p) { return THPVariable_Check(p) && parameter(p, THPVariable_Unpack(p)); };
-    if (!each(PySequence_Fast_ITEMS(params.ptr()), size, false, visit)) return false;
+    if (!each(PySequence_Fast_ITEMS(params.ptr()), size, of_grads, visit)) return false;
   }
   return true;
 }
 
-py::bytes memory_layout(const py::list& groups, const py::set& served) {
-  std::vector<int64_t> words;
+// A tensor in those words.
+struct Known {
+  int64_t tensor, list, index, memory, dim;  // list < 0 where it is not served, and the rest is missing
+
+  static constexpr int kOther = 2, kServed = 5;
+  int64_t words() const { return list < 0 ? kOther : kServed + 2 * dim; }
+};
+struct Words {
+  explicit Words(const py::bytes& known) {
+    const auto bytes = std::string_view(known);
+    next = reinterpret_cast<const int64_t*>(bytes.data());  // aligned: what memory_layout returned
+    end = next + bytes.size() / sizeof(int64_t);
+  }
+  int64_t left() const { return end - next; }
+
+  const int64_t *next, *end;
+};
+
+py::bytes memory_layout(const py::list& groups, const py::list& served) {
+  std::vector<int64_t> words{int64_t(served.size())};
+  std::unordered_map<const void*, std::pair<int64_t, int64_t>> places;
+  for (size_t l = 0; l < served.size(); ++l) {
+    const py::list list = served[l];
+    words.push_back(int64_t(list.size()));
+    for (size_t i = 0; i < list.size(); ++i) places[PyList_GET_ITEM(list.ptr(), i)] = {l, i};
+  }
   const auto count = [&](int64_t size) {
     words.push_back(size);
     return true;
   };
-  all_parameters(groups, count, [&](PyObject* p, const at::Tensor& param) {
-    const bool is_served = served.contains(py::handle(p));
+  all_parameters(groups, false, count, [&](PyObject* p, const at::Tensor& param) {
+    const auto place = places.find(p);
     words.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
-    words.push_back(is_served);
-    if (is_served) {
-      words.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
-      words.insert(words.end(), param.sizes().begin(), param.sizes().end());
-      words.insert(words.end(), param.strides().begin(), param.strides().end());
-    }
+    words.push_back(place == places.end() ? -1 : place->second.first);
+    if (place == places.end()) return true;
+    words.push_back(place->second.second);
+    words.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
+    words.push_back(param.dim());
+    words.insert(words.end(), param.sizes().begin(), param.sizes().end());
+    words.insert(words.end(), param.strides().begin(), param.strides().end());
     return true;
   });
   return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)};
 }
 
-bool has_layout(const py::list& groups, const py::bytes& known) {
-  const auto bytes = std::string_view(known);
-  const auto* word = reinterpret_cast<const int64_t*>(bytes.data());  // aligned: what memory_layout returned
-  const int64_t* const end = word + bytes.size() / sizeof(int64_t);
-  const auto count = [&](int64_t size) { return word != end && *word++ == size; };
-  const bool all = all_parameters(groups, count, [&](PyObject*, const at::Tensor& param) {
-    if (end - word < 2 || word[0] != reinterpret_cast<int64_t>(param.unsafeGetTensorImpl())) return false;
-    const bool is_served = word[1];
-    word += 2;
-    if (!is_served) return !param.requires_grad() && !param.grad().defined();
+// Whether all is as known, and nothing that is not served is trained by now. Meanwhile visit(tensor, known) for what is served.
+template <class Visit>
+bool is_as_known(const py::list& groups, Words words, bool of_grads, const Visit& visit) {
+  words.next += 1 + *words.next;
+  const auto count = [&](int64_t size) { return words.left() && *words.next++ == size; };
+  const bool all = all_parameters(groups, of_grads, count, [&](PyObject*, const at::Tensor& param) {
+    if (words.left() < Known::kOther) return false;
+    const auto& known = *reinterpret_cast<const Known*>(words.next);
+    if (known.tensor != reinterpret_cast<int64_t>(param.unsafeGetTensorImpl())) return false;
+    words.next += known.words();
+    if (known.list < 0) return !param.requires_grad() && !param.grad().defined();
     const at::IntArrayRef sizes = param.sizes(), strides = param.strides();
-    const int64_t dim = sizes.size();
-    if (end - word < 1 + 2 * dim || word[0] != reinterpret_cast<int64_t>(param.const_data_ptr())) return false;
+    if (known.memory != reinterpret_cast<int64_t>(param.const_data_ptr()) || known.dim != int64_t(sizes.size())) return false;
+    const int64_t* of_strides = words.next - known.dim;
+    const int64_t* of_sizes = of_strides - known.dim;
     bool same = true;
-    for (int64_t d = 0; d < dim; ++d) same = same && word[1 + d] == sizes[d] && word[1 + dim + d] == strides[d];
-    word += 1 + 2 * dim;
+    for (int64_t d = 0; d < known.dim; ++d) same = same && of_sizes[d] == sizes[d] && of_strides[d] == strides[d];
+    if (same) visit(param, known);
     return same;
   });
-  return all && word == end;
+  return all && words.next == words.end;
+}
+
+bool has_layout(const py::list& groups, const py::bytes& known) {
+  return is_as_known(groups, Words(known), false, [](const at::Tensor&, const Known&) {});
+}
+
+// Whether one that is served has a gradient; None where not all is as known.
+py::object have_grads(const py::list& groups, const py::bytes& known) {
+  bool any = false;
+  const auto look = [&](const at::Tensor& param, const Known&) { any = any || param.grad().defined(); };
+  if (!is_as_known(groups, Words(known), true, look)) return py::none();
+  return py::bool_(any);
+}
+
+// Every p.grad of the served, by list, with the list's placeholder for None; whether all are regular; how many are None. Or
+// None where not all is as known. Where all are regular, counts the parameters that have one as modified in place and, with
+// `clear`, makes every p.grad None.
+py::object collect_grads(const py::list& groups, const py::bytes& known, const py::list& placeholders, bool clear) {
+  const Words words(known);
+  TORCH_CHECK(int64_t(placeholders.size()) == words.next[0], "collect_grads takes a placeholder for each list of the served");
+  struct List {
+    std::vector<at::Tensor>& grads;
+    const at::Tensor& placeholder;
+  };
+  py::list lists;
+  c10::SmallVector<List, 4> out;
+  for (size_t l = 0; l < placeholders.size(); ++l) {
+    py::object list = new_tensors(words.next[1 + l]);
+    auto& grads = tensors_in(list.ptr());
+    grads.resize(words.next[1 + l]);
+    out.push_back({grads, unpacked(PyList_GET_ITEM(placeholders.ptr(), l), "collect_grads")});
+    lists.append(std::move(list));
+  }
+  struct Found {
+    c10::TensorImpl* param;
+    at::Tensor* place;
+  };
+  c10::SmallVector<Found, 256> found;  // mostly without the heap, see spare()
+  size_t absent = 0;
+  bool regular = true;
+  const bool as_known = is_as_known(groups, words, true, [&](const at::Tensor& param, const Known& k) {
+    const at::Tensor& grad = param.grad();
+    List& list = out[k.list];
+    if (grad.defined()) {
+      regular = regular && is_regular(grad, param);
+      if (grad.has_storage()) fetch(grad.storage().unsafeGetStorageImpl());  // for the kernels' pointers
+      found.push_back({param.unsafeGetTensorImpl(), &list.grads[k.index]});
+    } else {
+      ++absent;
+      list.grads[k.index] = list.placeholder;
+    }
+  });
+  if (!as_known) return py::none();
+  for (const Found& f : found) {
+    at::Tensor& grad = f.param->mutable_grad();
+    if (regular) f.param->bump_version();
+    if (regular && clear)
+      *f.place = std::move(grad);
+    else
+      *f.place = grad;
+  }
+  return py::make_tuple(std::move(lists), regular, absent);
 }
 
 // Whether the state's values are these very entries, and each dict has the very value under its key.
@@ -358,12 +420,14 @@ bool holds(
 void define_parameters(py::module_& m) {
   tensors_type = make_tensors_type();
   m.attr("Tensors") = py::handle(reinterpret_cast<PyObject*>(tensors_type));
-  m.def("collect_grads", &collect_grads, "(params, placeholder, clear) -> (grads, regular, absent)");
+  m.def("collect_grads", &collect_grads,
+        "(parameter groups, bytes of memory_layout, placeholders, clear) -> (lists of gradients, regular, absent), or None");
+  m.def("have_grads", &have_grads, "(parameter groups, bytes of memory_layout) -> whether one has a gradient, or None");
   m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
   m.def("without_own_memory", &without_own_memory, "(grads, whole) -> the indices of those to copy before they are written to");
   m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
   m.def("joined", &joined, "(lists) -> the tensors of all of them, one list after the other");
-  m.def("memory_layout", &memory_layout, "(parameter groups, the served) -> bytes that say which they are and where these lie");
+  m.def("memory_layout", &memory_layout, "(parameter groups, lists of the served) -> bytes that say which they are and where these lie");
   m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether they say so still, and no others are trained");
   m.def("holds", &holds, "(state, entries, dicts, keys, values) -> whether these are its values, and each dict's");
 }

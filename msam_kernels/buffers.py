@@ -84,7 +84,7 @@ class Buffers:
             tensors = [t for t in distinct.values() if _is_plain(t)]
             if len(tensors) < len(distinct):
                 rare = [(t, t.detach().clone(), versions_of([t])[0]) for t in distinct.values() if _is_rare(t)]
-            layout = memory_layout(_group(tensors), set(tensors))
+            layout = memory_layout(_group(tensors), [tensors])
             if layout != self._layout:
                 self._data = [t.data for t in tensors]
                 self._fit()

@@ -570,7 +570,7 @@ class _Bound:
     def complete(self, state: State) -> None:
         """All have been added."""
         self.entries = list(state.values())
-        self._layout = memory_layout(self._group, set(self.views))
+        self._layout = memory_layout(self._group, [self.views])
 
     def is_current(self, state: State) -> bool:
         """Whether they are there still, with the same memory.

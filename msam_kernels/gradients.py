@@ -17,10 +17,13 @@ from . import _torch
 from .backends import extension
 from .backends.checks import lost_memory, span
 
+Groups = list[dict[str, Any]]  # of parameters, as an optimizer has them
 Optionals = Sequence[Tensor | None]  # p.grad by parameter; an empty list where all are None
 Gradient = TypeVar("Gradient", Tensor, Tensor | None)
 #: A list, or the extension's ``Tensors``, which makes Python objects only of those that Python looks at.
 Tensors = Sequence[Tensor]
+#: By list of parameters their gradients; whether all are as ``collect`` returns them; how many are absent.
+Collected = tuple[list[Tensors], bool, int]
 
 
 @dataclass(slots=True)
@@ -55,10 +58,20 @@ class Vectors:
         return Vectors(lists, min(self.absent, other.absent, sum(t.numel() == 0 for ts in lists for t in ts)))
 
 
-def _collect_grads(params: list[Tensor], placeholder: Tensor, clear: bool) -> tuple[Tensors, bool, int]:
+def _collect_grads(groups: Groups, layout: Any, placeholders: list[Tensor], clear: bool) -> Collected | None:
     """What the extension does faster: ``regular`` is False, so every gradient is looked at by ``collect``."""
-    grads = [placeholder if p.grad is None else p.grad for p in params]
-    return grads, False, sum(p.grad is None for p in params)
+    served = _served(groups, layout)
+    if served is None:
+        return None
+    lists: list[Tensors] = [
+        [none if p.grad is None else p.grad for p in params] for params, none in zip(served, placeholders, strict=True)
+    ]
+    return lists, False, sum(p.grad is None for params in served for p in params)
+
+
+def _have_grads(groups: Groups, layout: Any) -> bool | None:
+    served = _served(groups, layout)
+    return None if served is None else any(p.grad is not None for params in served for p in params)
 
 
 def _current_grads(params: list[Tensor]) -> Optionals:
@@ -100,21 +113,34 @@ def place(t: Tensor) -> object:
     return t.data_ptr(), t.size(), t.stride(), t.dtype
 
 
-def _memory_layout(groups: list[dict[str, Any]], served: set[Tensor]) -> object:
-    return [[(id(p), place(p) if p in served else None) for p in group["params"]] for group in groups]
+def _memory_layout(groups: Groups, served: list[list[Tensor]]) -> object:
+    places = {id(p): (k, i) for k, params in enumerate(served) for i, p in enumerate(params)}
+    known = [
+        [(id(p), places.get(id(p)), place(p) if id(p) in places else None) for p in group["params"]] for group in groups
+    ]
+    return list(map(len, served)), known
 
 
-def _has_layout(groups: list[dict[str, Any]], layout: Any) -> bool:
-    def is_same(p: Any, identity: int, known: object) -> bool:
-        return id(p) == identity and (not is_trained(p) if known is None else place(p) == known)
+def _has_layout(groups: Groups, layout: Any) -> bool:
+    return _served(groups, layout) is not None
 
-    lists = [group["params"] for group in groups]
-    return len(lists) == len(layout) and all(
-        isinstance(params, (list, tuple))
-        and len(params) == len(known)
-        and all(is_same(p, *k) for p, k in zip(params, known, strict=True))
-        for params, known in zip(lists, layout, strict=True)
-    )
+
+def _served(groups: Groups, layout: Any) -> list[list[Tensor]] | None:
+    """The lists of the served, where all is as known."""
+    sizes, known = layout
+    lists: list[list[Any]] = [[None] * n for n in sizes]
+    if len(groups) != len(known):
+        return None
+    for group, those in zip(groups, known, strict=True):
+        params = group["params"]
+        if not isinstance(params, (list, tuple)) or len(params) != len(those):
+            return None
+        for p, (identity, at, where) in zip(params, those, strict=True):
+            if id(p) != identity or (is_trained(p) if at is None else place(p) != where):
+                return None
+            if at is not None:
+                lists[at[0]][at[1]] = p
+    return lists
 
 
 def _holds(
@@ -128,9 +154,14 @@ def _holds(
 
 
 # Each is a loop over the parameters, which the extension does in C++.
-_collect: Callable[[list[Tensor], Tensor, bool], tuple[Tensors, bool, int]] = getattr(
+#: (parameter groups, their layout, placeholders, clear) -> the gradients of the served, by list, with a placeholder for None;
+#: whether all are as ``collect`` returns them, and only then anything is cleared; how many are None. None where the parameters
+#: are not as their layout says.
+collect_grads: Callable[[Groups, object, list[Tensor], bool], Collected | None] = getattr(
     extension, "collect_grads", _collect_grads
 )
+#: (parameter groups, their layout) -> whether one that is served has a gradient; None where they are not as it says.
+have_grads: Callable[[Groups, object], bool | None] = getattr(extension, "have_grads", _have_grads)
 #: (params) -> every p.grad or None; an empty list where all are None.
 current_grads: Callable[[list[Tensor]], Optionals] = getattr(extension, "current_grads", _current_grads)
 #: (params, grads): p.grad by parameter, None for all where grads is empty.
@@ -141,12 +172,10 @@ joined: Callable[[list[Tensors]], Tensors] = getattr(extension, "joined", _joine
 without_own_memory: Callable[[Sequence[Tensor | None], bool], list[int]] = getattr(
     extension, "without_own_memory", _without_own_memory
 )
-#: (parameter groups, those of their parameters that are served) -> a value that says which they are and where they lie.
-memory_layout: Callable[[list[dict[str, Any]], set[Tensor]], object] = getattr(
-    extension, "memory_layout", _memory_layout
-)
+#: (parameter groups, lists of those that are served) -> their layout, a value that says which they are and where they lie.
+memory_layout: Callable[[Groups, list[list[Tensor]]], object] = getattr(extension, "memory_layout", _memory_layout)
 #: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
-has_layout: Callable[[list[dict[str, Any]], object], bool] = getattr(extension, "has_layout", _has_layout)
+has_layout: Callable[[Groups, object], bool] = getattr(extension, "has_layout", _has_layout)
 #: (state, entries, dicts, keys, values) -> whether the state's values are these very entries, and each dict has the very
 #: value under its key.
 holds: Callable[[dict[Any, Any], list[Any], list[dict[str, Any]], list[str], list[Any]], bool] = getattr(
@@ -159,22 +188,32 @@ def is_trained(p: Tensor) -> bool:
     return p.requires_grad or p.grad is not None
 
 
-def collect(params: list[Tensor], placeholder: Tensor, *, clear: bool) -> tuple[Tensors, int]:
-    """Every ``p.grad``, dense and in the memory order of its parameter, and how many are absent: those are ``placeholder``.
+def collect(
+    groups: Groups, layout: object, lists: list[list[Tensor]], placeholders: list[Tensor], *, clear: bool
+) -> tuple[list[Tensors], int] | None:
+    """Every ``p.grad`` of the lists, dense and in the memory order of its parameter, and how many are absent.
 
-    With ``clear``, every ``p.grad`` is then None. A parameter with a gradient counts as modified in place, which every caller
-    goes on to do: a graph that still needs the old values raises instead of using wrong ones.
+    Those are their list's placeholder. With ``clear``, every ``p.grad`` is then None. A parameter with a gradient counts as
+    modified in place, which every caller goes on to do: a graph that still needs the old values raises instead of using wrong
+    ones. None where the parameters are not as their layout says.
 
     Raises:
         TypeError: a sparse gradient, or one of another dtype than its parameter.
         RuntimeError: a gradient whose memory is gone.
     """
-    grads, regular, absent = _collect(params, placeholder, clear)
+    found = collect_grads(groups, layout, placeholders, clear)
+    if found is None:
+        return None
+    grads, regular, absent = found
     if not regular:
-        grads = [placeholder if p.grad is None else regular_gradient(p, p.grad) for p in params]
-        increment_version([p for p in params if p.grad is not None])
+        grads = [
+            [none if p.grad is None else regular_gradient(p, p.grad) for p in params]
+            for params, none in zip(lists, placeholders, strict=True)
+        ]
+        increment_version([p for params in lists for p in params if p.grad is not None])
         if clear:
-            set_grads(params, [])
+            for params in lists:
+                set_grads(params, [])
     return grads, absent
 
 

@@ -124,21 +124,33 @@ class Engine:
         if self.store.has_new() or not all("rho" in group for group in self.base.param_groups):
             self.adopt()
 
-    def follow(self) -> None:
-        """Notice parameters that somebody re-pointed, added or unfroze since the last look."""
-        if self.store.is_current():
-            return
-        self.adopt()
-        if self.step is not None:
-            self.step.follow()
+    def follow(self) -> bool:
+        """Notice parameters that somebody re-pointed, added or unfroze since the last look; whether any has a gradient."""
+        have_grads = self.store.have_grads()
+        if have_grads is None:
+            self.adopt()
+            if self.step is not None:
+                self.step.follow()
+            have_grads = self.store.have_grads()
+        return bool(have_grads)
 
-    def prepare(self) -> None:
-        """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
-        self.follow()
+    def collect(self, *, clear: bool) -> Vectors:
+        """``follow``, and every ``p.grad``: one look at the parameters. With ``clear``, every one is None then."""
+        grads = self.store.collect(clear=clear)
+        if grads is None:
+            self.follow()
+            grads = self.store.collect(clear=clear)
+            assert grads is not None, "what was adopted is where it is"
+        return grads
+
+    def prepare(self) -> bool:
+        """Notice what the user changed since the last step: groups, addresses, hyper-parameters. Returns as ``follow``."""
+        have_grads = self.follow()
         self._refresh_radii()
         rule = RULES.get(type(self.base))
         if rule is not None:
             self.refresh_settings(rule)
+        return have_grads
 
     def _refresh_radii(self) -> None:
         self.tables.refresh_radii(self.method.full, self.steps, self.store.devices, self._check_may_change)
@@ -202,14 +214,13 @@ class Engine:
         Raises:
             ValueError: a gradient is not finite; the old mask is kept.
         """
-        self.prepare()
-        self.step = Step(self, BASE, [1.0], [], True)
+        self.step = Step(self, BASE, [1.0], [], clear=True, had_gradients=self.prepare())
         with self.step as step:
             for closure in closures:
                 self.buffers.freeze()
                 call(closure)
                 self.buffers.thaw()
-                step.add_scores(self.store.collect(clear=True))
+                step.add_scores(self.collect(clear=True))
             if not all(bool(t.isfinite().all()) for tensors in step.scores for t in tensors):
                 raise ValueError("a gradient of the samples is not finite, and says nothing of the weights: use others")
             self.choose_mask(step.scores, sparse, self.steps)
@@ -267,13 +278,13 @@ class Engine:
 
     def update_uncounted(self, found_inf: Tensor | None = None) -> None:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
-        self.follow()
         rule = fused_rule(self.base)
         if rule is None:
+            self.follow()
             self.base.step()
         else:
+            grads = self.collect(clear=False)
             self.refresh_settings(rule)
-            grads = self.store.collect(clear=False)
             descent = Descent()
             descent.add(grads, PLAIN)
             mark_stepped(self.base)
@@ -282,14 +293,14 @@ class Engine:
 
     def begin(self, shares: list[float], *, clear: bool = True) -> Step:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
-        self.follow()
+        had_gradients = self.follow()
         self._refresh_radii()
         plan = self.plan()
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
             self.store.check_not_capturing("the mask")
         self.norms_sq = []
-        self.step = Step(self, plan, shares, scores, clear)
+        self.step = Step(self, plan, shares, scores, clear=clear, had_gradients=had_gradients)
         return self.step
 
     def drop_before(self) -> None:
@@ -347,18 +358,27 @@ class Step:
     Attributes:
         perturbed: whether weights may be perturbed: the kernels know which.
         saves: whether weights were saved that the kernels hold to be those of this step.
-        had_gradients: whether any were set aside, and not dropped since.
+        had_gradients: whether any were there before it, and not dropped since.
         turn: which pass of its micro-batch is under way: 0 at w, 1 at w + e, 2 at w − e.
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
             None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
     """
 
-    def __init__(self, engine: Engine, plan: Plan, shares: list[float], scores: list[list[Tensor]] | None, clear: bool):
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        shares: list[float],
+        scores: list[list[Tensor]] | None,
+        *,
+        clear: bool,
+        had_gradients: bool,
+    ):
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.clear = clear
         self.perturbed = self.saves = False
-        self.chose_mask = self.had_gradients = False
+        self.chose_mask, self.had_gradients = False, had_gradients
         self.turn = 0
         self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
@@ -371,12 +391,12 @@ class Step:
 
     def __enter__(self) -> Step:
         try:
+            if not self.had_gradients:
+                self.aside = [([], [])] * len(self.store.flats)
+                return self
             before = self.store.current_grads()
-            self.had_gradients = any(before)
-            own = own_memory_of_lists(before, whole=True) if self.had_gradients else before
-            self.aside = list(zip(before, own, strict=True))
-            if self.had_gradients:
-                self.store.set_grads(None)
+            self.aside = list(zip(before, own_memory_of_lists(before, whole=True), strict=True))
+            self.store.set_grads(None)
             return self
         except BaseException:
             self.engine.restore()
@@ -524,8 +544,7 @@ class Step:
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         engine, store, plan = self.engine, self.store, self.plan
-        engine.follow()
-        grads = store.collect(clear=self.clear)
+        grads = engine.collect(clear=self.clear)
         self._check_any(grads)
         if plan.holds:
             self._hold(grads)
@@ -549,9 +568,9 @@ class Step:
 
     def _cross(self) -> None:
         """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
-        self.engine.follow()
+        grads = self.engine.collect(clear=True)
         at_w = self._held[0]
-        self._hold(self.store.collect(clear=True))
+        self._hold(grads)
         assert self._norm_sq is not None
         self.turn = 2
         self.store.cross(at_w, self.plan, self.engine.tables, self._norm_sq)
@@ -674,8 +693,11 @@ class Step:
         Afterwards nothing is held, and with ``clear`` p.grad is None.
         """
         engine, store, plan, i = self.engine, self.store, self.plan, self._i
-        engine.follow()
-        vectors = [store.collect(clear=clear) if self._given is None else self._given, *self._held]
+        if self._given is None:
+            vectors = [engine.collect(clear=clear), *self._held]
+        else:
+            engine.follow()
+            vectors = [self._given, *self._held]
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         if plan.keeps:

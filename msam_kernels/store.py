@@ -20,6 +20,7 @@ from .gradients import (
     collect,
     current_grads,
     has_layout,
+    have_grads,
     is_trained,
     joined,
     memory_layout,
@@ -80,6 +81,11 @@ class Store:
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
         self._left: set[int] = set()  # the parameters that were frozen at the last look and are in no flat, by identity
+
+    @property
+    def _lists(self) -> list[list[Tensor]]:
+        """The parameters by flat."""
+        return [flat.params for flat in self.flats]
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +177,7 @@ class Store:
             for (device, _), members in buckets.items()
         ]
         self.devices = list({flat.device: None for flat in self.flats})
-        self.layout = memory_layout(groups, {p for flat in self.flats for p in flat.params})
+        self.layout = memory_layout(groups, self._lists)
         self._left = {id(p) for _, p in left}
 
     def is_current(self) -> bool:
@@ -180,15 +186,23 @@ class Store:
 
     # -- gradients ------------------------------------------------------------------------------------------------------
 
-    def collect(self, *, clear: bool) -> Vectors:
-        """Every ``p.grad``; all are looked at before any kernel runs. With ``clear``, every one is None then."""
-        if len(self.flats) == 1:
-            flat = self.flats[0]
-            grads, absent = collect(flat.params, flat.absent, clear=clear)
-            return Vectors([grads], absent)
-        collected = [collect(flat.params, flat.absent, clear=clear) for flat in self.flats]
-        lists = own_memory_of_lists([grads for grads, _ in collected], whole=False)
-        return Vectors(lists, sum(absent for _, absent in collected))
+    def have_grads(self) -> bool | None:
+        """Whether any ``p.grad`` is there; None where the parameters are not where they were at the last look."""
+        return have_grads(self.base.param_groups, self.layout)
+
+    def collect(self, *, clear: bool) -> Vectors | None:
+        """Every ``p.grad``; all are looked at before any kernel runs. With ``clear``, every one is None then.
+
+        None where the parameters are not where they were at the last look.
+        """
+        placeholders = [flat.absent for flat in self.flats]
+        found = collect(self.base.param_groups, self.layout, self._lists, placeholders, clear=clear)
+        if found is None:
+            return None
+        lists: Sequence[Tensors] = found[0]
+        if len(lists) > 1:
+            lists = own_memory_of_lists(lists, whole=False)
+        return Vectors(lists, found[1])
 
     def current_grads(self) -> list[Optionals]:
         """By flat: every p.grad or None; an empty list where all are None."""

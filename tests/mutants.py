@@ -225,8 +225,8 @@ MUTANTS = [
     Mutant(
         "re-pointed parameters are not noticed",
         P + "step.py",
-        "if self.store.is_current():",
-        "if True:",
+        "if have_grads is None:",
+        "if False:",
         "tests/test_flatten.py",
     ),
     Mutant(
@@ -560,8 +560,8 @@ MUTANTS = [
     Mutant(
         "settings are those of before before_update",
         P + "step.py",
-        "            self.refresh_settings(rule)\n            grads = self.store.collect(clear=False)",
-        "            grads = self.store.collect(clear=False)",
+        "            self.refresh_settings(rule)\n            descent = Descent()",
+        "            descent = Descent()",
         "tests/test_before_update.py",
     ),
     # -- the specification

@@ -11,7 +11,8 @@ from msam_kernels import backends, gradients
 from plain import DEVICE
 
 FUNCTIONS = (
-    "collect",
+    "collect_grads",
+    "have_grads",
     "current_grads",
     "set_grads",
     "without_own_memory",
@@ -27,11 +28,17 @@ def of(request):
     """The functions by name, of one of the two."""
     if request.param == "extension":
         request.getfixturevalue("extension")
-        names = {name: getattr(gradients, name) for name in FUNCTIONS if name != "collect"}
-        return {**names, "collect": backends.extension.collect_grads}
-    return {name: getattr(gradients, f"_{name}") for name in FUNCTIONS if name != "collect"} | {
-        "collect": gradients._collect_grads
-    }
+        return {name: getattr(backends.extension, name) for name in FUNCTIONS}
+    return {name: getattr(gradients, f"_{name}") for name in FUNCTIONS}
+
+
+def collected(of, params: list[nn.Parameter], placeholder: torch.Tensor, clear: bool):
+    """Of parameters that are served in one list, and in one group."""
+    groups = [{"params": params}]
+    layout = of["memory_layout"](groups, [params])
+    assert of["have_grads"](groups, layout) == any(p.grad is not None for p in params)
+    (grads,), regular, absent = of["collect_grads"](groups, layout, [placeholder], clear)
+    return grads, regular, absent
 
 
 def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -67,7 +74,7 @@ def test_gradients_are_collected_and_what_is_odd_is_left_to_the_caller(kinds, cl
     params = with_gradients(*GRADIENTS[kinds])
     before, versions = [p.grad for p in params], [p._version for p in params]
     placeholder = torch.empty(0, device=DEVICE)
-    grads, regular, absent = of["collect"](params, placeholder, clear)
+    grads, regular, absent = collected(of, params, placeholder, clear)
     assert [g is (placeholder if b is None else b) for g, b in zip(grads, before, strict=True)] == [True] * len(params)
     assert absent == before.count(None)
     odd = kinds in ("another memory order", "with a graph")
@@ -97,7 +104,7 @@ def test_gradients_are_taken_out_and_put_back(kinds, of):
 def test_collected_gradients_are_put_back(of):
     params = with_gradients("dense", "dense")
     before = [p.grad for p in params]
-    grads, _, _ = of["collect"](params, torch.empty(0, device=DEVICE), True)
+    grads, _, _ = collected(of, params, torch.empty(0, device=DEVICE), True)
     of["set_grads"](params, grads)
     assert [p.grad for p in params] == before
 
@@ -156,10 +163,32 @@ def test_a_layout_is_that_of_these_parameters_where_they_are(move, of):
     served = parameters((3, 4), *[(2, 2)] * 30)
     frozen = parameters((5,))[0].requires_grad_(False)
     groups = [{"params": [*served[:4], frozen]}, {"params": served[4:]}]
-    layout = of["memory_layout"](groups, set(served))
+    layout = of["memory_layout"](groups, [served])
     assert of["has_layout"](groups, layout)
     MOVES[move](served[0], frozen, groups)
-    assert of["has_layout"](groups, layout) == (move in ("nothing", "the frozen one's memory"))
+    same = move in ("nothing", "the frozen one's memory")
+    assert of["has_layout"](groups, layout) == same
+    assert of["have_grads"](groups, layout) is (False if same else None)
+    served[5].grad = torch.ones_like(served[5])
+    versions = [p._version for p in served]
+    assert of["have_grads"](groups, layout) is (True if same else None)
+    if not same:
+        assert of["collect_grads"](groups, layout, [torch.empty(0)], True) is None
+        assert served[5].grad is not None
+        assert [p._version for p in served] == versions
+
+
+def test_gradients_come_by_list_in_the_order_of_the_lists(of):
+    params = with_gradients("dense", "none", "dense", "dense", "none", "dense")
+    groups = [{"params": [params[3], params[0], params[1]]}, {"params": [params[5], params[4], params[2]]}]
+    lists, nothing = [params[:2], [], params[2:]], [torch.empty(0, device=DEVICE) for _ in range(3)]
+    layout = of["memory_layout"](groups, lists)
+    found, _, absent = of["collect_grads"](groups, layout, nothing, False)
+    wanted = [[none if p.grad is None else p.grad for p in ps] for ps, none in zip(lists, nothing, strict=True)]
+    assert [[g is w for g, w in zip(got, ws, strict=True)] for got, ws in zip(found, wanted, strict=True)] == [
+        [True] * len(ps) for ps in lists
+    ]
+    assert absent == 2
 
 
 def test_a_state_holds_what_it_held(of):
@@ -209,7 +238,9 @@ def test_collected_gradients_are_a_sequence_that_keeps_them_alive():
     params = [nn.Parameter(torch.zeros(n)) for n in (3, 0, 2)]
     for p in params:
         p.grad = torch.full_like(p, 7.0)
-    grads, _, absent = backends.extension.collect_grads(params, torch.empty(0), True)
+    groups = [{"params": params}]
+    layout = backends.extension.memory_layout(groups, [params])
+    (grads,), _, absent = backends.extension.collect_grads(groups, layout, [torch.empty(0)], True)
     assert (len(grads), absent, [p.grad for p in params]) == (3, 0, [None] * 3)
     again = backends.extension.joined([grads, list(grads)[:1]])
     first = grads[0]
