@@ -37,12 +37,17 @@ inline void check_device(const at::Tensor& t, Label label, at::Device device) {
               " like the table: the tensors of a call must be on one device, got ", device, " and ", t.device());
 }
 
+// The byte of its storage that a tensor without gaps reaches.
+inline int64_t reach_of(const at::Tensor& t) {
+  return t.numel() ? (t.storage_offset() + t.numel()) * int64_t(t.itemsize()) : 0;
+}
+
 // That the values of a tensor without gaps are in its memory, all of them.
 inline void check_memory(const at::Tensor& t, Label label) {
   TORCH_CHECK(!is_lazy(t), label, " stands for other values than its memory holds: pass it through resolve_neg() and "
               "resolve_conj(), or a clone of it");
   if (t.numel() == 0) return;
-  const int64_t there = int64_t(t.storage().nbytes()), reach = (t.storage_offset() + t.numel()) * int64_t(t.itemsize());
+  const int64_t there = int64_t(t.storage().nbytes()), reach = reach_of(t);
   TORCH_CHECK(reach <= there, label, " reaches byte ", reach, " of a storage of ", there,
               ": it was freed or shrunk, and must have its size and its values again");
 }
@@ -88,6 +93,12 @@ inline void check_dense(const at::Tensor& t, Label label, at::ScalarType dtype, 
   check_device(t, label, device);
   TORCH_CHECK(t.is_non_overlapping_and_dense(), label, " must be dense in memory, got strides ", t.strides());
   check_memory(t, label);
+}
+
+// Whether check_dense would let it pass.
+inline bool is_dense(const at::Tensor& t, at::ScalarType dtype, at::Device device) {
+  return t.layout() == at::kStrided && t.scalar_type() == dtype && t.device() == device && t.is_non_overlapping_and_dense() &&
+         !is_lazy(t) && reach_of(t) <= int64_t(t.numel() ? t.storage().nbytes() : 0);
 }
 
 // A tensor of plain numbers.

@@ -249,6 +249,20 @@ py::object joined(const py::list& lists) {
   return out;
 }
 
+// Where the tensors of all lists are, one list after the other, as bytes: words, 0 for a tensor that is empty. None where one
+// is not as kernels take it: whoever asks finds out what is wrong.
+py::object addresses(const py::list& lists, at::ScalarType dtype, at::Device device) {
+  c10::SmallVector<int64_t, 512> words;
+  for (py::handle list : lists) {
+    const TensorsOf tensors(list);
+    for (const at::Tensor& t : tensors.list()) {
+      if (t.unsafeGetTensorImpl()->is_python_dispatch() || !is_dense(t, dtype, device)) return py::none();
+      words.push_back(t.numel() ? reinterpret_cast<int64_t>(t.const_data_ptr()) : 0);
+    }
+  }
+  return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
+}
+
 // What a step relies on, as words for comparing: of every group how many tensors it holds, and of each of those which it is
 // and, if it is served, its place in the lists of those that are, where its memory is and how it is laid out. Of others nothing
 // is asked: they may be of any kind. Before all that, how long the lists are. `count` sees the groups, `parameter` the tensors,
@@ -420,6 +434,7 @@ bool holds(
 void define_parameters(py::module_& m) {
   tensors_type = make_tensors_type();
   m.attr("Tensors") = py::handle(reinterpret_cast<PyObject*>(tensors_type));
+  m.def("addresses", &addresses, "(lists, dtype, device) -> bytes: where the tensors are; None where one is not as it must be");
   m.def("collect_grads", &collect_grads,
         "(parameter groups, bytes of memory_layout, placeholders, clear) -> (lists of gradients, regular, absent), or None");
   m.def("have_grads", &have_grads, "(parameter groups, bytes of memory_layout) -> whether one has a gradient, or None");

@@ -299,7 +299,8 @@ def test_coefficients_that_depend_on_no_sum_need_no_table_of_their_own(kernels):
 def test_words_written_by_a_kernel_are_those_that_were_copied(kernels):
     call = kernels._Call(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), grads=[torch.zeros(1)])
     words = (*(2**40 + 3 * i for i in range(36)), -(2**60))
-    assert call._captured(words)[:37].tolist() == call._copied(words).tolist() == list(words)
+    content = kernels._bytes(words)
+    assert call._captured(content)[:37].tolist() == call._copied(content).tolist() == list(words)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------
@@ -387,6 +388,31 @@ USELESS = {
     "meta": (lambda t: t.to("meta"), "one device, got .* and meta"),
     "sparse": (Tensor.to_sparse, "must be strided"),
 }
+
+
+@pytest.mark.usefixtures("extension")
+def test_addresses_are_the_same_from_the_extension_and_from_python(kernels, monkeypatch):
+    lists = {"grads": [torch.randn(3, 2).t(), torch.zeros(0), torch.nn.Parameter(torch.randn(4))], "none": []}
+    lists["grads"] = [t.to(DEVICE) for t in lists["grads"]]
+    call = kernels._Call(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), grads=lists["grads"])
+    content, checked = call._addresses(lists)
+    assert checked
+    monkeypatch.setattr(kernels, "_dense_addresses", None)
+    assert call._addresses(lists) == (content, False)
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("what", ["freed", "shrunk", "negated", "meta", "sparse", "bfloat16", "gaps"])
+def test_what_is_not_as_kernels_take_it_has_no_address(what, kernels):
+    kinds = {
+        **{name: make for name, (make, _) in USELESS.items()},
+        "bfloat16": Tensor.bfloat16,
+        "gaps": lambda t: t[:, :2],
+    }
+    bad = kinds[what](torch.randn(4, 5, device=DEVICE))
+    good = torch.randn(3, device=DEVICE)
+    assert kernels._dense_addresses([[good]], torch.float32, good.device) == kernels._bytes([good.data_ptr()])
+    assert kernels._dense_addresses([[good], [good, bad]], torch.float32, good.device) is None
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["", "after a call with the same addresses"])
@@ -501,7 +527,7 @@ def launched(dtype: torch.dtype) -> list[tuple]:
         found[kernel.__name__, str(sorted(constants.items(), key=str))] = kernel, constants
 
     with mock.patch.object(kernels, "_launch", record):
-        kernels._Call(torch.zeros(0, 5, dtype=torch.int64), grads=[torch.zeros(1)])._captured((0,))
+        kernels._Call(torch.zeros(0, 5, dtype=torch.int64), grads=[torch.zeros(1)])._captured(bytes(8))
         for operator, variant in CASES:
             make(operator, variant, dtype, (5, 40)).run(kernels)
     return list(found.values())

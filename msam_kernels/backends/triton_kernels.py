@@ -16,7 +16,7 @@ import inspect
 import itertools
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import extension
 from .checks import check, check_values
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
@@ -829,6 +830,10 @@ def _launch(kernel: Any, programs: int, *args: int, **constants: Any) -> None:
 # Words, and where they are needed -> the device tensor that holds them.
 _tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 TABLES = 64
+#: (lists, dtype, device) -> the addresses of all tensors, as bytes; None where one is not as it must be.
+_dense_addresses: Callable[[list[list[Tensor]], torch.dtype, torch.device], bytes | None] | None = getattr(
+    extension, "addresses", None
+)
 _ready: set[torch.device] = set()  # devices on which the kernel that a capture needs is loaded
 
 
@@ -923,26 +928,31 @@ class _Call:
             raise RuntimeError(f"lists must have one tensor per parameter, got {sizes}")
         if not (sizes or words):
             return [flat, *(0 for _ in lists), 0]
-        self.held = self._table((*self._addresses(lists), *words), lists)  # lives as long as the call
+        content, checked = self._addresses(lists)
+        self.held = self._table(content + _bytes(words), None if checked else lists)  # lives as long as the call
         at, found = self.held.data_ptr(), [flat]
         for length in (*map(len, lists.values()), len(words)):
             found.append(at if length else 0)
             at += 8 * length
         return found
 
-    def _addresses(self, lists: Mapping[str, list[Tensor]]) -> tuple[int, ...]:
-        """Of every tensor. An address alone does not say that the values are there: what may be wrong is looked at."""
+    def _addresses(self, lists: Mapping[str, list[Tensor]]) -> tuple[bytes, bool]:
+        """Of every tensor, and whether all have been looked at: an address alone does not say that the values are there."""
+        if _dense_addresses is not None:  # in C++
+            content = _dense_addresses(list(lists.values()), self.dtype, self.device)
+            if content is not None:
+                return content, True
         tensors = list(itertools.chain(*lists.values()))
         if not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter} or any(map(Tensor.is_neg, tensors)):
             self._check(lists)
         try:
-            addresses = tuple(map(Tensor.data_ptr, tensors))
+            addresses = list(map(Tensor.data_ptr, tensors))
         except RuntimeError:
             self._check(lists)
             raise
         if 0 in addresses and any(t.numel() for t, address in zip(tensors, addresses, strict=True) if not address):
             self._check(lists)
-        return addresses
+        return _bytes(addresses), False
 
     def _check(self, lists: Mapping[str, list[Tensor]]) -> None:
         for name, tensors in lists.items():
@@ -950,37 +960,43 @@ class _Call:
                 if t.numel():  # an empty tensor stands for a parameter that is absent
                     self.dense(name, t, f"{name}[{i}]")
 
-    def _table(self, content: tuple[int, ...], lists: Mapping[str, list[Tensor]]) -> Tensor:
+    def _table(self, content: bytes, unchecked: Mapping[str, list[Tensor]] | None) -> Tensor:
         """A tensor with these words on the device."""
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         stream = self.kind and self.kind.current_stream(self.device)
         # A table is there for the stream that it was copied on; one made in a capture is filled when that is replayed.
-        key = (self.device, stream, self.dtype, content, *map(len, lists.values()))
+        key = (self.device, stream, self.dtype, content)
         if not capturing and key in _tables:
             _tables.move_to_end(key)
             return _tables[key]
-        self._check(lists)
+        if unchecked is not None:
+            self._check(unchecked)
         if capturing:
             return self._captured(content)
         if self.device.type == "cuda" and self.device not in _ready:
-            self._captured((0,))  # compiled now: a capture is no place to load a kernel
+            self._captured(bytes(8))  # compiled now: a capture is no place to load a kernel
             _ready.add(self.device)
         if len(_tables) >= TABLES:
             _tables.popitem(last=False)
         _tables[key] = self._copied(content)
         return _tables[key]
 
-    def _copied(self, words: tuple[int, ...]) -> Tensor:
-        table = torch.tensor(words, dtype=torch.int64, device="cpu")
+    def _copied(self, content: bytes) -> Tensor:
+        table = torch.frombuffer(bytearray(content), dtype=torch.int64)
         return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
 
-    def _captured(self, words: tuple[int, ...]) -> Tensor:
+    def _captured(self, content: bytes) -> Tensor:
+        words = struct.unpack(f"{len(content) // 8}q", content)
         words += (0,) * (-len(words) % 16)
         table = torch.empty(len(words), dtype=torch.int64, device=self.device)
         with self.on_device():
             for i in range(0, len(words), 16):
                 _launch(write_words_kernel, 1, table.data_ptr() + 8 * i, *words[i : i + 16])
         return table
+
+
+def _bytes(words: Sequence[int]) -> bytes:
+    return struct.pack(f"{len(words)}q", *words)
 
 
 # ---- the operators: see reference.py ------------------------------------------------------------------------------------
