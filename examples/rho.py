@@ -33,7 +33,7 @@ from training import QUICK, TASKS, Contestant, Effort, Job, Outcome, Task
 # Import name: name on PyPI.
 PACKAGES = {"sklearn": "scikit-learn", "mnist1d": "mnist1d", "matplotlib": "matplotlib"}
 RHOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the trainings
-COUNTS = (1, 4)  # micro-batches
+COUNTS = (1, 4)  # micro-batches of the sweeps
 METHODS = {"SAM": methods.SAM(), "ASAM": methods.AdaptiveSAM(), "F-SAM": methods.FriendlySAM()}
 STAGES = {"fresh": 0.0, "a tenth": 0.1, "trained": 1.0}  # of the epochs
 BATCHES = 4
@@ -58,11 +58,7 @@ SOURCES = (mnist1d, digits)
 
 
 def contestants(task: Task) -> Sequence[Contestant]:
-    trained = [
-        Contestant("SAM", methods.SAM(), count, rho=(rho,) * len(TASKS))
-        for count, rho in itertools.product(COUNTS, RHOS)
-    ]
-    return [Contestant("SGD"), *trained]
+    return [Contestant("SGD"), *(Contestant("SAM", methods.SAM(), rho=(rho,) * len(TASKS)) for rho in RHOS)]
 
 
 # -- the sweeps --------------------------------------------------------------------------------------------------------

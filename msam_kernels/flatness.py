@@ -211,8 +211,9 @@ def loss_slice(
         model, loss_fn, data: see the module.
         points: the values of t, for example ``torch.linspace(-0.1, 0.1, 21)``.
         direction: "ascent": u is the method's e at rho = 1, made from the gradient of the whole batch, so that t is in units
-            of rho and w + t·u is where the method looks with rho = t. "random": a Gaussian vector of unit norm. Or one
-            tensor for each parameter, in the order and the shapes of the parameters, taken as they are.
+            of rho and w + t·u is where the method looks with rho = t, unless e has a bound of its own, as LE-SAM's. "random": a
+            Gaussian vector of unit norm. Or one tensor for each parameter, in the order and the shapes of the parameters, taken
+            as they are.
         num_micro_batches: parts into which the batch is split, to save memory. Default 1.
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: whose ascent, see ``msam_kernels.methods``. Default ``methods.SAM()``.

@@ -700,7 +700,9 @@ def test_eigenvalues_are_nan_where_products_are_not_finite(where):
 # ---- slices ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name != "LE-SAM"]
+)  # whose e is not in proportion to rho
 def test_the_slice_along_the_ascent_goes_where_the_method_looks(method, backend):
     model, data = mlp(F64), batch(dtype=F64)
     options = {"method": METHODS[method], "backend": backend}
