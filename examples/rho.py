@@ -140,10 +140,10 @@ def main(argv: list[str] | None = None) -> None:
         for case, sweep in sweeps(task):
             record(results, task, case, sweep)
             rows.append((*map(str, case.values()), f"{sweep.loss:.3g}", span(sweep.worth_trying())))
-            if list(case.values()) == ["a tenth", "float32", "SAM", 1]:
+            if list(case.values()) == ["a tenth", "bfloat16", "SAM", 1]:
                 print(f"\n{task}: {' '.join(map(str, case.values()))}\n{sweep}")
                 pictures.append(args.output.with_stem(f"{args.output.stem}-{number}"))
-                draw(sweep, f"{task}; SAM after a tenth of the epochs", pictures[-1])
+                draw(sweep, f"{task}; SAM after a tenth of the epochs, bfloat16", pictures[-1])
         print()
         print_table(("weights", "dtype", "method", "m", "loss", "rho worth trying"), rows)
     for task, outcomes in zip(tasks, trained(tasks, effort, args.workers), strict=True):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import textwrap
 from pathlib import Path
@@ -52,11 +53,12 @@ def measured(**wanted: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if all(row[name] == value for name, value in wanted.items())]
 
 
-def table_after(line: str) -> list[list[str]]:
-    """The rows of the table that follows the first line with that in it."""
-    _, _, rest = CHOOSING.read_text(encoding="utf-8").partition(line)
-    lines = rest[rest.index("\n|") + 1 :].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in lines[2:]]
+def table_of(heading: str) -> list[list[str]]:
+    """The rows of the table that has this in its first line."""
+    lines = CHOOSING.read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|") and heading in line)
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
 def ratios_of(rows: list[dict[str, str]], name: str) -> torch.Tensor:
@@ -73,7 +75,7 @@ def sweep_of(**case: str) -> flatness.RhoSweep:
 
 
 def test_the_ranges_of_choosing_are_those_of_the_results():
-    rows = table_after("rho worth trying")
+    rows = table_of("rho worth trying")
     assert len(rows) == 12
     for task, weights, method, *cells in rows:
         for cell, (dtype, m) in zip(cells, [("float32", "1"), ("float32", "4"), ("bfloat16", "1")], strict=True):
@@ -82,7 +84,7 @@ def test_the_ranges_of_choosing_are_those_of_the_results():
 
 
 def test_the_accuracies_of_choosing_are_those_of_the_results():
-    rows = table_after("accuracy on data held out")
+    rows = table_of("accuracy on data held out")
     assert len(rows) == 2
     for task, *cells in rows:
         found = measured(task=task, weights="from fresh")
@@ -94,7 +96,7 @@ def test_the_accuracies_of_choosing_are_those_of_the_results():
 
 
 def test_what_arrives_in_16_bits_is_that_of_the_results():
-    rows = table_after("of e that arrives in bf16")
+    rows = table_of("of e that arrives in bf16")
     assert len(rows) == 4
     for task, method, *cells in rows:
         found = sweep_of(task=task, weights="a tenth", method=method, dtype="bfloat16", m="1")
