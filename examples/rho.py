@@ -81,7 +81,7 @@ def sweeps(task: Task) -> Iterator[tuple[dict[str, object], flatness.RhoSweep]]:
             batches = [(x.to(dtype), y) for x, y in drawn]
             for (name, method), count in itertools.product(METHODS.items(), COUNTS):
                 case = {"weights": stage, "dtype": str(dtype).removeprefix("torch."), "method": name, "m": count}
-                loss_fn = lambda x, y, model=model: F.cross_entropy(model(x), y)  # noqa: E731
+                loss_fn = lambda x, y, model=model: F.cross_entropy(model(x).float(), y)  # noqa: E731
                 yield case, flatness.rho_sweep(model, loss_fn, batches, num_micro_batches=count, method=method)
 
 
