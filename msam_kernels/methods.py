@@ -223,8 +223,8 @@ class LossEquatedSAM(SAM):
 
     Args:
         sigma: the rise, >= 0, in units of the loss that is differentiated; a number or a function of the step. The authors let
-            it rise linearly from 0 over the first epochs and fall to 0 as a cosine over the last fifth of them. 0.35 and a rho of
-            999, which is hardly a bound, are their command for ResNet-18 on CIFAR-100.
+            it rise linearly from 0 over the first epochs and fall to 0 as a cosine over the last fifth of them. 0.35 and a rho
+            of 999, which is hardly a bound, are their command for ResNet-18 on CIFAR-100.
 
     Source: Wang et al., 2605.10183, as in the authors' code, without what that adds to the norm's square.
     """
