@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -59,7 +60,7 @@ class Kernels:
         self.saved, self.ema, self.first, self.second = (flat.new_buffer() for _ in range(4))
         self.saved.copy_(self.w[0])
         self.step = torch.zeros(len(params) + 1, device=flat.device)
-        self.radii = self.settings(gradients.rho)[0]
+        self.radii = self.settings(gradients.rho, math.inf)
         self.norm_sq = self.k.norm(self.w, self.grads, self.table)
 
     def settings(self, *values: float) -> Tensor:

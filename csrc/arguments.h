@@ -61,7 +61,7 @@ struct Norm : Common {
 
 struct Perturb : Norm {
   Sums norm_sq;  // one row
-  const double* radii = nullptr;  // [groups]
+  const double* radii = nullptr;  // [groups, kRadiusColumns]
   void* saved = nullptr;
   uint8_t* status = nullptr;       // [rows]
   double* achieved_sq = nullptr;   // [rows]

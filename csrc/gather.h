@@ -155,7 +155,8 @@ class Call {
                     double sigma, MaybeDouble lmbda, MaybeDouble eta) {
     TORCH_CHECK(!weights_.empty() && !grads.empty(), "a perturbation needs weights and grads, and one of the lists is empty");
     direction(a, weights_, grads, ema, sigma, eta);
-    a.radii = per_group(radii, "radii", 1);
+    a.radii = per_group(radii, "radii", 2);
+    TORCH_CHECK(radii.size(1) == kRadiusColumns, "radii must have ", kRadiusColumns, " columns, got ", radii.size(1));
     a.saved = flat(saved, {"saved"});
     a.status = per_row<uint8_t>(status, "status");
     a.achieved_sq = per_row<double>(achieved_sq, "achieved_sq");

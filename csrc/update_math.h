@@ -93,8 +93,14 @@ MSAM_FN Sum<double, careful> term(const double* terms, int64_t k, int64_t count)
   return sum;
 }
 
-// rho / (||d|| + 1e-12). The caller skips the perturbation where the norm is not finite.
-MSAM_FN double ascent_scale(double norm_sq, double rho) { return rho / (std::sqrt(norm_sq) + 1e-12); }
+constexpr int kRadiusColumns = 2;  // of radii, the fp64 table with one row per parameter group: rho, budget
+
+// min(rho, budget / (||d|| + 1e-12)) / (||d|| + 1e-12) with the sign of rho; without a budget that is infinite. The caller skips
+// the perturbation where the norm is not finite.
+MSAM_FN double ascent_scale(double norm_sq, const double* radius) {
+  const double rho = radius[0], norm = std::sqrt(norm_sq) + 1e-12;
+  return std::copysign(std::fmin(std::fabs(rho), radius[1] / norm), rho) / norm;
+}
 
 // x^n by repeated squaring: std::pow rounds differently on host and device.
 MSAM_FN double integer_power(double x, int64_t n) {

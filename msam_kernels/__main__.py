@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m msam_kernels info | bench | demo``."""
+"""``python -m msam_kernels info | bench | demo | rho``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ import torch
 from . import __version__, backends
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"bench": Path("benchmarks", "bench_step.py"), "demo": Path("examples", "demo.py")}
+SCRIPTS = {
+    "bench": Path("benchmarks", "bench_step.py"),
+    "demo": Path("examples", "demo.py"),
+    "rho": Path("examples", "rho.py"),
+}
 
 
 def info() -> None:
@@ -57,10 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Run the command line ``argv``; the exit status is returned."""
     parser = argparse.ArgumentParser(prog="python -m msam_kernels", description="Sharpness-aware training, fused.")
     parser.add_argument("--version", action="version", version=f"msam_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | demo | rho")
     commands.add_parser("info", help="versions, backends, and how to get those that are missing")
     commands.add_parser("bench", help="time the optimizer step against plain PyTorch (bench --help: its options)")
     commands.add_parser("demo", help="train on real data and draw the result (demo --help: its options)")
+    commands.add_parser(
+        "rho", help="which rho is worth trying on that data, and which was best (rho --help: its options)"
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in SCRIPTS:
         return run_script(argv[0], argv[1:])  # whose options, --help among them, are the script's own

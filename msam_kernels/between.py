@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -50,11 +51,17 @@ class Between:
 
     def _check_method(self) -> None:
         method = self._engine.method
-        if self._scaled is not None and method.full.lmbda is not None:
-            raise ValueError(
-                f"{method} keeps a mean of gradients, which with a GradScaler would be in units of a scale that changes: "
-                "train in bf16, which needs no scaler, or with another method"
-            )
+        if self._scaled is None:
+            return
+        for depends, what in (
+            (method.full.lmbda is not None, "keeps a mean of gradients"),
+            (method.full.budget != math.inf, "sets its radius by the length of gradients"),
+        ):
+            if depends:
+                raise ValueError(
+                    f"{method} {what}, which with a GradScaler would be in units of a scale that changes: train in bf16, "
+                    "which needs no scaler, or with another method"
+                )
 
     @property
     def scale(self) -> Callable[[Tensor], Tensor] | None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How flat the loss is where the weights are: its rise along the ascent step, its curvature, and a slice for a picture.
+"""How flat the loss is where the weights are: its rise along the ascent step, by rho too, its curvature, and a slice of it.
 
     loss_fn = lambda x, y: F.cross_entropy(model(x), y)
     flatness.sharpness(model, loss_fn, (x, y), rho=0.05)
     flatness.hessian_eigenvalues(model, loss_fn, (x, y), k=3)
     flatness.loss_slice(model, loss_fn, (x, y), torch.linspace(-0.1, 0.1, 21))
+    print(flatness.rho_sweep(model, loss_fn, [(x, y)], num_micro_batches=4))
 
-What all three share:
+What all share:
 
 * ``data``: a batch as in ``MicroBatchSAM.train_step``: tensors, or dicts, tuples and lists of them, that share dim 0. A
   tuple or list at the top holds the arguments of ``loss_fn``, anything else is the only one. ``loss_fn(*micro_batch)``
@@ -26,9 +27,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -46,7 +47,12 @@ from .flat import check_parameters
 from .gradients import Optionals
 from .optimizer import MicroBatchSAM
 
-__all__ = ["hessian_eigenvalues", "loss_slice", "sharpness"]
+__all__ = ["RhoSweep", "hessian_eigenvalues", "loss_slice", "rho_sweep", "sharpness"]
+
+#: What ``rho_sweep`` tries.
+RHOS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+#: The rise, as a share of the loss, from which and up to which a rho is worth trying.
+LEAST, MOST = 0.01, 1.0
 
 
 def sharpness(
@@ -91,16 +97,14 @@ def sharpness(
     Sources: sharpness and its ascent step 2010.01412; m-sharpness 2010.01412 and 2212.04343.
     """
     split = Split(num_micro_batches, micro_batch_size)
-    with _evaluations(model, loss_fn, data, split, rho=rho, method=method, backend=backend) as evaluations:
+    with _evaluations(model, loss_fn, [data], split, rho=rho, method=method, backend=backend) as evaluations:
         opt, rises = evaluations.opt, []
         for i in range(len(evaluations.parts)):
             with opt.passes() as passes:  # given up half-way: the weights are back, nothing is learned
                 next(passes)
                 at_w, grads = evaluations.gradients(i)
                 _perturb(passes, evaluations.params, grads, opt)
-                rise = evaluations.loss(i).detach().double() - at_w.double()
-                not_perturbed = opt.stats.nonfinite[0].to(rise.device)
-            rises.append(rise.masked_fill(not_perturbed, math.nan))
+                rises.append(evaluations.rise(i, at_w))
         total: Tensor = mean(rises, evaluations.shares)
         return total
 
@@ -162,7 +166,7 @@ def hessian_eigenvalues(
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float64, torch.float32 or None for the model's own, got {dtype!r}")
     split = Split(num_micro_batches, micro_batch_size)
-    with _evaluations(model, loss_fn, data, split, dtype=dtype) as evaluations:
+    with _evaluations(model, loss_fn, [data], split, dtype=dtype) as evaluations:
         params = evaluations.params
         n = sum(p.numel() for p in params)
         if k > n:
@@ -207,8 +211,9 @@ def loss_slice(
         model, loss_fn, data: see the module.
         points: the values of t, for example ``torch.linspace(-0.1, 0.1, 21)``.
         direction: "ascent": u is the method's e at rho = 1, made from the gradient of the whole batch, so that t is in units
-            of rho and w + t·u is where the method looks with rho = t. "random": a Gaussian vector of unit norm. Or one
-            tensor for each parameter, in the order and the shapes of the parameters, taken as they are.
+            of rho and w + t·u is where the method looks with rho = t, unless e has a bound of its own, as LE-SAM's. "random": a
+            Gaussian vector of unit norm. Or one tensor for each parameter, in the order and the shapes of the parameters, taken
+            as they are.
         num_micro_batches: parts into which the batch is split, to save memory. Default 1.
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: whose ascent, see ``msam_kernels.methods``. Default ``methods.SAM()``.
@@ -230,7 +235,7 @@ def loss_slice(
         raise ValueError(f"direction must be 'ascent', 'random' or one tensor per parameter, got {direction!r}")
     check_integer("seed", seed, 0)
     split = Split(num_micro_batches, micro_batch_size)
-    with _evaluations(model, loss_fn, data, split, method=method, backend=backend) as evaluations:
+    with _evaluations(model, loss_fn, [data], split, method=method, backend=backend) as evaluations:
         params = evaluations.params
         if not isinstance(direction, str):
             u = _checked_direction(direction, params)
@@ -254,6 +259,211 @@ def loss_slice(
         return t, torch.stack(losses).cpu()
 
 
+def rho_sweep(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    batches: Iterable[Any],
+    rhos: Sequence[float] | Tensor = RHOS,
+    num_micro_batches: int | None = None,
+    method: _methods.SAM | None = None,
+    *,
+    micro_batch_size: int | None = None,
+    backend: str = "auto",
+) -> RhoSweep:
+    r"""How far each rho raises the loss, and how much of the perturbation arrives in the weights; print it, or draw it.
+
+    .. math::
+        L_i(w + a_i) - L_i(w), \qquad
+        \frac{\lVert a_i \rVert}{\lVert e_i \rVert}, \qquad
+        \frac{\langle a_i, e_i \rangle}{\lVert e_i \rVert^2}, \qquad
+        \frac{\#\{a_i \ne 0\}}{\#\{e_i \ne 0\}}
+
+    for every micro-batch i. e is the method's perturbation of that radius, computed in float64, and a what of it is in the
+    weights of ``model`` after rounding to their dtype: in 16 bits a change that is less than half the distance to a weight's
+    neighbour is lost. The perturbation is made by ``MicroBatchSAM`` with its kernels, as in training.
+
+    F-SAM's mean gradient begins with the first micro-batch and goes on through all batches, as in training at weights that
+    stand still. Sparse SAM's mask is chosen by the first micro-batch. A method's late start is left out. Each micro-batch
+    takes one forward and one backward pass, and one more forward for each rho. Beside a micro-batch, memory is that of its
+    gradient, the saved weights, three vectors of float64, and what the method remembers, twice.
+
+    Args:
+        model, loss_fn: see the module.
+        batches: a few batches of the training, each as ``data`` of the module, e.g. ``itertools.islice(loader, 4)`` or
+            ``[(x, y)]``. They count alike.
+        rhos: the radii to try, each > 0. Default ``flatness.RHOS``, from 0.001 to 2.
+        num_micro_batches: parts into which each batch is split, as in training. Default 1.
+        method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
+        micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
+        backend: as in ``MicroBatchSAM``.
+
+    Returns:
+        ``RhoSweep``, by increasing rho.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: arguments, parameters or a loss that cannot be served; the message names them.
+
+    Sources: the rise is 2010.01412's sharpness at one ascent step, with micro-batches m-sharpness.
+    """
+    values = torch.as_tensor(rhos, dtype=torch.float64, device="cpu").detach().sort().values
+    if values.dim() != 1 or values.numel() == 0 or not (values.isfinite() & (values > 0)).all():
+        raise ValueError(f"rhos must be a list or 1-d tensor of finite numbers > 0, at least one, got {rhos!r}")
+    several = _checked_batches(batches)
+    split = Split(num_micro_batches, micro_batch_size)
+    with _evaluations(model, loss_fn, several, split, method=method, backend=backend) as evaluations:
+        params = evaluations.params
+        exact: list[Tensor] = [nn.Parameter(p.detach().to(torch.float64, copy=True)) for p in params]
+        opts = [
+            evaluations.opt,  # never stepped, and restored by the context
+            MicroBatchSAM(SGD(exact, lr=0.0), method=evaluations.opt.method, flatten=False, backend=backend),
+        ]
+        columns = []
+        for i in range(len(evaluations.parts)):
+            at_w, grads = evaluations.gradients(i)
+            w = [p.detach().clone() for p in params]
+            column = []
+            for r, rho in enumerate(values.tolist()):
+                last = r + 1 == len(values)  # a micro-batch moves what the method remembers once
+                recalls = [] if last else [opt.engine.store.recall() for opt in opts]
+                for opt in opts:
+                    opt.param_groups[0]["rho"] = rho
+                with opts[0].passes() as passes, opts[1].passes() as exact_passes:
+                    next(passes), next(exact_passes)
+                    _perturb(passes, params, grads, opts[0])
+                    _perturb(exact_passes, exact, [None if g is None else g.double() for g in grads], opts[1])
+                    arrival = _arrival(params, exact, w)
+                    column.append(torch.cat([evaluations.rise(i, at_w).cpu()[None], arrival]))
+                for recall in recalls:
+                    recall()
+            columns.append((at_w.double().cpu(), torch.stack(column, 1)))
+    losses, measured = zip(*columns, strict=True)
+    shares = torch.tensor(evaluations.shares, dtype=torch.float64, device="cpu")
+    return RhoSweep(values, torch.stack(losses), shares, *torch.stack(measured, 2))
+
+
+@torch.no_grad()
+def _arrival(params: Sequence[Tensor], exact: Sequence[Tensor], w: Sequence[Tensor]) -> Tensor:
+    """‖a‖/‖e‖, ⟨a, e⟩/‖e‖² and the share of the entries that moved: a is params − w, e is exact − w."""
+    sums = torch.zeros(5, dtype=torch.float64, device="cpu")
+    for p, q, before in zip(params, exact, w, strict=True):
+        before = before.double()
+        a, e = p.double() - before, q - before
+        moved = (a != 0).logical_and_(e != 0).sum()
+        sums += torch.stack([a.square().sum(), e.square().sum(), (a * e).sum(), moved, (e != 0).sum()]).cpu()
+    a_sq, e_sq, dot, moved, total = sums
+    return torch.stack([(a_sq / e_sq).sqrt(), dot / e_sq, moved / total])
+
+
+def _checked_batches(batches: Any) -> list[Any]:
+    """Several batches, and not one that stands for them.
+
+    Raises:
+        TypeError, ValueError: that is not so, or there is none.
+    """
+    if isinstance(batches, Iterable) and not isinstance(batches, (Tensor, tuple, Mapping, str)):
+        several = list(batches)
+        if not several:
+            raise ValueError("batches is empty: give at least one, e.g. [(x, y)] or itertools.islice(loader, 4)")
+        if not (isinstance(batches, list) and len(batches) > 1 and all(isinstance(t, Tensor) for t in batches)):
+            return several
+        got = "a list of tensors, as a loader gives for one batch: several of a tensor each are [(x1,), (x2,)]"
+    else:
+        got = f"a {type(batches).__name__}"
+    raise TypeError(f"batches must be several batches, e.g. [(x, y)] or itertools.islice(loader, 4), got {got}")
+
+
+@dataclass(frozen=True, eq=False)
+class RhoSweep:
+    """What ``rho_sweep`` measured. Tensors are float64 on the CPU; ``print`` shows a table, ``draw`` a picture.
+
+    Attributes:
+        rhos: ``[R]``, increasing.
+        losses: ``[M]``, at w, by micro-batch.
+        shares: ``[M]``, what each micro-batch counts; they add up to 1.
+        rises: ``[R, M]``, of the loss from w to w + e; NaN where a gradient is not finite.
+        arrived: ``[R, M]``, the length of what is in the weights, as a share of that of e; for SAM ‖e‖ is rho.
+        along: ``[R, M]``, its projection on e, as such a share: what is left is 1 − along; roundings that add length in
+            other directions do not count. In float32 it is 1 but where rho is tiny beside the weights.
+        moved: ``[R, M]``, the share of the entries of e, other than 0, that changed a weight.
+    """
+
+    rhos: Tensor
+    losses: Tensor
+    shares: Tensor
+    rises: Tensor
+    arrived: Tensor
+    along: Tensor
+    moved: Tensor
+
+    @property
+    def loss(self) -> float:
+        """The mean loss at w."""
+        return float(self.losses @ self.shares)
+
+    @property
+    def rise(self) -> Tensor:
+        """``[R]``, the mean rise: m-sharpness, see ``sharpness``."""
+        return self.rises @ self.shares
+
+    @property
+    def spread(self) -> Tensor:
+        """``[R]``, the standard deviation of the rise over the micro-batches."""
+        return ((self.rises - self.rise[:, None]).square() @ self.shares).sqrt()
+
+    def worth_trying(self, least: float = LEAST, most: float = MOST, along: float = 0.5) -> tuple[float, float] | None:
+        """The smallest and the largest rho whose mean rise is between ``least`` and ``most`` of the loss at w.
+
+        And of whose perturbation at least the share ``along`` arrives. None where there is none. That is a rule of thumb and
+        says where to search, not what is best: docs/choosing.md shows what it was tried on.
+        """
+        share = self.rise / self.loss
+        arrives = self.along @ self.shares >= along
+        chosen = self.rhos[(share >= least) & (share <= most) & arrives]
+        return (chosen.min().item(), chosen.max().item()) if chosen.numel() else None
+
+    def __str__(self) -> str:
+        head = ("rho", "rise", "±", "rise / loss", "arrived", "along", "moved", "")
+        arrival = [x @ self.shares for x in (self.arrived, self.along, self.moved)]
+        low, high = self.worth_trying() or (math.inf, -math.inf)
+        rows = [
+            (f"{rho:g}", f"{rise:.3g}", f"{spread:.2g}", f"{rise / self.loss:.2%}", *(f"{x:.3f}" for x in shares), mark)
+            for rho, rise, spread, *shares, mark in zip(
+                *(t.tolist() for t in (self.rhos, self.rise, self.spread, *arrival)),
+                ["worth trying" if low <= rho <= high else "" for rho in self.rhos.tolist()],
+                strict=True,
+            )
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+        ]
+        return "\n".join(
+            [f"loss {self.loss:.4g}, {len(self.losses)} micro-batches", lines[0], "─" * sum(widths), *lines[1:]]
+        )
+
+    def draw(self, rises: Any, arrival: Any) -> None:
+        """Draw the rise and the arrival by rho on two axes of matplotlib; what is worth trying is shaded.
+
+        For example ``fig, axes = plt.subplots(1, 2); sweep.draw(*axes)``.
+        """
+        rhos, rise, spread = (t.tolist() for t in (self.rhos, self.rise / self.loss, self.spread / self.loss))
+        rises.errorbar(rhos, rise, yerr=spread, fmt="o-", markersize=4, capsize=3)
+        rises.set_yscale("symlog", linthresh=LEAST)
+        rises.set_ylabel("rise / loss")
+        for name in ("arrived", "along", "moved"):
+            arrival.plot(rhos, (getattr(self, name) @ self.shares).tolist(), "o-", markersize=4, label=name)
+        arrival.set_ylim(bottom=0)
+        arrival.set_ylabel("of the perturbation, in the weights")
+        arrival.legend(frameon=False)
+        found = self.worth_trying()
+        for panel in (rises, arrival):
+            panel.set_xscale("log")
+            panel.set_xlabel("rho")
+            panel.grid(linewidth=0.5, alpha=0.5)
+            if found:
+                panel.axvspan(*found, alpha=0.15, linewidth=0)
+
+
 # -- evaluating --------------------------------------------------------------------------------------------------------
 
 
@@ -263,16 +473,22 @@ class _Evaluations:
     def __init__(
         self,
         loss_fn: Callable[..., Tensor],
-        data: tuple[Any, ...],
+        batches: list[tuple[Any, ...]],
         params: list[Tensor],
         opt: MicroBatchSAM,
         rewind: Callable[[], None],
         devices: set[torch.device],
     ):
         self.loss_fn, self.params, self.opt = loss_fn, params, opt
-        self.parts, self.shares = split(data, opt.split)
-        self._renewed = renewal(self.parts[0])
-        self._unpack = len(data) > 1
+        self.parts: list[Any] = []
+        self.shares: list[float] = []  # batches count alike
+        self._unpack: list[bool] = []
+        for data in batches:
+            parts, shares = split(data, opt.split)
+            self.parts += parts
+            self.shares += [share / len(batches) for share in shares]
+            self._unpack += [len(data) > 1] * len(parts)
+        self._renewed = [renewal(part) for part in self.parts]
         self._rewind, self._devices = rewind, devices
         self._random: dict[int, _RandomStates] = {}  # by micro-batch: what its first evaluation began with
         self._graph: Optionals | None = None  # of the only micro-batch: gradients that can be differentiated again
@@ -286,9 +502,9 @@ class _Evaluations:
             self._random[i] = _random_states(self._devices)
         forget_casts()  # an autocast around the call would go on with casts of the weights at w
         part = self.parts[i]
-        if self._renewed is not None:
-            part = self._renewed(part)
-        loss = self.loss_fn(*part) if self._unpack else self.loss_fn(part)
+        if (renewed := self._renewed[i]) is not None:
+            part = renewed(part)
+        loss = self.loss_fn(*part) if self._unpack[i] else self.loss_fn(part)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
             raise ValueError(
@@ -315,6 +531,11 @@ class _Evaluations:
                     "gradients, e.g. nn.Embedding(..., sparse=False)"
                 )
         return loss.detach(), grads
+
+    def rise(self, i: int, at_w: Tensor) -> Tensor:
+        """Of the loss of micro-batch i, from w to the perturbed weights; NaN where its gradient was not finite."""
+        rise = self.loss(i).detach().double() - at_w.double()
+        return rise.masked_fill(self.opt.stats.nonfinite[0].to(rise.device), math.nan)
 
     def mean_loss(self) -> Tensor:
         loss: Tensor = mean([self.loss(i).detach().double() for i in range(len(self.parts))], self.shares)
@@ -346,7 +567,7 @@ class _Evaluations:
 def _evaluations(
     model: nn.Module,
     loss_fn: Callable[..., Tensor],
-    data: Any,
+    batches: Sequence[Any],
     split: Split,
     *,
     rho: float = 1.0,
@@ -372,19 +593,21 @@ def _evaluations(
     check_parameters(named)
     if callable(rho):
         raise TypeError(f"rho is measured at one radius, got the function {rho!r}: give a number")
-    data = tuple(data) if isinstance(data, (tuple, list)) else (data,)
-    if not data:
+    arguments = [tuple(data) if isinstance(data, (tuple, list)) else (data,) for data in batches]
+    if not all(arguments):
         raise ValueError("data is empty: give the arguments of loss_fn, e.g. (x, y)")
     if isinstance(method, _methods.SAM):
         method = replace(method, start=0)  # what it does once it has begun
         sparse = method.full.sparse
         if sparse is not None and sparse.update_every is None:
             raise ValueError(f"{sparse} chooses no mask by itself, and no other is known here: give it update_every")
-    tensors = [t for t in chain(model.parameters(), model.buffers(), leaves_of(data)) if isinstance(t, Tensor)]
+    tensors = [t for t in chain(model.parameters(), model.buffers(), leaves_of(arguments)) if isinstance(t, Tensor)]
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     with _converted(model, dtype), _undisturbed(model, devices) as rewind:
         if dtype is not None:
-            data = rebuilt(data, lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t)
+            arguments = rebuilt(
+                arguments, lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+            )
         params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         # Never stepped: it splits the batch, looks at the arguments as always, and makes the perturbation.
         opt = MicroBatchSAM(
@@ -397,7 +620,7 @@ def _evaluations(
             backend=backend,
         )
         try:
-            yield _Evaluations(loss_fn, data, params, opt, rewind, devices)
+            yield _Evaluations(loss_fn, arguments, params, opt, rewind, devices)
         finally:
             opt.restore()  # nothing to do, unless the restore of a passes() loop was itself interrupted
 

@@ -180,22 +180,29 @@ class Tables:
         groups = base.param_groups
         # Some optimizers have the flag for all groups, as an attribute.
         everywhere = getattr(base, "maximize", False)
-        said = (plan.opposite, [(group.get("rho"), group.get("maximize", everywhere)) for group in groups])
+        said = (
+            (plan.opposite, plan.budget),
+            [(group.get("rho"), group.get("maximize", everywhere)) for group in groups],
+        )
         if said == self._said.get("radii"):
             return
         radii = [_number(self._radii.of(g, group, steps)) for g, group in enumerate(groups)]
         for rho in radii:
             check_rho(rho)
+        budget = rho_at(plan.budget, steps)
+        if callable(plan.budget):
+            check_rho(budget, "sigma")
         opposite: list[Any] = []
         if plan.opposite is not None:
             rho_min = rho_at(plan.opposite, steps)
             check_rho(rho_min, "rho_min")
             opposite = [-float(rho_min) if rho else 0.0 for rho in radii]
-        for name, rows in (("radii", radii), ("opposite", opposite)):
-            signed = [-r if maximizes and r else r for r, (_, maximizes) in zip(rows, said[1], strict=False)]
-            self._write(name, signed, devices, changed)
-        values = [plan.opposite, *(group.get("rho") for group in groups)]
-        self._note("radii", said, callable(plan.opposite) or bool(self._radii.schedules) or _hold_tensors(values))
+        for name, values, most in (("radii", radii, float(budget)), ("opposite", opposite, math.inf)):
+            rows = [(-r if maximizes and r else r, most) for r, (_, maximizes) in zip(values, said[1], strict=False)]
+            self._write(name, rows, devices, changed)
+        own = [*said[0], *(group.get("rho") for group in groups)]
+        by_itself = any(map(callable, said[0])) or bool(self._radii.schedules) or _hold_tensors(own)
+        self._note("radii", said, by_itself)
 
     def refresh_settings(self, rule: Rule, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
         """The same of the rule's settings."""

@@ -242,6 +242,17 @@ class Store:
         """Whether there is a "v" to reuse."""
         return all("v" in flat.memories for flat in self.flats)
 
+    def recall(self) -> Callable[[], None]:
+        """What brings the methods' memories back to what they hold now."""
+        kept = [{name: memory.buffer.clone() for name, memory in flat.memories.items()} for flat in self.flats]
+
+        def back() -> None:
+            for flat, buffers in zip(self.flats, kept, strict=True):
+                for name, memory in flat.memories.items():
+                    memory.buffer.copy_(buffers[name]) if name in buffers else memory.buffer.fill_(memory.begin)
+
+        return back
+
     def squared(self, memories: list[Memory]) -> Tensor:
         """The terms of a memory's squared norm, at least one."""
         terms = self._together([memory.square for memory in memories])

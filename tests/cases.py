@@ -63,6 +63,8 @@ _DIRECTIONS: dict[str, dict[str, Any]] = {
     "friendly, ema only read": {"sigma": 0.7, "fresh": True},
     "adaptive": {"eta": 0.01},
     "friendly and adaptive": {"sigma": 0.3, "lmbda": 0.95, "eta": 0.0},
+    "budget": {"budget": 0.05},
+    "budget, friendly and adaptive": {"budget": 0.05, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01},
     "masked": {"mask": True},
     "masked, friendly": {"mask": True, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
     "masked, friendly and adaptive": {"mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01},
@@ -417,7 +419,8 @@ class _Maker:
         o, a = self.o, self.call.arguments
         if self.call.operator == "perturb":
             self.put("norm_sq", torch.tensor(o.get("norm_sq", (0.25, 0.0625, 0.0625)), dtype=torch.float64))
-        self.put("radii", torch.tensor([0.05 * (g + 1) for g in range(self.groups)], dtype=torch.float64))
+        radii = [(0.05 * (g + 1), o.get("budget", math.inf)) for g in range(self.groups)]
+        self.put("radii", torch.tensor(radii, dtype=torch.float64))
         self.status(o.get("status", (UNTOUCHED,)))
         self.put("achieved_sq", torch.full((len(self.rows),), NAN, dtype=torch.float64))
         if "mask" in o:
@@ -531,7 +534,7 @@ def make(
     Args:
         operator: one of ``VARIANTS``.
         variant: its name there, or options of its own:
-            ``sigma``, ``lmbda``, ``eta``, ``norm_sq``, ``rescale``, ``last``, ``rule``, ``count`` and the columns of
+            ``budget``, ``sigma``, ``lmbda``, ``eta``, ``norm_sq``, ``rescale``, ``last``, ``rule``, ``count``, columns of
             ``settings`` (for all groups but the second) are passed on; ``mask`` and ``out_sq`` ask for the argument;
             ``fresh``: every other parameter's ema is NaN; ``infinite``: so are weights that are not perturbed;
             ``overflow``: so are gradients; ``status``: of the rows in turn, none without it where it is optional;

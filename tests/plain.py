@@ -21,6 +21,7 @@ METHODS = {
     "ASAM eta=0": methods.AdaptiveSAM(eta=0.0),
     "F-SAM": methods.FriendlySAM(),
     "F-SAM sigma=0.5 lmbda=0.6": methods.FriendlySAM(sigma=0.5, lmbda=0.6),
+    "LE-SAM": methods.LossEquatedSAM(sigma=0.05),
     "Stable SAM": methods.StableSAM(),
     "GSAM": methods.GapSAM(),
     "LookSAM k=2": methods.LookSAM(k=2),
@@ -40,13 +41,14 @@ class PlainSAM:
     def __init__(self, base: torch.optim.Optimizer, rho: float = 0.05, method: methods.SAM | None = None):
         self.base, self.rho = base, rho
         parts = {type(part): part for part in getattr(method, "parts", [method])}
-        adaptive, friendly, gap, bilateral, self.look, self.sparse = map(
+        adaptive, friendly, gap, bilateral, equated, self.look, self.sparse = map(
             parts.get,
             (
                 methods.AdaptiveSAM,
                 methods.FriendlySAM,
                 methods.GapSAM,
                 methods.BilateralSAM,
+                methods.LossEquatedSAM,
                 methods.LookSAM,
                 methods.SparseSAM,
             ),
@@ -56,6 +58,7 @@ class PlainSAM:
         self.stable = methods.StableSAM in parts
         self.alpha = gap.alpha if gap else 0.0
         self.rho_min = bilateral.rho_min if bilateral else None
+        self.budget = equated.sigma if equated else math.inf
         self.ema: dict[Tensor, Tensor] = {}
         self.v: dict[Tensor, Tensor] = {}
         self.mask: dict[Tensor, Tensor] = {}
@@ -143,7 +146,7 @@ class PlainSAM:
         e = {p: u * self.mask[p] if self.sparse else u for p, u in e.items()}
         saved = {p: p.clone() for p in rho}
         for p in g if finite else ():
-            p += rho[p] * e[p]
+            p += math.copysign(min(abs(rho[p]), self.budget / (float(norm) + 1e-12)), rho[p]) * e[p]
         self.perturbation_norms.append(_length({p: p - saved[p] for p in rho}))
         descent = self._backward(rho, closure)
         behind = None

@@ -438,6 +438,12 @@ def test_python_and_cpp_agree_on_the_columns_of_a_coefficient():
     assert tuple(named.split(", ")) == reference.COEFFICIENT
 
 
+def test_python_and_cpp_agree_on_the_columns_of_radii():
+    assert constant("kRadiusColumns") == len(reference.RADIUS)
+    named = re.search(r"kRadiusColumns = .*: (.*)$", MATH.read_text(), re.MULTILINE).group(1)
+    assert tuple(named.split(", ")) == reference.RADIUS
+
+
 def test_triton_agrees():
     pytest.importorskip("triton")
     triton = importlib.import_module("msam_kernels.backends.triton_kernels")
@@ -447,7 +453,7 @@ def test_triton_agrees():
 
     mirrored = ("UNTOUCHED", "SAVED", "PERTURBED", "SGD", "ADAM")
     assert values(*mirrored) == [getattr(reference, name) for name in mirrored]
-    assert values("COEFFICIENT_COLUMNS") == [len(reference.COEFFICIENT)]
+    assert values("COEFFICIENT_COLUMNS", "RADIUS_COLUMNS") == [len(reference.COEFFICIENT), len(reference.RADIUS)]
     limits = [constant(name) for name in ("kTerms", "kVectors", "kSums", "kRows")]
     assert values("TERMS", "VECTORS", "SUM_TENSORS", "SUM_ROWS") == limits
     columns = {reference.SGD: len(reference.SGD_COLUMNS), reference.ADAM: len(reference.ADAM_COLUMNS)}

@@ -104,21 +104,21 @@ def checkout(tmp_path, monkeypatch):
         "    return 7\n"
     )
     script = Path("scripts", "script_of_test_cli.py")
-    monkeypatch.setattr(cli, "SCRIPTS", {"bench": script, "demo": script})
+    monkeypatch.setattr(cli, "SCRIPTS", {"bench": script, "demo": script, "rho": script})
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     return tmp_path
 
 
-@pytest.mark.parametrize("command", ["bench", "demo"])
+@pytest.mark.parametrize("command", ["bench", "demo", "rho"])
 @pytest.mark.parametrize("options", [[], ["--quick", "x", "--", "--help"], ["--help"]])
 def test_scripts_get_their_options(command, options, checkout, capsys):
     assert cli.main([command, *options]) == 7
     assert capsys.readouterr().out == f"{options} {[f'python -m msam_kernels {command}', *options]} 42\n"
 
 
-@pytest.mark.parametrize("command", ["bench", "demo"])
+@pytest.mark.parametrize("command", ["bench", "demo", "rho"])
 def test_scripts_need_a_checkout(command, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=rf"{command}.* runs .*\.py of a source checkout.*clone") as stop:
@@ -126,7 +126,7 @@ def test_scripts_need_a_checkout(command, tmp_path, monkeypatch):
     assert "\n" not in stop.value.code
 
 
-@pytest.mark.parametrize("command", ["bench", "demo"])
+@pytest.mark.parametrize("command", ["bench", "demo", "rho"])
 def test_scripts_answer_help(command):
     done = python("-m", "msam_kernels", command, "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo and the family's example run from beginning to end."""
+"""The demo, the family's example and that of rho run from beginning to end."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import os
 import subprocess
@@ -15,13 +16,14 @@ from types import ModuleType
 
 import pytest
 
-from msam_kernels import methods
+from msam_kernels import flatness, methods
 
 pytestmark = pytest.mark.host
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo.py"
 FAMILY = ROOT / "examples" / "methods.py"
+RHO = ROOT / "examples" / "rho.py"
 PNG = b"\x89PNG\r\n"
 
 
@@ -48,15 +50,21 @@ def family():
         yield module
 
 
-def quick_run(script: Path, packages: dict[str, str], folder: Path) -> tuple[list[str], bytes]:
-    """The printed lines and the picture of ``--quick``."""
+@pytest.fixture(scope="module")
+def rho():
+    with loaded(RHO, "rho_under_test") as module:
+        yield module
+
+
+def quick_run(script: Path, packages: dict[str, str], folder: Path, *more: str) -> list[str]:
+    """The printed lines of ``--quick``; pictures are in ``folder``."""
     for package in packages:
         pytest.importorskip(package)
     picture = folder / "picture.png"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # In a process of its own: it seeds, and starts processes that import the script by name.
     run = subprocess.run(
-        [sys.executable, str(script), "--quick", "--workers", "2", "--output", str(picture)],
+        [sys.executable, str(script), "--quick", "--workers", "2", "--output", str(picture), *more],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
@@ -64,9 +72,7 @@ def quick_run(script: Path, packages: dict[str, str], folder: Path) -> tuple[lis
         timeout=240,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    lines = run.stdout.splitlines()
-    assert str(picture) in lines[-1]
-    return lines, picture.read_bytes()
+    return run.stdout.splitlines()
 
 
 def rows_of(label: str, lines: list[str]) -> list[list[str]]:
@@ -75,7 +81,8 @@ def rows_of(label: str, lines: list[str]) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(demo, tmp_path):
-    lines, picture = quick_run(DEMO, demo.PACKAGES, tmp_path)
+    lines = quick_run(DEMO, demo.PACKAGES, tmp_path)
+    assert str(tmp_path / "picture.png") in lines[-1]
     for contestant in demo.CONTESTANTS:
         rows = rows_of(contestant.label, lines)
         assert len(rows) == len(demo.TASKS), contestant.label
@@ -85,13 +92,14 @@ def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(dem
             assert 20 < float(accuracy) <= 100
             assert 0 < float(sharpness) < 1000
             assert float(step) > 0
-    assert picture.startswith(PNG)
+    assert (tmp_path / "picture.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_quick_run_of_the_family_prints_a_row_per_method_and_writes_a_picture(family, tmp_path):
-    lines, picture = quick_run(FAMILY, family.PACKAGES, tmp_path)
+    lines = quick_run(FAMILY, family.PACKAGES, tmp_path)
+    assert str(tmp_path / "picture.png") in lines[-1]
     steps = replace(family.TASK, epochs=2).steps
     perturbing = {"SGD": 0, "LookSAM": -(-steps // 5), "late-phase SAM": steps - round(family.START * steps)}
     for contestant in family.family(steps):
@@ -103,7 +111,29 @@ def test_quick_run_of_the_family_prints_a_row_per_method_and_writes_a_picture(fa
         expected = 3 if contestant.name == "Bilateral SAM" else 1 + perturbing.get(contestant.name, steps) / steps
         assert float(passes) == pytest.approx(expected, abs=0.005)
         assert 0 < float(optimizer) < float(step)
-    assert picture.startswith(PNG)
+    assert (tmp_path / "picture.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_quick_run_of_rho_prints_ranges_and_accuracies_and_writes_pictures_and_a_csv(rho, tmp_path):
+    lines = quick_run(RHO, rho.PACKAGES, tmp_path, "--csv", str(tmp_path / "rho.csv"))
+    for stage in rho.STAGES:
+        rows = [line.split() for line in lines if line.startswith(f"  {stage} ")]
+        assert len(rows) == len(rho.TASKS) * 2 * len(rho.METHODS) * len(rho.COUNTS)
+    for contestant in rho.contestants(rho.TASKS[0]):
+        values = [row[1] for row in rows_of(f"  {contestant.label}", lines) if float(row[0]) == contestant.rho[0]]
+        assert len(values) == len(rho.TASKS)
+        assert all(0 <= float(value) <= 100 for value in values)
+    for number in (1, 2):
+        assert str(tmp_path / f"picture-{number}.png") in lines[-1]
+        assert (tmp_path / f"picture-{number}.png").read_bytes().startswith(PNG)
+    with (tmp_path / "rho.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    swept = [row for row in rows if row["rise"]]
+    assert len(swept) == len(rho.TASKS) * len(rho.STAGES) * 2 * len(rho.METHODS) * len(rho.COUNTS) * len(flatness.RHOS)
+    assert len(rows) - len(swept) == len(rho.TASKS) * len(rho.contestants(rho.TASKS[0]))
+    assert all(row["commit"] and row["torch"] for row in rows)
 
 
 def test_the_family_has_every_method(family):

@@ -932,6 +932,14 @@ BAD_METHODS = {
         for rho_min in (-1, NAN, INF, "x", None)
     },
     **{
+        f"sigma {sigma} of LossEquatedSAM": (
+            methods.LossEquatedSAM,
+            {"sigma": sigma},
+            f"sigma must be a finite number >= 0, got {sigma!r}",
+        )
+        for sigma in (-1, NAN, INF, "x", None)
+    },
+    **{
         f"start of {method.__name__}": (method, {"start": -1}, "start must be an integer >= 0, got -1")
         for method in (methods.StableSAM, methods.SparseSAM, methods.LookSAM, methods.BilateralSAM, methods.GapSAM)
     },

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharpness, eigenvalues of the Hessian and slices of the loss against their definitions; and nothing is left behind."""
+"""Sharpness, sweeps of rho, eigenvalues and slices of the loss against their definitions; and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -111,6 +111,10 @@ CALLS = {
     ),
     "slice": lambda model, fn, data: flatness.loss_slice(model, fn, data, [-1, 0.5], num_micro_batches=2),
     "random slice": lambda model, fn, data: flatness.loss_slice(model, fn, data, [0.1, 3], "random"),
+    "sweep": lambda model, fn, data: flatness.rho_sweep(model, fn, [data], [0.1, 0.5], 3).rises,
+    "sweep of F-SAM": lambda model, fn, data: (
+        flatness.rho_sweep(model, fn, [data], [0.1, 0.5], 2, methods.FriendlySAM()).rises
+    ),
 }
 
 
@@ -287,6 +291,163 @@ def test_sharpness_inside_autocast_sees_the_perturbed_weights():
         actual = flatness.sharpness(model, loss_fn_of(model), data, 0.5)
     assert actual == expected
     assert actual > 0
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+RHOS = [0.3, 0.02, 0.1]
+
+
+def sweep(model: nn.Module, loss_fn: Callable[..., Tensor], data, **options) -> flatness.RhoSweep:
+    """Of one batch, called as the other functions are."""
+    return flatness.rho_sweep(model, loss_fn, [data], **options)
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sweep_is_the_sharpness_of_every_rho(method, count, backend):
+    """In float64 all arrives. F-SAM's mean moves once for each micro-batch, however many the rhos."""
+    model, data = mlp(F64), batch(dtype=F64)
+    found = sweep(
+        model, loss_fn_of(model), data, rhos=RHOS, num_micro_batches=count, method=METHODS[method], backend=backend
+    )
+    assert found.rhos.tolist() == sorted(RHOS)
+    for rho, rise in zip(found.rhos.tolist(), found.rise, strict=True):
+        expected = plain_sharpness(mlp(F64), data, rho, count, METHODS[method])
+        torch.testing.assert_close(rise, expected.cpu(), rtol=1e-12, atol=1e-14)
+    ones = torch.ones(3, count, dtype=F64, device="cpu")
+    torch.testing.assert_close(found.arrived, ones, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.along, ones, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.moved, ones, rtol=0, atol=0)
+    losses = torch.stack([loss_of(model, *part).detach() for part in split(data, SIZES[count])]).cpu()
+    torch.testing.assert_close(found.losses, losses, rtol=1e-14, atol=0)
+    assert found.loss == pytest.approx(mean_loss(model, data, SIZES[count]).item(), rel=1e-14)
+
+
+def test_the_spread_of_a_sweep_is_the_deviation_over_the_samples():
+    """Of micro-batches that differ in size each sample counts alike."""
+    model, data = mlp(F64), batch(dtype=F64)
+    found = sweep(model, loss_fn_of(model), data, rhos=RHOS, micro_batch_size=4)
+    assert found.shares.tolist() == pytest.approx([4 / 7, 3 / 7])
+    samples = found.rises.repeat_interleave(torch.tensor([4, 3], device="cpu"), 1)
+    torch.testing.assert_close(found.spread, samples.std(1, correction=0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.rise, samples.mean(1), rtol=1e-12, atol=0)
+    assert (found.spread > 1e-4).all()
+
+
+@pytest.mark.parametrize("method", ["SAM", "ASAM", "F-SAM", "Sparse SAM"])
+def test_batches_of_a_sweep_count_alike_and_follow_each_other(method):
+    model, data = mlp(F64), batch(dtype=F64)
+    options = {"method": METHODS[method], "rhos": RHOS}
+    several = flatness.rho_sweep(model, loss_fn_of(model), split(data, [4, 3]), micro_batch_size=2, **options)
+    whole = sweep(model, loss_fn_of(model), data, micro_batch_size=2, **options)
+    assert several.shares.tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 3, 1 / 6])
+    assert whole.shares.tolist() == pytest.approx([2 / 7, 2 / 7, 2 / 7, 1 / 7])
+    torch.testing.assert_close(several.rises, whole.rises, rtol=1e-12, atol=1e-14)
+
+
+def plain_arrival(model: nn.Module, parts, rho: float, method: methods.SAM) -> Tensor:
+    """‖a‖/‖e‖, ⟨a, e⟩/‖e‖² and the share that moved, by micro-batch, of SAM, ASAM or F-SAM: ``[3, M]``."""
+    params, dtype = list(model.parameters()), model[0].weight.dtype
+    w = torch.cat([p.detach().double().flatten() for p in params])
+    stretch = w.abs() + method.eta if isinstance(method, methods.AdaptiveSAM) else torch.ones_like(w)
+    ema = stored_ema = None
+    columns = []
+    for part in parts:
+        g = torch.cat([t.double().flatten() for t in torch.autograd.grad(loss_of(model, *part), params)])
+        points = []
+        for mean in (ema, stored_ema):
+            d = g if mean is None else g - method.sigma * mean
+            points.append(rho * stretch**2 * d / ((stretch * d).norm() + 1e-12))
+        if isinstance(method, methods.FriendlySAM):
+            ema, stored_ema = (
+                g if mean is None else method.lmbda * mean + (1 - method.lmbda) * g for mean in (ema, stored_ema)
+            )
+            stored_ema = stored_ema.to(dtype).double()
+        e, a = points[0], (w + points[1]).to(dtype).double() - w
+        columns.append(
+            torch.stack([a.norm() / e.norm(), a @ e / (e @ e), ((a != 0) & (e != 0)).sum() / (e != 0).sum()])
+        )
+    return torch.stack(columns, 1).cpu()
+
+
+@pytest.mark.parametrize("method", ["SAM", "ASAM", "F-SAM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_arrives_in_the_stored_dtype(dtype, method, backend):
+    """Weights of very different sizes: in 16 bits a large one does not notice what moves a small one."""
+    model, data = mlp(dtype), batch(dtype=dtype)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.logspace(-2, 2, 15).view(5, 3).to(model[0].weight))
+    found = sweep(
+        model, loss_fn_of(model), data, rhos=RHOS, num_micro_batches=3, method=METHODS[method], backend=backend
+    )
+    for r, rho in enumerate(sorted(RHOS)):
+        expected = plain_arrival(model, split(data, SIZES[3]), rho, METHODS[method])
+        actual = torch.stack([found.arrived[r], found.along[r], found.moved[r]])
+        torch.testing.assert_close(actual, expected, rtol=2e-5 if dtype == torch.float32 else 1e-3, atol=0)
+    if dtype != torch.float32:
+        assert (found.moved < 0.99).any()
+        assert ((found.along - 1).abs() > 1e-3).any()
+
+
+def test_a_sweep_of_gradients_that_are_not_finite_is_nan_and_says_nothing_is_worth_trying():
+    model = mlp(F64)
+    before = weights(model)
+    model[0].weight.register_hook(lambda g: g * math.inf)
+    found = sweep(model, loss_fn_of(model), batch(dtype=F64), rhos=RHOS, num_micro_batches=2)
+    assert found.rises.isnan().all()
+    assert found.worth_trying() is None
+    assert "nan" in str(found)
+    assert same_bits(model.parameters(), before)
+
+
+def sweep_of(rises, along=None) -> flatness.RhoSweep:
+    """One of a loss of 2, at rho = 1, 2, 3, …, with the same along and arrived for all."""
+    rises = torch.tensor(rises, dtype=F64)
+    along = torch.ones_like(rises) if along is None else torch.tensor(along, dtype=F64)
+    ones = torch.ones(1, dtype=F64)
+    columns = [t[:, None] for t in (rises, along, along, along)]
+    return flatness.RhoSweep(torch.arange(1.0, len(rises) + 1), 2 * ones, ones, *columns)
+
+
+WORTH = {
+    "the rises between": (sweep_of([0.01, 0.03, 1.9, 2.1]), {}, (2, 3)),
+    "ends belong to it": (sweep_of([0.01, 0.02, 2.0, 2.1]), {}, (2, 3)),
+    "none": (sweep_of([0.01, 3.0]), {}, None),
+    "a fall is none": (sweep_of([-0.5, -0.1]), {}, None),
+    "what does not arrive is left out": (sweep_of([0.1, 0.2, 0.3], [0.2, 0.5, 0.9]), {}, (2, 3)),
+    "given bounds": (sweep_of([0.1, 0.2, 0.3], [0.2, 0.4, 0.9]), {"least": 0.1, "most": 0.12, "along": 0.3}, (2, 2)),
+}
+
+
+@pytest.mark.parametrize("case", WORTH)
+def test_what_is_worth_trying(case):
+    found, bounds, expected = WORTH[case]
+    assert found.worth_trying(**bounds) == expected
+
+
+def test_a_sweep_prints_as_a_table():
+    head, names, line, *rows = str(sweep_of([0.01, 0.03, 2.1], [0.6, 0.7, 1.0])).splitlines()
+    assert head == "loss 2, 1 micro-batches"
+    assert names.split() == ["rho", "rise", "±", "rise", "/", "loss", "arrived", "along", "moved"]
+    assert set(line) == {"─"}
+    assert [row.split() for row in rows] == [
+        ["1", "0.01", "0", "0.50%", "0.600", "0.600", "0.600"],
+        ["2", "0.03", "0", "1.50%", "0.700", "0.700", "0.700", "worth", "trying"],
+        ["3", "2.1", "0", "105.00%", "1.000", "1.000", "1.000"],
+    ]
+
+
+def test_a_sweep_is_drawn_on_two_axes(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots(1, 2)
+    sweep_of([0.01, 0.03, 2.1], [0.6, 0.7, 1.0]).draw(*axes)
+    figure.savefig(tmp_path / "sweep.png")
+    ((line, *_),) = axes[0].containers
+    assert line.get_xydata().tolist() == [[1, 0.005], [2, 0.015], [3, 1.05]]
+    assert [line.get_label() for line in axes[1].lines] == ["arrived", "along", "moved"]
+    assert axes[1].lines[1].get_ydata().tolist() == [0.6, 0.7, 1.0]
+    assert [len(panel.patches) for panel in axes] == [1, 1]
 
 
 # ---- the Hessian -----------------------------------------------------------------------------------------------------
@@ -539,7 +700,9 @@ def test_eigenvalues_are_nan_where_products_are_not_finite(where):
 # ---- slices ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name != "LE-SAM"]
+)  # whose e is not in proportion to rho
 def test_the_slice_along_the_ascent_goes_where_the_method_looks(method, backend):
     model, data = mlp(F64), batch(dtype=F64)
     options = {"method": METHODS[method], "backend": backend}
@@ -635,6 +798,7 @@ def test_one_micro_batch_may_be_anything_and_comes_whole_each_time():
         data = (UserDict(x=x, rest=[[y]]), "a batch")
         in_64 = {"dtype": F64} if function == "eigenvalues" else {}
         same = call(model, loss_fn, data, **options), call(model, loss_fn_of(model), (x, y), **options)
+        same = [getattr(result, "rises", result) for result in same]
         torch.testing.assert_close(*same, rtol=1e-12, atol=0)
         call(
             model.float(),
@@ -697,6 +861,11 @@ BAD = {
     "tolerance nan": Bad(r"tolerance.*nan", only="eigenvalues", tolerance=math.nan),
     "dtype": Bad(r"dtype.*float64.*bfloat16", only="eigenvalues", dtype=torch.bfloat16),
     "seed": Bad(r"seed.*-1", only="eigenvalues", seed=-1),
+    "no rhos": Bad(r"rhos.*at least one.*\[\]", only="sweep", rhos=[]),
+    "rhos 0": Bad(r"rhos.*> 0.*\[0\.1, 0\]", only="sweep", rhos=[0.1, 0]),
+    "rhos nan": Bad(r"rhos.*finite.*nan", only="sweep", rhos=[math.nan]),
+    "rhos in a matrix": Bad(r"rhos.*1-d.*tensor", only="sweep", rhos=torch.ones(2, 2)),
+    "a number for rhos": Bad(r"rhos.*list.*0\.1", only="sweep", rhos=0.1),
     "no points": Bad(r"points.*at least one.*\[\]", only="slice", points=[]),
     "points in a matrix": Bad(r"points.*1-d.*tensor", only="slice", points=torch.ones(2, 2)),
     "points nan": Bad(r"points.*finite.*nan", only="slice", points=[0.0, math.nan]),
@@ -726,6 +895,7 @@ FUNCTIONS = {
     "sharpness": (flatness.sharpness, {"rho": 0.1}),
     "eigenvalues": (flatness.hessian_eigenvalues, {}),
     "slice": (flatness.loss_slice, {"points": [0.1]}),
+    "sweep": (sweep, {"rhos": [0.1, 0.2]}),
 }
 
 
@@ -750,6 +920,37 @@ def test_a_bad_argument_is_named_and_nothing_is_changed(bad, function):
     with pytest.raises(bad.error, match=f"(?s){bad.match}"):
         call(**arguments)
     assert_unchanged(model[2], before)
+
+
+BATCHES = {
+    "one batch": ((torch.ones(7, 3), torch.ones(7, 2)), r"several batches, e\.g\. \[\(x, y\)\].*got a tuple"),
+    "a tensor": (torch.ones(7, 3), r"got a Tensor"),
+    "a dict": ({"x": torch.ones(7, 3)}, r"got a dict"),
+    "one batch of a loader": ([torch.ones(7, 3), torch.ones(7, 2)], r"got a list of tensors, as a loader gives"),
+    "a number": (3, r"got a int"),
+    "none": ([], r"batches is empty.*\[\(x, y\)\]"),
+    "none of a loader": (iter(()), r"batches is empty"),
+}
+
+
+def test_batches_may_be_tensors_that_a_loader_gives_one_by_one():
+    model, (x, y) = mlp(F64), batch(dtype=F64)
+    xy = torch.cat([x, y], 1)
+
+    def loss_fn(xy):
+        return loss_of(model, xy[:, :3], xy[:, 3:])
+
+    expected = flatness.rho_sweep(model, loss_fn, [(xy[:4],), (xy[4:],)]).rises
+    assert same_bits([flatness.rho_sweep(model, loss_fn, iter([xy[:4], xy[4:]])).rises], [expected])
+    assert same_bits([flatness.rho_sweep(model, loss_fn, [xy[:4]]).rises], [expected[:, :1]])
+
+
+@pytest.mark.parametrize("bad", BATCHES)
+def test_what_is_not_several_batches_is_named(bad):
+    model = mlp()
+    batches, match = BATCHES[bad]
+    with pytest.raises((TypeError, ValueError), match=match):
+        flatness.rho_sweep(model, loss_fn_of(model), batches)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -39,6 +39,7 @@ METHODS = {
     "LookSAM k=2 alpha=0.5": (RHO, methods.LookSAM(k=2, alpha=0.5)),
     "Bilateral rho_min=0.05": (RHO, methods.BilateralSAM(rho_min=0.05)),
     "Sparse mask=(1, 0)": (RHO, methods.SparseSAM(update_every=None)),
+    "LE-SAM sigma=0.2": (RHO, methods.LossEquatedSAM(sigma=0.2)),  # of some gradients rho is less, of others more
 }
 MASK = (True, False)  # of Sparse SAM
 
@@ -127,6 +128,16 @@ GOLDEN = {
         (0.955390436826, 0.598671532647),
         (0.878350429221, 0.403462086582),
         (0.755210376902, -0.135419384648),
+    ],
+    ("LE-SAM sigma=0.2", 1): [
+        (0.949384615385, 0.580307692308),
+        (0.856306480856, 0.409101103588),
+        (0.711013297008, -0.130029976561),
+    ],
+    ("LE-SAM sigma=0.2", 2): [
+        (0.949411764706, 0.580588235294),
+        (0.856629280717, 0.408279291924),
+        (0.711131532849, -0.136590375142),
     ],
     ("Sparse mask=(1, 0)", 1): [
         (0.948759652654, 0.600000000000),
@@ -268,6 +279,9 @@ def by_hand(name: str, batches, sizes, mistake: str | None = None) -> list[tuple
             radius = rho if since >= 0 and since % method.every == 0 and looks else 0.0
             radius = radius / len(parts) if mistake == "rho is divided by the micro-batches" else radius
             norm = math.hypot(*(t * d for t, d in zip(stretch, direction, strict=True)))
+            if isinstance(method, methods.LossEquatedSAM):
+                length = math.hypot(*g) ** 2 if mistake == "the budget is divided by the norm's square" else norm
+                radius = min(method.sigma / (length + 1e-12), radius)
             e = [radius * t * t * d / (norm + 1e-12) for t, d in zip(stretch, direction, strict=True)]
             if isinstance(method, methods.SparseSAM):
                 e = [b if bit else 0.0 for b, bit in zip(e, MASK, strict=True)]
@@ -397,6 +411,7 @@ MISTAKES = [
     ("SAM", [2, 1], "micro-batches weigh the same"),
     ("SAM", [1, 1, 1], "gradients are summed"),
     ("SAM", [2, 1], "rho is divided by the micro-batches"),
+    ("LE-SAM sigma=0.2", [1, 1, 1], "the budget is divided by the norm's square"),
 ]
 
 

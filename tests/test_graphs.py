@@ -37,6 +37,7 @@ METHODS = {
     "GSAM": methods.GapSAM(),
     "Bilateral SAM": methods.BilateralSAM(rho_min=lambda step: 0.05 / (1 + step)),
     "LookSAM": methods.LookSAM(k=2),
+    "LE-SAM": methods.LossEquatedSAM(sigma=lambda step: 0.02 / (1 + step)),
     "Sparse SAM": methods.SparseSAM(update_every=3),
 }
 # Of seven calls, two of which warm up: LookSAM has two kinds of steps, and steps that choose a mask are not captured.

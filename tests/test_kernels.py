@@ -108,6 +108,7 @@ def assert_values(actual: Tensor, *expected: float) -> None:
 # ---- by hand -----------------------------------------------------------------------------------------------------------
 
 PAIR = table((2,), 8)[0]  # one parameter of two elements
+RADII = torch.tensor([[0.5, INF]], dtype=torch.float64)  # rho, and no budget
 DIRECTIONS = {
     # options, ‖d‖², e of radius 0.5, the next ema
     "plain": ({}, 25.0, (0.3, 0.4), None),
@@ -123,6 +124,15 @@ DIRECTIONS = {
         *(9.0, (1.5, 0.0), (2.5, 4.0)),
     ),
     "masked": ({"mask": torch.tensor([0b11111110], dtype=torch.uint8)}, 25.0, (0.0, 0.4), None),
+    # budget / ‖d‖ is 0.2, or more than the radius.
+    "a budget that binds": ({"radii": f64(0.5, 1.0).view(1, 2)}, 25.0, (0.12, 0.16), None),
+    "a budget that binds, downhill": ({"radii": f64(-0.5, 1.0).view(1, 2)}, 25.0, (-0.12, -0.16), None),
+    "a budget that does not bind": ({"radii": f64(0.5, 2.6).view(1, 2)}, 25.0, (0.3, 0.4), None),
+    "a budget of nothing": ({"radii": f64(0.5, 0.0).view(1, 2)}, 25.0, (0.0, 0.0), None),
+    "a budget of an adaptive one": (
+        {"eta": 1.0, "radii": f64(0.5, 1.45).view(1, 2)},
+        *(145.0, (0.27, 0.16), None),
+    ),
 }
 
 
@@ -132,7 +142,7 @@ def test_the_ascent_follows_its_formula(direction, operator, backend):
     options, norm_sq, e, ema = copy.deepcopy(DIRECTIONS[direction])
     kernels, w, grads = kernels_of(backend), f64(-2.0, 1.0), [f64(3.0, 4.0)]
     written = {"saved": f64(NAN, NAN), "status": torch.zeros(1, dtype=torch.uint8), "achieved_sq": f64(NAN)}
-    arguments = {**written, **options, "radii": f64(0.5)}
+    arguments = {**written, "radii": RADII, **options}
     if operator == "ascend":
         found = kernels.ascend([w], grads, PAIR, **arguments)
     else:
@@ -152,7 +162,7 @@ def test_a_norm_that_is_not_finite_saves_and_moves_nothing(norm_sq, backend):
     w, saved, ema = f64(-2.0, INF), f64(NAN, NAN), f64(1.0, NAN)
     status, achieved_sq = torch.zeros(1, dtype=torch.uint8), f64(NAN)
     written = {"saved": saved, "status": status, "achieved_sq": achieved_sq, "ema": ema}
-    options = {"norm_sq": f64(0.25, norm_sq), "radii": f64(0.5), "sigma": 0.5, "lmbda": 0.6}
+    options = {"norm_sq": f64(0.25, norm_sq), "radii": RADII, "sigma": 0.5, "lmbda": 0.6}
     kernels_of(backend).perturb([w], [f64(3.0, INF)], PAIR, **written, **options)
     assert (w.tolist(), saved.tolist(), status.tolist(), achieved_sq.tolist()) == (
         [-2.0, INF],
@@ -167,7 +177,7 @@ def test_a_zero_gradient_moves_nothing(backend):
     for options in ({}, {"eta": 0.0}, {"ema": f64(0.0, 0.0), "sigma": 1.0, "lmbda": 0.9}):
         w, achieved_sq = f64(-2.0, 1.0), f64(NAN)
         written = {"saved": f64(NAN, NAN), "status": torch.zeros(1, dtype=torch.uint8), "achieved_sq": achieved_sq}
-        norm_sq = kernels_of(backend).ascend([w], [f64(0.0, 0.0)], PAIR, radii=f64(0.5), **written, **options)
+        norm_sq = kernels_of(backend).ascend([w], [f64(0.0, 0.0)], PAIR, radii=RADII, **written, **options)
         assert (norm_sq.tolist(), w.tolist(), achieved_sq.tolist()) == ([0.0], [-2.0, 1.0], [0.0])
 
 
@@ -175,7 +185,7 @@ def test_a_zero_gradient_moves_nothing(backend):
 def test_a_perturbation_saves_what_is_untouched_and_starts_from_what_is_saved(status, backend):
     w, saved = f64(7.0, 7.0) if status == PERTURBED else f64(-2.0, 1.0), f64(-2.0, 1.0) if status else f64(NAN, NAN)
     state = torch.tensor([status], dtype=torch.uint8)
-    options = {"norm_sq": f64(9.0, 16.0), "radii": f64(0.5), "achieved_sq": f64(NAN)}
+    options = {"norm_sq": f64(9.0, 16.0), "radii": RADII, "achieved_sq": f64(NAN)}
     kernels_of(backend).perturb([w], [f64(3.0, 4.0)], PAIR, saved=saved, status=state, **options)
     assert_values(w, -1.7, 1.4)
     assert_values(saved, -2.0, 1.0)
@@ -408,7 +418,7 @@ def test_a_step_of_two_micro_batches_returns_to_the_weights_bit_for_bit(dtype, b
     w = torch.randn(size).to(dtype)
     before, saved, out = w.clone(), torch.full_like(w, NAN), [torch.zeros(n, dtype=dtype) for n in (300, 7, 0, 33)]
     status, achieved_sq = torch.zeros(len(rows), dtype=torch.uint8), torch.full((len(rows),), NAN, dtype=torch.float64)
-    ascent = {"radii": f64(0.5), "saved": saved, "status": status, "achieved_sq": achieved_sq}
+    ascent = {"radii": RADII, "saved": saved, "status": status, "achieved_sq": achieved_sq}
     descent = {"coefs": coefs((1.0, 0.5)), "sums": [], "saved": saved, "status": status}
     for micro_batch, (absent, expected) in enumerate(((1, [2, 2, 2, 0, 2]), (0, [1, 1, 1, 2, 2]))):
         grads = [torch.randn(0 if i == absent else n).to(dtype) for i, n in enumerate((300, 7, 0, 33))]
@@ -986,6 +996,11 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "status too short": ("descend", "weights", _with(status=_half), "status .* row of the table, 3, got 1"),
     "mask of floats": ("perturb", "masked", _with(mask=_as(FP32)), "mask must be .* Byte .* Float"),
     "radii of fp32": ("perturb", "plain", _with(radii=_as(FP32)), "radii must be .* Double .* Float"),
+    "radii without a budget": (
+        *("ascend", "plain", _with(radii=lambda t: t[:, :1].contiguous())),
+        "radii must have 2 columns, got 1",
+    ),
+    "radii by columns": ("perturb", "plain", _with(radii=_by_columns), "radii must be a contiguous"),
     "settings of fp32": ("update", "sgd", _with(settings=_as(FP32)), "settings must be .* Double .* Float"),
     "settings with too few columns": (
         *("update", "adam", _with(settings=lambda t: t[:, :7].contiguous())),
@@ -1259,7 +1274,14 @@ def sum_perturb_and_restore_beyond_32_bits() -> None:
     some = rows[near]
     achieved_sq, status = torch.empty(len(some), dtype=torch.float64), torch.zeros(len(some), dtype=torch.uint8)
     written = {"saved": saved, "status": status, "achieved_sq": achieved_sq}
-    kernels.perturb([weights], [grad], some, norm_sq=norm_sq, radii=norm_sq.sqrt(), **written)
+    kernels.perturb(
+        [weights],
+        [grad],
+        some,
+        norm_sq=norm_sq,
+        radii=torch.tensor([[math.sqrt(expected), INF]], dtype=FP64),
+        **written,
+    )
     assert torch.equal(weights[places], grad[places])
     assert achieved_sq.sum().item() == expected
     kernels.descend([weights], [], [], some, coefs=[], sums=[], saved=saved, status=status)

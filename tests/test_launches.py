@@ -22,6 +22,7 @@ EXPECTED = {
     "F-SAM": ["ascend", "update"],
     "F-SAM sigma=0.5 lmbda=0.6": ["ascend", "update"],
     "Stable SAM": ["ascend", "gram", "update"],
+    "LE-SAM": ["ascend", "update"],
     "GSAM": ["ascend", "gram", "update"],
     "LookSAM k=2": ["ascend", "gram", "descend", "update"],  # the descend makes v
     "Bilateral SAM": ["ascend", "perturb", "gram", "update"],

@@ -28,6 +28,7 @@ from msam_kernels.methods import (
     FriendlySAM,
     GapSAM,
     LookSAM,
+    LossEquatedSAM,
     SparseSAM,
     StableSAM,
 )
@@ -51,6 +52,11 @@ COMPOSITIONS = {
     "Adaptive + Friendly": AdaptiveSAM() + FriendlySAM(sigma=0.5, lmbda=0.6),
     "Adaptive + Sparse": AdaptiveSAM() + SparseSAM(sparsity=0.6, update_every=2),
     "Adaptive + Stable": AdaptiveSAM(eta=0.1) + StableSAM(),
+    "Adaptive + LE-SAM": AdaptiveSAM() + LossEquatedSAM(sigma=0.05),
+    "Friendly + Sparse + GSAM + LE-SAM": (
+        FriendlySAM(sigma=0.5) + SparseSAM(sparsity=0.6, update_every=2) + GapSAM() + LossEquatedSAM(sigma=0.05)
+    ),
+    "Bilateral + LE-SAM": BilateralSAM(rho_min=0.1) + LossEquatedSAM(sigma=0.05),
     "Adaptive + GSAM": AdaptiveSAM() + GapSAM(),
     "Friendly + GSAM": FriendlySAM() + GapSAM(alpha=0.3),
     "Friendly + Bilateral": FriendlySAM(sigma=0.5) + BilateralSAM(rho_min=0.1),

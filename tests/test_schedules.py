@@ -418,6 +418,42 @@ def test_a_rho_min_that_goes_wrong_is_refused_before_anything_changes(value, way
     run.step(way, batch())
 
 
+# ---- sigma of LE-SAM -------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_may_be_a_function_of_the_step(backend):
+    """The length of e is sigma / ‖g‖ where that is less than the group's rho."""
+    model = mlp(torch.float64)
+    method = methods.LossEquatedSAM(sigma=lambda step: 0.1 * step)
+    base = SGD([{"params": model[0].parameters()}, {"params": model[2].parameters(), "rho": 0.01}], lr=0.1)
+    opt = MicroBatchSAM(base, rho=100.0, method=method, backend=backend)
+    for step in range(4):
+        before = torch.cat([p.view(-1) for p in weights(model)])
+        for part in opt.passes(*batch(dtype=torch.float64)):
+            e = torch.cat([p.view(-1) for p in weights(model)]) - before
+            loss_of(model, *part).backward()
+            if not opt.pass_index:
+                g = torch.cat([p.grad.view(-1) for p in model.parameters()])
+        for entries, rho in ((slice(0, 20), 100.0), (slice(20, None), 0.01)):
+            expected = min(0.1 * step / g.norm().item(), rho) * g[entries] / g.norm()
+            torch.testing.assert_close(e[entries], expected, rtol=1e-9, atol=1e-14)
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "large", None])
+def test_a_budget_that_goes_wrong_is_refused_before_anything_changes(value, backend):
+    method = methods.LossEquatedSAM(sigma=lambda step: value if step == 2 else 0.1)
+    run = Counted(method=method, backend=backend)
+    for _ in range(2):
+        run.step("passes", batch())
+    before = weights(run.model)
+    with pytest.raises(ValueError, match="sigma must be a finite number >= 0, got"):
+        run.step("passes", batch())
+    assert same_bits(run.model.parameters(), before)
+    assert run.opt.steps == 2
+
+
 @pytest.mark.parametrize("bad", [math.inf, 1.0], ids=["overflow", "skipped"])
 def test_looksam_forgets_a_direction_whose_gradients_were_zeroed(bad, backend):
     run, plain = (Counted(method=methods.LookSAM(k=2), backend=backend) for _ in range(2))

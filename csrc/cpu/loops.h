@@ -442,7 +442,7 @@ double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* 
   const S* grads = at<S>(x, a.grads, c);
   const S* emas = friendly ? at<S>(a.ema, c) : nullptr;
   S* emas_out = friendly ? at<S>(a.ema_out, c) : nullptr;
-  const Pack<T> scale = pack_of(T(ascent_scale(x.norm_sq, a.radii[c.group])));
+  const Pack<T> scale = pack_of(T(ascent_scale(x.norm_sq, a.radii + c.group * kRadiusColumns)));
   const Pack<T> sigma = pack_of<T>(a.sigma), eta = pack_of<T>(a.eta);
   const Pack<T> lmbda = pack_of<T>(a.lmbda), one_minus_lmbda = pack_of<T>(a.one_minus_lmbda);
   const bool past_cache = stream && base != weights;  // weights that were not read

@@ -547,7 +547,7 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait)
     if (threadIdx.x == kFirst) {
       const double norm_sq = rounded(added_up<kCareful<S>>(shared.warps[0]));
       shared.is_known = is_finite(norm_sq);
-      *numbers_of<T>(shared) = T(ascent_scale(norm_sq, a.radii[c.group]));
+      *numbers_of<T>(shared) = T(ascent_scale(norm_sq, a.radii + c.group * kRadiusColumns));
     }
     __syncthreads();
     op.is_known = shared.is_known, op.scale = *numbers_of<T>(shared);

@@ -23,7 +23,7 @@ Every backend is a namespace with the functions below, called alike:
   launches there.
 * ``mask``: uint8 ``[⌈size / 8⌉]`` for flat buffers of ``size`` elements; element 8·j + k is perturbed where bit k of byte j
   is set.
-* ``radii``: float64 ``[groups]``. ``settings``: float64 ``[groups, columns]``, columns as in ``reference.py``.
+* ``radii``: float64 ``[groups, 2]``, ``settings``: float64 ``[groups, columns]``, columns as in ``reference.py``.
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice, and of fp64 storage some terms
   are what the rounding of others lost. ``achieved_sq``: float64
   ``[K]``, the terms of ‖e‖² as it was stored. ``out_sq``: float64 ``[K]``, the terms of ‖out‖².

@@ -39,6 +39,7 @@ EPS = 1e-12  # added to a norm that divides
 UNTOUCHED, SAVED, PERTURBED = 0, 1, 2  # values of ``status``
 # Columns of one coefficient: scale · (a + b · ratio), see `coefficients`.
 COEFFICIENT = ("scale", "a", "b", "p", "q", "root", "eps")
+RADIUS = ("rho", "budget")  # columns of `radii`, as in csrc/update_math.h
 SGD, ADAM = 0, 1  # values of ``rule``
 # Columns of `settings`, by rule, as in csrc/update_math.h.
 SGD_COLUMNS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -178,13 +179,15 @@ def perturb(
 ) -> None:
     """Weights to w + e, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by row.
 
+    e is as long as rho, but no longer than budget / (‖d‖ + 1e-12), and opposite to d where rho is negative.
+
     Changes ``saved`` and ``status`` as the module says; nothing of a row whose gradient is absent but its achieved_sq,
     which becomes 0.
     """
     numbers = {"norm_sq": norm_sq, "radii": radii, "status": status, "achieved_sq": achieved_sq, "mask": mask}
     check(table, weights=weights, grads=grads, saved=saved, ema=ema, **numbers)
     norm_sq = norm_sq.sum()
-    finite = norm_sq.isfinite()
+    finite, norm = norm_sq.isfinite(), norm_sq.sqrt() + EPS
     for row in _rows(table):
         weight, g = row.weights(weights), row.of(grads)
         achieved_sq[row.k] = 0
@@ -199,7 +202,8 @@ def perturb(
             average.copy_(torch.where(finite, _ema_next(average, g, lmbda), _wide(average)))
         if eta is not None:
             d = _stretch(w, eta).square() * d
-        scale = (radii[row.group] / (norm_sq.sqrt() + EPS)).to(w.dtype)
+        rho, budget = radii[row.group]
+        scale = (torch.minimum(rho.abs(), budget / norm).copysign(rho) / norm).to(w.dtype)
         moves = finite if mask is None else finite & row.bits(mask)
         status[row.k] = PERTURBED  # from here on the weights can be brought back, also after an interruption
         weight.copy_(torch.where(moves, w + d * scale, w))

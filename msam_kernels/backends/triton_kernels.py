@@ -44,10 +44,11 @@ STORAGE = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# As in csrc/update_math.h: values of status, values of rule, the columns of a coefficient; and what there is at most.
+# As in csrc/update_math.h: values of status, values of rule, the columns of radii and of a coefficient; and what there is at
+# most.
 UNTOUCHED, SAVED, PERTURBED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SGD, ADAM = tl.constexpr(0), tl.constexpr(1)
-COEFFICIENT_COLUMNS = tl.constexpr(7)
+RADIUS_COLUMNS, COEFFICIENT_COLUMNS = tl.constexpr(2), tl.constexpr(7)
 TERMS, VECTORS, SUM_TENSORS, SUM_ROWS = 4, 3, 3, 8
 # The columns of settings, and the states, of which the last may be missing.
 RULES = {0: (6, ("momentum_buffer",)), 1: (8, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))}
@@ -92,8 +93,10 @@ def quotient(x, y):
 
 
 @triton.jit
-def ascent_scale(norm_sq, radius):
-    return radius / (tl.sqrt(norm_sq) + 1e-12)
+def ascent_scale(norm_sq, rho, budget):
+    norm = tl.sqrt(norm_sq) + 1e-12
+    length = tl.minimum(tl.abs(rho), budget / norm)
+    return tl.where(rho < 0, -length, length) / norm
 
 
 @triton.jit
@@ -481,7 +484,8 @@ def perturb_by_program(
         s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
         there, was = (w != 0) & (g != 0), load_status(status, k)
         numel = tl.where(there, numel, 0)
-        scale = ascent_scale(norm, tl.load(pointer(radii, tl.float64) + group)).to(T)
+        radius = pointer(radii, tl.float64) + group * RADIUS_COLUMNS
+        scale = ascent_scale(norm, tl.load(radius), tl.load(radius + 1)).to(T)
         numbers = scale, number(sigma, T), number(eta, T), number(lmbda, T), number(one_minus_lmbda, T)
         for ALIGNED in tl.static_range(2):
             if is_aligned(w | g | s | e | numel) == ALIGNED:
@@ -1027,8 +1031,11 @@ def _perturb(
     """``arrived``: the address where programs are counted, for a launch that also fills ``norm_sq``."""
     pointers, ema, constants = direction
     kernel, first = (ascend_kernel, (arrived,)) if arrived else (perturb_kernel, ())
+    radii_at = call.plain("radii", radii, dim=2)
+    if radii.shape[1] != RADIUS_COLUMNS.value:
+        raise RuntimeError(f"radii must have {RADIUS_COLUMNS.value} columns, got {radii.shape[1]}")
     call.launch(
-        kernel, *first, *call.table, *call.sum("norm_sq", norm_sq), call.plain("radii", radii), *pointers,
+        kernel, *first, *call.table, *call.sum("norm_sq", norm_sq), radii_at, *pointers,
         call.dense("saved", saved), call.per_row("status", status, torch.uint8), call.per_row("achieved_sq", achieved_sq),
         ema, call.plain("mask", mask, torch.uint8), int(lmbda is not None),
         *_bits(sigma, eta or 0.0, lmbda or 0.0, 1 - (lmbda or 0.0)), times=1 + len(first), MASKED=mask is not None,

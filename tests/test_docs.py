@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages say what runs, and what was measured."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from msam_kernels import flatness
+
+pytestmark = pytest.mark.host
+
+ROOT = Path(__file__).resolve().parent.parent
+CHOOSING = ROOT / "docs" / "choosing.md"
+MEASURED = ROOT / "benchmarks" / "results" / "cpu-zen4-2cores-rho.csv"
+
+
+def blocks_of(page: Path) -> list[str]:
+    found = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(code) for _, code in found]
+
+
+def test_the_code_of_choosing_runs(tmp_path, monkeypatch):
+    """One block after the other, with a model and a loader such as the reader has."""
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    loader = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(5)]
+    names = {"torch": torch, "F": F, "model": model, "loader": loader}
+    blocks = blocks_of(CHOOSING)
+    assert len(blocks) == CHOOSING.read_text(encoding="utf-8").count("```python") > 2
+    for block in blocks:
+        exec(compile(block, str(CHOOSING), "exec"), names)
+    assert names["low"] < names["high"]
+    assert len(names["sweep"].losses) == 16
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def measured(**wanted: str) -> list[dict[str, str]]:
+    with MEASURED.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row[name] == value for name, value in wanted.items())]
+
+
+def table_of(heading: str) -> list[list[str]]:
+    """The rows of the table that has this in its first line."""
+    lines = CHOOSING.read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|") and heading in line)
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def ratios_of(rows: list[dict[str, str]], name: str) -> torch.Tensor:
+    return torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
+
+
+def sweep_of(**case: str) -> flatness.RhoSweep:
+    """As it was measured, of one micro-batch that stands for all."""
+    rows = measured(**case)
+    assert rows, case
+    columns = [ratios_of(rows, name)[:, None] for name in ("rise", "arrived", "along", "moved")]
+    one = torch.ones(1, dtype=torch.float64)
+    return flatness.RhoSweep(ratios_of(rows, "rho"), float(rows[0]["loss"]) * one, one, *columns)
+
+
+def test_the_ranges_of_choosing_are_those_of_the_results():
+    rows = table_of("rho worth trying")
+    assert len(rows) == 12
+    for task, weights, method, *cells in rows:
+        for cell, (dtype, m) in zip(cells, [("float32", "1"), ("float32", "4"), ("bfloat16", "1")], strict=True):
+            low, high = sweep_of(task=task, weights=weights, method=method, dtype=dtype, m=m).worth_trying()
+            assert cell == f"{low:g} to {high:g}", (task, weights, method, dtype, m)
+
+
+def test_the_accuracies_of_choosing_are_those_of_the_results():
+    rows = table_of("accuracy on data held out")
+    assert len(rows) == 2
+    for task, *cells in rows:
+        found = measured(task=task, weights="from fresh")
+        assert len(found) == len(cells)
+        best = max(float(row["accuracy"]) for row in found)
+        for cell, row in zip(cells, found, strict=True):
+            value = float(row["accuracy"])
+            assert cell == (f"**{value:.1f}**" if value == best else f"{value:.1f}")
+
+
+def test_what_arrives_in_16_bits_is_that_of_the_results():
+    rows = table_of("of e that arrives in bf16")
+    assert len(rows) == 4
+    for task, method, *cells in rows:
+        found = sweep_of(task=task, weights="a tenth", method=method, dtype="bfloat16", m="1")
+        chosen = [found.rhos.tolist().index(rho) for rho in (0.001, 0.01, 0.1, 1.0)]
+        expected = [f"{found.along[r].item():.2f} ({found.moved[r].item():.0%})" for r in chosen]
+        assert cells == [text.replace("%", " %") for text in expected], (task, method)
