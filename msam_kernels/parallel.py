@@ -43,11 +43,16 @@ from .compiled import Compiled
 from .gradients import Vectors, own_memory, regular_stack
 from .store import Store
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+#: By the forward of layers that keep running statistics: whether they count the times that they did.
+COUNTS = {nn.BatchNorm1d.forward: True, nn.InstanceNorm1d.forward: False}
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 LINEAR: Callable[..., Tensor] = F.linear
 EMBEDDING: Callable[..., Tensor] = F.embedding
 MULTI_HEAD_ATTENTION: Callable[..., Any] = F.multi_head_attention_forward
+CROSS_ENTROPY: Callable[..., Tensor] = F.cross_entropy
+INSTANCE_NORM: Callable[..., Tensor] = F.instance_norm
+RRELU: Callable[..., Tensor] = F.rrelu
 SEQUENTIAL = "train it sequentially, with parallel=False"
 
 
@@ -302,29 +307,105 @@ def _attention(
     return below_vmap(of_stacks, alone, query, key, value, attn_mask)
 
 
+def _cross_entropy(
+    x: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+    reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Of weighted classes with smoothed labels torch selects by a mask, which no vmap can."""
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if weight is None or not label_smoothing or target.is_floating_point() or (size_average, reduce) != (None, None):
+        return CROSS_ENTROPY(x, target, weight, size_average, reduce=reduce, reduction=reduction, **options)
+    classes = 1 if x.dim() > 1 else 0
+    shape = [-1 if d == classes else 1 for d in range(x.dim())]
+    logs, ignored = x.log_softmax(classes), target == ignore_index
+    one = F.nll_loss(logs, target, weight, ignore_index=ignore_index, reduction="none")
+    all_ = -(logs * weight.view(shape)).sum(classes).masked_fill(ignored, 0)
+    losses = (1 - label_smoothing) * one + label_smoothing / x.shape[classes] * all_
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
+
+
+def _gates(
+    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _linear(x, w_ih, b_ih), _linear(h, w_hh, b_hh)
+
+
+def _rnn_tanh_cell(*args: Any) -> Tensor:
+    x, h = _gates(*args)
+    return (x + h).tanh()
+
+
+def _rnn_relu_cell(*args: Any) -> Tensor:
+    x, h = _gates(*args)
+    return (x + h).relu()
+
+
+def _gru_cell(x: Tensor, h: Tensor, *weights: Any) -> Tensor:
+    (r, z, n), (h_r, h_z, h_n) = (gates.chunk(3, -1) for gates in _gates(x, h, *weights))
+    z = (z + h_z).sigmoid()
+    return (1 - z) * (n + (r + h_r).sigmoid() * h_n).tanh() + z * h
+
+
+def _lstm_cell(x: Tensor, state: Sequence[Tensor], *weights: Any) -> tuple[Tensor, Tensor]:
+    h, c = state
+    i, f, g, o = sum(_gates(x, h, *weights)).chunk(4, -1)  # type: ignore[union-attr]
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _rrelu(
+    x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    if not training:
+        return F.leaky_relu(x, (lower + upper) / 2, inplace)
+    out = torch.where(x > 0, x, x * (lower + (upper - lower) * torch.rand_like(x)))
+    return x.copy_(out) if inplace else out
+
+
+def _instance_norm(
+    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Torch repeats running statistics by sample, where vmap loses sight of them. Each is changed once, which is counted."""
+    if not use_input_stats or running_mean is None or running_var is None:
+        return INSTANCE_NORM(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    with torch.no_grad():
+        rows = x.flatten(2)
+        for running, now in ((running_mean, rows.mean(2).mean(0)), (running_var, rows.var(2).mean(0))):
+            running.add_(momentum * (now.to(running.dtype) - running))
+    return INSTANCE_NORM(x, None, None, weight, bias, True, momentum, eps)
+
+
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 SUPPLIED: dict[Callable[..., Any], Callable[..., Any]] = {
     **{SDPA: _attention, LINEAR: _linear, EMBEDDING: _embedding, MULTI_HEAD_ATTENTION: _multi_head_attention},
+    **{CROSS_ENTROPY: _cross_entropy, RRELU: _rrelu, INSTANCE_NORM: _instance_norm},
+    **{torch.lstm_cell: _lstm_cell, torch.gru_cell: _gru_cell},
+    **{torch.rnn_tanh_cell: _rnn_tanh_cell, torch.rnn_relu_cell: _rnn_relu_cell},
     **{function: _convolution(function) for function in CONVOLUTIONS},
 }
 
 
-# -- statistics of BatchNorm --------------------------------------------------------------------------------------------------
+# -- statistics of norms ------------------------------------------------------------------------------------------------------
 
 
 class _Statistics:
-    """The running statistics of one BatchNorm, which every micro-batch moves on, one after the other."""
+    """The running statistics of one BatchNorm or InstanceNorm, which every micro-batch moves on, one after the other."""
 
     NAMES, COUNTER = ("running_mean", "running_var"), "num_batches_tracked"
 
-    def __init__(self, named: Callable[[nn.Module], str], prefix: str, module: BatchNorm):
+    def __init__(self, named: Callable[[nn.Module], str], prefix: str, module: Norm):
         if module.momentum is None:
             raise Refused(
                 f"{named(module)} with momentum=None, keeps a mean that depends on the number of batches "
                 f"so far: give it a momentum, or {SEQUENTIAL}"
             )
-        if type(module).forward is not nn.BatchNorm1d.forward:
+        if type(module).forward not in COUNTS:
             raise Refused(f"{named(module)} has a forward of its own: {SEQUENTIAL}")
+        self.counts = COUNTS[type(module).forward]
         self.prefix, self.module, self.momentum = prefix, module, float(module.momentum)
         # By pass: how often it ran for each micro-batch, and its stacks.
         self.moved: list[tuple[int, list[Tensor]]] = []
@@ -336,7 +417,7 @@ class _Statistics:
 
     def move(self, stacks: list[Tensor]) -> None:
         *running, times = stacks
-        self.moved.append((int(times), running))
+        self.moved.append((int(times) if self.counts else versions_of(running)[0], running))
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -352,7 +433,7 @@ class _Statistics:
                 now = keep**n * now + (decay.unsqueeze(1) * (each - keep * first)).sum(0)
             running.copy_(now)
         counter = table.get(self.COUNTER)
-        if counter is not None:
+        if counter is not None and self.counts:
             counter.add_(sum(times * len(stacks[0]) for times, stacks in self.moved))
 
 
@@ -428,7 +509,7 @@ class ParallelPasses:
             buffers = buffers_of(module)
             if buffers:
                 self._buffers += [(module, key, t) for key, t in buffers.items() if t is not None]
-                if isinstance(module, BatchNorm) and module.training and module.running_mean is not None:
+                if isinstance(module, Norm) and module.training and module.running_mean is not None:
                     self._statistics.append(_Statistics(self._named, prefix, module))
 
     def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Vectors]]:
@@ -495,8 +576,11 @@ class ParallelPasses:
 
     def _stacked_losses(self, n: int, stacks: list[Tensor], running: list[list[Tensor]], columns: list[Any]) -> Tensor:
         """The loss of each of n micro-batches; ``running`` moves on."""
-        compiled, failed = self._compiled, None
-        if compiled is not None and compiled.works:
+        compiled = self._compiled
+        failed: Exception | None = None
+        if compiled is not None and compiled.works and not all(norm.counts for norm in self._statistics):
+            failed = Refused("nothing counts how often an InstanceNorm moves its running statistics on there")
+        elif compiled is not None and compiled.works:
             # One name of each: tied ones follow.
             pairs = zip(self._places, stacks, strict=True)
             stacked = {name: s for places, s in pairs for _, _, name in places[:1]}

@@ -487,8 +487,8 @@ class Step:
         finally:
             passes.put_back()
         buffers.thaw()
-        self._ema = []
         passes.commit()
+        self._ema = []
         return values
 
     def _add_up(
