@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW, RMSprop
 
 from msam_kernels import MicroBatchSAM, _torch, methods
 from msam_kernels import parallel as parallel_module
+from msam_kernels.compiled import Compiled
 from msam_kernels.parallel import Auto, ParallelPasses, Refused
 from plain import BACKENDS, DEVICE, METHODS, same_bits, weights
 
@@ -975,3 +976,49 @@ def test_a_compiled_model_evaluates_and_trains_again(graphs):
             model.train(train)
         assert_train_alike(ours, expected, [images(9)])
     assert len(graphs) == 4
+
+
+@pytest.mark.host
+def test_what_vmap_lacks_is_supplied_in_a_compiled_graph_too(graphs):
+    expected, ours = twins(lambda: Padded(padding_idx=3), compile=True)
+    assert_train_alike(ours, expected, [text(12, i) for i in range(2)])
+    targets = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert {parallel_module._linear, parallel_module._embedding} <= set(targets)
+    assert not set(targets) & set(parallel_module.SUPPLIED)
+
+
+@pytest.mark.host
+def test_a_compiled_function_that_fails_halfway_has_moved_nothing(monkeypatch):
+    expected, ours = twins(convolutions, compile=True)
+
+    def fails_halfway(self, function, stacked, single, columns, spec):
+        for t in (*[t for t in stacked.values() if not t.requires_grad], *single.values()):
+            t.add_(1)
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(Compiled, "losses", fails_halfway)
+    with pytest.warns(UserWarning, match="the parallel passes run as they are written, as no more"):
+        assert_train_alike(ours, expected, [images(9)])
+
+
+@pytest.mark.host
+def test_statistics_that_nothing_counts_are_not_compiled(graphs):
+    make = lambda: nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Flatten(), nn.Linear(64, 5))  # noqa: E731
+    expected, ours = twins(make, compile=True)
+    with pytest.warns(UserWarning, match="as nothing counts how often an InstanceNorm moves"):
+        assert_train_alike(ours, expected, [images(9)])
+    assert not graphs
+
+
+@pytest.mark.host
+def test_compiled_passes_keep_a_model_compiled_and_are_copied(graphs):
+    expected, (model, opt) = twins(MODELS["mlp"][0], compile=True)
+    assert "parallel=True, compile=True" in repr(opt)
+    model, opt = copy.deepcopy((model, opt))
+    assert opt.compile is True
+    compiled = torch.compile(model)  # the user's own, within the loss
+    x, y = images(9)
+    losses = opt.train_step(loss_of(compiled), x, y), expected[1].train_step(loss_of(expected[0]), x, y)
+    assert apart(losses[:1], losses[1:]) < TOLERANCE
+    assert apart(weights(model), weights(expected[0])) < TOLERANCE
+    assert len(graphs) == 2
