@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch._dynamo.backends.debugging import aot_eager
+from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
