@@ -208,7 +208,8 @@ def torch_base(model: nn.Module, base: str, **options) -> torch.optim.Optimizer:
 def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) -> Callable[..., Tensor]:
     """``step(x, y)`` takes one whole step with ``model`` and returns the mean loss at w."""
     kind = name.removesuffix(COMPILED)
-    loss_fn = loss_of(model if kind == name else torch.compile(model, dynamic=False))
+    passes_compiled = kind != name and kind in (PARALLEL, PARALLEL_CAPTURED, AUTO)  # the optimizer does it
+    loss_fn = loss_of(model if kind == name or passes_compiled else torch.compile(model, dynamic=False))
     count = case.micro_batches
     if kind == BASE:
         base = torch_base(model, case.base, foreach=True)
@@ -243,7 +244,7 @@ def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) 
 
     options = {"num_micro_batches": count, "model": model, "backend": case.backend}
     if kind in (PARALLEL, PARALLEL_CAPTURED, AUTO):
-        options |= {"parallel": "auto" if kind == AUTO else True, "compile": kind != name}
+        options |= {"parallel": "auto" if kind == AUTO else True, "compile": passes_compiled}
     opt = MicroBatchSAM(torch_base(model, case.base), rho=RHO, **options)
     if kind in (CAPTURED, PARALLEL_CAPTURED):
         return opt.capture(loss_fn, *batch, warm_up=2)

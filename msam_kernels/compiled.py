@@ -66,6 +66,8 @@ class Compiled:
         """The compiler could not do what runs without it."""
         self.works = False
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        if "already tracked for mutation" in reason:  # Dynamo's words for a model that it meets in two forms
+            reason = "the loss calls a model out of torch.compile: let it call the model itself"
         warnings.warn(f"compile=True: the parallel passes run as they are written, as {reason}", stacklevel=2)
 
     def _function(self, spec: TreeSpec, dims: list[int | None]) -> Function:
