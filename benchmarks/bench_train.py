@@ -44,7 +44,7 @@ from measure import Call, Clock, Failed, Job, Results, Say, interleave, number, 
 OURS, PARALLEL, AUTO, COMPILED = "ours", "ours, parallel", "ours, auto", ", compiled model"
 CAPTURED, PARALLEL_CAPTURED = "ours, captured", "ours, parallel, captured"
 BASE = "no SAM"  # the base optimizer's own step on the same batch
-JAX = "jax, vmap"
+JAX = "jax"
 PEERS = ("loop", "foreach", "compile", JAX)
 EAGER_PEERS = ("loop", "foreach")
 GOAL, GOAL_MODELS = 2.0, ("cnn", "transformer")  # captured / best of EAGER_PEERS, in samples per second

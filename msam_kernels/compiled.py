@@ -65,7 +65,9 @@ class Compiled:
     def give_up(self, error: Exception) -> None:
         """The compiler could not do what runs without it."""
         self.works = False
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines()]
+        # Of what a backend raised, Dynamo's first line names the backend.
+        reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
         if "already tracked for mutation" in reason:  # Dynamo's words for a model that it meets in two forms
             reason = "the loss calls a model out of torch.compile: let it call the model itself"
         warnings.warn(f"compile=True: the parallel passes run as they are written, as {reason}", stacklevel=2)

@@ -911,6 +911,7 @@ def test_compiled_passes_are_those_of_the_sequential_ones(name, method, graphs):
 @pytest.mark.host
 @pytest.mark.exhaustive
 @pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, as it imports its compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_compiler_makes_of_them_is_that_too(name):
