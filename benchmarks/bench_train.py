@@ -6,9 +6,10 @@
 
 An MLP, a small CNN, a network like ResNet-18 for small images, a small transformer and a vision transformer, trained with
 SAM and mSAM on random data that is on the device already, in fp32 without TF32. Ours: ``train_step`` with the micro-batches
-one after the other and in parallel, the same around a compiled model, and ``capture``, which replays the step as one CUDA
-graph. Against it: the steps of ``peers.py``, with the model as it is and compiled, and the base optimizer's own step on the
-same batch, which is what sharpness is paid on top of. ``--plot`` draws what a step costs over the number of micro-batches.
+one after the other, in parallel and whichever way is faster, the same around a compiled model, and ``capture``, which replays
+the step as one CUDA graph. Against it: the steps of ``peers.py``, with the model as it is and compiled; that of
+``jax_vmap.py``, where JAX is installed; and the base optimizer's own step on the same batch, which is what sharpness is paid
+on top of. ``--plot`` draws what a step costs over the number of micro-batches.
 
 All begin with the same weights and take the same ``CHECKED`` steps first. A peer whose losses or whose weights after the
 first step are not those of the loop over parameters, that fails, or that does not end in its time is left out, with a note;
@@ -40,12 +41,14 @@ import peers
 from contest import count_of, first_line
 from measure import Call, Clock, Failed, Job, Results, Say, interleave, number, print_table, size
 
-OURS, PARALLEL, COMPILED = "ours", "ours, parallel", ", compiled model"
+OURS, PARALLEL, AUTO, COMPILED = "ours", "ours, parallel", "ours, auto", ", compiled model"
 CAPTURED, PARALLEL_CAPTURED = "ours, captured", "ours, parallel, captured"
 BASE = "no SAM"  # the base optimizer's own step on the same batch
-PEERS = ("loop", "foreach", "compile")
+JAX = "jax"
+PEERS = ("loop", "foreach", "compile", JAX)
 EAGER_PEERS = ("loop", "foreach")
 GOAL, GOAL_MODELS = 2.0, ("cnn", "transformer")  # captured / best of EAGER_PEERS, in samples per second
+AUTO_GOAL = 1.1  # of the time of the sequential passes, at most
 RHO = 0.5  # so large that steps without it would go elsewhere: by 0.1 to 1.3 of the way
 CHECKED = 6  # steps; with the last of them a captured step has been replayed
 TOLERANCE = (
@@ -205,7 +208,8 @@ def torch_base(model: nn.Module, base: str, **options) -> torch.optim.Optimizer:
 def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) -> Callable[..., Tensor]:
     """``step(x, y)`` takes one whole step with ``model`` and returns the mean loss at w."""
     kind = name.removesuffix(COMPILED)
-    loss_fn = loss_of(model if kind == name else torch.compile(model, dynamic=False))
+    passes_compiled = kind != name and kind in (PARALLEL, PARALLEL_CAPTURED, AUTO)  # the optimizer does it
+    loss_fn = loss_of(model if kind == name or passes_compiled else torch.compile(model, dynamic=False))
     count = case.micro_batches
     if kind == BASE:
         base = torch_base(model, case.base, foreach=True)
@@ -218,6 +222,10 @@ def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) 
             return loss
 
         return plain
+    if kind == JAX:
+        import jax_vmap
+
+        return jax_vmap.Step(model, torch_base(model, case.base), count, RHO)
     if kind in peers.PEERS:
         cls = peers.PEERS[kind]
         peer = cls(torch_base(model, case.base, **cls.base_options), rho=RHO)
@@ -235,8 +243,8 @@ def make_step(name: str, case: Case, model: nn.Module, batch: Sequence[Tensor]) 
     from msam_kernels import MicroBatchSAM
 
     options = {"num_micro_batches": count, "model": model, "backend": case.backend}
-    if kind in (PARALLEL, PARALLEL_CAPTURED):
-        options["parallel"] = True
+    if kind in (PARALLEL, PARALLEL_CAPTURED, AUTO):
+        options |= {"parallel": "auto" if kind == AUTO else True, "compile": passes_compiled}
     opt = MicroBatchSAM(torch_base(model, case.base), rho=RHO, **options)
     if kind in (CAPTURED, PARALLEL_CAPTURED):
         return opt.capture(loss_fn, *batch, warm_up=2)
@@ -259,8 +267,14 @@ def first_steps(name: str, case: Case, model: nn.Module, batches: list) -> Conte
     step = make_step(name, case, model, batches[0])
     start = time.perf_counter()
     losses = [step(*batches[0]).item()]
+    getattr(step, "write_back", lambda: None)()
     weights = vector(model)
     losses += [step(*batches[i % len(batches)]).item() for i in range(1, CHECKED)]
+    if name.startswith(AUTO):  # it tries both ways before it decides
+        from msam_kernels.parallel import Auto
+
+        for i in range(2 * Auto.TRIALS - CHECKED):
+            step(*batches[i % len(batches)])
     return Contestant(step, losses, weights, time.perf_counter() - start)
 
 
@@ -279,7 +293,7 @@ def enter(
     names = [n for n in args.contestants if case.micro_batches > 1 or not n.startswith(PARALLEL)]
     for name in sorted(names, key=lambda name: name != "loop"):
         say(f"checking {name}")
-        own = name in (OURS, CAPTURED, PARALLEL, PARALLEL_CAPTURED)
+        own = name in (OURS, CAPTURED, PARALLEL, PARALLEL_CAPTURED, AUTO)
         try:
             # A peer or a compiler that a machine cannot run is no reason not to measure the others.
             with measure.time_limit(math.inf if own else args.peer_seconds):
@@ -342,6 +356,17 @@ def print_goals(results: Results) -> None:
         lines.append((what, f"{ratio:.2f}x", f"{goal:g}x" if goal else "", verdict))
     if lines:
         print(f"\n== goals: captured, samples per second over the best of {', '.join(EAGER_PEERS)} ==\n")
+        print_table(("", "measured", "goal", ""), lines)
+    lines = []
+    for row in results.select(kind="train", contestant=AUTO):
+        case = {name: row[name] for name in ("model", "base", "micro_batches")}
+        for plain in results.select(kind="train", contestant=OURS, **case):
+            row["over_sequential"] = ratio = row["ms"] / plain["ms"]
+            verdict = "reached" if ratio <= AUTO_GOAL else "not reached"
+            what = f"{row['model']}, {row['base']}, m = {row['micro_batches']}"
+            lines.append((what, f"{ratio:.2f}", f"{AUTO_GOAL:g}", verdict))
+    if lines:
+        print("\n== goals: auto, time over that of the sequential passes, at most ==\n")
         print_table(("", "measured", "goal", ""), lines)
 
 
@@ -423,11 +448,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave out whatever is compiled")
     args = parser.parse_args(argv)
     captured = [CAPTURED, PARALLEL_CAPTURED] if args.device.type == "cuda" else []
-    names = [OURS, PARALLEL, BASE, *captured, *args.peers]
+    names = [OURS, PARALLEL, AUTO, BASE, *captured, *args.peers]
     if args.no_compile:
         args.contestants = [n for n in names if n != "compile"]
     else:
-        args.contestants = [*names, *(n + COMPILED for n in names)]
+        args.contestants = [*names, *(n + COMPILED for n in names if n != JAX)]
     return args
 
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -25,6 +26,9 @@ from torch.nn.utils import parametrize
 # Hooks of all optimizers: whoever registers one there expects it to run at every step.
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+# See ``leave_mode``.
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
+
 # A batch is any tree of tensors; torch's public name for this is newer than the oldest torch that is served.
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -42,17 +46,22 @@ __all__ = [
     "has_backward_hooks",
     "has_hooks",
     "has_listeners",
+    "inductor",
     "is_lazy",
     "is_shared",
+    "leave_mode",
     "leave_to_eager",
     "mark_stepped",
+    "modules_of",
     "parameters_of",
     "profiler_enabled",
     "scaled",
     "step_hooks",
     "tree_flatten",
     "tree_unflatten",
+    "tuple_of",
     "versions_of",
+    "without_fallback_warnings",
 ]
 
 
@@ -118,9 +127,51 @@ def below_vmap(of_stacks: Callable[..., Tensor], alone: Callable[..., Tensor], *
     return found
 
 
+@contextmanager
+def without_fallback_warnings() -> Iterator[None]:
+    """Vmap says nothing of functions that it lacks; torch has no public name for the switch."""
+    functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """The compiler of ``torch.compile``, as a backend of one's own calls it."""
+    from torch._inductor import compile
+
+    return compile(graph, list(inputs))
+
+
+def leave_mode(mode: TorchFunctionMode) -> None:
+    """An interruption between a block and its end leaves its mode on; torch has no public name for taking it off."""
+    while mode in _get_current_function_mode_stack():
+        _pop_mode()
+
+
+def tuple_of(spec: TreeSpec) -> TreeSpec:
+    """The structure of a tuple of one such tree."""
+    return tree_flatten((tree_unflatten([None] * spec.num_leaves, spec),))[1]
+
+
 def children_of(module: nn.Module) -> Iterable[nn.Module | None]:
     """The module's children. ``children()`` takes several times as long, because it looks for duplicates."""
     return module._modules.values()
+
+
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module once, with what its names begin with. ``named_modules()`` takes several times as long."""
+    found: dict[nn.Module, str] = {}
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        if module not in found:
+            found[module] = prefix
+            for name, child in module._modules.items():
+                if child is not None:
+                    stack.append((f"{prefix}{name}.", child))
+    return [(prefix, module) for module, prefix in found.items()]
 
 
 def has_hooks(t: Tensor) -> bool:

@@ -175,7 +175,8 @@ class MicroBatches(list[Callable[[], Any]]):
 
     Attributes:
         parts: the micro-batches.
-        loss_fn: (micro-batch) -> its loss.
+        function: the user's loss.
+        several: whether it takes a micro-batch, which is a tuple then, as so many arguments.
         scale: what makes of a loss the one that is differentiated, or None.
         between: what comes before the update of a whole step, or None.
     """
@@ -184,18 +185,26 @@ class MicroBatches(list[Callable[[], Any]]):
         self,
         parts: Sequence[Any],
         shares: Sequence[float],
-        loss_fn: Callable[[Any], Tensor],
+        function: Callable[..., Tensor],
+        several: bool = False,
         scale: Callable[[Tensor], Tensor] | None = None,
         between: Any = None,
     ):
         self.parts, self.shares = parts, list(shares)
-        self.loss_fn, self.scale, self.between = loss_fn, scale, between
+        self.function, self.several, self.scale, self.between = function, several, scale, between
+        self._renewed = renewal(parts[0])
         super().__init__(partial(self._run, part) for part in parts)
 
     @property
     def shapes(self) -> list[Shapes]:
         """Of every micro-batch's tensors."""
         return [shapes_of(tree_flatten(part)[0]) for part in self.parts]
+
+    def loss_fn(self, part: Any) -> Tensor:
+        """The loss of a micro-batch, in containers of its own."""
+        if self._renewed is not None:
+            part = self._renewed(part)
+        return self.function(*part) if self.several else self.function(part)
 
     def _run(self, part: Any) -> Tensor:
         """Forward and backward; the detached loss."""
@@ -219,14 +228,7 @@ def micro_batches(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of a micro-batch that returns its mean loss, got {loss_fn!r}")
     parts, shares = split(batch, how)
-    renewed = renewal(parts[0])
-
-    def loss_of(part: Any) -> Tensor:
-        if renewed is not None:
-            part = renewed(part)
-        return loss_fn(*part) if len(batch) > 1 else loss_fn(part)
-
-    return MicroBatches(parts, shares, loss_of, scale, between)
+    return MicroBatches(parts, shares, loss_fn, len(batch) > 1, scale, between)
 
 
 @torch.no_grad()

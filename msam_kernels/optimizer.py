@@ -17,8 +17,9 @@ from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
 from .between import Between
 from .buffers import Buffers, check_model
+from .compiled import Compiled
 from .gradients import set_grads
-from .parallel import Auto, Parallel, ParallelPasses, Refused, check_parallel
+from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
 from .rules import Radius, check_rho, rho_at
 from .step import Engine, Stats
 
@@ -130,6 +131,9 @@ class MicroBatchSAM(Optimizer):
             ``model``. k micro-batches at once hold k copies of weights and gradients, and their activations together. The
             same result up to rounding, but that dropout draws other numbers. ``passes`` and ``step(closures)`` stay
             sequential.
+        compile: compile the parallel passes, forward and backward of all micro-batches as one function, with
+            ``torch.compile``; where that cannot be, they run as they are written, and one warning says why. Every shape of a
+            batch is compiled by itself.
         flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower. So do,
             for all parameters of a device and dtype, some that have their place among other things: in shared memory, or in
             a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do.
@@ -153,6 +157,7 @@ class MicroBatchSAM(Optimizer):
         method: methods.SAM | None = None,
         model: nn.Module | None = None,
         parallel: Parallel = False,
+        compile: bool = False,
         flatten: bool = True,
         backend: str = "auto",
     ):
@@ -178,7 +183,7 @@ class MicroBatchSAM(Optimizer):
                 check_integer(name, count, 1)
         if model is not None:
             check_model(model)
-        check_parallel(parallel, model)
+        check_parallel(parallel, model, compile)
         check_rho(rho_at(rho, 0))
         for group in base_optimizer.param_groups:
             check_rho(rho_at(group.get("rho", rho), 0))
@@ -188,13 +193,14 @@ class MicroBatchSAM(Optimizer):
         super().__setstate__({"defaults": defaults, **LIKE_NEW})
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
-        self.parallel, self.flatten, self.backend = parallel, flatten, backend
+        self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
         self._make_engine(method, model)
         self.engine.take_over()
 
     def _make_engine(self, method: methods.SAM, model: nn.Module | None) -> None:
         leave_to_eager(__package__)
         self._auto = Auto()
+        self._compiled: Compiled | None = None
         #: What runs the steps, for modules of this package.
         self.engine = Engine(
             self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend
@@ -264,7 +270,16 @@ class MicroBatchSAM(Optimizer):
         engine.check_idle("copying or pickling the optimizer")
         engine.take_in()
         engine.radii.take_schedules(engine.steps)
-        own = ("defaults", "base_optimizer", "num_micro_batches", "micro_batch_size", "parallel", "flatten", "backend")
+        own = (
+            "defaults",
+            "base_optimizer",
+            "num_micro_batches",
+            "micro_batch_size",
+            "parallel",
+            "compile",
+            "flatten",
+            "backend",
+        )
         return {
             **{name: getattr(self, name) for name in (*own, "method", "model", "enabled")},
             "schedules": engine.radii.schedules,
@@ -277,7 +292,7 @@ class MicroBatchSAM(Optimizer):
             return
         own, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
-        super().__setstate__({"parallel": False, **state})
+        super().__setstate__({"parallel": False, "compile": False, **state})
         self._make_engine(method, model)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
@@ -289,6 +304,7 @@ class MicroBatchSAM(Optimizer):
             split = f"num_micro_batches={self.num_micro_batches}"
         base = "\n  ".join(repr(self.base_optimizer).splitlines())
         split += f", parallel={self.parallel!r}" if self.parallel else ""
+        split += ", compile=True" if self.compile else ""
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
@@ -499,14 +515,18 @@ class MicroBatchSAM(Optimizer):
         engine, parallel, model = self.engine, self.parallel, self.engine.buffers.model
         if not parallel or len(whole) == 1:
             return engine.run(whole, whole.shares, whole.between)
-        check_parallel(parallel, model)
+        check_parallel(parallel, model, self.compile)
         assert model is not None
+        if not self.compile:
+            self._compiled = None
+        elif self._compiled is None or self._compiled.model is not model:
+            self._compiled = Compiled(model, SUPPLIED)
         most = len(whole) if isinstance(parallel, (bool, str)) else parallel
         engine.check_idle("a step")
         engine.follow()
 
         def at_once() -> list[Any]:
-            passes = ParallelPasses(model, engine.store, whole.loss_fn, whole.parts, whole.scale, most)
+            passes = ParallelPasses(model, engine.store, whole, most, self._compiled)
             return engine.run(whole, whole.shares, whole.between, passes)
 
         if parallel != "auto":

@@ -30,19 +30,29 @@ from ._torch import (
     forget_casts,
     has_backward_hooks,
     has_hooks,
+    leave_mode,
+    modules_of,
     parameters_of,
     tree_flatten,
     tree_unflatten,
+    tuple_of,
     versions_of,
 )
-from .batches import shapes_of
+from .batches import MicroBatches, shapes_of
+from .compiled import Compiled
 from .gradients import Vectors, own_memory, regular_stack
 from .store import Store
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+#: By the forward of layers that keep running statistics: whether they count the times that they did.
+COUNTS = {nn.BatchNorm1d.forward: True, nn.InstanceNorm1d.forward: False}
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 LINEAR: Callable[..., Tensor] = F.linear
 EMBEDDING: Callable[..., Tensor] = F.embedding
+MULTI_HEAD_ATTENTION: Callable[..., Any] = F.multi_head_attention_forward
+CROSS_ENTROPY: Callable[..., Tensor] = F.cross_entropy
+INSTANCE_NORM: Callable[..., Tensor] = F.instance_norm
+RRELU: Callable[..., Tensor] = F.rrelu
 SEQUENTIAL = "train it sequentially, with parallel=False"
 
 
@@ -50,7 +60,7 @@ SEQUENTIAL = "train it sequentially, with parallel=False"
 Parallel = bool | int | Literal["auto"]
 
 
-def check_parallel(parallel: Any, model: nn.Module | None) -> None:
+def check_parallel(parallel: Any, model: nn.Module | None, compile: Any = False) -> None:
     """Refuse what says no way.
 
     Raises:
@@ -61,6 +71,12 @@ def check_parallel(parallel: Any, model: nn.Module | None) -> None:
             raise ValueError(f"parallel must be a bool, a number of micro-batches or 'auto', got {parallel!r}")
     elif not isinstance(parallel, bool):
         check_integer("parallel", parallel, 1)
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile must be a bool, got {compile!r}")
+    if compile and not parallel:
+        raise ValueError(
+            "compile=True is for parallel passes: give parallel=True, or what else it may be, and model too"
+        )
     if parallel and model is None:
         raise ValueError(
             f"parallel={parallel!r} needs the model, in which every micro-batch gets weights of its own: give model=model too"
@@ -134,14 +150,7 @@ class _Supplied(TorchFunctionMode):
     """Functions that run another way under vmap. What stands in for them is called without this mode."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.multi_head_attention_forward:
-            _supply(get_ident())
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _supply(None)
-        return SUPPLIED.get(function, function)(*args, **kwargs)
+        return SUPPLIED.get(function, function)(*args, **(kwargs or {}))
 
 
 class _ByName:
@@ -170,6 +179,14 @@ def _supply(thread: int | None) -> None:
 def _with_mode(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     with _Supplied():
         return function(*args, **kwargs)
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    _supply(get_ident())
+    try:
+        return MULTI_HEAD_ATTENTION(*args, **kwargs)
+    finally:
+        _supply(None)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -290,30 +307,106 @@ def _attention(
     return below_vmap(of_stacks, alone, query, key, value, attn_mask)
 
 
+def _cross_entropy(
+    x: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+    reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Of weighted classes with smoothed labels torch selects by a mask, which no vmap can."""
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if weight is None or not label_smoothing or target.is_floating_point() or (size_average, reduce) != (None, None):
+        return CROSS_ENTROPY(x, target, weight, size_average, reduce=reduce, reduction=reduction, **options)
+    classes = 1 if x.dim() > 1 else 0
+    shape = [-1 if d == classes else 1 for d in range(x.dim())]
+    logs, ignored = x.log_softmax(classes), target == ignore_index
+    one = F.nll_loss(logs, target, weight, ignore_index=ignore_index, reduction="none")
+    all_ = -(logs * weight.view(shape)).sum(classes).masked_fill(ignored, 0)
+    losses = (1 - label_smoothing) * one + label_smoothing / x.shape[classes] * all_
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
+
+
+def _gates(
+    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _linear(x, w_ih, b_ih), _linear(h, w_hh, b_hh)
+
+
+def _rnn_tanh_cell(*args: Any) -> Tensor:
+    x, h = _gates(*args)
+    return (x + h).tanh()
+
+
+def _rnn_relu_cell(*args: Any) -> Tensor:
+    x, h = _gates(*args)
+    return (x + h).relu()
+
+
+def _gru_cell(x: Tensor, h: Tensor, *weights: Any) -> Tensor:
+    (r, z, n), (h_r, h_z, h_n) = (gates.chunk(3, -1) for gates in _gates(x, h, *weights))
+    z = (z + h_z).sigmoid()
+    return (1 - z) * (n + (r + h_r).sigmoid() * h_n).tanh() + z * h
+
+
+def _lstm_cell(x: Tensor, state: Sequence[Tensor], *weights: Any) -> tuple[Tensor, Tensor]:
+    h, c = state
+    i, f, g, o = sum(_gates(x, h, *weights)).chunk(4, -1)  # type: ignore[union-attr]
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _rrelu(
+    x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    if not training:
+        return F.leaky_relu(x, (lower + upper) / 2, inplace)
+    out = torch.where(x > 0, x, x * (lower + (upper - lower) * torch.rand_like(x)))
+    return x.copy_(out) if inplace else out
+
+
+def _instance_norm(
+    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Torch repeats running statistics by sample, where vmap loses sight of them. Each is changed once, which is counted."""
+    if not use_input_stats or running_mean is None or running_var is None:
+        return INSTANCE_NORM(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    with torch.no_grad():
+        rows = x.flatten(2)
+        for running, now in ((running_mean, rows.mean(2).mean(0)), (running_var, rows.var(2).mean(0))):
+            running.add_(momentum * (now.to(running.dtype) - running))
+    return INSTANCE_NORM(x, None, None, weight, bias, True, momentum, eps)
+
+
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-SUPPLIED: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    **{SDPA: _attention, LINEAR: _linear, EMBEDDING: _embedding},
+SUPPLIED: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{SDPA: _attention, LINEAR: _linear, EMBEDDING: _embedding, MULTI_HEAD_ATTENTION: _multi_head_attention},
+    **{CROSS_ENTROPY: _cross_entropy, RRELU: _rrelu, INSTANCE_NORM: _instance_norm},
+    **{torch.lstm_cell: _lstm_cell, torch.gru_cell: _gru_cell},
+    **{torch.rnn_tanh_cell: _rnn_tanh_cell, torch.rnn_relu_cell: _rnn_relu_cell},
     **{function: _convolution(function) for function in CONVOLUTIONS},
 }
 
 
-# -- statistics of BatchNorm --------------------------------------------------------------------------------------------------
+# -- statistics of norms ------------------------------------------------------------------------------------------------------
 
 
 class _Statistics:
-    """The running statistics of one BatchNorm, which every micro-batch moves on, one after the other."""
+    """The running statistics of one BatchNorm or InstanceNorm, which every micro-batch moves on, one after the other."""
 
-    NAMES = ("running_mean", "running_var")
+    NAMES, COUNTER = ("running_mean", "running_var"), "num_batches_tracked"
 
-    def __init__(self, name: str, module: BatchNorm):
+    def __init__(self, named: Callable[[nn.Module], str], prefix: str, module: Norm):
         if module.momentum is None:
             raise Refused(
-                f"{name} with momentum=None, keeps a mean that depends on the number of batches "
+                f"{named(module)} with momentum=None, keeps a mean that depends on the number of batches "
                 f"so far: give it a momentum, or {SEQUENTIAL}"
             )
-        if type(module).forward is not nn.BatchNorm1d.forward:
-            raise Refused(f"{name} has a forward of its own: {SEQUENTIAL}")
-        self.module, self.momentum = module, float(module.momentum)
+        if type(module).forward not in COUNTS:
+            raise Refused(f"{named(module)} has a forward of its own: {SEQUENTIAL}")
+        self.counts = COUNTS[type(module).forward]
+        self.prefix, self.module, self.momentum = prefix, module, float(module.momentum)
         # By pass: how often it ran for each micro-batch, and its stacks.
         self.moved: list[tuple[int, list[Tensor]]] = []
 
@@ -324,7 +417,7 @@ class _Statistics:
 
     def move(self, stacks: list[Tensor]) -> None:
         *running, times = stacks
-        self.moved.append((int(times), running))
+        self.moved.append((int(times) if self.counts else versions_of(running)[0], running))
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -339,8 +432,8 @@ class _Statistics:
                 decay = keep ** torch.arange(n - 1, -1, -1, device=each.device, dtype=each.dtype)
                 now = keep**n * now + (decay.unsqueeze(1) * (each - keep * first)).sum(0)
             running.copy_(now)
-        counter = table.get("num_batches_tracked")
-        if counter is not None:
+        counter = table.get(self.COUNTER)
+        if counter is not None and self.counts:
             counter.add_(sum(times * len(stacks[0]) for times, stacks in self.moved))
 
 
@@ -353,33 +446,31 @@ class ParallelPasses:
     Args:
         model: whose parameters the losses are computed with.
         store: their memory.
-        loss_fn: (micro-batch) -> its loss.
-        parts: the micro-batches.
-        scale: what makes of losses those that are differentiated; None for themselves.
+        whole: the micro-batches.
         most: run at once, at most.
+        compiled: what computes the losses, instead of the model as it is written.
 
     Raises:
         Refused: something in the model, or of its parameters, needs the passes one by one.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        store: Store,
-        loss_fn: Callable[[Any], Tensor],
-        parts: Sequence[Any],
-        scale: Callable[[Tensor], Tensor] | None,
-        most: int,
+        self, model: nn.Module, store: Store, whole: MicroBatches, most: int, compiled: Compiled | None = None
     ):
-        self._model, self._store, self._loss_fn, self._scale = model, store, loss_fn, scale
-        self._leaves, (self._spec, *others) = zip(*(tree_flatten(part) for part in parts), strict=True)
+        self._model, self._store, self._whole, self._compiled = model, store, whole, compiled
+        self._leaves, (self._spec, *others) = zip(*(tree_flatten(part) for part in whole.parts), strict=True)
         if any(spec != self._spec for spec in others):
             raise Refused(f"the micro-batches have different structures: {SEQUENTIAL}")
+        self._arguments = self._spec if whole.several else tuple_of(self._spec)
         self.turns = list(self._turns(most))
-        self._places = self._find_places()
-        self._statistics = self._find_statistics()
         self._kept: list[tuple[dict[str, Any], str, Any]] = []  # what stood in the modules' tables
         self._caches: bool | None = None  # autocast's setting, where it was changed
+        self._supplied = _Supplied()
+        # By parameter that is trained: the tables of modules, and its names there and in the model.
+        self._places: list[list[tuple[dict[str, Any], str, str]]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._statistics: list[_Statistics] = []
+        self._look_around()
 
     def _turns(self, most: int) -> Iterator[range]:
         """Micro-batches that run at once: as many in a row as are of one size."""
@@ -390,11 +481,16 @@ class ParallelPasses:
                 yield range(begin, i)
                 begin = i
 
-    def _find_places(self) -> list[list[tuple[dict[str, Any], str]]]:
-        """By parameter that is trained: the tables of modules, and its names there."""
+    def _look_around(self) -> None:
+        """Find what the passes put into the modules, or watch there; refuse what cannot be."""
+        for flat in self._store.flats:
+            if not flat.flatten:
+                raise Refused(
+                    f"parameters that stay where they are cannot have copies beside them: flatten=True, or {SEQUENTIAL}"
+                )
         index = {id(p): k for k, p in enumerate(p for flat in self._store.flats for p in flat.params)}
-        places: list[list[tuple[dict[str, Any], str]]] = [[] for _ in index]
-        for module in self._model.modules():
+        self._places = [[] for _ in index]
+        for prefix, module in modules_of(self._model):
             if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
                 raise Refused(f"{self._named(module)} must see every pass: {SEQUENTIAL}")
             if has_backward_hooks(module):
@@ -404,25 +500,17 @@ class ParallelPasses:
                 if id(p) in index:
                     if has_hooks(p):
                         raise Refused(f"{self._name_of(p)} has hooks, which would not run: {SEQUENTIAL}")
-                    places[index[id(p)]].append((table, key))
+                    self._places[index[id(p)]].append((table, key, prefix + key))
                 elif p is not None and p.requires_grad:
                     raise Refused(
                         f"{self._name_of(p)} requires a gradient, which it would not get, as it is not among those of this "
                         f"optimizer: p.requires_grad_(False), or {SEQUENTIAL}"
                     )
-        for flat in self._store.flats:
-            if not flat.flatten:
-                raise Refused(
-                    f"parameters that stay where they are cannot have copies beside them: flatten=True, or {SEQUENTIAL}"
-                )
-        return places
-
-    def _find_statistics(self) -> list[_Statistics]:
-        return [
-            _Statistics(self._named(module), module)
-            for module in self._model.modules()
-            if isinstance(module, BatchNorm) and module.training and module.running_mean is not None
-        ]
+            buffers = buffers_of(module)
+            if buffers:
+                self._buffers += [(module, key, t) for key, t in buffers.items() if t is not None]
+                if isinstance(module, Norm) and module.training and module.running_mean is not None:
+                    self._statistics.append(_Statistics(self._named, prefix, module))
 
     def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Vectors]]:
         """(losses, gradients) of these micro-batches.
@@ -439,17 +527,13 @@ class ParallelPasses:
             torch.stack(column) if isinstance(column[0], Tensor) else column[0]
             for column in zip(*(self._leaves[i] for i in which), strict=True)
         ]
-        dims = [0 if isinstance(c, Tensor) else None for c in columns]
-        tables = [(module, buffers_of(module)) for module in self._model.modules()]
-        buffers = [(module, key, t) for module, table in tables for key, t in table.items() if t is not None]
-        versions = versions_of(t for *_, t in buffers)
+        versions = versions_of(t for *_, t in self._buffers)
         forget_casts()
         try:
             self._caches = torch.is_autocast_cache_enabled()
             torch.set_autocast_cache_enabled(False)  # it would keep casts of stacks
-            with torch.enable_grad(), _Supplied():
-                in_dims = (0, [[0, 0, None]] * len(running), dims)
-                losses = vmap(self._losses, in_dims, randomness="different")(stacks, running, columns)
+            with torch.enable_grad():
+                losses = self._stacked_losses(n, stacks, running, columns)
         except Exception as error:
             refusal = self._refused(self._culprit(error), error, n)
             if refusal is error:
@@ -457,8 +541,8 @@ class ParallelPasses:
             raise refusal from error
         finally:
             self.put_back()
-        after = versions_of(t for *_, t in buffers)
-        for (module, key, t), old, new in zip(buffers, versions, after, strict=True):
+        after = versions_of(t for *_, t in self._buffers)
+        for (module, key, t), old, new in zip(self._buffers, versions, after, strict=True):
             if old != new or buffers_of(module).get(key) is not t:
                 raise Refused(
                     f"{self._named(module)} changes its buffer {key}, by one micro-batch after the other: {SEQUENTIAL}"
@@ -469,7 +553,7 @@ class ParallelPasses:
                 f"{tuple(losses.shape[1:])}: {SEQUENTIAL}"
             )
         with torch.enable_grad():
-            total = (losses if self._scale is None else self._scale(losses)).sum()
+            total = (losses if self._whole.scale is None else self._whole.scale(losses)).sum()
         trained = [k for k, s in enumerate(stacks) if s.requires_grad]
         missed = [p for p in params if p.requires_grad]
         wanted = [*(stacks[k] for k in trained), *missed]
@@ -490,15 +574,44 @@ class ParallelPasses:
                 s.move(moved)
         return list(losses.detach().unbind()), self._vectors(n, dict(zip(trained, own, strict=True)))
 
+    def _stacked_losses(self, n: int, stacks: list[Tensor], running: list[list[Tensor]], columns: list[Any]) -> Tensor:
+        """The loss of each of n micro-batches; ``running`` moves on."""
+        compiled = self._compiled
+        failed: Exception | None = None
+        if compiled is not None and compiled.works and not all(norm.counts for norm in self._statistics):
+            failed = Refused("nothing counts how often an InstanceNorm moves its running statistics on there")
+        elif compiled is not None and compiled.works:
+            # One name of each: tied ones follow.
+            pairs = zip(self._places, stacks, strict=True)
+            stacked = {name: s for places, s in pairs for _, _, name in places[:1]}
+            single = {}
+            for norm, (*values, times) in zip(self._statistics, running, strict=True):
+                stacked |= {norm.prefix + name: t for name, t in zip(norm.NAMES, values, strict=True)}
+                single[norm.prefix + norm.COUNTER] = times
+            try:
+                return compiled.losses(self._whole.function, stacked, single, columns, self._arguments)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # the compiler's, or that of the loss, which then comes again
+                failed = error
+                running[:] = [s.stacks(n) for s in self._statistics]
+        dims = [0 if isinstance(c, Tensor) else None for c in columns]
+        in_dims = (0, [[0, 0, None]] * len(running), dims)
+        with self._supplied:
+            losses: Tensor = vmap(self._losses, in_dims, randomness="different")(stacks, running, columns)
+        if compiled is not None and failed is not None:
+            compiled.give_up(failed)
+        return losses
+
     def _losses(self, stacks: list[Tensor], running: list[list[Tensor]], columns: list[Any]) -> Tensor:
         """The loss of one micro-batch, as vmap has it, with its weights and statistics in the modules."""
         for places, s in zip(self._places, stacks, strict=True):
-            for table, key in places:
+            for table, key, _ in places:
                 self._put(table, key, s)
         for norm, values in zip(self._statistics, running, strict=True):
-            for name, t in zip((*norm.NAMES, "num_batches_tracked"), values, strict=True):
+            for name, t in zip((*norm.NAMES, norm.COUNTER), values, strict=True):
                 self._put(buffers_of(norm.module), name, t)
-        return self._loss_fn(tree_unflatten(columns, self._spec))
+        return self._whole.loss_fn(tree_unflatten(columns, self._spec))
 
     def _put(self, table: dict[str, Any], key: str, value: Any) -> None:
         self._kept.append((table, key, table[key]))
@@ -511,6 +624,7 @@ class ParallelPasses:
             table[key] = value
             self._kept.pop()
         _supply(None)
+        leave_mode(self._supplied)
         forget_casts()
         if self._caches is not None:
             torch.set_autocast_cache_enabled(self._caches)

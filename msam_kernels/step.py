@@ -333,6 +333,7 @@ class Engine:
                 error = e
         if step is not None:
             step.give_back_grads(values=ran)
+            step.give_back_ema()
             self.store.drop_grads_of_others()
             if step.chose_mask:
                 for flat in self.store.flats:
@@ -388,6 +389,7 @@ class Step:
         self._norm_sq: Tensor | None = None  # of its ascent
         self._mean: Vectors | None = None  # of the descents so far
         self._given: Vectors | None = None  # its latest gradient, where that is not in p.grad; nobody else writes to it
+        self._ema: list[Tensor] = []  # by flat, what it was before parallel passes that have not ended
 
     def __enter__(self) -> Step:
         try:
@@ -427,6 +429,12 @@ class Step:
             return
         self.store.set_grads([list(map(_written, before, own)) if values else before for before, own in self.aside])
 
+    def give_back_ema(self) -> None:
+        """What parallel passes that were given up have moved on."""
+        for memory, before in zip(self.store.memory("ema", float("nan")) if self._ema else (), self._ema, strict=True):
+            memory.buffer.copy_(before)
+        self._ema = []
+
     def turns(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(turn, part): every micro-batch as often as the plan says, with the kernels' work in between.
 
@@ -458,6 +466,10 @@ class Step:
         Weights are read only: those of the passes at w + e are copies. The last descent is left to ``update``.
         """
         plan, store, buffers, values = self.plan, self.store, self.engine.buffers, []
+        if (
+            plan.lmbda is not None and plan.perturbs and not store.is_capturing()
+        ):  # it moves on while they may still fail
+            self._ema = [memory.buffer.clone() for memory in store.memory("ema", float("nan"))]
         buffers.freeze()
         try:
             for which in passes.turns:
@@ -496,6 +508,7 @@ class Step:
             passes.put_back()
         buffers.thaw()
         passes.commit()
+        self._ema = []
         return values
 
     def _add_up(

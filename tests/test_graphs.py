@@ -12,13 +12,14 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from msam_kernels import MicroBatchSAM, buffers, capture, flat, methods
+from msam_kernels import MicroBatchSAM, _torch, buffers, capture, flat, methods
 from msam_kernels.capture import CapturedStep, CudaRecorder
 from plain import same_bits
 
@@ -113,10 +114,10 @@ def data(n=6, seed=0, device="cpu"):
     return x.to(device), torch.randint(3, (n,), generator=generator).to(device)
 
 
-def setup(base="SGD", method="SAM", count=2, device="cpu", frozen=False, parallel=False):
+def setup(base="SGD", method="SAM", count=2, device="cpu", frozen=False, **parallel):
     model = net(device)
     model[0].requires_grad_(not frozen)
-    options = {"method": METHODS[method], "num_micro_batches": count, "model": model, "parallel": parallel}
+    options = {"method": METHODS[method], "num_micro_batches": count, "model": model, **parallel}
     opt = MicroBatchSAM(BASES[base](model.parameters()), 0.1, **options)
     return model, opt, lambda x, y: F.cross_entropy(model(x), y)
 
@@ -128,9 +129,9 @@ def captured(opt, model, loss_fn, *example, warm_up=2, before_update=None, scale
     return CapturedStep(opt, loss_fn, example, recorder, warm_up, between, other_shapes), recorder
 
 
-def assert_trains_like_train_step(make_step, base, method, count, device, parallel=False):
-    model, opt, loss_fn = setup(base, method, count, device, parallel=parallel)
-    other, plain, other_loss_fn = setup(base, method, count, device, parallel=parallel)
+def assert_trains_like_train_step(make_step, base, method, count, device, **parallel):
+    model, opt, loss_fn = setup(base, method, count, device, **parallel)
+    other, plain, other_loss_fn = setup(base, method, count, device, **parallel)
     schedulers = [lr_scheduler.ExponentialLR(o, 0.8) for o in (opt, plain)]
     step = make_step(opt, model, loss_fn, *data(device=device))
     for i in range(7):
@@ -164,6 +165,25 @@ def test_a_captured_step_holds_parallel_passes(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_graph_holds_parallel_passes(method):
     assert_trains_like_train_step(MicroBatchSAM.capture, "SGD", method, 3, "cuda", parallel=True)
+
+
+@pytest.mark.host
+def test_a_captured_step_holds_compiled_passes(monkeypatch):
+    torch.compiler.reset()
+    made = []
+    monkeypatch.setattr(_torch, "inductor", lambda *a: (made.append(1), aot_eager(*a))[1])
+    ways = {"parallel": True, "compile": True}
+    step = assert_trains_like_train_step(lambda *a: captured(*a)[0], "SGD", "SAM", 3, "cpu", **ways)
+    assert (step._recorder.captures, step._recorder.replays) == (1, 5)
+    assert len(made) == 4, "two passes of either model, compiled as they warm up, and nothing in the capture"
+    torch.compiler.reset()
+
+
+@gpu
+def test_a_graph_holds_compiled_passes():
+    torch.compiler.reset()
+    assert_trains_like_train_step(MicroBatchSAM.capture, "SGD", "SAM", 3, "cuda", parallel=True, compile=True)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])

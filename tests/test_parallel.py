@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, RMSprop
 
-from msam_kernels import MicroBatchSAM, methods
+from msam_kernels import MicroBatchSAM, _torch, methods
 from msam_kernels import parallel as parallel_module
+from msam_kernels.compiled import Compiled
 from msam_kernels.parallel import Auto, ParallelPasses, Refused
 from plain import BACKENDS, DEVICE, METHODS, same_bits, weights
 
@@ -118,7 +122,7 @@ def loss_of(model):
     return lambda x, y: F.cross_entropy(model(x), y.flatten())
 
 
-def twins(make, base="SGD", method="SAM", parallel=True, count=3, **options):
+def twins(make, base="SGD", method="SAM", parallel=True, count=3, compile=False, **options):
     """(model, opt) that trains sequentially, and in parallel."""
     torch.manual_seed(0)
     model = make().to(DEVICE, DOUBLE)
@@ -132,7 +136,8 @@ def twins(make, base="SGD", method="SAM", parallel=True, count=3, **options):
             "num_micro_batches": count,
             **options,
         }
-        found.append((model, MicroBatchSAM(opt, 0.05, model=model, parallel=way, **options)))
+        ways = {"parallel": way, "compile": bool(way) and compile}
+        found.append((model, MicroBatchSAM(opt, 0.05, model=model, **ways, **options)))
     return found
 
 
@@ -658,6 +663,8 @@ ARGUMENTS = {
     "a word": ({"parallel": "always"}, ValueError, "'auto', got 'always'"),
     "zero": ({"parallel": 0}, ValueError, "parallel must be an integer >= 1, got 0"),
     "a float": ({"parallel": 2.0}, ValueError, "parallel must be an integer >= 1, got 2.0"),
+    "a word for compile": ({"parallel": True, "compile": "yes"}, TypeError, "compile must be a bool, got 'yes'"),
+    "nothing to compile": ({"compile": True}, ValueError, "compile=True is for parallel passes: give parallel=True"),
     "no model": ({"parallel": True, "model": None}, ValueError, "parallel=True needs the model"),
 }
 
@@ -680,6 +687,29 @@ def test_memory_that_is_short_names_a_smaller_number(monkeypatch):
         opt.train_step(loss_of(model), *images(12))
 
 
+@pytest.mark.parametrize(
+    ("parallel", "fails_at"), [(True, 1), (2, 0), (2, 1)], ids=["w + e of all", "w of the last", "w + e of the last"]
+)
+def test_a_mean_of_gradients_moves_on_only_if_all_passes_end(parallel, fails_at):
+    expected, ours = twins(convolutions, method="F-SAM", parallel=parallel)
+    assert_train_alike(ours, expected, [images(10)])
+    model, opt = ours
+    before = [flat.memory("ema", 0.0).buffer.clone() for flat in opt.engine.store.flats]
+    state, chunks = copy.deepcopy(model.state_dict()), [0]
+
+    def fails(x, y):
+        chunks[0] += opt.pass_index == 0
+        if opt.pass_index == fails_at and (chunks[0] == 2 or parallel is True):
+            raise ZeroDivisionError
+        return loss_of(model)(x, y)
+
+    with pytest.raises(ZeroDivisionError):
+        opt.train_step(fails, *images(10, 1))
+    assert same_bits([flat.memory("ema", 0.0).buffer for flat in opt.engine.store.flats], before)
+    assert same_bits(model.state_dict().values(), state.values())
+    assert_train_alike(ours, expected, [images(10, i) for i in range(2)])
+
+
 def interrupt_at(n, where):
     """A trace that raises at the n-th line of those files; it says how many there were."""
     seen = [0]
@@ -697,16 +727,27 @@ def interrupt_at(n, where):
 
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="somebody traces")
-def test_an_interruption_at_any_line_leaves_weights_and_modules_as_they_were():
+@pytest.mark.parametrize(
+    ("method", "lines_tried"),
+    [
+        ("F-SAM", 60),
+        *(pytest.param(method, None, marks=pytest.mark.exhaustive) for method in ("F-SAM", "GSAM")),
+    ],
+)
+def test_an_interruption_at_any_line_leaves_weights_and_modules_as_they_were(method, lines_tried, monkeypatch):
     files = {parallel_module.__file__, sys.modules["msam_kernels.step"].__file__}
+    method, commit = METHODS[method], ParallelPasses.commit
 
     def run(n):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 5)).to(DEVICE, DOUBLE)
-        opt = MicroBatchSAM(SGD(model.parameters(), 0.1), num_micro_batches=2, model=model, parallel=True)
+        options = {"num_micro_batches": 3, "model": model, "parallel": 2, "method": method}
+        opt = MicroBatchSAM(SGD(model.parameters(), 0.1), **options)
         before = [p.clone() for p in model.parameters()]
-        update, reached = opt.engine.store.update, []
+        memories = [flat.memory("ema", float("nan")).buffer for flat in opt.engine.store.flats]
+        update, reached, ended = opt.engine.store.update, [], []
         opt.engine.store.update = lambda *args: (reached.append(True), update(*args))
+        monkeypatch.setattr(ParallelPasses, "commit", lambda self: (ended.append(True), commit(self)))
         trace, seen = interrupt_at(n, files)
         sys.settrace(trace)
         try:
@@ -715,6 +756,8 @@ def test_an_interruption_at_any_line_leaves_weights_and_modules_as_they_were():
             sys.settrace(None)
             opt.restore()
             assert reached or same_bits(weights(model), before), f"line {n}"
+            assert ended or all(ema.isnan().all() for ema in memories), f"line {n}"
+            assert ended or model[2].num_batches_tracked == 0, f"line {n}"
             assert all(type(p) is nn.Parameter for m in model.modules() for p in m._parameters.values())
             assert (F.scaled_dot_product_attention, F.linear) == (parallel_module.SDPA, parallel_module.LINEAR)
             assert torch.is_autocast_cache_enabled()
@@ -726,7 +769,7 @@ def test_an_interruption_at_any_line_leaves_weights_and_modules_as_they_were():
 
     lines = run(0)
     assert lines > 300
-    for n in range(1, lines, 1 + lines // 150):
+    for n in range(1, lines, lines // lines_tried if lines_tried else 1):
         run(n)
 
 
@@ -828,3 +871,161 @@ def test_no_copy_of_the_weights_is_made_where_nothing_is_perturbed():
     (flat,) = opt.engine.store.flats
     assert flat.copies == []
     assert flat.saved is None
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that Dynamo made; what would compile them runs them as they are, traced for autograd all the same."""
+    torch.compiler.reset()
+    found = []
+
+    def run_as_traced(graph, inputs):
+        found.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(_torch, "inductor", run_as_traced)
+    yield found
+    torch.compiler.reset()
+
+
+COMPILED = [
+    pytest.param(name, method, marks=() if (name, method) in FAST else pytest.mark.exhaustive, id=f"{name}, {method}")
+    for FAST in [{("cnn with BatchNorm", "SAM"), ("transformer", "GSAM")}]
+    for name in MODELS
+    for method in ("SAM", "GSAM", "F-SAM")
+]
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("name", "method"), COMPILED)
+def test_compiled_passes_are_those_of_the_sequential_ones(name, method, graphs):
+    make, data = MODELS[name]
+    expected, ours = twins(make, method=method, compile=True)
+    assert_train_alike(ours, expected, [data(12, i) for i in range(4)])
+    assert len(graphs) == 2, "weights that are the same for all micro-batches, and those that are not"
+
+
+@pytest.mark.host
+@pytest.mark.exhaustive
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, as it imports its compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_compiler_makes_of_them_is_that_too(name):
+    torch.compiler.reset()
+    make, data = MODELS[name]
+    before = counters["inductor"].total(), counters["stats"]["unique_graphs"]
+    expected, ours = twins(make, compile=True)
+    assert_train_alike(ours, expected, [data(12, i) for i in range(3)])
+    assert counters["stats"]["unique_graphs"] - before[1] == 2
+    assert counters["inductor"].total() > before[0]
+
+
+@pytest.mark.host
+def test_every_shape_is_compiled_once_and_fresh_functions_are_no_others(graphs):
+    expected, ours = twins(MODELS["mlp"][0], compile=True, parallel=2)
+    assert_train_alike(ours, expected, [images(n, n) for n in (9, 10, 9, 10, 9)])
+    assert len(graphs) == 6, "two of three samples, one of three and one of four, each in both passes"
+
+
+@pytest.mark.host
+def test_what_the_compiler_cannot_do_runs_as_it_is_written_and_says_so_once(graphs):
+    class Prints(nn.Linear):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x.flatten(1))
+
+    expected, ours = twins(lambda: nn.Sequential(Prints(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)), compile=True)
+    with pytest.warns(
+        UserWarning, match="compile=True: the parallel passes run as they are written, as .*[Gg]raph.break"
+    ):
+        assert_train_alike(ours, expected, [images(9)])
+    assert_train_alike(ours, expected, [images(9, i) for i in range(2)])
+    assert not graphs
+
+
+@pytest.mark.host
+def test_what_a_compiled_loss_raises_comes_out_and_the_next_step_is_compiled(graphs):
+    expected, ours = twins(MODELS["mlp"][0], compile=True)
+
+    def fails(x, y):
+        raise ZeroDivisionError("a batch that is bad")
+
+    with pytest.raises(ZeroDivisionError, match="a batch that is bad"):
+        ours[1].train_step(fails, *images(9))
+    assert_train_alike(ours, expected, [images(9)])
+    assert len(graphs) == 2
+
+
+@pytest.mark.host
+def test_compiled_dropout_draws_for_every_micro_batch_and_pass(graphs):
+    _, (model, opt) = twins(lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 5)), compile=True)
+    x, y = images(1)
+    opt.train_step(loss_of(model), x.expand(3, 1, 8, 8), y.expand(3))
+    assert len(set(opt.stats.grad_norm.tolist())) == 3
+    assert graphs
+
+
+@pytest.mark.host
+def test_a_compiled_model_evaluates_and_trains_again(graphs):
+    expected, ours = twins(convolutions, compile=True)
+    for train in (True, False, True):
+        for model, _ in (expected, ours):
+            model.train(train)
+        assert_train_alike(ours, expected, [images(9)])
+    assert len(graphs) == 4
+
+
+@pytest.mark.host
+def test_what_vmap_lacks_is_supplied_in_a_compiled_graph_too(graphs):
+    expected, ours = twins(lambda: Padded(padding_idx=3), compile=True)
+    assert_train_alike(ours, expected, [text(12, i) for i in range(2)])
+    targets = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert {parallel_module._linear, parallel_module._embedding} <= set(targets)
+    assert not set(targets) & set(parallel_module.SUPPLIED)
+
+
+@pytest.mark.host
+def test_a_compiled_function_that_fails_halfway_has_moved_nothing(monkeypatch):
+    expected, ours = twins(convolutions, compile=True)
+
+    def fails_halfway(self, function, stacked, single, columns, spec):
+        for t in (*[t for t in stacked.values() if not t.requires_grad], *single.values()):
+            t.add_(1)
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(Compiled, "losses", fails_halfway)
+    with pytest.warns(UserWarning, match="the parallel passes run as they are written, as no more"):
+        assert_train_alike(ours, expected, [images(9)])
+
+
+@pytest.mark.host
+def test_statistics_that_nothing_counts_are_not_compiled(graphs):
+    make = lambda: nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Flatten(), nn.Linear(64, 5))  # noqa: E731
+    expected, ours = twins(make, compile=True)
+    with pytest.warns(UserWarning, match="as nothing counts how often an InstanceNorm moves"):
+        assert_train_alike(ours, expected, [images(9)])
+    assert not graphs
+
+
+@pytest.mark.host
+def test_a_copy_of_the_optimizer_compiles_too(graphs):
+    expected, (model, opt) = twins(MODELS["mlp"][0], compile=True)
+    assert "parallel=True, compile=True" in repr(opt)
+    model, opt = copy.deepcopy((model, opt))
+    assert opt.compile is True
+    assert_train_alike((model, opt), expected, [images(9)])
+    assert len(graphs) == 2
+
+
+@pytest.mark.host
+def test_a_loss_that_calls_a_compiled_model_is_told_to_call_the_model(graphs):
+    expected, (model, opt) = twins(MODELS["mlp"][0], compile=True)
+    compiled, batch = torch.compile(model, backend="eager"), images(9)
+    with pytest.warns(UserWarning, match=r"the loss calls a model out of torch\.compile: let it call the model itself"):
+        opt.train_step(loss_of(compiled), *batch)
+    expected[1].train_step(loss_of(expected[0]), *batch)
+    assert apart(weights(model), weights(expected[0])) < TOLERANCE
