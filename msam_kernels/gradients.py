@@ -33,6 +33,11 @@ class Vectors:
     lists: Sequence[Tensors]
     absent: int = 0
 
+    def micro_batch(self, i: int) -> Vectors:
+        """That of one micro-batch, where the tensors are stacks ``[m, *shape]``."""
+        lists = [[t[i] if t.dim() > 1 or t.numel() else t for t in tensors] for tensors in self.lists]
+        return Vectors(lists, self.absent)
+
     def present(self, other: Vectors) -> Vectors:
         """Without the parameters that are absent from ``other``."""
         if not other.absent:
@@ -208,11 +213,11 @@ def _is_regular(p: Tensor, g: Tensor) -> bool:
 
 
 def regular_stack(p: Tensor, stack: Tensor) -> Tensor:
-    """``regular_gradient`` of several gradients ``[n, *shape]`` that autograd has made for us."""
+    """``regular_gradient`` of several gradients ``[n, *shape]`` that autograd has made for us, one after the other in memory."""
     if stack.layout != torch.strided or stack.dtype != p.dtype:
         regular_gradient(p, stack)  # refuses it
     stack = stack.detach()
-    if _is_regular(p, stack[0]) and is_writable(stack):
+    if _is_regular(p, stack[0]) and (len(stack) == 1 or stack.stride(0) == p.numel()) and not _is_frozen(stack):
         return stack
     return torch.empty_strided(stack.shape, (p.numel(), *p.stride()), dtype=p.dtype, device=p.device).copy_(stack)
 

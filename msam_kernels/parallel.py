@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from threading import get_ident
 from typing import Any, Literal
 
@@ -424,8 +425,8 @@ class ParallelPasses:
             if isinstance(module, BatchNorm) and module.training and module.running_mean is not None
         ]
 
-    def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Vectors]]:
-        """(losses, gradients) of these micro-batches.
+    def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], Vectors]:
+        """(losses, gradients) of these micro-batches; the gradients are stacks ``[len(which), *shape]``.
 
         Args:
             weights: by flat, ``[len(which), size]``; None for w, in the pass that moves statistics on.
@@ -488,7 +489,7 @@ class ParallelPasses:
         if weights is None:
             for s, moved in zip(self._statistics, running, strict=True):
                 s.move(moved)
-        return list(losses.detach().unbind()), self._vectors(n, dict(zip(trained, own, strict=True)))
+        return list(losses.detach().unbind()), self._vectors(dict(zip(trained, own, strict=True)))
 
     def _losses(self, stacks: list[Tensor], running: list[list[Tensor]], columns: list[Any]) -> Tensor:
         """The loss of one micro-batch, as vmap has it, with its weights and statistics in the modules."""
@@ -516,20 +517,14 @@ class ParallelPasses:
             torch.set_autocast_cache_enabled(self._caches)
             self._caches = None
 
-    def _vectors(self, n: int, found: dict[int, Tensor | None]) -> list[Vectors]:
-        """By micro-batch, what the kernels take."""
-        rows: list[list[list[Tensor]]] = [[] for _ in range(n)]
-        absent, k = 0, 0
-        for flat in self._store.flats:
-            columns: list[Sequence[Tensor]] = []
-            for p in flat.params:
-                stack = found.get(k)
-                k += 1
-                absent += stack is None
-                columns.append([flat.absent] * n if stack is None else regular_stack(p, stack).unbind())
-            for row, grads in zip(rows, zip(*columns, strict=True), strict=True):
-                row.append(list(grads))
-        return [Vectors(lists, absent) for lists in rows]
+    def _vectors(self, found: dict[int, Tensor | None]) -> Vectors:
+        """What the kernels take."""
+        places = count()
+        lists = [
+            [flat.absent if (s := found.get(k)) is None else regular_stack(p, s) for p, k in zip(flat.params, places)]
+            for flat in self._store.flats
+        ]
+        return Vectors(lists, sum(s is flat.absent for flat, stacks in zip(self._store.flats, lists) for s in stacks))
 
     def commit(self) -> None:
         """All passes have ended: statistics move on."""
