@@ -100,8 +100,8 @@ class Call {
   }
   void* flat(const MaybeTensor& t, Label label) const { return t ? flat(*t, label) : nullptr; }
   // One flat buffer, or a tensor per parameter.
-  Place weights(TensorList tensors) {
-    return tensors.size() == 1 ? Place{flat(tensors[0], {"weights"}), -1} : list(tensors, "weights");
+  Place weights(TensorList tensors, const char* name = "weights") {
+    return tensors.size() == 1 ? Place{flat(tensors[0], {name}), -1} : list(tensors, name);
   }
 
   template <class T>
@@ -151,11 +151,11 @@ class Call {
 
   // What the direction d is made of.
   void direction(Norm& a, TensorList weights_, TensorList grads, const MaybeTensor& ema, double sigma, MaybeDouble eta,
-                 std::optional<int64_t> stack) {
+                 std::optional<int64_t> stack, const char* name = "weights") {
     begin(a);
     each(a, stack);
     a.grads = list(grads, "grads", 0, stack);
-    a.weights = weights(weights_);
+    a.weights = weights(weights_, name);
     TORCH_CHECK(!eta || !weights_.empty(), "eta needs the weights, and the list of weights is empty");
     a.ema = flat(ema, {"ema"});
     a.sigma = sigma;
@@ -169,7 +169,7 @@ class Call {
     TORCH_CHECK(!weights_.empty() && !grads.empty(), "a perturbation needs weights and grads, and one of the lists is empty");
     TORCH_CHECK(status.has_value() != stack.has_value(), "status says how it stands with weights that are perturbed in place, "
                 "and stack that they are copies: give one of them");
-    direction(a, stack ? TensorList(saved) : weights_, grads, ema, sigma, eta, stack);
+    direction(a, stack ? TensorList(saved) : weights_, grads, ema, sigma, eta, stack, stack ? "saved" : "weights");
     if (stack) {
       TORCH_CHECK(weights_.size() == 1, "weights must be one stack of flat buffers, got ", weights_.size(), " tensors");
       check_dense(weights_[0], {"weights"}, dtype_, device());

@@ -145,7 +145,8 @@ cudaError_t launch_norm(const Norm& args, const Lists& lists, cudaStream_t strea
 cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
     return stacked_or_not(p, p.args.copies, [](auto stacked) {
-      return perturb_kernel<decltype(s), friendly.value, adaptive.value, stacked.value, std::decay_t<decltype(p)>>;
+      return perturb_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
+                            std::decay_t<decltype(p)>>;
     });
   };
   return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.ema != nullptr, args.adaptive);
@@ -171,7 +172,8 @@ cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t 
   }
   const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
     return stacked_or_not(p, p.args.copies, [](auto stacked) {
-      return ascend_kernel<decltype(s), friendly.value, adaptive.value, stacked.value, std::decay_t<decltype(p)>>;
+      return ascend_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
+                            std::decay_t<decltype(p)>>;
     });
   };
   const Grid grid{partials_of(args.rows) * (args.last - args.first) + args.rows};
@@ -194,7 +196,8 @@ cudaError_t launch_gram(const Gram& args, const Lists& lists, cudaStream_t strea
 cudaError_t launch_descend(const Descend& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto combined) {
     return stacked_or_not(p, p.args.stacked, [](auto stacked) {
-      return descend_kernel<decltype(s), combined.value || stacked.value, stacked.value, std::decay_t<decltype(p)>>;
+      constexpr bool stacks = decltype(stacked)::value;
+      return descend_kernel<decltype(s), stacks || decltype(combined)::value, stacks, std::decay_t<decltype(p)>>;
     });
   };
   return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.combination.count > 1);
@@ -203,8 +206,9 @@ cudaError_t launch_descend(const Descend& args, const Lists& lists, cudaStream_t
 cudaError_t launch_update(const Update& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto sgd, auto combined) {
     return stacked_or_not(p, p.args.stacked, [](auto stacked) {
-      constexpr Rule rule = sgd.value ? kSgd : kAdam;
-      return update_kernel<decltype(s), rule, combined.value || stacked.value, stacked.value, std::decay_t<decltype(p)>>;
+      constexpr Rule rule = decltype(sgd)::value ? kSgd : kAdam;
+      constexpr bool stacks = decltype(stacked)::value;
+      return update_kernel<decltype(s), rule, stacks || decltype(combined)::value, stacks, std::decay_t<decltype(p)>>;
     });
   };
   return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.rule == kSgd, args.combination.count > 1);

@@ -253,7 +253,7 @@ def ascend(
     stack: int | None = None,
 ) -> Tensor:
     """``norm``, then ``perturb`` by what it returned; returns it too. Of a stack both for one micro-batch after the other."""
-    check(table, arrived=arrived)
+    check(table, weights=weights, grads=grads, saved=saved, achieved_sq=achieved_sq, arrived=arrived)
     if stack is not None:
         norms = []
         for i in range(stack):
