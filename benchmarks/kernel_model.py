@@ -81,7 +81,7 @@ class Entry:
     partials: bool = False
 
 
-NORM = Entry(1, 0, "norm_kernel<S, false, false", 4, 1, 0, 1, True)
+NORM = Entry(1, 0, "norm_kernel<S, false, false, false", 4, 1, 0, 1, True)
 # Without stacks: of what takes several micro-batches at once nothing was measured that a prediction could rest on.
 PERTURB, FRIENDLY = "perturb_kernel<S, false, false, false", "perturb_kernel<S, true, false, false"
 DESCEND, DESCEND_MORE = "descend_kernel<S, false, false", "descend_kernel<S, true, false"
@@ -89,8 +89,8 @@ SGD, SGD_MORE = r"update_kernel<S, \(msam::Rule\)0, false, false", r"update_kern
 ADAM, ADAM_MORE = r"update_kernel<S, \(msam::Rule\)1, false, false", r"update_kernel<S, \(msam::Rule\)1, true, false"
 ENTRIES = {
     "norm": NORM,
-    "norm, friendly": Entry(2, 0, "norm_kernel<S, true, false", 2, 2, 0, 1, True),
-    "norm, adaptive": Entry(2, 0, "norm_kernel<S, false, true", 2, 2, 0, 1, True),
+    "norm, friendly": Entry(2, 0, "norm_kernel<S, true, false, false", 2, 2, 0, 1, True),
+    "norm, adaptive": Entry(2, 0, "norm_kernel<S, false, true, false", 2, 2, 0, 1, True),
     "perturb, first": Entry(2, 2, PERTURB, 2, 2, 3),
     "perturb, later": Entry(2, 1, PERTURB, 2, 2, 3),
     "perturb to the other side": Entry(2, 1, PERTURB, 2, 2, 3),
@@ -98,8 +98,8 @@ ENTRIES = {
     "perturb, later, friendly": Entry(3, 2, FRIENDLY, 2, 3, 4),
     "perturb, first, adaptive": Entry(2, 2, "perturb_kernel<S, false, true, false", 2, 2, 3),
     "perturb, first, masked": Entry(2, 2, PERTURB, 2, 2, 3),
-    "gram of two": Entry(2, 0, "gram_kernel<S, 2", 2, 2, 0, 1, True),
-    "gram of three": Entry(3, 0, "gram_kernel<S, 3", 1, 3, 0, 1, True),
+    "gram of two": Entry(2, 0, "gram_kernel<S, 2, false", 2, 2, 0, 1, True),
+    "gram of three": Entry(3, 0, "gram_kernel<S, 3, false", 1, 3, 0, 1, True),
     "descend, first": Entry(1, 1, DESCEND, 2, 2, 2),
     "descend, accumulating": Entry(3, 2, DESCEND_MORE, 1, 5, 2),
     "descend, two combined": Entry(3, 2, DESCEND_MORE, 1, 5, 2),

@@ -331,7 +331,7 @@ class Flat:
     @property
     def copies(self) -> list[Tensor]:
         """What parallel passes keep."""
-        return [t for t in (self._stack,) if t is not None]
+        return [t for t in (self._stack, *self._achieved_of.values()) if t is not None]
 
     def stack(self, n: int) -> Tensor:
         """``[n, size]`` for copies of the weights; the same memory as long as that is enough."""

@@ -204,11 +204,12 @@ def regular_gradient(p: Tensor, g: Tensor) -> Tensor:
             "bring its values back first"
         )
     g = g.detach()
-    return g if _is_regular(p, g) else torch.empty_like(p).copy_(g)
+    return g if _is_regular(p, g, g.stride()) else torch.empty_like(p).copy_(g)
 
 
-def _is_regular(p: Tensor, g: Tensor) -> bool:
-    same_order = all(a == b for a, b, n in zip(g.stride(), p.stride(), p.size(), strict=True) if n != 1)
+def _is_regular(p: Tensor, g: Tensor, stride: Sequence[int]) -> bool:
+    """``stride``: of ``g``, or of each of several that it holds."""
+    same_order = all(a == b for a, b, n in zip(stride, p.stride(), p.size(), strict=True) if n != 1)
     return g.device == p.device and same_order and not _torch.is_lazy(g) and not _is_frozen(g)
 
 
@@ -217,7 +218,8 @@ def regular_stack(p: Tensor, stack: Tensor) -> Tensor:
     if stack.layout != torch.strided or stack.dtype != p.dtype:
         regular_gradient(p, stack)  # refuses it
     stack = stack.detach()
-    if _is_regular(p, stack[0]) and (len(stack) == 1 or stack.stride(0) == p.numel()) and not _is_frozen(stack):
+    apart, *stride = stack.stride()
+    if (apart == p.numel() or len(stack) == 1) and _is_regular(p, stack, stride):
         return stack
     return torch.empty_strided(stack.shape, (p.numel(), *p.stride()), dtype=p.dtype, device=p.device).copy_(stack)
 

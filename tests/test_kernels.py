@@ -332,6 +332,43 @@ OPTIMIZERS = {
 }
 
 
+WEIGHED = ("two terms", "four terms", "ratios", "ratios of roots", "combined and rescaled", "many sums", "not finite")
+
+
+@pytest.mark.parametrize("variant", WEIGHED)
+def test_coefficients_of_all_micro_batches_are_those_of_each(variant, backend):
+    """Times its share: the combination of ones is the sum of the coefficients."""
+    each = [make("descend", f"out, {variant}", torch.float64, (1,), seed=seed).arguments for seed in range(3)]
+    a, k = each[0], kernels_of(backend)
+    shares = f64(0.25, 0.5, 1.5)
+    together = {"sums": [torch.stack(rows) for rows in zip(*(one["sums"] for one in each), strict=True)]}
+    if "norm_sq" in a:
+        together["norm_sq"] = torch.stack([a["norm_sq"], f64(*range(1, 1 + len(a["norm_sq"]))), f64(*a["norm_sq"]) + 1])
+    found = k.weigh(shares, coefs=a["coefs"], rescale=a.get("rescale", -1), **together)
+    for i in range(3):
+        norm_sq = together["norm_sq"][i] if "norm_sq" in a else None
+        wanted = torch.as_tensor(
+            reference.coefficients(a["coefs"], [t[i] for t in together["sums"]], a.get("rescale", -1), norm_sq),
+            dtype=torch.float64,
+        )
+        torch.testing.assert_close(found[:, i], wanted * shares[i], rtol=1e-15, atol=0, equal_nan=True)
+
+
+def test_shares_of_something_else_are_refused(backend):
+    k, rows, g = kernels_of(backend), table((4,), 8)[0], torch.ones(3, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="sums.0. must have one row for each of 2 micro-batches, got shape .3, 1"):
+        k.weigh(f64(1, 1), coefs=coefs((1.0,)), sums=[f64(1, 2, 3).unsqueeze(1)])
+    out = torch.zeros(4, dtype=torch.float64)
+    if backend == "reference":
+        return
+    with pytest.raises(RuntimeError, match="terms.0. must have one row for each of 2 micro-batches, got shape .3, 4"):
+        k.descend([], [out], [g], rows, coefs=[], sums=[], shares=f64(1, 1).unsqueeze(0))
+    with pytest.raises(RuntimeError, match="one micro-batch after the other in memory, got strides .1, 3"):
+        k.norm([], [g.t().contiguous().t()], rows, stack=3)
+    with pytest.raises(RuntimeError, match="shares must be of 1 to 3 stacks"):
+        k.descend([], [out], [g] * 4, rows, coefs=[], sums=[], shares=f64(1, 1, 1).repeat(4, 1))
+
+
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("large", [2e19, 1e21, -3e19, 1e-19, 1e-22], ids=str)
 def test_adam_takes_gradients_whose_square_is_no_fp32_number_as_torch_does(large, amsgrad, backend):

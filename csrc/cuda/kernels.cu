@@ -123,9 +123,10 @@ cudaError_t launch_windows(const Args& args, const Lists& lists, Grid grid, cuda
 template <class P>
 constexpr bool kIsLarge = sizeof(P) > 4096;
 
-// choose(stacked) names the kernel of a stack, or the one without.
+// choose(stacked) names the kernel of stacks, or the one without.
 template <class P, class Choose>
-auto stacked_or_not(const P&, bool stacked, Choose&& choose) {
+auto stacked_or_not(const P& p, Choose&& choose) {
+  [[maybe_unused]] const bool stacked = p.args.sizes >= 0;
   if constexpr (kIsLarge<P>)
     return stacked ? choose(std::true_type{}) : choose(std::false_type{});
   else
@@ -136,7 +137,10 @@ auto stacked_or_not(const P&, bool stacked, Choose&& choose) {
 
 cudaError_t launch_norm(const Norm& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
-    return norm_kernel<decltype(s), friendly.value, adaptive.value, std::decay_t<decltype(p)>>;
+    return stacked_or_not(p, [](auto stacked) {
+      return norm_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
+                         std::decay_t<decltype(p)>>;
+    });
   };
   const Grid grid{partials_of(args.rows), args.last - args.first};
   return launch_windows(args, lists, grid, stream, kernel, args.ema != nullptr, args.adaptive);
@@ -144,7 +148,7 @@ cudaError_t launch_norm(const Norm& args, const Lists& lists, cudaStream_t strea
 
 cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
-    return stacked_or_not(p, p.args.copies, [](auto stacked) {
+    return stacked_or_not(p, [](auto stacked) {
       return perturb_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
                             std::decay_t<decltype(p)>>;
     });
@@ -171,7 +175,7 @@ cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t 
     return error != cudaSuccess ? error : launch_perturb(args, lists, stream);
   }
   const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
-    return stacked_or_not(p, p.args.copies, [](auto stacked) {
+    return stacked_or_not(p, [](auto stacked) {
       return ascend_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
                             std::decay_t<decltype(p)>>;
     });
@@ -188,14 +192,19 @@ cudaError_t launch_gram(const Gram& args, const Lists& lists, cudaStream_t strea
   const auto kernel = [&](const auto& p, auto s) {
     using P = std::decay_t<decltype(p)>;
     using S = decltype(s);
-    return args.count == 1 ? gram_kernel<S, 1, P> : args.count == 2 ? gram_kernel<S, 2, P> : gram_kernel<S, 3, P>;
+    return stacked_or_not(p, [&](auto stacked) {
+      constexpr bool stacks = decltype(stacked)::value;
+      return args.count == 1   ? gram_kernel<S, 1, stacks, P>
+             : args.count == 2 ? gram_kernel<S, 2, stacks, P>
+                               : gram_kernel<S, 3, stacks, P>;
+    });
   };
   return launch_windows(args, lists, Grid{partials_of(args.rows), args.last - args.first}, stream, kernel);
 }
 
 cudaError_t launch_descend(const Descend& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto combined) {
-    return stacked_or_not(p, p.args.stacked, [](auto stacked) {
+    return stacked_or_not(p, [](auto stacked) {
       constexpr bool stacks = decltype(stacked)::value;
       return descend_kernel<decltype(s), stacks || decltype(combined)::value, stacks, std::decay_t<decltype(p)>>;
     });
@@ -205,7 +214,7 @@ cudaError_t launch_descend(const Descend& args, const Lists& lists, cudaStream_t
 
 cudaError_t launch_update(const Update& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto sgd, auto combined) {
-    return stacked_or_not(p, p.args.stacked, [](auto stacked) {
+    return stacked_or_not(p, [](auto stacked) {
       constexpr Rule rule = decltype(sgd)::value ? kSgd : kAdam;
       constexpr bool stacks = decltype(stacked)::value;
       return update_kernel<decltype(s), rule, stacks || decltype(combined)::value, stacks, std::decay_t<decltype(p)>>;

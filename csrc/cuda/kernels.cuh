@@ -68,15 +68,17 @@ constexpr int kFewer = 0;
 #endif
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
-template <class S, bool friendly, bool adaptive>
-constexpr int kPerturbBlocks = kBlocks<S> - (sizeof(S) == 2 && friendly && (kFewer || adaptive));
+template <class S, bool friendly, bool adaptive, bool stacked>
+constexpr int kPerturbBlocks = kBlocks<S> - (friendly && sizeof(S) < 8 && (stacked || (sizeof(S) == 2 && (kFewer || adaptive))));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
-template <class S, bool combined>
-constexpr int kDescendBlocks = kBlocks<S> - (combined ? kFewer : 0);
-// Adam keeps more values than SGD, several terms more than one, and 16-bit storage widens twice as many at once as fp32.
-template <class S, Rule rule, bool combined>
-constexpr int kUpdateBlocks = rule == kSgd                                ? (sizeof(S) == 4 ? 4 : 3)
+template <class S, bool combined, bool stacked>
+constexpr int kDescendBlocks = stacked ? 3 - kFewer : kBlocks<S> - (combined ? kFewer : 0);
+// Adam keeps more values than SGD, several terms more than one, and 16-bit storage widens twice as many at once as fp32. Stacks
+// are read four terms ahead.
+template <class S, Rule rule, bool combined, bool stacked>
+constexpr int kUpdateBlocks = stacked                                     ? 2
+                              : rule == kSgd                              ? (sizeof(S) == 4 ? 4 : 3)
                               : kFewer || sizeof(S) == 8 || (sizeof(S) == 2 && combined) ? 2
                               : sizeof(S) == 4 && !combined                ? 4
                                                                            : 3;
@@ -434,26 +436,26 @@ MSAM_DEVICE void leave(const Args& a, Sum<double, careful> sum, double* terms, i
 }
 
 // Term `which` of the squared norm of a micro-batch, counted from the first: every kPartials-th row.
-template <class S, bool friendly, bool adaptive, class P>
+template <class S, bool friendly, bool adaptive, bool stacked, class P>
 MSAM_DEVICE void norm_term(const P& p, int64_t which, int64_t micro_batch, Shared& shared) {
   using T = typename Traits<S>::T;
   const auto& a = p.args;
   NormOp<S, friendly, adaptive> op{nullptr, nullptr, nullptr, as<T>(a.sigma), as<T>(a.eta), {}};
   every_partial(a, which, [&](const Chunk& c) {
     if (!(op.grads = at<S>(p, a.grads, c))) return;
-    if (const int64_t i = a.first + micro_batch) op.grads += i * size_of(p, c);
+    if constexpr (stacked) op.grads += (a.first + micro_batch) * size_of(p, c);
     op.weights = at<S>(p, a.weights, c);
     op.ema = at<S>(a.ema, c);
     walk(op, int(c.numel));
   });
-  double* terms = a.partials + micro_batch * kParts<kCareful<S>> * partials_of(a.rows);
-  leave(a, block_sum(op.sum.total(), shared), terms, which);
+  const int64_t before = stacked ? micro_batch * kParts<kCareful<S>> * partials_of(a.rows) : 0;
+  leave(a, block_sum(op.sum.total(), shared), a.partials + before, which);
 }
 
-template <class S, bool friendly, bool adaptive, class P>
+template <class S, bool friendly, bool adaptive, bool stacked, class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) norm_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  norm_term<S, friendly, adaptive>(p, blockIdx.x, blockIdx.y, shared);
+  norm_term<S, friendly, adaptive, stacked>(p, blockIdx.x, stacked ? blockIdx.y : 0, shared);
 }
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
@@ -600,7 +602,7 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait)
 }
 
 template <class S, bool friendly, bool adaptive, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive>) perturb_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stacked>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   // Backwards: the end of what norm read may still be in cache.
   perturb_row<S, friendly, adaptive, stacked>(p, p.args.rows - 1 - blockIdx.x, shared, [] {});
@@ -612,13 +614,13 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive
 // CUB's scans suppose too: no block waits for one that cannot begin, however few fit the GPU at once. The last to arrive
 // leaves the count at zero.
 template <class S, bool friendly, bool adaptive, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive>) ascend_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stacked>) ascend_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
   // Of a stack, the same term of each micro-batch in turn: they read the same weights.
   const auto count = stacked ? unsigned(a.last - a.first) : 1, terms = unsigned(partials_of(a.rows)) * count;
   if (blockIdx.x < terms) {
-    norm_term<S, friendly, adaptive>(p, blockIdx.x / count, blockIdx.x % count, shared);
+    norm_term<S, friendly, adaptive, stacked>(p, blockIdx.x / count, blockIdx.x % count, shared);
     if (threadIdx.x == 0) __threadfence();  // the term, which this thread has written
   } else {
     perturb_row<S, friendly, adaptive, stacked>(p, a.rows - 1 - (blockIdx.x - terms), shared, [&] {
@@ -676,7 +678,7 @@ struct GramOp {
 };
 
 // Terms as in norm.
-template <class S, int vectors, class P>
+template <class S, int vectors, bool stacked, class P>
 __global__ void __launch_bounds__(kThreads, kGramBlocks<S, vectors>) gram_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -684,7 +686,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<S, vectors>) gram_kernel
   every_partial(a, blockIdx.x, [&](const Chunk& c) {
 #pragma unroll
     for (int v = 0; v < vectors; ++v) op.from[v] = at<S>(p, a.terms[v], c);
-    if (blockIdx.y) {
+    if constexpr (stacked) {
 #pragma unroll
       for (int v = 0; v < vectors; ++v)
         if (op.from[v]) op.from[v] += blockIdx.y * size_of(p, c);
@@ -693,7 +695,8 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<S, vectors>) gram_kernel
   });
 #pragma unroll
   for (int r = 0; r < op.kProducts; ++r) {
-    double* terms = a.partials + (int64_t(blockIdx.y) * op.kProducts + r) * kParts<kCareful<S>> * partials_of(a.rows);
+    const int64_t before = r + (stacked ? int64_t(blockIdx.y) * op.kProducts : 0);
+    double* terms = a.partials + before * kParts<kCareful<S>> * partials_of(a.rows);
     leave(a, block_sum(op.sums[r].total(), shared), terms, blockIdx.x);
   }
 }
@@ -756,13 +759,14 @@ struct Stacks<S, true> {
   const S* from[kVectors];  // micro-batch 0 of each; null where it is absent
   const double* shares;
   int64_t size;
-  int count;
+  int count, stacked;
   bool spoilt = false;
 
   template <class P>
-  MSAM_DEVICE Stacks(const P& p, const Chunk& c) : shares(p.args.shares), size(size_of(p, c)), count(int(p.args.count)) {
+  MSAM_DEVICE Stacks(const P& p, const Chunk& c)
+      : shares(p.args.shares), size(size_of(p, c)), count(int(p.args.count)), stacked(p.args.stacked) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) from[k] = k < p.args.stacked ? at<S>(p, p.args.stacks[k], c) : nullptr;
+    for (int k = 0; k < kVectors; ++k) from[k] = k < stacked ? at<S>(p, p.args.stacks[k], c) : nullptr;
   }
   // Of all micro-batches; 0 where every stack is absent.
   MSAM_DEVICE uintptr_t addresses() const {
@@ -773,37 +777,35 @@ struct Stacks<S, true> {
   }
   // What is added up is NaN.
   MSAM_DEVICE void spoil() { spoilt = true; }
-  // Whether any term counts.
+  // Whether any term counts. Some are loaded before the first is used.
   template <int N, class T>
-  MSAM_DEVICE bool add_to(T (&g)[N], int i) const {
+  MSAM_DEVICE bool add_to(T (&g)[N], int at) const {
+    constexpr int kAhead = 4;
     bool any = false;
+    int i = 0, k = 0;  // the micro-batch and the stack of the next term
 #pragma unroll 1
-    for (int b = 0; b < count; b += kAtOnce) {
+    for (int t = 0; t < count * stacked; t += kAhead) {
+      Pack<S, N> in[kAhead];
+      T c[kAhead];
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        if (!from[k]) continue;
-        Pack<S, N> in[kAtOnce];
-        T c[kAtOnce];
+      for (int u = 0; u < kAhead; ++u) {
+        c[u] = 0;
+        const S* p = i == count ? nullptr : k == 0 ? from[0] : k == 1 ? from[1] : from[2];
+        if (p) in[u] = cuda::load<N>(p + (i * size + at)), c[u] = T(shares[k * count + i]);
+        if (++k == stacked) k = 0, i += i < count;
+      }
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u)
-          if (b + u < count) {
-            in[u] = cuda::load<N>(from[k] + ((b + u) * size + i));
-            c[u] = T(shares[k * count + b + u]);
-          }
+      for (int u = 0; u < kAhead; ++u) {
+        if (c[u] == 0) continue;
+        T x[N];
+        Convert<S, N>::widen(in[u], x);
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-          if (b + u >= count || c[u] == 0) continue;
-          T x[N];
-          Convert<S, N>::widen(in[u], x);
-#pragma unroll
-          for (int j = 0; j < N; ++j) g[j] = plus_weighted(g[j], x[j], spoilt ? T(NAN) : c[u]);
-          any = true;
-        }
+        for (int j = 0; j < N; ++j) g[j] = plus_weighted(g[j], x[j], spoilt ? T(NAN) : c[u]);
+        any = true;
       }
     }
     return any;
   }
-  static constexpr int kAtOnce = 1;
 };
 
 // The sum of a row's terms: of at most one, or combined of several, or those behind the stacks. Those whose coefficient is 0
@@ -911,11 +913,10 @@ struct DescendOp {
   // Whether `out` is the only term that counts, as it is.
   MSAM_DEVICE bool stays() const {
     bool stays = false;
-    if (stacked) return false;
 #pragma unroll
     for (int k = 0; k < gradient.kMost; ++k)
       stays |= gradient.live == 1u << k && gradient.from[k] == out && gradient.coefs[k] == 1;
-    return stays;
+    return stays && !stacked;
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) {
@@ -933,7 +934,7 @@ struct DescendOp {
 };
 
 template <class S, bool combined, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined>) descend_kernel(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined, stacked>) descend_kernel(const __grid_constant__ P p) {
   using T = typename Traits<S>::T;
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -1099,7 +1100,7 @@ MSAM_DEVICE void count_steps(const P& p) {
 }
 
 template <class S, Rule rule, bool combined, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined, stacked>)
     update_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
