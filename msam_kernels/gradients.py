@@ -214,7 +214,7 @@ def _is_regular(p: Tensor, g: Tensor, stride: Sequence[int]) -> bool:
 
 
 def regular_stack(p: Tensor, stack: Tensor) -> Tensor:
-    """``regular_gradient`` of several gradients ``[n, *shape]`` that autograd has made for us, one after the other in memory."""
+    """``regular_gradient`` of several gradients ``[n, *shape]`` that autograd has made for us, one after the other."""
     if stack.layout != torch.strided or stack.dtype != p.dtype:
         regular_gradient(p, stack)  # refuses it
     stack = stack.detach()

@@ -519,12 +519,13 @@ class ParallelPasses:
 
     def _vectors(self, found: dict[int, Tensor | None]) -> Vectors:
         """What the kernels take."""
-        places = count()
-        lists = [
-            [flat.absent if (s := found.get(k)) is None else regular_stack(p, s) for p, k in zip(flat.params, places)]
-            for flat in self._store.flats
-        ]
-        return Vectors(lists, sum(s is flat.absent for flat, stacks in zip(self._store.flats, lists) for s in stacks))
+        lists, absent, places = [], 0, count()
+        for flat in self._store.flats:
+            stacks = [found.get(next(places)) for _ in flat.params]
+            absent += sum(s is None for s in stacks)
+            pairs = zip(flat.params, stacks, strict=True)
+            lists.append([flat.absent if s is None else regular_stack(p, s) for p, s in pairs])
+        return Vectors(lists, absent)
 
     def commit(self) -> None:
         """All passes have ended: statistics move on."""

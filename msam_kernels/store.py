@@ -250,8 +250,8 @@ class Store:
     ) -> Tensor:
         """Perturb the weights to w + e, for micro-batch ``which``; the terms of the direction's squared norm.
 
-        With ``into``, a buffer ``[m, size]`` by flat, the weights stay: w + e of each of m micro-batches is written there. ``which``
-        are those, ``grads`` their stacks, and each has a row of terms.
+        With ``into``, a buffer ``[m, size]`` by flat, the weights stay: w + e of each of m micro-batches is written there.
+        ``which`` are those, ``grads`` their stacks, and each has a row of terms.
         """
         renew = plan.opposite is None
         if into is not None and not renew and plan.lmbda is not None:

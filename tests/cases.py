@@ -234,7 +234,8 @@ ROUNDED_ONCE = [
     (operator, variant)
     for operator, variant in CASES
     if "not finite" not in variant
-    and not {"stack", "lmbda"} <= VARIANTS[operator][variant].keys() and VARIANTS[operator][variant].get("alias") != "row"
+    and not {"stack", "lmbda"} <= VARIANTS[operator][variant].keys()
+    and VARIANTS[operator][variant].get("alias") != "row"
 ]
 # Variants that use most arguments.
 LARGEST = [
@@ -561,7 +562,9 @@ class _Maker:
         lists, alias = self.combination(o.get("terms", ())), o.get("alias")
         a["out"] = self.tensors("out", poisoned=True) if lists else []
         for i, out in enumerate(a["out"]):
-            aliases = lists if alias in ("first", "row") else [] if alias is None else [lists[o.get("stacked", 0) + alias]]
+            aliases = (
+                lists if alias in ("first", "row") else [] if alias is None else [lists[o.get("stacked", 0) + alias]]
+            )
             found = next((t[i] for t in aliases if t[i].numel()), out)
             a["out"][i] = found[0] if found.dim() > 1 else found
         if "last" in o:
@@ -623,7 +626,8 @@ def make(
             ``terms``: their coefficients (see ``coefs``), ``unread``: those that hold NaN; ``sums``: rows and terms of each,
             ``values``: what the last row of some holds; ``alias``: the term that ``out`` is, or "first", the first of them
             that is there, of a stack its first row; ``stack``: micro-batches of each tensor, ``stacked``: how many of the
-            terms are such, with weights of their own, ``light``: 0 for most, ``poisoned``: NaN for the last; ``step``: of all parameters, None for no such argument; ``found_inf``: its value.
+            terms are such, with weights of their own, ``light``: 0 for most, ``poisoned``: NaN for the last; ``step``: of
+            all parameters, None for no such argument; ``found_inf``: its value.
         sizes: elements of each parameter.
         flat: weights in one buffer, or listed.
         shift: elements by which all memory of parameters is misaligned.

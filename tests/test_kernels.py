@@ -37,12 +37,12 @@ from cases import (
     CHUNK,
     DTYPES,
     EXPONENT,
-    ROUNDED_ONCE,
     HALF_ULP,
     INF,
     LARGEST,
     MIXED,
     NAN,
+    ROUNDED_ONCE,
     SUMS,
     VARIANTS,
     Call,
@@ -356,14 +356,14 @@ def test_coefficients_of_all_micro_batches_are_those_of_each(variant, backend):
 
 def test_shares_of_something_else_are_refused(backend):
     k, rows, g = kernels_of(backend), table((4,), 8)[0], torch.ones(3, 4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="sums.0. must have one row for each of 2 micro-batches, got shape .3, 1"):
+    with pytest.raises(RuntimeError, match=r"sums.0. must have one row for each of 2 micro-batches, got shape .3, 1"):
         k.weigh(f64(1, 1), coefs=coefs((1.0,)), sums=[f64(1, 2, 3).unsqueeze(1)])
     out = torch.zeros(4, dtype=torch.float64)
     if backend == "reference":
         return
-    with pytest.raises(RuntimeError, match="terms.0. must have one row for each of 2 micro-batches, got shape .3, 4"):
+    with pytest.raises(RuntimeError, match=r"terms.0. must have one row for each of 2 micro-batches, got shape .3, 4"):
         k.descend([], [out], [g], rows, coefs=[], sums=[], shares=f64(1, 1).unsqueeze(0))
-    with pytest.raises(RuntimeError, match="one micro-batch after the other in memory, got strides .1, 3"):
+    with pytest.raises(RuntimeError, match=r"one micro-batch after the other in memory, got strides .1, 3"):
         k.norm([], [g.t().contiguous().t()], rows, stack=3)
     with pytest.raises(RuntimeError, match="shares must be of 1 to 3 stacks"):
         k.descend([], [out], [g] * 4, rows, coefs=[], sums=[], shares=f64(1, 1, 1).repeat(4, 1))

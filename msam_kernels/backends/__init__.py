@@ -10,8 +10,8 @@ Every backend is a namespace with the functions below, called alike:
     gram(terms, table, *, count, stack) -> sums
     weigh(shares, *, coefs, sums, rescale, norm_sq) -> shares
     descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!, shares)
-    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!, found_inf,
-        shares)
+    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!,
+        found_inf, shares)
 
 ``!`` marks what is mutated. Shapes, with P parameters (segments) and K rows of the table:
 
@@ -138,7 +138,7 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         for label, t in labelled(**{n: v for n, v in given.items() if n != "coefs" and isinstance(v, (Tensor, list))}):
-            check_device(label, t, given.get("table", given.get("shares")))
+            check_device(label, t, given["table" if "table" in given else "shares"])
         return fake(*args, **kwargs)
 
     return checked

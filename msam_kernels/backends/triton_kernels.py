@@ -1046,9 +1046,7 @@ class _Call:
             )
         return t.data_ptr()
 
-    def per_row(
-        self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64, stack: int | None = None
-    ) -> int:
+    def per_row(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64, stack: int | None = None) -> int:
         address = self.plain(name, t, dtype, 1 if stack is None else 2)
         if t is not None and t.shape[-1] != self.rows:
             raise RuntimeError(f"{name} must have one element per row of the table, {self.rows}, got {t.shape[-1]}")
@@ -1163,6 +1161,7 @@ class _Call:
 
 # ---- the operators: see reference.py ------------------------------------------------------------------------------------
 
+
 class _Direction(NamedTuple):
     """What d is made of."""
 
@@ -1199,8 +1198,10 @@ def _perturb(
     achieved_sq: Tensor, status: Tensor | None = None, mask: Tensor | None = None, lmbda: float | None = None,
     stride: int = 0, arrived: int = 0,
 ) -> None:  # fmt: skip
-    """``stride``: of a stack of copies; ``arrived``: the address where programs are counted, for a launch that also fills
-    ``norm_sq``."""
+    """Perturb ``some`` of the micro-batches.
+
+    ``stride``: of a stack of copies. ``arrived``: the address where programs are counted, for a launch that fills ``norm_sq``.
+    """
     stack = len(some) if d.constants["STACKED"] else None
     if (status is None) != (stack is not None):
         raise RuntimeError(
@@ -1401,9 +1402,7 @@ def update(
     if states and step is None:
         raise RuntimeError("states need step, which is missing")
     call = _Call(table, weights=weights)
-    arguments, _, constants = _descent(
-        call, weights, [], terms, coefs, sums, rescale, norm_sq, saved, status, shares
-    )
+    arguments, _, constants = _descent(call, weights, [], terms, coefs, sums, rescale, norm_sq, saved, status, shares)
     settings_at, steps = call.plain("settings", settings, dim=2), call.plain("step", step, torch.float32)
     if settings.shape[1] < columns:
         raise RuntimeError(f"settings must have {columns} columns for this rule, got {settings.shape[1]}")
