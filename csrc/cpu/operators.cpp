@@ -121,17 +121,21 @@ class Device : public Call {
     return sums;
   }
 
+  // How often every element is worked on: by each micro-batch.
+  static int64_t times_of(const Each& a) { return a.last - a.first; }
+  static int64_t times_of(const Descent& a) { return std::max<int64_t>(1, a.stacked * a.count); }
+
   // Every thread has an even share of the elements, in pieces of kGrain, and then helps with what others have left: neither
   // memory nor other processes leave the cores equally fast.
   template <class Arguments>
   void share(const Arguments& a, Kernel<Arguments> kernel, bool backwards = false) const {
-    const int64_t elements = reach().elements;
+    const int64_t times = times_of(a), elements = reach().elements * times;
     if (elements <= kGrain) return kernel(a, context_, 0, rows());
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), (elements + kGrain - 1) / kGrain);
     const int64_t enough = std::min(kGrain, elements / threads);
     c10::SmallVector<int64_t, 64> pieces{0};  // where each begins, and the end
     for (int64_t k = 0, sum = 0; k < rows(); ++k) {
-      sum += a.table[k].numel;
+      sum += a.table[k].numel * times;
       if (sum >= enough || k + 1 == rows()) pieces.push_back(k + 1), sum = 0;
     }
     const int64_t count = int64_t(pieces.size()) - 1;

@@ -22,8 +22,8 @@ Every backend is a namespace with the functions below, called alike:
 * ``stack``: the micro-batches m of a call; without it there is one. With it ``grads`` and ``terms`` are ``[m, *shape]``, dense
   in memory, micro-batch after micro-batch; ``weights`` of a perturbation are ``[m, size]``, beside w, which is ``saved``;
   ``status`` is not given; ``norm_sq``, ``achieved_sq`` and the result of ``gram`` have a first dimension of m.
-* ``shares``: of ``weigh`` float64 ``[m]``; of the others, as ``weigh`` returns it, float64 ``[stacks, m]``, at most 3 stacks: so
-  many of the lists in ``terms``, the first ones, are stacks.
+* ``shares``: of ``weigh`` float64 ``[m]``; of the others, as ``weigh`` returns it, float64 ``[stacks, m]``, of at most 3:
+  so many of the lists in ``terms``, the first ones, are stacks.
 * ``saved``, ``ema``, ``states``: flat buffers of the weights' dtype. An element of ``ema`` that is NaN has not begun; without
   ``lmbda`` it is only read.
 * ``status``: uint8 ``[K]``, how it stands with a row's weights: 0 untouched, 1 saved, 2 perturbed.

@@ -357,7 +357,7 @@ def coefficients(coefs: list[float], sums: list[Tensor], rescale: int, norm_sq: 
 def weigh(
     shares: Tensor, *, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None
 ) -> Tensor:
-    """What ``descend`` and ``update`` take as ``shares``: float64 ``[terms, m]``, shareᵢ times micro-batch i's ``coefficients``.
+    """For ``descend`` and ``update``: shareᵢ times the ``coefficients`` of micro-batch i, float64 ``[terms, m]``.
 
     Args:
         shares: float64 ``[m]``.
