@@ -128,6 +128,8 @@ def _wait_for(devices: Sequence[torch.device]) -> None:
 
 def _first(t: Tensor, dim: int | None, n: int) -> Tensor:
     """The dimension of the micro-batches first."""
+    if dim == 0:  # a view would be one for its gradient, too, which then looks as if somebody else held it
+        return t
     return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
