@@ -665,7 +665,7 @@ def gram_of_micro_batch(
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, _offset, numel, _group = load_row(table, k)
         bytes = bytes_of(sizes, segment, S)
-        xs = [of_micro_batch(x, bytes, i) for x in in_lists(terms, segments, segment, begin, S, COUNT)]
+        xs = [of_micro_batch(first, bytes, i) for first in in_lists(terms, segments, segment, begin, S, COUNT)]
         for ALIGNED in tl.static_range(2):
             if is_aligned(union(xs, COUNT) | numel) == ALIGNED:
                 x, of_x = gram_of_row(xs, numel, S, T, COUNT, BLOCK if ALIGNED else BLOCK // 4, ALIGNED)
@@ -681,11 +681,14 @@ def gram_of_micro_batch(
 @_kernel
 def gram_kernel(
     out: tl.int64, last: tl.int64, table: tl.int64, rows: tl.int64, terms: tl.int64, segments: tl.int64, sizes: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    bytes = tl.num_programs(0) * (16 if T.primitive_bitwidth == 64 else 8) * (COUNT * (COUNT + 1) // 2)
-    for i in range(0, last):
-        gram_of_micro_batch(out + i * bytes, i, table, rows, terms, segments, sizes, S, T, COUNT, BLOCK)
+    if STACKED:
+        bytes = tl.num_programs(0) * (16 if T.primitive_bitwidth == 64 else 8) * (COUNT * (COUNT + 1) // 2)
+        for i in range(0, last):
+            gram_of_micro_batch(out + i * bytes, i, table, rows, terms, segments, sizes, S, T, COUNT, BLOCK)
+    else:
+        gram_of_micro_batch(out, 0, table, rows, terms, segments, sizes, S, T, COUNT, BLOCK)
 
 
 # ---- descend and update ---------------------------------------------------------------------------------------------------
@@ -755,9 +758,8 @@ def combination(
                 sum = tl.where(counts, tl.where(begun, sum + term, term), sum)
                 begun = begun | counts
     for k in tl.static_range(COUNT):
-        x: tl.constexpr = STACKS + k
-        counts = (xs[x] != 0) & truth(c[k] != 0)
-        term = weighted(load(xs[x], at, here & counts, S, ALIGNED).to(T), c[k])
+        counts = (xs[STACKS + k] != 0) & truth(c[k] != 0)
+        term = weighted(load(xs[STACKS + k], at, here & counts, S, ALIGNED).to(T), c[k])
         sum = tl.where(counts, tl.where(begun, sum + term, term), sum)  # 0 + -0 would not be -0
         begun = begun | counts
     return sum
@@ -1279,7 +1281,10 @@ def gram(terms: list[Tensor], table: Tensor, *, count: int, stack: int | None = 
     call = _Call(table, terms=terms)
     *_, pointers, sizes = call.pointers([], count, call.sizes("terms", terms, stack, count), terms=terms)
     sums = call.sums(*_rows(stack), count * (count + 1) // 2)
-    call.launch(gram_kernel, sums.data_ptr(), stack or 1, *call.table, pointers, call.segments, sizes, COUNT=count)
+    call.launch(
+        gram_kernel, sums.data_ptr(), stack or 1, *call.table, pointers, call.segments, sizes, COUNT=count,
+        STACKED=stack is not None,
+    )  # fmt: skip
     return sums
 
 
