@@ -354,21 +354,6 @@ def test_coefficients_of_all_micro_batches_are_those_of_each(variant, backend):
         torch.testing.assert_close(found[:, i], wanted * shares[i], rtol=1e-15, atol=0, equal_nan=True)
 
 
-def test_shares_of_something_else_are_refused(backend):
-    k, rows, g = kernels_of(backend), table((4,), 8)[0], torch.ones(3, 4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"sums.0. must have one row for each of 2 micro-batches, got shape .3, 1"):
-        k.weigh(f64(1, 1), coefs=coefs((1.0,)), sums=[f64(1, 2, 3).unsqueeze(1)])
-    out = torch.zeros(4, dtype=torch.float64)
-    if backend == "reference":
-        return
-    with pytest.raises(RuntimeError, match=r"terms.0. must have one row for each of 2 micro-batches, got shape .3, 4"):
-        k.descend([], [out], [g], rows, coefs=[], sums=[], shares=f64(1, 1).unsqueeze(0))
-    with pytest.raises(RuntimeError, match=r"one micro-batch after the other in memory, got strides .1, 3"):
-        k.norm([], [g.t().contiguous().t()], rows, stack=3)
-    with pytest.raises(RuntimeError, match="shares must be of 1 to 3 stacks"):
-        k.descend([], [out], [g] * 4, rows, coefs=[], sums=[], shares=f64(1, 1, 1).repeat(4, 1))
-
-
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("large", [2e19, 1e21, -3e19, 1e-19, 1e-22], ids=str)
 def test_adam_takes_gradients_whose_square_is_no_fp32_number_as_torch_does(large, amsgrad, backend):
@@ -1103,6 +1088,41 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         "out, ratios",
         _with(sums=_in_each(lambda t: t[:2])),
         "Gram matrix .* got 2 rows",
+    ),
+    "shares of fewer micro-batches": (
+        *("descend", "out, a stack", _with(shares=torch.ones(1, 2).double())),
+        r"terms\[0\] must have one row for each of 2 micro-batches, got shape \[3, 5\]",
+    ),
+    "shares of four stacks": (
+        *("update", "sgd, a stack", _with(shares=torch.ones(4, 3).double())),
+        r"shares must be of 1 to 3 stacks of micro-batches, got shape \[4, 3\]",
+    ),
+    "a stack of fewer micro-batches": (
+        *("norm", "a stack", _with(stack=2)),
+        r"grads\[0\] must have one row for each of 2 micro-batches, got shape \[3, 5\]",
+    ),
+    "a stack of none": ("gram", "a stack of two", _with(stack=0), "stack must be 1 to 65535 micro-batches, got 0"),
+    "a stack whose micro-batches are interleaved": (
+        *("norm", "a stack", _with(grads=_in_each(lambda t: t.t().contiguous().t()))),
+        r"grads\[0\] must have one micro-batch after the other in memory, got strides \[1, 3\]",
+    ),
+    "a status of copies": (
+        *("perturb", "a stack", _with(status=torch.zeros(3, dtype=torch.uint8))),
+        "status says .* and stack that they are copies: give one of them",
+    ),
+    "weights that are perturbed without a status": (
+        "perturb",
+        "plain",
+        _with(status=None),
+        "status says .* give one of them",
+    ),
+    "copies of fewer micro-batches": (
+        *("ascend", "a stack", _with(weights=_in_each(lambda t: t[:2]))),
+        "weights must have one row for each of 3 micro-batches",
+    ),
+    "norms of fewer micro-batches": (
+        *("perturb", "a stack", _with(norm_sq=lambda t: t[:2])),
+        "norm_sq must have one row for each of 3 micro-batches",
     ),
     "a Gram matrix of more than the terms": (
         *("descend", "out", _with(sums=[torch.ones(3, 1).double()])),
