@@ -1087,14 +1087,14 @@ MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weight
 }
 
 // Of this launch's parameters that have a term, by the last block.
-template <class P>
+template <bool stacked, class P>
 MSAM_DEVICE void count_steps(const P& p) {
   const auto& a = p.args;
   const int64_t count = a.end - a.begin;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     bool any = false;
     for (int t = 0; t < a.combination.count && !any; ++t) any = p.pointers[a.terms[t].list * count + i];
-    for (int t = 0; t < a.stacked && !any; ++t) any = p.pointers[a.stacks[t].list * count + i];
+    for (int t = 0; stacked && t < a.stacked && !any; ++t) any = p.pointers[a.stacks[t].list * count + i];
     if (any) a.step[a.begin + i] += 1;
   }
 }
@@ -1134,9 +1134,9 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined, sta
     __syncthreads();  // every thread has read the status
     settle(a, k, was, true);
   }
-  if (!a.step || !(a.combination.count || a.stacked)) return;
+  if (!a.step || !(a.combination.count || stacked)) return;
   __syncthreads();
-  if (shared.is_last && is_wanted(a)) count_steps(p);
+  if (shared.is_last && is_wanted(a)) count_steps<stacked>(p);
 }
 
 }  // namespace msam::cuda
