@@ -18,6 +18,7 @@ from msam_kernels.flat import Flat
 
 UNTOUCHED, SAVED, PERTURBED = reference.UNTOUCHED, reference.SAVED, reference.PERTURBED
 SIGMA, LMBDA, ETA = 1.0, 0.9, 0.01
+STACK = 4  # micro-batches of the kernels that take several at once
 
 
 def chosen_backend(name: str, device: torch.device) -> str:
@@ -84,6 +85,18 @@ class Kernels:
         terms = [t for vector in vectors for t in vector]
         return Call(lambda: self.k.gram(terms, self.table, count=len(vectors)))
 
+    def stacks(self) -> list[Tensor]:
+        """The gradients of several micro-batches."""
+        return [g.expand(STACK, *g.shape).clone() for g in self.grads]
+
+    def ascend_stack(self, **options) -> Call:
+        """w + e of several micro-batches, beside w."""
+        copies = torch.zeros(STACK, self.flat.size, dtype=self.flat.dtype, device=self.flat.device)
+        achieved_sq = torch.empty(STACK, self.flat.rows, dtype=torch.float64, device=self.flat.device)
+        options |= {"radii": self.radii, "saved": self.w[0], "achieved_sq": achieved_sq, "arrived": self.flat.arrived}
+        grads = self.stacks()
+        return Call(lambda: self.k.ascend([copies], grads, self.table, stack=STACK, **options))
+
     def combination(self, method: methods.SAM | None, *vectors: list[Tensor]) -> tuple[list[Tensor], dict]:
         """Terms and options: the vectors as ``method`` combines them, or with equal parts."""
         terms = [t for vector in vectors for t in vector]
@@ -113,13 +126,23 @@ class Kernels:
         )
         return Call(lambda: self.k.descend([], out, terms, self.table, out_sq=out_sq, **options))
 
+    def update_stack(self, rule: int) -> Call:
+        """On the mean of several micro-batches, from weights that were never perturbed."""
+        shares = torch.full((1, STACK), 1 / STACK, dtype=torch.float64, device=self.flat.device)
+        states, settings = self.states(rule)
+        terms, options = self.stacks(), {"rule": rule, "settings": settings, "step": self.step, "shares": shares}
+        return Call(lambda: self.k.update(self.w, states, terms, self.table, coefs=[], sums=[], **options))
+
+    def states(self, rule: int) -> tuple[list[Tensor], Tensor]:
+        """And settings."""
+        if rule == reference.SGD:
+            return [self.first], self.settings(1e-3, 0.9, 0, 5e-4, 0, 0)
+        return [self.first, self.second], self.settings(1e-4, 0.9, 0.999, 1e-8, 0.01, 0, 0, 1)
+
     def update(
         self, rule: int, *vectors: list[Tensor], state: int = PERTURBED, method: methods.SAM | None = None
     ) -> Call:
-        if rule == reference.SGD:
-            states, settings = [self.first], self.settings(1e-3, 0.9, 0, 5e-4, 0, 0)
-        else:
-            states, settings = [self.first, self.second], self.settings(1e-4, 0.9, 0.999, 1e-8, 0.01, 0, 0, 1)
+        states, settings = self.states(rule)
         terms, options = self.combination(method, *vectors)
         options |= {"rule": rule, "settings": settings, "step": self.step, "saved": self.saved}
         return From(
@@ -149,6 +172,7 @@ def kernel_calls(gradients: Gradients, backend: str) -> dict[str, tuple[float, C
         "perturb, first, masked": (4 + bits, k.ascend("perturb", mask=mask)),
         "ascend": (5, k.ascend()),
         "ascend, friendly": (8, k.ascend(**moving)),
+        "ascend, four at once": (3 * STACK + 1, k.ascend_stack()),
         "gram of two": (2, k.gram(at_e, g)),
         "gram of three": (3, k.gram(total, at_e, g)),
         "descend, first": (2, k.descend(at_e, at_e)),
@@ -160,6 +184,7 @@ def kernel_calls(gradients: Gradients, backend: str) -> dict[str, tuple[float, C
         "restore + sgd, accumulating": (6, k.update(sgd, at_e, total)),
         "restore + sgd, two combined": (6, k.update(sgd, at_e, g, method=gap)),
         "restore + sgd, three combined": (7, k.update(sgd, total, at_e, g, method=bilateral)),
+        "sgd, mean of four": (STACK + 4, k.update_stack(sgd)),
         "adamw": (7, k.update(adam, at_e, state=UNTOUCHED)),
         "restore + adamw": (7, k.update(adam, at_e)),
         "restore + adamw, accumulating": (8, k.update(adam, at_e, total)),

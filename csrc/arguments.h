@@ -18,12 +18,14 @@ struct Place {
   MSAM_FN explicit operator bool() const { return flat != nullptr || list >= 0; }
 };
 
-// The lists of tensors of a call: data[list][segment], null where a parameter is absent.
-constexpr int kLists = 2 + kTerms;  // weights, out, terms
+// The lists of tensors of a call: data[list][segment], null where a parameter is absent. Where a list is of stacks, `sizes` has
+// the elements from one micro-batch to the next, by segment.
+constexpr int kLists = 2 + kVectors + kTerms;  // weights, out, stacks, terms
 struct Lists {
   void* const* data[kLists] = {};
   int count = 0;
   int64_t segments = 0;
+  const int64_t* sizes = nullptr;
 };
 
 // A number in both arithmetic types: the host rounds, once.
@@ -36,7 +38,7 @@ struct Number {
   MSAM_FN void get(float* x) const { *x = narrow; }
 };
 
-// The terms of several sums: rows x terms.
+// The terms of several sums: rows x terms, of each micro-batch.
 struct Sums {
   const double* data = nullptr;
   int64_t rows = 0, terms = 0;
@@ -51,7 +53,13 @@ struct Common {
   int64_t rows = 0;  // of the table
 };
 
-struct Norm : Common {
+// What is done for each of the micro-batches [first, last): of one that is no stack, or of some of a stack. What they leave has
+// a place for each of these, beginning with the first.
+struct Each : Common {
+  int64_t first = 0, last = 1;
+};
+
+struct Norm : Each {
   Place weights, grads;
   const void* ema = nullptr;
   Number sigma, eta;
@@ -64,24 +72,39 @@ struct Perturb : Norm {
   const double* radii = nullptr;  // [groups, kRadiusColumns]
   void* saved = nullptr;
   uint8_t* status = nullptr;       // [rows]
-  double* achieved_sq = nullptr;   // [rows]
+  void* copies = nullptr;          // of a stack: where w + e of micro-batch 0 goes; the weights, w, are only read
+  int64_t stride = 0;              // from one to the next
+  double* achieved_sq = nullptr;   // [rows] of each
   const uint8_t* mask = nullptr;   // a bit for every element of a flat buffer
   void* ema_out = nullptr;         // null where the EMA is only read
   Number lmbda, one_minus_lmbda;
   unsigned* arrived = nullptr;  // one element, zero between calls
 };
 
-struct Gram : Common {
+struct Gram : Each {
   Place terms[kVectors];
   int count = 0;
   double* partials = nullptr;
 };
 
-// What descend and update have in common: the weights' return, and the linear combination.
-struct Descent : Common {
-  Place weights, terms[kTerms];
+// What coefficients are made of.
+struct Coefficients {
   Combination combination;
   Sums sums[kSums], norm_sq;
+};
+
+struct Weigh : Coefficients {
+  const double* shares = nullptr;  // [count]
+  int64_t count = 0;               // of micro-batches
+  double* out = nullptr;           // [terms, count]
+};
+
+// What descend and update have in common: the weights' return, and the linear combination.
+struct Descent : Common, Coefficients {
+  Place weights, stacks[kVectors], terms[kTerms];
+  int stacked = 0;                 // how many stacks
+  int64_t count = 0;               // micro-batches of each
+  const double* shares = nullptr;  // their coefficients, [stacked, count]
   const void* saved = nullptr;
   uint8_t* status = nullptr;  // [rows]
 };

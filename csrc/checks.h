@@ -109,13 +109,13 @@ inline void check_plain(const at::Tensor& t, Label label, at::ScalarType dtype, 
   check_memory(t, label);
 }
 
-// One tensor per segment, long enough for every row of the table; an empty one is absent.
-inline void check_list(at::TensorList list, const char* name, int64_t first, const Reach& reach) {
+// One tensor per segment, or a stack of several, long enough for every row of the table; an empty one is absent.
+inline void check_list(at::TensorList list, const char* name, int64_t first, const Reach& reach, int64_t stack = 1) {
   TORCH_CHECK(int64_t(list.size()) >= reach.segments, name, " has ", list.size(), " tensors, the table names segment ",
               reach.segments - 1);
   for (int64_t k = 0; k < reach.count; ++k) {
     const Chunk& c = reach.rows[k];
-    const int64_t size = list[c.segment].numel();
+    const int64_t size = list[c.segment].numel() / stack;
     TORCH_CHECK(size == 0 || c.begin + c.numel <= size, "row ", k, " of the table reaches element ", c.begin + c.numel,
                 " of ", Label{name, first + c.segment}, ", which has ", size);
   }

@@ -58,8 +58,8 @@ class Call {
     a.rows = rows();
   }
 
-  // One tensor per parameter; `first`: the index of this part of a longer list.
-  Place list(TensorList tensors, const char* name, int64_t first = 0) {
+  // One tensor per parameter, or a stack of as many micro-batches; `first`: the index of this part of a longer list.
+  Place list(TensorList tensors, const char* name, int64_t first = 0, std::optional<int64_t> stack = {}) {
     if (tensors.empty()) return {};
     const int64_t size = int64_t(tensors.size());
     TORCH_CHECK(lists_.count == 0 || lists_.segments == size, name, " has ", size, " tensors, another list ", lists_.segments,
@@ -71,18 +71,26 @@ class Call {
       check_dense(tensors[k], {name, first + k}, dtype_, device());
       pointers.push_back(tensors[k].numel() ? tensors[k].data_ptr() : nullptr);
     }
-    check_list(tensors, name, first, reach_);
+    if (stack) sizes(tensors, {name, first}, *stack);
+    check_list(tensors, name, first, reach_, stack.value_or(1));
     lists_.segments = size;
     lists_.data[lists_.count] = pointers.data();
     return {nullptr, lists_.count++};
   }
-  // `terms` has `count` lists, one after the other.
-  void terms(TensorList tensors, int64_t count, Place* out) {
-    TORCH_CHECK(count ? tensors.size() % count == 0 && !tensors.empty() : tensors.empty(),
-                "terms must be as many lists of tensors, one after the other, as there are coefficients, ", count, "; got ",
+  // `terms` has `stacked` lists of stacks of `stack` micro-batches, and `count` others, one after the other.
+  void terms(TensorList tensors, int64_t stacked, int64_t stack, Place* stacks, int64_t count, Place* out) {
+    const int64_t all = stacked + count;
+    TORCH_CHECK(all ? tensors.size() % all == 0 && !tensors.empty() : tensors.empty(),
+                "terms must be as many lists of tensors, one after the other, as there are coefficients, ", all, "; got ",
                 tensors.size(), " tensors");
-    const int64_t size = count ? int64_t(tensors.size()) / count : 0;
-    for (int64_t k = 0; k < count; ++k) out[k] = list(tensors.slice(k * size, size), "terms", k * size);
+    const int64_t size = all ? int64_t(tensors.size()) / all : 0;
+    for (int64_t k = 0; k < all; ++k) {
+      const TensorList part = tensors.slice(k * size, size);
+      if (k < stacked)
+        stacks[k] = list(part, "terms", k * size, stack);
+      else
+        out[k - stacked] = list(part, "terms", k * size);
+    }
   }
   // A buffer of the weights' dtype.
   void* flat(const Tensor& t, Label label) const {
@@ -92,14 +100,15 @@ class Call {
   }
   void* flat(const MaybeTensor& t, Label label) const { return t ? flat(*t, label) : nullptr; }
   // One flat buffer, or a tensor per parameter.
-  Place weights(TensorList tensors) {
-    return tensors.size() == 1 ? Place{flat(tensors[0], {"weights"}), -1} : list(tensors, "weights");
+  Place weights(TensorList tensors, const char* name = "weights") {
+    return tensors.size() == 1 ? Place{flat(tensors[0], {name}), -1} : list(tensors, name);
   }
 
   template <class T>
-  T* per_row(const Tensor& t, const char* name) const {
-    check_plain(t, {name}, c10::CppTypeToScalarType<T>::value, device(), 1);
-    TORCH_CHECK(t.numel() == rows(), name, " must have one element per row of the table, ", rows(), ", got ", t.numel());
+  T* per_row(const Tensor& t, const char* name, std::optional<int64_t> stack = {}) const {
+    check_plain(t, {name}, c10::CppTypeToScalarType<T>::value, device(), stack ? 2 : 1);
+    TORCH_CHECK(t.size(-1) == rows(), name, " must have one element per row of the table, ", rows(), ", got ", t.size(-1));
+    if (stack) check_stack(t, {name}, *stack);
     return t.mutable_data_ptr<T>();
   }
   template <class T>
@@ -131,18 +140,22 @@ class Call {
     TORCH_CHECK(t.size(0) >= reach_.groups, name, " has ", t.size(0), " groups, the table names group ", reach_.groups - 1);
     return t.const_data_ptr<double>();
   }
-  Sums sums(const Tensor& t, Label label) const {
-    const int64_t dim = t.dim() == 2 ? 2 : 1;
-    check_plain(t, label, at::kDouble, device(), dim);
+  // [rows, terms] or [terms]; of a stack one for each.
+  Sums sums(const Tensor& t, Label label, std::optional<int64_t> stack = {}) const {
+    const int64_t more = stack ? 1 : 0, dim = t.dim() == 2 + more ? 2 : 1;
+    check_plain(t, label, at::kDouble, device(), dim + more);
     TORCH_CHECK(t.numel() > 0, label, " is empty, of shape ", t.sizes());
-    return {t.const_data_ptr<double>(), dim == 2 ? t.size(0) : 1, t.size(-1)};
+    if (stack) check_stack(t, label, *stack);
+    return {t.const_data_ptr<double>(), dim == 2 ? t.size(-2) : 1, t.size(-1)};
   }
 
   // What the direction d is made of.
-  void direction(Norm& a, TensorList weights_, TensorList grads, const MaybeTensor& ema, double sigma, MaybeDouble eta) {
+  void direction(Norm& a, TensorList weights_, TensorList grads, const MaybeTensor& ema, double sigma, MaybeDouble eta,
+                 std::optional<int64_t> stack, const char* name = "weights") {
     begin(a);
-    a.grads = list(grads, "grads");
-    a.weights = weights(weights_);
+    each(a, stack);
+    a.grads = list(grads, "grads", 0, stack);
+    a.weights = weights(weights_, name);
     TORCH_CHECK(!eta || !weights_.empty(), "eta needs the weights, and the list of weights is empty");
     a.ema = flat(ema, {"ema"});
     a.sigma = sigma;
@@ -151,15 +164,27 @@ class Call {
   }
   // And what w + e is made of, but for the norm.
   void perturbation(Perturb& a, TensorList weights_, TensorList grads, const Tensor& radii, const Tensor& saved,
-                    const Tensor& status, const Tensor& achieved_sq, const MaybeTensor& ema, const MaybeTensor& mask_,
-                    double sigma, MaybeDouble lmbda, MaybeDouble eta) {
+                    const Tensor& achieved_sq, const MaybeTensor& status, const MaybeTensor& ema, const MaybeTensor& mask_,
+                    double sigma, MaybeDouble lmbda, MaybeDouble eta, std::optional<int64_t> stack) {
     TORCH_CHECK(!weights_.empty() && !grads.empty(), "a perturbation needs weights and grads, and one of the lists is empty");
-    direction(a, weights_, grads, ema, sigma, eta);
+    TORCH_CHECK(status.has_value() != stack.has_value(), "status says how it stands with weights that are perturbed in place, "
+                "and stack that they are copies: give one of them");
+    direction(a, stack ? TensorList(saved) : weights_, grads, ema, sigma, eta, stack, stack ? "saved" : "weights");
+    if (stack) {
+      TORCH_CHECK(weights_.size() == 1, "weights must be one stack of flat buffers, got ", weights_.size(), " tensors");
+      check_dense(weights_[0], {"weights"}, dtype_, device());
+      check_stack(weights_[0], {"weights"}, *stack);
+      a.stride = weights_[0].numel() / *stack;
+      TORCH_CHECK(a.stride >= reach_.flat, "weights has ", a.stride, " elements of a micro-batch, the table reaches ",
+                  reach_.flat);
+      a.copies = weights_[0].data_ptr();
+    } else {
+      a.saved = flat(saved, {"saved"});
+      a.status = per_row<uint8_t>(*status, "status");
+    }
     a.radii = per_group(radii, "radii", 2);
     TORCH_CHECK(radii.size(1) == kRadiusColumns, "radii must have ", kRadiusColumns, " columns, got ", radii.size(1));
-    a.saved = flat(saved, {"saved"});
-    a.status = per_row<uint8_t>(status, "status");
-    a.achieved_sq = per_row<double>(achieved_sq, "achieved_sq");
+    a.achieved_sq = per_row<double>(achieved_sq, "achieved_sq", stack);
     a.mask = mask(mask_);
     a.ema_out = lmbda && ema ? flat(ema, {"ema"}) : nullptr;
     a.lmbda = lmbda.value_or(0);
@@ -168,20 +193,32 @@ class Call {
 
   // The weights' return, and the linear combination.
   void descent(Descent& a, TensorList weights_, TensorList terms_, at::ArrayRef<double> coefs, TensorList sums_,
-               int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved, const MaybeTensor& status) {
+               int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved, const MaybeTensor& status,
+               const MaybeTensor& shares) {
     begin(a);
     TORCH_CHECK(saved.has_value() == status.has_value(), "saved and status go together: give both or neither");
     a.weights = weights(weights_);
     a.saved = flat(saved, {"saved"});
     a.status = per_row<uint8_t>(status, "status");
-    TORCH_CHECK(coefs.size() % kCoefficientColumns == 0 && coefs.size() <= kTerms * kCoefficientColumns, "coefs must be ",
-                kCoefficientColumns, " numbers for each of at most ", kTerms, " terms, got ", coefs.size());
-    a.combination.count = int(coefs.size()) / kCoefficientColumns;
-    terms(terms_, a.combination.count, a.terms);
-    const int64_t rows = sums_of(a, sums_);
-    combination(a.combination, coefs, rows, rescale);
-    if (norm_sq) a.norm_sq = sums(*norm_sq, {"norm_sq"});
-    TORCH_CHECK(a.norm_sq.rows <= 1, "norm_sq must be one row, got ", a.norm_sq.rows);
+    made_of(a, coefs, sums_, rescale, norm_sq, {});
+    if (shares) {
+      check_plain(*shares, {"shares"}, at::kDouble, device(), 2);
+      TORCH_CHECK(shares->numel() > 0 && shares->size(0) <= kVectors, "shares must be of 1 to ", kVectors,
+                  " stacks of micro-batches, got shape ", shares->sizes());
+      a.stacked = int(shares->size(0)), a.count = shares->size(1), a.shares = shares->const_data_ptr<double>();
+    }
+    terms(terms_, a.stacked, a.count, a.stacks, a.combination.count, a.terms);
+  }
+  void weighing(Weigh& a, at::ArrayRef<double> coefs, TensorList sums_, int64_t rescale, const MaybeTensor& norm_sq) {
+    check_plain(table_, {"shares"}, at::kDouble, device(), 1);
+    a.shares = table_.const_data_ptr<double>();
+    a.count = table_.numel();
+    made_of(a, coefs, sums_, rescale, norm_sq, a.count);
+  }
+  // Each of a stack of micro-batches, or the only one.
+  void each(Each& a, std::optional<int64_t> stack) const {
+    TORCH_CHECK(!stack || (*stack > 0 && *stack <= 65535), "stack must be 1 to 65535 micro-batches, got ", stack.value_or(1));
+    a.last = stack.value_or(1);
   }
   void rule(Update& a, TensorList states, int64_t rule, const Tensor& settings, const MaybeTensor& step) {
     TORCH_CHECK(rule == kSgd || rule == kAdam, "rule must be ", int(kSgd), " (SGD) or ", int(kAdam), " (Adam), got ", rule);
@@ -209,13 +246,47 @@ class Call {
     }
   }
 
+ protected:
+  // Without a table: what is like `shares`.
+  explicit Call(const Tensor& shares) : table_(shares), dtype_(at::kDouble) {}
+
  private:
+  static void check_stack(const Tensor& t, Label label, int64_t stack) {
+    TORCH_CHECK(t.size(0) == stack, label, " must have one row for each of ", stack, " micro-batches, got shape ", t.sizes());
+  }
+  // The elements of a micro-batch of every stack, which must be the same in all lists.
+  void sizes(TensorList tensors, Label label, int64_t stack) {
+    sizes_.resize(tensors.size());
+    for (const Tensor& t : tensors) {
+      int64_t& size = sizes_[&t - tensors.data()];
+      if (t.numel()) {
+        const Label each{label.name, label.index + (&t - tensors.data())};
+        check_stack(t, each, stack);
+        TORCH_CHECK(stack == 1 || t.stride(0) * stack == t.numel(), each,
+                    " must have one micro-batch after the other in memory, got strides ", t.strides());
+        TORCH_CHECK(size == 0 || size == t.numel() / stack, each, " has ", t.numel() / stack,
+                    " elements of a micro-batch, in another list it has ", size);
+        size = t.numel() / stack;
+      }
+    }
+    lists_.sizes = sizes_.data();
+  }
+  void made_of(Coefficients& a, at::ArrayRef<double> coefs, TensorList sums_, int64_t rescale,
+                    const MaybeTensor& norm_sq, std::optional<int64_t> stack) const {
+    TORCH_CHECK(coefs.size() % kCoefficientColumns == 0 && coefs.size() <= kTerms * kCoefficientColumns, "coefs must be ",
+                kCoefficientColumns, " numbers for each of at most ", kTerms, " terms, got ", coefs.size());
+    a.combination.count = int(coefs.size()) / kCoefficientColumns;
+    const int64_t rows = sums_of(a, sums_, stack);
+    combination(a.combination, coefs, rows, rescale);
+    if (norm_sq) a.norm_sq = sums(*norm_sq, {"norm_sq"}, stack);
+    TORCH_CHECK(a.norm_sq.rows <= 1, "norm_sq must be one row, got ", a.norm_sq.rows);
+  }
   // Into the first places of a.sums; how many rows they are in all.
-  int64_t sums_of(Descent& a, TensorList tensors) const {
+  int64_t sums_of(Coefficients& a, TensorList tensors, std::optional<int64_t> stack) const {
     TORCH_CHECK(tensors.size() <= kSums, "sums must be at most ", kSums, " tensors, got ", tensors.size());
     int64_t rows = 0;
     for (size_t k = 0; k < tensors.size(); ++k) {
-      a.sums[k] = sums(tensors[k], {"sums", int64_t(k)});
+      a.sums[k] = sums(tensors[k], {"sums", int64_t(k)}, stack);
       rows += a.sums[k].rows;
     }
     TORCH_CHECK(rows <= kRows, "sums must be at most ", kRows, " rows in all, got ", rows);
@@ -243,6 +314,7 @@ class Call {
   Reach reach_;
   Lists lists_;
   c10::SmallVector<void*, 256> pointers_[kLists];  // mostly without the heap, see parameters.cpp
+  c10::SmallVector<int64_t, 64> sizes_;
 };
 
 }  // namespace msam

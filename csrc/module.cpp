@@ -182,16 +182,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const py::kw_only kw_only;
   using Types = msam::Operators<msam::Call>;
 #define MSAM_DEFINE(name, ...) define(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
-  MSAM_DEFINE(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"));
+  MSAM_DEFINE(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"),
+            none("stack"));
   MSAM_DEFINE(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
-            arg("status"), arg("achieved_sq"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
-  MSAM_DEFINE(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("status"),
-            arg("achieved_sq"), none("arrived"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"));
-  MSAM_DEFINE(gram, arg("terms"), arg("table"), kw_only, arg("count"));
+            arg("achieved_sq"), none("status"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"),
+            none("stack"));
+  MSAM_DEFINE(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("achieved_sq"),
+            none("status"), none("arrived"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"),
+            none("stack"));
+  MSAM_DEFINE(gram, arg("terms"), arg("table"), kw_only, arg("count"), none("stack"));
+  MSAM_DEFINE(weigh, arg("shares"), kw_only, arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"));
   MSAM_DEFINE(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),
-            arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"), arg("last") = true, none("out_sq"));
+            arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"), arg("last") = true, none("out_sq"),
+            none("shares"));
   MSAM_DEFINE(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
             none("step"), arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"),
-            none("found_inf"));
+            none("found_inf"), none("shares"));
 #undef MSAM_DEFINE
 }

@@ -2,8 +2,9 @@
 // The operators that backends/__init__.py declares, once for every device: their C++ signatures, and their arguments' way to
 // the kernels. Device is a Call that runs them:
 //
-//   Device(table, dtype);
+//   Device(table, dtype), Device(shares);
 //   Tensor run(Norm&), ascend(Perturb&), run(Gram&);      // the terms of the sums, which they allocate
+//   Tensor run(Weigh&);                                   // the coefficients, which it allocates
 //   void run(Perturb&), run(Descend&), run(Update&);
 #pragma once
 
@@ -15,52 +16,67 @@ namespace msam {
 
 template <class Device>
 struct Operators {
+  using Stack = std::optional<int64_t>;
+
   static Tensor norm(TensorList weights, TensorList grads, const Tensor& table, const MaybeTensor& ema, double sigma,
-                     MaybeDouble eta) {
+                     MaybeDouble eta, Stack stack) {
     Device call(table, dtype_of(grads, {}, "grads"));
     Norm a;
     for (size_t k = 0; k < weights.size(); ++k) check_memory(weights[k], {"weights", int64_t(k)});  // also those not read
-    call.direction(a, eta ? weights : TensorList(), grads, ema, sigma, eta);
-    return call.run(a);
+    call.direction(a, eta ? weights : TensorList(), grads, ema, sigma, eta, stack);
+    return call.run(a, stack.has_value());
   }
 
   static void perturb(TensorList weights, TensorList grads, const Tensor& table, const Tensor& norm_sq, const Tensor& radii,
-                      const Tensor& saved, const Tensor& status, const Tensor& achieved_sq, const MaybeTensor& ema,
-                      const MaybeTensor& mask, double sigma, MaybeDouble lmbda, MaybeDouble eta) {
+                      const Tensor& saved, const Tensor& achieved_sq, const MaybeTensor& status, const MaybeTensor& ema,
+                      const MaybeTensor& mask, double sigma, MaybeDouble lmbda, MaybeDouble eta, Stack stack) {
     Device call(table, dtype_of(weights, {}, "weights"));
     Perturb a;
-    call.perturbation(a, weights, grads, radii, saved, status, achieved_sq, ema, mask, sigma, lmbda, eta);
-    a.norm_sq = call.sums(norm_sq, {"norm_sq"});
+    call.perturbation(a, weights, grads, radii, saved, achieved_sq, status, ema, mask, sigma, lmbda, eta, stack);
+    a.norm_sq = call.sums(norm_sq, {"norm_sq"}, stack);
     TORCH_CHECK(a.norm_sq.rows == 1, "norm_sq must be one row, got ", a.norm_sq.rows);
     call.run(a);
   }
 
   static Tensor ascend(TensorList weights, TensorList grads, const Tensor& table, const Tensor& radii, const Tensor& saved,
-                       const Tensor& status, const Tensor& achieved_sq, const MaybeTensor& arrived, const MaybeTensor& ema,
-                       const MaybeTensor& mask, double sigma, MaybeDouble lmbda, MaybeDouble eta) {
+                       const Tensor& achieved_sq, const MaybeTensor& status, const MaybeTensor& arrived,
+                       const MaybeTensor& ema, const MaybeTensor& mask, double sigma, MaybeDouble lmbda, MaybeDouble eta,
+                       Stack stack) {
     Device call(table, dtype_of(weights, {}, "weights"));
     Perturb a;
-    call.perturbation(a, weights, grads, radii, saved, status, achieved_sq, ema, mask, sigma, lmbda, eta);
+    call.perturbation(a, weights, grads, radii, saved, achieved_sq, status, ema, mask, sigma, lmbda, eta, stack);
     a.arrived = call.counter(arrived, "arrived");
-    return call.ascend(a);
+    return call.ascend(a, stack.has_value());
   }
 
-  static Tensor gram(TensorList terms, const Tensor& table, int64_t count) {
+  static Tensor gram(TensorList terms, const Tensor& table, int64_t count, Stack stack) {
     TORCH_CHECK(count >= 1 && count <= kVectors, "count must be 1 to ", kVectors, ", got ", count);
     Device call(table, dtype_of(terms, {}, "terms"));
     Gram a;
     call.begin(a);
-    call.terms(terms, count, a.terms);
+    call.each(a, stack);
+    if (stack)
+      call.terms(terms, count, *stack, a.terms, 0, nullptr);
+    else
+      call.terms(terms, 0, 0, nullptr, count, a.terms);
     a.count = int(count);
+    return call.run(a, stack.has_value());
+  }
+
+  static Tensor weigh(const Tensor& shares, at::ArrayRef<double> coefs, TensorList sums, int64_t rescale,
+                      const MaybeTensor& norm_sq) {
+    Device call(shares);
+    Weigh a;
+    call.weighing(a, coefs, sums, rescale, norm_sq);
     return call.run(a);
   }
 
   static void descend(TensorList weights, TensorList out, TensorList terms, const Tensor& table, at::ArrayRef<double> coefs,
                       TensorList sums, int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved,
-                      const MaybeTensor& status, bool last, const MaybeTensor& out_sq) {
+                      const MaybeTensor& status, bool last, const MaybeTensor& out_sq, const MaybeTensor& shares) {
     Device call(table, dtype_of(weights, out, "weights and out"));
     Descend a;
-    call.descent(a, weights, terms, coefs, sums, rescale, norm_sq, saved, status);
+    call.descent(a, weights, terms, coefs, sums, rescale, norm_sq, saved, status, shares);
     TORCH_CHECK(weights.empty() || saved, "weights are brought back from saved, which is missing");
     a.out = call.list(out, "out");
     a.last = last;
@@ -71,10 +87,10 @@ struct Operators {
   static void update(TensorList weights, TensorList states, TensorList terms, const Tensor& table, int64_t rule,
                      const Tensor& settings, const MaybeTensor& step, at::ArrayRef<double> coefs, TensorList sums,
                      int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved, const MaybeTensor& status,
-                     const MaybeTensor& found_inf) {
+                     const MaybeTensor& found_inf, const MaybeTensor& shares) {
     Device call(table, dtype_of(weights, {}, "weights"));
     Update a;
-    call.descent(a, weights, terms, coefs, sums, rescale, norm_sq, saved, status);
+    call.descent(a, weights, terms, coefs, sums, rescale, norm_sq, saved, status, shares);
     call.rule(a, states, rule, settings, step);
     a.found_inf = call.flag(found_inf, "found_inf");
     call.run(a);
@@ -85,6 +101,7 @@ struct Operators {
     library.impl("perturb", &perturb);
     library.impl("ascend", &ascend);
     library.impl("gram", &gram);
+    library.impl("weigh", &weigh);
     library.impl("descend", &descend);
     library.impl("update", &update);
   }

@@ -21,7 +21,6 @@ from torch.utils.dlpack import from_dlpack
 
 from .backends import Backend
 from .backends.checks import lost_memory, span
-from .backends.reference import PERTURBED
 from .gradients import has_layout, holds, memory_layout
 
 # Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
@@ -232,11 +231,11 @@ class Flat:
         self.memories: dict[str, Memory] = {}
         self.mask: Tensor | None = None
         self._stack: Tensor | None = None
-        self._perturbed: Tensor | None = None
         self.state: dict[str, Tensor] = {}
         self.views: dict[tuple[int, str], Tensor] = {}
         self._bound: _Bound | None = None
         self._achieved: list[Tensor] = []
+        self._achieved_of: dict[int, Tensor] = {}  # of several micro-batches, by the first of them
 
     @torch.no_grad()
     def _close_gaps(self, which: Iterable[int]) -> None:
@@ -297,6 +296,16 @@ class Flat:
             self._achieved.append(torch.zeros(self.rows, dtype=torch.float64, device=self.device))
         return self._achieved[i]
 
+    def achieved_sq_of(self, which: range) -> Tensor:
+        """``achieved_sq`` of several micro-batches, ``[len(which), K]``."""
+        there = self._achieved_of.get(which.start)
+        if there is None or len(there) < len(which):
+            there = torch.zeros(len(which), self.rows, dtype=torch.float64, device=self.device)
+            self.achieved_sq(which.stop - 1)
+            self._achieved_of[which.start] = there
+        self._achieved[which.start : which.stop] = there[: len(which)].unbind()
+        return there[: len(which)]
+
     def is_capturing(self) -> bool:
         return self._is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -322,14 +331,7 @@ class Flat:
     @property
     def copies(self) -> list[Tensor]:
         """What parallel passes keep."""
-        return [t for t in (self._stack, self._perturbed) if t is not None]
-
-    @property
-    def all_perturbed(self) -> Tensor:
-        """A status of rows whose weights are to be written elsewhere: a perturbation starts from what is saved."""
-        if self._perturbed is None:
-            self._perturbed = torch.full_like(self.status, PERTURBED)
-        return self._perturbed
+        return [t for t in (self._stack, *self._achieved_of.values()) if t is not None]
 
     def stack(self, n: int) -> Tensor:
         """``[n, size]`` for copies of the weights; the same memory as long as that is enough."""

@@ -36,6 +36,11 @@ class Vectors:
     lists: Sequence[Tensors]
     absent: int = 0
 
+    def micro_batch(self, i: int) -> Vectors:
+        """That of one micro-batch, where the tensors are stacks ``[m, *shape]``."""
+        lists = [[t[i] if t.dim() > 1 or t.numel() else t for t in tensors] for tensors in self.lists]
+        return Vectors(lists, self.absent)
+
     def present(self, other: Vectors) -> Vectors:
         """Without the parameters that are absent from ``other``."""
         if not other.absent:
@@ -238,20 +243,22 @@ def regular_gradient(p: Tensor, g: Tensor) -> Tensor:
             "bring its values back first"
         )
     g = g.detach()
-    return g if _is_regular(p, g) else torch.empty_like(p).copy_(g)
+    return g if _is_regular(p, g, g.stride()) else torch.empty_like(p).copy_(g)
 
 
-def _is_regular(p: Tensor, g: Tensor) -> bool:
-    same_order = all(a == b for a, b, n in zip(g.stride(), p.stride(), p.size(), strict=True) if n != 1)
+def _is_regular(p: Tensor, g: Tensor, stride: Sequence[int]) -> bool:
+    """``stride``: of ``g``, or of each of several that it holds."""
+    same_order = all(a == b for a, b, n in zip(stride, p.stride(), p.size(), strict=True) if n != 1)
     return g.device == p.device and same_order and not _torch.is_lazy(g) and not _is_frozen(g)
 
 
 def regular_stack(p: Tensor, stack: Tensor) -> Tensor:
-    """``regular_gradient`` of several gradients ``[n, *shape]`` that autograd has made for us."""
+    """``regular_gradient`` of several gradients ``[n, *shape]`` that autograd has made for us, one after the other."""
     if stack.layout != torch.strided or stack.dtype != p.dtype:
         regular_gradient(p, stack)  # refuses it
     stack = stack.detach()
-    if _is_regular(p, stack[0]) and is_writable(stack):
+    apart, *stride = stack.stride()
+    if (apart == p.numel() or len(stack) == 1) and _is_regular(p, stack, stride):
         return stack
     return torch.empty_strided(stack.shape, (p.numel(), *p.stride()), dtype=p.dtype, device=p.device).copy_(stack)
 

@@ -87,11 +87,6 @@ class Plan:
         """Whether the direction is the gradient itself, so that its norm is that of the ascent."""
         return self.lmbda is None and self.eta is None
 
-    @property
-    def is_mean(self) -> bool:
-        """Whether the descent is the mean of the latest gradients, with nothing else to be done to each."""
-        return self.descent == BASE.descent and not (self.rescale or self.keeps or self.holds)
-
     @cached_property
     def uses_products(self) -> bool:
         """Whether the descent's coefficients depend on inner products of the vectors."""

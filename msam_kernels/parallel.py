@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from threading import get_ident
 from typing import Any, Literal
 
@@ -143,6 +144,8 @@ def _wait_for(devices: Sequence[torch.device]) -> None:
 
 def _first(t: Tensor, dim: int | None, n: int) -> Tensor:
     """The dimension of the micro-batches first."""
+    if dim == 0:  # a view would be one for its gradient, too, which then looks as if somebody else held it
+        return t
     return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
@@ -512,8 +515,8 @@ class ParallelPasses:
                 if isinstance(module, Norm) and module.training and module.running_mean is not None:
                     self._statistics.append(_Statistics(self._named, prefix, module))
 
-    def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Vectors]]:
-        """(losses, gradients) of these micro-batches.
+    def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], Vectors]:
+        """(losses, gradients) of these micro-batches; the gradients are stacks ``[len(which), *shape]``.
 
         Args:
             weights: by flat, ``[len(which), size]``; None for w, in the pass that moves statistics on.
@@ -572,7 +575,7 @@ class ParallelPasses:
         if weights is None:
             for s, moved in zip(self._statistics, running, strict=True):
                 s.move(moved)
-        return list(losses.detach().unbind()), self._vectors(n, dict(zip(trained, own, strict=True)))
+        return list(losses.detach().unbind()), self._vectors(dict(zip(trained, own, strict=True)))
 
     def _stacked_losses(self, n: int, stacks: list[Tensor], running: list[list[Tensor]], columns: list[Any]) -> Tensor:
         """The loss of each of n micro-batches; ``running`` moves on."""
@@ -630,20 +633,15 @@ class ParallelPasses:
             torch.set_autocast_cache_enabled(self._caches)
             self._caches = None
 
-    def _vectors(self, n: int, found: dict[int, Tensor | None]) -> list[Vectors]:
-        """By micro-batch, what the kernels take."""
-        rows: list[list[list[Tensor]]] = [[] for _ in range(n)]
-        absent, k = 0, 0
+    def _vectors(self, found: dict[int, Tensor | None]) -> Vectors:
+        """What the kernels take."""
+        lists, absent, places = [], 0, count()
         for flat in self._store.flats:
-            columns: list[Sequence[Tensor]] = []
-            for p in flat.params:
-                stack = found.get(k)
-                k += 1
-                absent += stack is None
-                columns.append([flat.absent] * n if stack is None else regular_stack(p, stack).unbind())
-            for row, grads in zip(rows, zip(*columns, strict=True), strict=True):
-                row.append(list(grads))
-        return [Vectors(lists, absent) for lists in rows]
+            stacks = [found.get(next(places)) for _ in flat.params]
+            absent += sum(s is None for s in stacks)
+            pairs = zip(flat.params, stacks, strict=True)
+            lists.append([flat.absent if s is None else regular_stack(p, s) for p, s in pairs])
+        return Vectors(lists, absent)
 
     def commit(self) -> None:
         """All passes have ended: statistics move on."""

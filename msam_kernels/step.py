@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,7 +21,7 @@ from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_m
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import ParallelPasses
 from .rules import RULES, Radii, Radius, Rule, Tables, fused_rule
-from .store import TERMS, Descent, Store
+from .store import Descent, Store
 
 
 @dataclass(frozen=True)
@@ -388,7 +389,7 @@ class Step:
         self._held: list[Vectors] = []  # its gradients of earlier passes, the latest first
         self._norm_sq: Tensor | None = None  # of its ascent
         self._mean: Vectors | None = None  # of the descents so far
-        self._given: Vectors | None = None  # its latest gradient, where that is not in p.grad; nobody else writes to it
+        self._together: Descent | None = None  # of the latest micro-batches, where those ran at once
         self._ema: list[Tensor] = []  # by flat, what it was before parallel passes that have not ended
 
     def __enter__(self) -> Step:
@@ -465,81 +466,67 @@ class Step:
 
         Weights are read only: those of the passes at w + e are copies. The last descent is left to ``update``.
         """
-        plan, store, buffers, values = self.plan, self.store, self.engine.buffers, []
-        if (
-            plan.lmbda is not None and plan.perturbs and not store.is_capturing()
-        ):  # it moves on while they may still fail
+        plan, store, engine, values = self.plan, self.store, self.engine, []
+        # It moves on while they may still fail.
+        if plan.lmbda is not None and plan.perturbs and not store.is_capturing():
             self._ema = [memory.buffer.clone() for memory in store.memory("ema", float("nan"))]
-        buffers.freeze()
+        engine.buffers.freeze()
         try:
             for which in passes.turns:
-                self.turn = 0
-                losses, latest = passes.run(which, None)
+                self._i, self.turn, norm_sq = which[-1], 0, None
+                losses, at_w = passes.run(which, None)
                 self.check_current()
-                self._check_any(latest[0])
+                self._check_any(at_w)
                 values += losses
-                vectors: list[list[Vectors]] = [latest]
-                norms: list[Tensor | None] = [None] * len(which)
+                vectors = [at_w]
                 if plan.perturbs:
-                    stacks = store.stacks(len(which))
-                    places = [[stack[j] for stack in stacks] for j in range(len(which))]
-                    for j, i in enumerate(which):
-                        self._i = i
-                        norms[j] = self._ascend_apart(latest[j], places[j])
+                    self._look_at_each(at_w, len(which))
+                    copies = store.stacks(len(which))
+                    norm_sq = store.ascend(at_w, plan, engine.tables, which, copies)
+                    engine.norms_sq += norm_sq.unbind()
                     self.turn = 1
-                    vectors.insert(0, passes.run(which, stacks)[1])
+                    vectors.insert(0, passes.run(which, copies)[1])
                     self.check_current()
                     if plan.opposite is not None:
-                        for j in range(len(which)):
-                            norm_sq = norms[j]
-                            assert norm_sq is not None
-                            store.cross(latest[j], plan, self.engine.tables, norm_sq, places[j])
+                        store.cross(at_w, plan, engine.tables, norm_sq, copies)
                         self.turn = 2
-                        vectors.insert(0, passes.run(which, stacks)[1])
+                        vectors.insert(0, passes.run(which, copies)[1])
                         self.check_current()
-                rest = self._add_up(which, vectors[0], norms) if plan.is_mean else list(enumerate(which))
-                for j, i in rest:
-                    self._i, self._norm_sq = i, norms[j]
-                    self._given, *held = (vector[j] for vector in vectors)
-                    self._held = held[: plan.holds]
-                    if i + 1 < len(self.shares):
-                        self._accumulate()
+                self._together = self._descent_of(which, vectors, norm_sq)
+                if which.stop < len(self.shares):
+                    self._accumulate()
         finally:
             passes.put_back()
-        buffers.thaw()
+        engine.buffers.thaw()
         passes.commit()
         self._ema = []
         return values
 
-    def _add_up(
-        self, which: range, gradients: Sequence[Vectors], norms: Sequence[Tensor | None]
-    ) -> list[tuple[int, int]]:
-        """Add as many gradients to the mean at once as a kernel takes; the (place, micro-batch) of those that are left."""
-        left = [(j, i) for j, i in enumerate(which)]
-        while len(left) > 1 and left[1][1] + 1 < len(self.shares):  # the last one of all is the update's
-            room = TERMS - (self._mean is not None)
-            now = [(j, i) for j, i in left[:room] if i + 1 < len(self.shares)]
-            descent, known = Descent(), [norms[j] for j, _ in now]
-            if known[0] is not None:
-                descent.norm_sq = torch.cat([norm_sq for norm_sq in known if norm_sq is not None])
-            for j, i in now:
-                descent.add(gradients[j], Coefficient().row(self.shares[i]))
-            if self._mean is not None:
-                # Of one micro-batch alone it is not weighted yet.
-                descent.add(self._mean, Coefficient().row(self.shares[0] if now[0][1] == 1 else 1.0))
-            self._given = gradients[now[0][0]]
-            self._descend(self._into(descent, self._mean, whole=False), descent, last=False)
-            left = left[len(now) :]
-        return left
+    def _look_at_each(self, grads: Vectors, n: int) -> None:
+        for j in range(n if self._scores is not None else 0):
+            one = grads.micro_batch(j)
+            if not self._scores:  # the first become the sum, and are still needed
+                one.lists = [[g.clone() for g in tensors] for tensors in one.lists]
+            self._look_at(one)
 
-    def _ascend_apart(self, grads: Vectors, into: list[Tensor]) -> Tensor:
-        if self._scores == []:  # the first become the sum, and are still needed
-            self._look_at(Vectors([[g.clone() for g in tensors] for tensors in grads.lists], grads.absent))
-        else:
-            self._look_at(grads)
-        norm_sq = self.store.ascend(grads, self.plan, self.engine.tables, self._i, into)
-        self.engine.norms_sq.append(norm_sq)
-        return norm_sq
+    def _descent_of(self, which: range, vectors: Sequence[Vectors], norm_sq: Tensor | None) -> Descent:
+        """``_descent`` of several micro-batches, whose vectors are stacks."""
+        store, plan, shares = self.store, self.plan, [self.shares[i] for i in which]
+        vectors = vectors[: 1 + plan.holds]
+        products = store.gram(vectors[: plan.products], len(which)) if plan.products else None
+        if plan.keeps:
+            assert products is not None
+            coefs = [number for coefficient in plan.keeps for number in coefficient.row()]
+            stacks = vectors[: len(plan.keeps)]
+            v = Descent(stacks=stacks, shares=store.weigh(shares, coefs, [products], -1, None))
+            self._keep_v(v, begins=which.start == 0)
+        sums, rescale = self._sums(products, norm_sq)
+        coefs = [number for coefficient in plan.descent for number in coefficient.row()]
+        stacks = list(map(self._counting, vectors, plan.descent, repeat(vectors[0])))
+        descent = Descent(stacks=stacks, shares=store.weigh(shares, coefs, sums, rescale, norm_sq))
+        if self._mean is not None:
+            descent.add(self._mean, PLAIN)
+        return descent
 
     def check_current(self) -> None:
         if self.engine.step is not self:
@@ -670,7 +657,8 @@ class Step:
         if between is None:
             self.conclude()
         descent = self._descent(clear=self.clear)
-        if not at_once or (plan.reuses is not None and self._mean is not None):
+        of_one = self._mean is None and descent.shares is None
+        if not at_once or (plan.reuses is not None and not of_one):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
             assert self._mean is not None
             descent = Descent()
@@ -686,10 +674,6 @@ class Step:
                 assert self._mean is not None
                 self._descend(self._mean, descent, last=True, weights=False)
             assert self._mean is not None
-            if self._given is not None:  # out of a stack, which nobody may write to in place but by another view
-                self._mean = Vectors(
-                    [[g if g.numel() == 0 else g.detach() for g in t] for t in self._mean.lists], self._mean.absent
-                )
             self.store.set_grads(self.store.optionals(self._mean))
             found_inf = None
             if between is not None:
@@ -706,26 +690,22 @@ class Step:
         Afterwards nothing is held, and with ``clear`` p.grad is None.
         """
         engine, store, plan, i = self.engine, self.store, self.plan, self._i
-        if self._given is None:
-            vectors = [engine.collect(clear=clear), *self._held]
-        else:
+        if self._together is not None:
             engine.follow()
-            vectors = [self._given, *self._held]
+            together, self._together = self._together, None
+            return together
+        vectors = [engine.collect(clear=clear), *self._held]
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         if plan.keeps:
             assert products is not None
-            self._keep_v(vectors, products)
-        descent = Descent(norm_sq=self._norm_sq)
-        if plan.uses_products and products is not None:
-            descent.sums, descent.rescale = [products], plan.length
-            if plan.rescale and not plan.holds:
-                assert self._norm_sq is not None
-                descent.sums.append(self._norm_sq)
+            v = Descent(sums=[products])
+            for vector, coefficient in zip(vectors, plan.keeps, strict=True):
+                v.add(vector, coefficient.row(self.shares[i] if len(self.shares) > 1 else 1.0))
+            self._keep_v(v, begins=i == 0)
+        descent = Descent(*self._sums(products, self._norm_sq), self._norm_sq)
         for vector, coefficient in zip(vectors, plan.descent, strict=False):
-            # What is there for its length alone does not make a parameter one that has a gradient.
-            counts = coefficient.a or coefficient.b
-            descent.add(vector if counts else vector.present(vectors[0]), coefficient.row(share))
+            descent.add(self._counting(vector, coefficient, vectors[0]), coefficient.row(share))
         if self._mean is not None:
             # The first descent was kept as it is until there was a second.
             descent.add(self._mean, Coefficient().row(self.shares[0] if i == 1 else 1.0))
@@ -733,13 +713,31 @@ class Step:
         self._norm_sq = None
         return descent
 
+    def _sums(self, products: Tensor | None, norm_sq: Tensor | None) -> tuple[list[Tensor], int]:
+        """What the coefficients of the plan's descent depend on, and which of the sums is the length that it is given."""
+        plan = self.plan
+        if not plan.uses_products or products is None:
+            return [], -1
+        if not plan.rescale or plan.holds:
+            return [products], plan.length
+        assert norm_sq is not None
+        return [products, norm_sq], plan.length
+
+    @staticmethod
+    def _counting(vector: Vectors, coefficient: Coefficient, latest: Vectors) -> Vectors:
+        """What is there for its length alone does not make a parameter one that has a gradient."""
+        return vector if coefficient.a or coefficient.b else vector.present(latest)
+
     def _into(self, descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:
         """Where the descent goes: into the memory of what it is added to, where that is absent into its own gradients'."""
-        grads = descent.terms[0]
-        if self._given is None and (sum_so_far is None or sum_so_far.absent):
-            grads.lists = own_memory_of_lists(grads.lists, whole=whole)
-        out = grads if sum_so_far is None else sum_so_far.filled(grads)
-        for vector in descent.terms:
+        terms = descent.terms
+        if descent.shares is not None:  # memory of ours
+            n = len(descent.shares)
+            terms = [*(stack.micro_batch(0) for stack in terms[:n]), *terms[n:]]
+        elif sum_so_far is None or sum_so_far.absent:
+            terms[0].lists = own_memory_of_lists(terms[0].lists, whole=whole)
+        out = terms[0] if sum_so_far is None else sum_so_far
+        for vector in terms:
             out = out.filled(vector)
         return out
 
@@ -754,16 +752,12 @@ class Step:
             self.saves = not last
         forget_casts()
 
-    def _keep_v(self, vectors: list[Vectors], products: Tensor) -> None:
-        """The micro-batch's part of "v", which the first of a step begins anew."""
+    def _keep_v(self, descent: Descent, *, begins: bool) -> None:
+        """The micro-batch's part of "v", or that of several, which the first of a step ``begins`` anew."""
         engine, store = self.engine, self.store
         memories = store.memory("v", 0.0)
         v = Vectors([memory.parts for memory in memories])
-        descent = Descent(sums=[products])
-        share = self.shares[self._i] if len(self.shares) > 1 else 1.0
-        for vector, coefficient in zip(vectors, self.plan.keeps, strict=True):
-            descent.add(vector, coefficient.row(share))
-        if self._i or self.adds_to_v:
+        if self.adds_to_v or not begins:
             descent.add(v, PLAIN)
         engine.v_step = -1  # until it is whole, nothing may be added to it
         store.descend(v, descent, weights=False, memories=memories)

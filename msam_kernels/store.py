@@ -31,19 +31,26 @@ from .gradients import (
 from .methods import Plan
 from .rules import Rule, Tables
 
-#: That a descent or an update takes at once.
+#: That a descent or an update takes at once, beside stacks.
 TERMS = 4
+MOST_SHARES = 64  # that are remembered
 
 
 class Descent:
-    """A linear combination Σ cₖ xₖ, as ``descend`` and ``update`` take it. See ``backends.reference.coefficients``."""
+    """A linear combination Σ cₖ xₖ, as ``descend`` and ``update`` take it. See ``backends.reference.coefficients``.
 
-    __slots__ = ("coefs", "norm_sq", "rescale", "sums", "terms")
+    ``stacks`` are its first terms, of several micro-batches each, with their coefficients in ``shares``.
+    """
 
-    def __init__(self, sums: Sequence[Tensor] = (), rescale: int = -1, norm_sq: Tensor | None = None):
-        self.terms: list[Vectors] = []
+    __slots__ = ("coefs", "norm_sq", "rescale", "shares", "sums", "terms")
+
+    def __init__(
+        self, sums: Sequence[Tensor] = (), rescale: int = -1, norm_sq: Tensor | None = None,
+        stacks: Sequence[Vectors] = (), shares: Tensor | None = None,
+    ):  # fmt: skip
+        self.terms: list[Vectors] = list(stacks)
         self.coefs: list[float] = []
-        self.sums, self.rescale, self.norm_sq = list(sums), rescale, norm_sq
+        self.sums, self.rescale, self.norm_sq, self.shares = list(sums), rescale, norm_sq, shares
 
     def add(self, vector: Vectors, row: list[float]) -> None:
         self.terms.append(vector)
@@ -57,6 +64,8 @@ class Descent:
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """Arguments of the operators on that device."""
+        if self.shares is not None:
+            return {"coefs": self.coefs, "sums": [], "shares": _moved(self.shares, device)}
         if self.norm_sq is None and not self.sums:
             return {"coefs": self.coefs, "sums": []}
         return {
@@ -80,6 +89,7 @@ class Store:
         self.flats: list[Flat] = []
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
+        self._shares: dict[tuple[float, ...], Tensor] = {}  # on the device
         self._left: set[int] = set()  # the parameters that were frozen at the last look and are in no flat, by identity
 
     @property
@@ -261,30 +271,49 @@ class Store:
     # -- the operators, over all flats --------------------------------------------------------------------------------------
 
     def ascend(
-        self, grads: Vectors, plan: Plan, tables: Tables, i: int, into: Sequence[Tensor] | None = None
+        self, grads: Vectors, plan: Plan, tables: Tables, which: int | range, into: list[Tensor] | None = None
     ) -> Tensor:
-        """Perturb the weights to w + e, for micro-batch i; the terms of the direction's squared norm.
+        """Perturb the weights to w + e, for micro-batch ``which``; the terms of the direction's squared norm.
 
-        ``into``: a buffer by flat that w + e is written to; the weights then stay.
+        With ``into``, a buffer ``[m, size]`` by flat, the weights stay: w + e of each of m micro-batches is written there.
+        ``which`` are those, ``grads`` their stacks, and each has a row of terms.
         """
-        renew, apart = plan.opposite is None, into is not None
-        if into is not None and grads.absent:
-            for flat, copy in zip(self.flats, into, strict=True):
-                copy.copy_(flat.weights[0])
-        # Beside the weights an adaptive norm is a call of its own: its direction depends on what is there.
-        if len(self.flats) == 1 and not (apart and plan.eta is not None):
+        renew = plan.opposite is None
+        if into is not None and not renew and plan.lmbda is not None:
+            # The perturbations to the other side begin with the same mean, and move it on for good.
+            means = [flat.memory("ema", float("nan")).buffer for flat in self.flats]
+            before = [mean.clone() for mean in means]
+            norm_sq = self._ascend(grads, plan, tables, which, True, into)
+            for mean, old in zip(means, before, strict=True):
+                mean.copy_(old)
+            return norm_sq
+        return self._ascend(grads, plan, tables, which, renew, into)
+
+    def _ascend(
+        self, grads: Vectors, plan: Plan, tables: Tables, which: int | range, renew: bool, into: list[Tensor] | None
+    ) -> Tensor:
+        if len(self.flats) == 1:
             flat = self.flats[0]
-            options = self._perturbation(flat, plan, tables, "radii", i, renew, apart)
-            weights = flat.weights if into is None else [into[0]]
+            options = self._perturbation(flat, plan, tables, "radii", which, renew, into)
+            weights = flat.weights if into is None else into
             return flat.backend.ascend(weights, grads.lists[0], flat.table, arrived=flat.arrived, **options)
-        norm_sq = self._norm(grads, plan)
-        self._perturb(grads, plan, tables, norm_sq, "radii", i, renew, into)
+        if isinstance(which, range) and into is not None and plan.lmbda is not None and len(which) > 1:
+            # The direction of one is made of the mean that the one before has left.
+            return torch.cat([
+                self._ascend(
+                    Vectors([[t[j : j + 1] if t.numel() else t for t in tensors] for tensors in grads.lists], grads.absent),
+                    plan, tables, which[j : j + 1], renew, [copies[j : j + 1] for copies in into],
+                )
+                for j in range(len(which))
+            ])  # fmt: skip
+        norm_sq = self._norm(grads, plan, None if into is None else len(into[0]))
+        self._perturb(grads, plan, tables, norm_sq, "radii", which, renew, into)
         return norm_sq
 
-    def _norm(self, grads: Vectors, plan: Plan) -> Tensor:
+    def _norm(self, grads: Vectors, plan: Plan, stack: int | None) -> Tensor:
         pairs = zip(self.flats, grads.lists, strict=True)
         return self._together(
-            [flat.backend.norm(flat.weights, g, flat.table, **_direction(flat, plan)) for flat, g in pairs]
+            [flat.backend.norm(flat.weights, g, flat.table, stack=stack, **_direction(flat, plan)) for flat, g in pairs]
         )
 
     def stacks(self, n: int) -> list[Tensor]:
@@ -292,32 +321,36 @@ class Store:
         return [flat.stack(n) for flat in self.flats]
 
     def cross(
-        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: Sequence[Tensor] | None = None
+        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: list[Tensor] | None = None
     ) -> None:
         """Perturb the weights to the other side, or write that to ``into``. What arrives there is not recorded."""
         self._perturb(grads, plan, tables, norm_sq, "opposite", None, True, into)
 
     def _perturb(
-        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, i: int | None, renew: bool,
-        into: Sequence[Tensor] | None = None,
+        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, which: int | range | None, renew: bool,
+        into: list[Tensor] | None,
     ) -> None:  # fmt: skip
         for f, (flat, g) in enumerate(zip(self.flats, grads.lists, strict=True)):
-            options = self._perturbation(flat, plan, tables, radii, i, renew, into is not None)
-            weights = flat.weights if into is None else [into[f]]
+            copies = None if into is None else into[f : f + 1]
+            options = self._perturbation(flat, plan, tables, radii, which, renew, copies)
+            weights = flat.weights if copies is None else copies
             flat.backend.perturb(weights, g, flat.table, norm_sq=_moved(norm_sq, flat.device), **options)
 
     @staticmethod
     def _perturbation(
-        flat: Flat, plan: Plan, tables: Tables, radii: str, i: int | None, renew: bool, apart: bool = False
-    ) -> dict[str, Any]:
-        """``apart``: what is written to is not the weights, which are what a perturbation starts from."""
-        achieved = torch.empty(flat.rows, dtype=torch.float64, device=flat.device) if i is None else flat.achieved_sq(i)
-        options: dict[str, Any] = {
-            "radii": tables.on(radii, flat.device),
-            "saved": flat.weights[0] if apart else flat.save_buffer(),
-            "status": flat.all_perturbed if apart else flat.status,
-            "achieved_sq": achieved,
-        }
+        flat: Flat, plan: Plan, tables: Tables, radii: str, which: int | range | None, renew: bool,
+        copies: list[Tensor] | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        options: dict[str, Any] = {"radii": tables.on(radii, flat.device)}
+        if copies is None:
+            options["saved"], options["status"] = flat.save_buffer(), flat.status
+        else:
+            options["saved"], options["stack"] = flat.weights[0], len(copies[0])
+        if which is None:
+            rows = (flat.rows,) if copies is None else (len(copies[0]), flat.rows)
+            options["achieved_sq"] = torch.empty(rows, dtype=torch.float64, device=flat.device)
+        else:
+            options["achieved_sq"] = flat.achieved_sq(which) if isinstance(which, int) else flat.achieved_sq_of(which)
         if not plan.is_plain:
             options.update(_direction(flat, plan))
             if renew and plan.lmbda is not None:  # the last perturbation of a micro-batch moves the mean on
@@ -326,13 +359,27 @@ class Store:
             options["mask"] = flat.mask
         return options
 
-    def gram(self, vectors: Sequence[Vectors]) -> Tensor:
-        """The inner products of the vectors, float64 ``[rows, n]``, terms to be summed up."""
+    def gram(self, vectors: Sequence[Vectors], stack: int | None = None) -> Tensor:
+        """The inner products of the vectors, float64 ``[rows, n]``, terms to be summed up; with ``stack`` those of each."""
         parts = []
         for f, flat in enumerate(self.flats):
             terms = joined([vector.lists[f] for vector in vectors])
-            parts.append(flat.backend.gram(terms, flat.table, count=len(vectors)))
+            parts.append(flat.backend.gram(terms, flat.table, count=len(vectors), stack=stack))
         return self._together(parts)
+
+    def weigh(
+        self, shares: Sequence[float], coefs: list[float], sums: list[Tensor], rescale: int, norm_sq: Tensor | None
+    ) -> Tensor:
+        """The coefficients of several micro-batches with these shares of the batch, for stacks."""
+        on_device = self._shares.get(tuple(shares))
+        if on_device is None:
+            self.check_not_capturing("the sizes of the micro-batches")
+            if len(self._shares) > MOST_SHARES:
+                self._shares.clear()
+            on_device = torch.tensor(shares, dtype=torch.float64, device=self.device)
+            self._shares[tuple(shares)] = on_device
+        backend = self.flats[0].backend
+        return backend.weigh(on_device, coefs=coefs, sums=sums, rescale=rescale, norm_sq=norm_sq)
 
     def descend(
         self,

@@ -258,10 +258,12 @@ def test_roots_and_quotients_of_any_size_have_the_bits_of_the_cpu(dtype, options
 def test_every_operator_is_one_launch(operator, variant, sizes, emulated):
     call, before = make(operator, variant, torch.float32, sizes), emulated.launches()
     call.run(emulated)
-    assert emulated.launches() - before == 1
+    # F-SAM's mean moves on from micro-batch to micro-batch.
+    moves = operator == "ascend" and "lmbda" in call.arguments
+    assert emulated.launches() - before == (call.arguments.get("stack", 1) if moves else 1)
 
 
-@pytest.mark.parametrize("pointers", [7, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (6, 13))])
+@pytest.mark.parametrize("pointers", [11, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (10, 13))])
 @each_case
 def test_pointers_beyond_one_launch_take_several(operator, variant, pointers, emulated, monkeypatch):
     sizes = (5, 0, 300, 33, ROW + 5, 1, 257, 8, 1, 40, 7, 5, 3, 9)
@@ -274,7 +276,7 @@ def test_pointers_beyond_one_launch_take_several(operator, variant, pointers, em
     if results[0] is None:
         assert_same_memory(*calls)
     else:  # a term adds its launches up one by one
-        assert_close_sums(*results, rtol=1e-14)
+        assert_close_sums(*results, rtol=1e-14, gram=operator == "gram")
 
 
 @pytest.mark.parametrize(
@@ -346,12 +348,15 @@ def test_one_launch_gives_the_bits_of_two(variant, dtype, emulated):
     sizes = (5, 300, 0, 3 * ROW + 7, 257)
     one, two, three = (make("ascend", variant, dtype, sizes, absent=(1,)) for _ in range(3))
     result = one.run(emulated)
-    norm_sq = halves(two, None)[0].run(emulated)
-    halves(two, norm_sq)[1].run(emulated)
-    assert_same(one, two, result, norm_sq)
+    # A mean that moves on makes the direction of one micro-batch depend on the perturbation before.
+    times = one.arguments.get("stack", 1) if "lmbda" in one.arguments else 1
+    if times == 1:
+        norm_sq = halves(two, None)[0].run(emulated)
+        halves(two, norm_sq)[1].run(emulated)
+        assert_same(one, two, result, norm_sq)
     before = emulated.launches()
     assert_same(one, three, result, Call("ascend", {**three.arguments, "arrived": None}).run(emulated))
-    assert emulated.launches() - before == 2
+    assert emulated.launches() - before == 2 * times
 
 
 def test_two_launches_may_be_asked_for(emulated, monkeypatch):

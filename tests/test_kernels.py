@@ -37,12 +37,12 @@ from cases import (
     CHUNK,
     DTYPES,
     EXPONENT,
-    FINITE_CASES,
     HALF_ULP,
     INF,
     LARGEST,
     MIXED,
     NAN,
+    ROUNDED_ONCE,
     SUMS,
     VARIANTS,
     Call,
@@ -342,6 +342,28 @@ OPTIMIZERS = {
 }
 
 
+WEIGHED = ("two terms", "four terms", "ratios", "ratios of roots", "combined and rescaled", "many sums", "not finite")
+
+
+@pytest.mark.parametrize("variant", WEIGHED)
+def test_coefficients_of_all_micro_batches_are_those_of_each(variant, backend):
+    """Times its share: the combination of ones is the sum of the coefficients."""
+    each = [make("descend", f"out, {variant}", torch.float64, (1,), seed=seed).arguments for seed in range(3)]
+    a, k = each[0], kernels_of(backend)
+    shares = f64(0.25, 0.5, 1.5)
+    together = {"sums": [torch.stack(rows) for rows in zip(*(one["sums"] for one in each), strict=True)]}
+    if "norm_sq" in a:
+        together["norm_sq"] = torch.stack([a["norm_sq"], f64(*range(1, 1 + len(a["norm_sq"]))), f64(*a["norm_sq"]) + 1])
+    found = k.weigh(shares, coefs=a["coefs"], rescale=a.get("rescale", -1), **together)
+    for i in range(3):
+        norm_sq = together["norm_sq"][i] if "norm_sq" in a else None
+        wanted = torch.as_tensor(
+            reference.coefficients(a["coefs"], [t[i] for t in together["sums"]], a.get("rescale", -1), norm_sq),
+            dtype=torch.float64,
+        )
+        torch.testing.assert_close(found[:, i], wanted * shares[i], rtol=1e-15, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("large", [2e19, 1e21, -3e19, 1e-19, 1e-22], ids=str)
 def test_adam_takes_gradients_whose_square_is_no_fp32_number_as_torch_does(large, amsgrad, backend):
@@ -546,7 +568,7 @@ def test_a_tensor_that_stays_as_it_is_is_not_written(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(("operator", "variant"), FINITE_CASES, ids=lambda v: v)
+@pytest.mark.parametrize(("operator", "variant"), ROUNDED_ONCE, ids=lambda v: v)
 def test_results_are_those_of_double_precision_rounded_once(operator, variant, dtype, backend):
     call = make(operator, variant, dtype, (5, 33, 700))
     truth = call.in_double()
@@ -1082,6 +1104,41 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
         _with(sums=_in_each(lambda t: t[:2])),
         "Gram matrix .* got 2 rows",
     ),
+    "shares of fewer micro-batches": (
+        *("descend", "out, a stack", _with(shares=torch.ones(1, 2).double())),
+        r"terms\[0\] must have one row for each of 2 micro-batches, got shape \[3, 5\]",
+    ),
+    "shares of four stacks": (
+        *("update", "sgd, a stack", _with(shares=torch.ones(4, 3).double())),
+        r"shares must be of 1 to 3 stacks of micro-batches, got shape \[4, 3\]",
+    ),
+    "a stack of fewer micro-batches": (
+        *("norm", "a stack", _with(stack=2)),
+        r"grads\[0\] must have one row for each of 2 micro-batches, got shape \[3, 5\]",
+    ),
+    "a stack of none": ("gram", "a stack of two", _with(stack=0), "stack must be 1 to 65535 micro-batches, got 0"),
+    "a stack whose micro-batches are interleaved": (
+        *("norm", "a stack", _with(grads=_in_each(lambda t: t.t().contiguous().t()))),
+        r"grads\[0\] must have one micro-batch after the other in memory, got strides \[1, 3\]",
+    ),
+    "a status of copies": (
+        *("perturb", "a stack", _with(status=torch.zeros(3, dtype=torch.uint8))),
+        "status says .* and stack that they are copies: give one of them",
+    ),
+    "weights that are perturbed without a status": (
+        "perturb",
+        "plain",
+        _with(status=None),
+        "status says .* give one of them",
+    ),
+    "copies of fewer micro-batches": (
+        *("ascend", "a stack", _with(weights=_in_each(lambda t: t[:2]))),
+        "weights must have one row for each of 3 micro-batches",
+    ),
+    "norms of fewer micro-batches": (
+        *("perturb", "a stack", _with(norm_sq=lambda t: t[:2])),
+        "norm_sq must have one row for each of 3 micro-batches",
+    ),
     "a Gram matrix of more than the terms": (
         *("descend", "out", _with(sums=[torch.ones(3, 1).double()])),
         "Gram matrix .* got 3 rows",
@@ -1215,14 +1272,14 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
     n, room = 700, 4096
     near = make(operator, variant, torch.bfloat16, (n,), groups=1)
     far, windows = copy.deepcopy(near), {}
-    memory = _huge(FAR + room * 16)
+    memory = _huge((FAR + n) * near.arguments.get("stack", VARIANTS[operator][variant].get("stack", 1)) + room * 16)
 
     def moved(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.dtype != torch.bfloat16:
             return t
         start = windows.setdefault(t.data_ptr(), len(windows)) * room  # out may be one of the terms
-        window = memory[start : start + FAR + n]
-        window[FAR:] = t[:n]
+        window = memory[start : start + len(t[..., 0].reshape(-1)) * (FAR + n)].view(*t.shape[:-1], FAR + n)
+        window[..., FAR:] = t[..., :n]
         return window
 
     for name, value in far.arguments.items():
@@ -1240,7 +1297,7 @@ def test_a_place_beyond_2_31_elements_gives_the_bits_of_a_near_one(operator, var
     for name, value in near.arguments.items():
         for a, b in each_tensor(value, far.arguments[name]):
             if a.dtype == torch.bfloat16:
-                assert_same_bits(b[FAR:], a[:n], name)
+                assert_same_bits(b[..., FAR:], a[..., :n], name)
             elif name in ("status", *SUMS):
                 assert torch.equal(a, b)
     if results[0] is not None:

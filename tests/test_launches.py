@@ -32,6 +32,24 @@ EXPECTED = {
 MOST = 4
 
 
+def noted(opt: MicroBatchSAM) -> list[str]:
+    """The calls of operators from now on."""
+    calls: list[str] = []
+
+    def noting(name, operator):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return operator(*args, **kwargs)
+
+        return call
+
+    for flat in opt.engine.store.flats:
+        flat.backend = SimpleNamespace(
+            **{name: noting(name, getattr(flat.backend, name)) for name in backends.OPERATORS}
+        )
+    return calls
+
+
 class Counted:
     """An optimizer whose calls of operators are noted."""
 
@@ -39,18 +57,7 @@ class Counted:
         self.params = [nn.Parameter(torch.linspace(-1, 1, 40, dtype=dtype)) for dtype in dtypes for _ in range(2)]
         base = base(self.params, lr=0.1, momentum=0.9)
         self.opt = MicroBatchSAM(base, 0.1, method=method, num_micro_batches=count, backend="reference")
-        self.calls: list[str] = []
-        for flat in self.opt.engine.store.flats:
-            flat.backend = SimpleNamespace(
-                **{name: self.noting(name, getattr(flat.backend, name)) for name in backends.OPERATORS}
-            )
-
-    def noting(self, name, operator):
-        def call(*args, **kwargs):
-            self.calls.append(name)
-            return operator(*args, **kwargs)
-
-        return call
+        self.calls = noted(self.opt)
 
     def loss(self, x):
         return sum((p.double() * x.mean()).cos().square().sum() for p in self.params)
@@ -117,3 +124,46 @@ def test_two_dtypes_launch_each_kernel_once_per_dtype():
 def test_nothing_is_launched_where_nothing_is_perturbed_and_a_gradient_is_the_mean():
     counted = Counted(methods.SAM(start=1))
     assert counted.loop() == []
+
+
+class Weights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, 40, dtype=torch.float64))
+
+    def forward(self, x):
+        return (self.w * x.mean()).cos().square().sum()
+
+
+# Of all micro-batches that run at once: inner products and norms give each its coefficients once.
+TOGETHER = {
+    "Stable SAM": ["ascend", "gram", "weigh", "update"],
+    "GSAM": ["ascend", "gram", "weigh", "update"],
+    "LookSAM k=2": ["ascend", "gram", "weigh", "descend", "weigh", "update"],  # the descend makes v
+    "Bilateral SAM": ["ascend", "perturb", "gram", "weigh", "update"],
+    "F-SAM + Sparse + Stable": ["ascend", "gram", "weigh", "update"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_that_run_at_once_launch_as_much_as_one(name):
+    for count in (2, 7):
+        model = Weights()
+        base = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        options = {"method": METHODS[name], "num_micro_batches": count, "backend": "reference"}
+        opt = MicroBatchSAM(base, 0.1, model=model, parallel=True, **options)
+        calls = noted(opt)
+        opt.train_step(model, torch.linspace(0.5, 1.5, 14, dtype=torch.float64))
+        assert calls == TOGETHER.get(name, ["ascend", "weigh", "update"])
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_so_many_at_once_add_the_mean_so_far(most):
+    model = Weights()
+    opt = MicroBatchSAM(
+        SGD(model.parameters(), lr=0.1), 0.1, num_micro_batches=6, backend="reference", model=model, parallel=most
+    )
+    calls = noted(opt)
+    opt.train_step(model, torch.linspace(0.5, 1.5, 6, dtype=torch.float64))
+    turns = 6 // most
+    assert calls == ["ascend", "weigh", "descend"] * (turns - 1) + ["ascend", "weigh", "update"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import sys
 import warnings
@@ -196,6 +197,63 @@ def test_a_dozen_micro_batches_are_added_up_by_their_sizes(method, most):
 def test_every_backend_writes_beside_the_weights(backend):
     expected, ours = twins(convolutions, method="F-SAM + Sparse + Stable", backend=backend)
     assert_train_alike(ours, expected, [images(12, i) for i in range(6)])
+
+
+COMPOSED = {
+    "a mean and another side": methods.FriendlySAM(sigma=0.5, lmbda=0.6) + methods.BilateralSAM(rho_min=0.03),
+    "a mean and stretched directions": methods.FriendlySAM(sigma=0.5, lmbda=0.6) + methods.AdaptiveSAM(eta=0.01),
+    "three vectors as long as one": methods.BilateralSAM(rho_min=0.03) + methods.StableSAM(),
+}
+
+
+@pytest.mark.parametrize("most", [True, 2], ids="parallel={}".format)
+@pytest.mark.parametrize("method", COMPOSED.values(), ids=COMPOSED)
+def test_methods_compose_as_in_sequential_passes(method, most):
+    expected, ours = twins(convolutions, method=method, parallel=most)
+    assert_train_alike(ours, expected, [images(10, i) for i in range(5)])
+
+
+class Mixed(nn.Module):
+    """Parameters of two dtypes: two flats, whose sums come together."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        hidden = self.first(x.flatten(1).to(self.first.weight.dtype)).tanh()
+        return self.second(hidden.to(self.second.weight.dtype)).double()
+
+
+@pytest.mark.parametrize("method", ["F-SAM sigma=0.5 lmbda=0.6", "GSAM", "Bilateral SAM", "LookSAM k=2"])
+def test_parameters_of_two_dtypes_train_as_in_sequential_passes(method):
+    (other, _), (model, _) = twins(Mixed)
+    found = []
+    for m, parallel in ((other, False), (model, True)):
+        m.second.float()
+        opt = MicroBatchSAM(
+            SGD(m.parameters(), 0.1), 0.05, method=METHODS[method], num_micro_batches=3, model=m, parallel=parallel
+        )
+        for i in range(5):
+            opt.train_step(loss_of(m), *images(10, i))
+        found.append([p.double() for p in weights(m)])
+    assert apart(found[1], found[0]) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["SAM", "F-SAM sigma=0.5 lmbda=0.6", "GSAM"])
+def test_one_micro_batch_that_overflows_is_the_only_one_that_is_not_perturbed(method):
+    (_, plain), (_, opt) = found = twins(MODELS["mlp"][0], method=method)
+    for model, one in found:
+        for i in range(2):
+            x, y = images(9, i)
+            x[4] *= math.inf if i == 1 else 1.0  # of the second micro-batch
+            one.train_step(loss_of(model), x, y)
+    assert opt.stats.nonfinite.tolist() == plain.stats.nonfinite.tolist() == [False, True, False]
+    assert apart([opt.stats.perturbation_norm], [plain.stats.perturbation_norm]) < TOLERANCE
+    means = [[memory.buffer for memory in one.engine.store.flats[0].memories.values()] for one in (opt, plain)]
+    assert len(means[0]) == ("F-SAM" in method)
+    for actual, expected in zip(*means, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
 
 
 def test_batches_may_be_trees_and_models_partly_frozen():

@@ -531,6 +531,9 @@ def launched(dtype: torch.dtype) -> list[tuple]:
         kernels._Call(torch.zeros(0, 5, dtype=torch.int64), grads=[torch.zeros(1)])._captured(bytes(8))
         for operator, variant in CASES:
             make(operator, variant, dtype, (5, 40)).run(kernels)
+        shares, sums = torch.ones(3, dtype=torch.float64), torch.ones(3, 1, 1, dtype=torch.float64)
+        for given in ([], [sums]):
+            kernels.weigh(shares, coefs=coefs((1.0,)), sums=given)
     return list(found.values())
 
 
@@ -582,10 +585,10 @@ def test_every_kernel_compiles_ahead_of_time(target, dtype):
     assert child.returncode == 0, child.stderr
     reports = [json.loads(line) for line in child.stdout.splitlines()]
     found = {report["kernel"].removesuffix("_kernel") for report in reports}
-    assert found == {"norm", "ascend", "perturb", "gram", "descend", "update", "write_words"}
+    assert found == {"norm", "ascend", "perturb", "gram", "weigh", "descend", "update", "write_words"}
     for report in reports:
         wide = {a for a in report["accesses"] if re.search(r"v4\.b32$|v2\.b64$|dwordx4$", a)}
-        if report["kernel"] == "write_words_kernel":
+        if report["kernel"] in ("write_words_kernel", "weigh_kernel"):
             continue
         assert any("ld" in a or "load" in a for a in wide), report
         assert report["kernel"] in ("norm_kernel", "gram_kernel") or any("st" in a for a in wide), report

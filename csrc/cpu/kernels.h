@@ -10,7 +10,7 @@ namespace msam::cpu {
 struct Context {
   const Lists* lists;
   bool large = false;  // does not fit the cache: prefetch, and store past it what is not read again soon
-  double norm_sq = 0;  // of the ascent
+  const double* norm_sq = nullptr;  // of the ascent, of each micro-batch
   double coefficients[kTerms] = {};
 };
 

@@ -21,6 +21,9 @@ inline const S* at(const void* flat, const Chunk& c) {
   return flat ? static_cast<const S*>(flat) + c.offset : nullptr;
 }
 
+// Elements from one micro-batch of a stack to the next; 0 where the call has none.
+inline int64_t size_of(const Context& x, const Chunk& c) { return x.lists->sizes ? x.lists->sizes[c.segment] : 0; }
+
 // ---- storage ----------------------------------------------------------------------------------------------------
 
 template <class S>
@@ -344,7 +347,9 @@ void norm(const Norm& a, const Context& x, int64_t first, int64_t last) {
     const Chunk& c = a.table[k];
     const S *grads = at<S>(x, a.grads, c), *weights = a.adaptive ? at<S>(x, a.weights, c) : nullptr;
     const bool there = grads && (weights || !a.adaptive);
-    put(there ? row(&a, grads, at<S>(a.ema, c), weights, c.numel, x.large) : Sum<double, kCareful<S>>(), a.partials, k, a.rows);
+    for (int64_t i = a.first; i < a.last; ++i)
+      put(there ? row(&a, grads + i * size_of(x, c), at<S>(a.ema, c), weights, c.numel, x.large) : Sum<double, kCareful<S>>(),
+          a.partials + (i - a.first) * kParts<kCareful<S>> * a.rows, k, a.rows);
   }
 }
 
@@ -382,13 +387,13 @@ void products_of(const S* const* from, int64_t numel, bool large, Sum<double, kC
 
 // The products of the vectors that are there; those of the others are 0.
 template <class S>
-void gram(const Gram& a, const Context& x, int64_t first, int64_t last) {
+void gram_of(const Gram& a, const Context& x, int64_t first, int64_t last, int64_t i) {
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.table[k];
     const S* from[kVectors];
     int which[kVectors], n = 0;
     for (int v = 0; v < a.count; ++v)
-      if ((from[n] = at<S>(x, a.terms[v], c))) which[n++] = v;
+      if ((from[n] = at<S>(x, a.terms[v], c))) from[n] += i * size_of(x, c), which[n++] = v;
     constexpr int kMost = kVectors * (kVectors + 1) / 2;
     Sum<double, kCareful<S>> found[kMost], products[kMost];
     if (n == 3)
@@ -399,9 +404,14 @@ void gram(const Gram& a, const Context& x, int64_t first, int64_t last) {
       found[0] = norm_of<S, false, false>(nullptr, from[0], nullptr, nullptr, c.numel, x.large);
     for (int v = 0; v < n; ++v)
       for (int u = 0; u <= v; ++u) products[which[v] * (which[v] + 1) / 2 + which[u]] = found[v * (v + 1) / 2 + u];
-    for (int r = 0; r < a.count * (a.count + 1) / 2; ++r)
-      put(products[r], a.partials + r * kParts<kCareful<S>> * a.rows, k, a.rows);
+    const int count = a.count * (a.count + 1) / 2;
+    for (int r = 0; r < count; ++r)
+      put(products[r], a.partials + ((i - a.first) * count + r) * kParts<kCareful<S>> * a.rows, k, a.rows);
   }
+}
+template <class S>
+void gram(const Gram& a, const Context& x, int64_t first, int64_t last) {
+  for (int64_t i = a.first; i < a.last; ++i) gram_of<S>(a, x, first, last, i);
 }
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
@@ -437,12 +447,11 @@ inline Wide<V> difference_sq(V next, V old) {
 
 // Weights of a row from `base` to w + e; returns ||e||^2 as it was stored. `saved` is null where nothing is to be saved.
 template <class S, bool friendly, bool adaptive, bool masked, bool stream>
-double perturb_row(const Perturb& a, const Context& x, const Chunk& c, const S* base, S* weights, S* saved) {
+double perturb_row(const Perturb& a, double norm_sq, const Chunk& c, const S* grads, const S* base, S* weights, S* saved) {
   using T = typename Arithmetic<S>::type;
-  const S* grads = at<S>(x, a.grads, c);
   const S* emas = friendly ? at<S>(a.ema, c) : nullptr;
   S* emas_out = friendly ? at<S>(a.ema_out, c) : nullptr;
-  const Pack<T> scale = pack_of(T(ascent_scale(x.norm_sq, a.radii + c.group * kRadiusColumns)));
+  const Pack<T> scale = pack_of(T(ascent_scale(norm_sq, a.radii + c.group * kRadiusColumns)));
   const Pack<T> sigma = pack_of<T>(a.sigma), eta = pack_of<T>(a.eta);
   const Pack<T> lmbda = pack_of<T>(a.lmbda), one_minus_lmbda = pack_of<T>(a.one_minus_lmbda);
   const bool past_cache = stream && base != weights;  // weights that were not read
@@ -503,81 +512,133 @@ void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.table[k];
     S *weights = at<S>(x, a.weights, c), *saved = at<S>(a.saved, c);
-    a.achieved_sq[k] = 0;
-    if (!weights || !at<S>(x, a.grads, c)) continue;
-    const bool untouched = a.status[k] == kUntouched;
-    const S* base = a.status[k] == kPerturbed ? saved : weights;
-    if (is_finite(x.norm_sq)) {
-      a.achieved_sq[k] = row(a, x, c, base, weights, untouched ? saved : nullptr);
-    } else {  // no perturbation, and an EMA that stays usable
-      if (untouched) copy<S>(weights, saved, c.numel, x.large);
-      if (base != weights) copy(base, weights, c.numel, x.large);
+    const S* grads = at<S>(x, a.grads, c);
+    const bool untouched = a.status && a.status[k] == kUntouched;
+    const S* base = a.status && a.status[k] == kPerturbed ? saved : weights;
+    // A row of w stays in cache while every micro-batch takes its turn.
+    for (int64_t i = a.first; i < a.last; ++i) {
+      double& achieved_sq = a.achieved_sq[(i - a.first) * a.rows + k] = 0;
+      S* out = a.copies ? static_cast<S*>(a.copies) + (i * a.stride + c.offset) : weights;
+      if (!weights || (!grads && !a.copies)) continue;
+      const double norm_sq = x.norm_sq[i - a.first];
+      if (grads && is_finite(norm_sq)) {
+        achieved_sq = row(a, norm_sq, c, grads + i * size_of(x, c), base, out, untouched ? saved : nullptr);
+      } else {  // no perturbation, and an EMA that stays usable
+        if (untouched) copy<S>(weights, saved, c.numel, x.large);
+        if (base != out) copy(base, out, c.numel, x.large);
+      }
     }
-    a.status[k] = kPerturbed;
+    if (a.status && weights && grads) a.status[k] = kPerturbed;
   }
   finish_streaming(x.large);
 }
 
 // ---- the linear combination ---------------------------------------------------------------------------------------
 
-// The terms of a row that count: those that are there and have a coefficient that is not 0.
+// Some terms: where a row's part of each begins, and its coefficient.
 template <class S>
-struct Terms {
+struct Group {
   using T = typename Arithmetic<S>::type;
   const S* from[kTerms];
   T coefficients[kTerms];
   int live = 0;
-  bool any = false;  // one is there, whatever its coefficient
 
-  Terms(const Descent& a, const Context& x, const Chunk& c) {
-    for (int k = 0; k < a.combination.count; ++k) {
-      const S* p = at<S>(x, a.terms[k], c);
-      any = any || p;
-      if (!p || T(x.coefficients[k]) == 0) continue;
-      from[live] = p;
-      coefficients[live++] = T(x.coefficients[k]);
-    }
-  }
-  // The combination is one term as it is.
-  bool is_plain() const { return live == 1 && coefficients[0] == 1; }
-  bool reads(const S* p) const {
-    bool found = false;
-    for (int k = 0; k < live; ++k) found = found || from[k] == p;
-    return found;
-  }
-  void add_to(Ahead<S>& ahead) const {
-    for (int k = 0; k < live; ++k) ahead.add(from[k]);
-  }
+  void add(const S* p, T c) { from[live] = p, coefficients[live++] = c; }
 
-  template <int count, class A>
+  // The n elements at i, in `out`: alone, or on top of what is there.
+  template <int count, bool on, class A>
   void combine(int64_t i, T* out, int n, const A& ahead) const {
     alignas(64) T tmp[count][kBlock];
     const T* x[count];
     T c[count];  // local copies stay in registers: stores cannot alias them
     for (int k = 0; k < count; ++k) x[k] = load(from[k] + i, tmp[k], n), c[k] = coefficients[k];
     for_elements(i, n, ahead, [&](int j) {
-      T sum = weighted(x[0][j], c[0]);
+      T sum = on ? plus_weighted(out[j], x[0][j], c[0]) : weighted(x[0][j], c[0]);
       for (int k = 1; k < count; ++k) sum = plus_weighted(sum, x[k][j], c[k]);
       out[j] = sum;
     });
   }
-  // The block at i, in `out`.
-  template <class N, class A>
+  template <bool on, class N, class A>
   void block(int64_t i, T* out, N count, const A& ahead) const {
     const int n = count;
     if (live == 4)
-      combine<4>(i, out, n, ahead);
+      combine<4, on>(i, out, n, ahead);
     else if (live == 3)
-      combine<3>(i, out, n, ahead);
+      combine<3, on>(i, out, n, ahead);
     else if (live == 2)
-      combine<2>(i, out, n, ahead);
+      combine<2, on>(i, out, n, ahead);
     else if (live == 1)
-      combine<1>(i, out, n, ahead);
-    else
+      combine<1, on>(i, out, n, ahead);
+    else if (!on)
       std::memset(out, 0, n * sizeof(T));
   }
 };
 static_assert(kTerms == 4, "block() knows so many terms");
+
+// The terms of a row that count: those that are there and have a coefficient that is not 0. As long as they are few they are
+// one group; those of stacks are taken in groups, one after the other.
+template <class S>
+struct Terms : Group<S> {
+  using T = typename Group<S>::T;
+  using Group<S>::from;
+  using Group<S>::coefficients;
+  using Group<S>::live;
+  const Descent& a;
+  const Context& x;
+  const Chunk& c;
+  bool any = false;  // one is there, whatever its coefficient
+  bool many = false;
+
+  Terms(const Descent& a, const Context& x, const Chunk& c) : a(a), x(x), c(c) {
+    for (int k = 0; k < a.combination.count; ++k) any = any || at<S>(x, a.terms[k], c);
+    for (int k = 0; k < a.stacked; ++k) any = any || at<S>(x, a.stacks[k], c);
+    each([&](const S* p, T coefficient) {
+      many = many || live == kTerms;
+      if (!many) this->add(p, coefficient);
+    });
+  }
+  // body(where it begins, its coefficient) for each, in their order.
+  template <class F>
+  void each(F&& body) const {
+    const S* stacks[kVectors];
+    for (int k = 0; k < a.stacked; ++k) stacks[k] = at<S>(x, a.stacks[k], c);
+    for (int64_t i = 0; i < a.count; ++i)
+      for (int k = 0; k < a.stacked; ++k)
+        if (const T coefficient = T(a.shares[k * a.count + i]); stacks[k] && coefficient != 0)
+          body(stacks[k] + i * size_of(x, c), coefficient);
+    for (int k = 0; k < a.combination.count; ++k)
+      if (const S* p = at<S>(x, a.terms[k], c); p && T(x.coefficients[k]) != 0) body(p, T(x.coefficients[k]));
+  }
+  // The combination is one term as it is.
+  bool is_plain() const { return live == 1 && coefficients[0] == 1; }
+  bool reads(const S* p) const {
+    bool found = false;
+    each([&](const S* q, T) { found = found || q == p; });
+    return found;
+  }
+  void add_to(Ahead<S>& ahead) const {
+    for (int k = 0; k < live; ++k) ahead.add(from[k]);
+  }
+
+  // The block at i, in `out`, which may be one of the terms.
+  template <class N, class A>
+  void block(int64_t i, T* out, N count, const A& ahead) const {
+    if (!many) return Group<S>::template block<false>(i, out, count, ahead);
+    alignas(64) T sum[kBlock];
+    Group<S> group;
+    bool begun = false;
+    const auto add_up = [&] {
+      begun ? group.template block<true>(i, sum, count, InCache()) : group.template block<false>(i, sum, count, ahead);
+      begun = true, group.live = 0;
+    };
+    each([&](const S* p, T coefficient) {
+      if (group.live == kTerms) add_up();
+      group.add(p, coefficient);
+    });
+    add_up();
+    std::memcpy(out, sum, count * sizeof(T));
+  }
+};
 
 // ---- descend ----------------------------------------------------------------------------------------------------
 

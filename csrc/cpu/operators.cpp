@@ -48,7 +48,7 @@ double total(const double* terms, int64_t n) {
   return rounded(sum);
 }
 
-double total(const Sums& row) { return row.data ? total(row.data, row.terms) : 0; }
+double total(const Sums& row, int64_t i) { return row.data ? total(row.data + i * row.terms, row.terms) : 0; }
 
 class Device : public Call {
  public:
@@ -58,69 +58,105 @@ class Device : public Call {
     context_.large = reach().elements * int64_t(c10::elementSize(dtype)) >= kLargeBytes;
   }
 
-  Tensor run(Norm& a) {
-    const Tensor norm_sq = summed(a, kernels(a.storage).norm, {1});
-    context_.norm_sq = *norm_sq.const_data_ptr<double>();
+  explicit Device(const Tensor& shares) : Call(shares) {}
+
+  Tensor run(Norm& a, bool stacked) {
+    const int64_t count = a.last - a.first;
+    const Tensor norm_sq = stacked ? summed(a, kernels(a.storage).norm, {count, 1}) : summed(a, kernels(a.storage).norm, {1});
+    context_.norm_sq = norm_sq.const_data_ptr<double>();
     return norm_sq;
   }
-  Tensor run(Gram& a) { return summed(a, kernels(a.storage).gram, {a.count * (a.count + 1) / 2, 1}); }
+  Tensor run(Gram& a, bool stacked) {
+    const int64_t count = a.count * (a.count + 1) / 2;
+    return stacked ? summed(a, kernels(a.storage).gram, {a.last, count, 1}) : summed(a, kernels(a.storage).gram, {count, 1});
+  }
   void run(Perturb& a) {
-    context_.norm_sq = total(a.norm_sq);
+    c10::SmallVector<double, 16> norm_sq;
+    for (int64_t i = 0; i < a.last; ++i) norm_sq.push_back(total(a.norm_sq, i));
+    context_.norm_sq = norm_sq.data();
     // Backwards: the end of the gradient, which norm read last, may still be in cache.
     share(a, kernels(a.storage).perturb, true);
   }
-  Tensor ascend(Perturb& a) {
-    const Tensor norm_sq = run(static_cast<Norm&>(a));
-    share(a, kernels(a.storage).perturb, true);
+  Tensor ascend(Perturb& a, bool stacked) {
+    if (a.last == 1 || !a.ema_out) return ascend_at_once(a, stacked);
+    // One after the other: whether a gradient enters the EMA, of which the next direction is made, depends on its norm.
+    const int64_t count = a.last;
+    const Tensor norm_sq = at::detail::empty_cpu({count, 1}, at::kDouble);
+    double* const achieved_sq = a.achieved_sq;
+    for (int64_t i = 0; i < count; ++i) {
+      a.first = i, a.last = i + 1, a.achieved_sq = achieved_sq + i * rows();
+      norm_sq.mutable_data_ptr<double>()[i] = *ascend_at_once(a, false).const_data_ptr<double>();
+    }
     return norm_sq;
   }
+  Tensor run(Weigh& a) const {
+    const int64_t terms = a.combination.count;
+    const Tensor out = at::detail::empty_cpu({terms, a.count}, at::kDouble);
+    double found[kTerms];
+    for (int64_t i = 0; i < a.count; ++i) {
+      evaluate(a, i, found);
+      for (int64_t k = 0; k < terms; ++k) out.mutable_data_ptr<double>()[k * a.count + i] = found[k] * a.shares[i];
+    }
+    return out;
+  }
   void run(Descend& a) {
-    evaluate(a);
+    evaluate(a, 0, context_.coefficients);
     share(a, kernels(a.storage).descend);
   }
   void run(Update& a) {
-    evaluate(a);
-    if (a.found_inf && *a.found_inf != 0) a.combination.count = 0;
+    evaluate(a, 0, context_.coefficients);
+    if (a.found_inf && *a.found_inf != 0) a.combination.count = a.stacked = 0;
     share(a, kernels(a.storage).update);
     for (int64_t k = 0; a.step && k < a.rows; ++k)
       if (a.table[k].begin == 0 && has_term(a, a.table[k].segment)) a.step[a.table[k].segment] += 1;
   }
 
  private:
-  void evaluate(const Descent& a) {
+  Tensor ascend_at_once(Perturb& a, bool stacked) {
+    const Tensor norm_sq = run(static_cast<Norm&>(a), stacked);
+    share(a, kernels(a.storage).perturb, true);
+    return norm_sq;
+  }
+  // Of micro-batch i.
+  static void evaluate(const Coefficients& a, int64_t i, double* out) {
     double sums[kRows] = {};
     int rows = 0;
     for (const Sums& s : a.sums)
-      for (int64_t r = 0; r < s.rows; ++r) sums[rows++] = total(s.data + r * s.terms, s.terms);
-    coefficients(a.combination, sums, total(a.norm_sq), context_.coefficients);
+      for (int64_t r = 0; r < s.rows; ++r) sums[rows++] = total(s.data + (i * s.rows + r) * s.terms, s.terms);
+    coefficients(a.combination, sums, total(a.norm_sq, i), out);
   }
   bool has_term(const Update& a, int64_t segment) const {
     const auto is_there = [&](const Place& p) { return p && lists().data[p.list][segment]; };
-    return std::any_of(a.terms, a.terms + a.combination.count, is_there);
+    return std::any_of(a.terms, a.terms + a.combination.count, is_there) ||
+           std::any_of(a.stacks, a.stacks + a.stacked, is_there);
   }
 
   // Runs a kernel that leaves a term for every row of the table in each row of a.partials, see put(), and adds them up.
   template <class Arguments>
   Tensor summed(Arguments& a, Kernel<Arguments> kernel, at::IntArrayRef sizes) {
     const int64_t terms = rows() * parts_of(a.storage);
-    c10::SmallVector<double, 256> partials(sizes[0] * terms);
+    const Tensor sums = at::detail::empty_cpu(sizes, at::kDouble);
+    c10::SmallVector<double, 256> partials(sums.numel() * terms);
     a.partials = partials.data();
     share(a, kernel);
-    const Tensor sums = at::detail::empty_cpu(sizes, at::kDouble);
-    for (int64_t r = 0; r < sizes[0]; ++r) sums.mutable_data_ptr<double>()[r] = total(a.partials + r * terms, terms);
+    for (int64_t r = 0; r < sums.numel(); ++r) sums.mutable_data_ptr<double>()[r] = total(a.partials + r * terms, terms);
     return sums;
   }
+
+  // How often every element is worked on: by each micro-batch.
+  static int64_t times_of(const Each& a) { return a.last - a.first; }
+  static int64_t times_of(const Descent& a) { return std::max<int64_t>(1, a.stacked * a.count); }
 
   // Every thread has an even share of the elements, in pieces of kGrain, and then helps with what others have left: neither
   // memory nor other processes leave the cores equally fast.
   template <class Arguments>
   void share(const Arguments& a, Kernel<Arguments> kernel, bool backwards = false) const {
-    const int64_t elements = reach().elements;
+    const int64_t times = times_of(a), elements = reach().elements * times;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / kShare);
     if (threads < 2 || !help.is_wanted()) return kernel(a, context_, 0, rows());
     c10::SmallVector<int64_t, 64> pieces{0};  // where each begins, and the end
     for (int64_t k = 0, sum = 0; k < rows(); ++k) {
-      sum += a.table[k].numel;
+      sum += a.table[k].numel * times;
       if (sum >= kGrain || k + 1 == rows()) pieces.push_back(k + 1), sum = 0;
     }
     const int64_t count = int64_t(pieces.size()) - 1;

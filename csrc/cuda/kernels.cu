@@ -27,6 +27,8 @@ int64_t capacity() {
   return std::min<int64_t>(Large<Args>::kSlots, MSAM_LAUNCH_POINTERS);
 }
 
+int words_of(const Lists& lists) { return lists.count + (lists.sizes != nullptr); }  // for each segment
+
 template <class P, class Args, class Launch>
 cudaError_t launch_window(const Window<Args>& args, const Lists& lists, Launch&& launch) {
   P p;
@@ -34,20 +36,25 @@ cudaError_t launch_window(const Window<Args>& args, const Lists& lists, Launch&&
   const int64_t n = args.end - args.begin;
   for (int list = 0; list < lists.count; ++list)
     std::copy_n(lists.data[list] + args.begin, n, p.pointers + list * n);
+  if (lists.sizes) {
+    p.args.sizes = lists.count;
+    const auto word = [](int64_t size) { return reinterpret_cast<void*>(size); };
+    std::transform(lists.sizes + args.begin, lists.sizes + args.end, p.pointers + lists.count * n, word);
+  }
   return launch(p);
 }
 
-// launch(parameters) for every window of segments whose pointers fit.
+// launch(parameters) for every window of segments whose pointers fit. Kernels of stacks come in the large size alone.
 template <class Args, class Launch>
 cudaError_t for_windows(const Args& args, const Lists& lists, Launch&& launch) {
   if (args.rows == 0) return cudaSuccess;
   Window<Args> window{args};
   if (lists.count == 0) return launch_window<Small<Args>>(window, lists, launch);
   window.segments = lists.segments;
-  const int64_t most = capacity<Args>() / lists.count;
+  const int64_t most = capacity<Args>() / words_of(lists);
   for (; window.begin < lists.segments; window.begin = window.end) {
     window.end = std::min(window.begin + most, lists.segments);
-    const bool small = (window.end - window.begin) * lists.count <= Small<Args>::kSlots;
+    const bool small = !lists.sizes && (window.end - window.begin) * lists.count <= Small<Args>::kSlots;
     const cudaError_t error = small ? launch_window<Small<Args>>(window, lists, launch)
                                     : launch_window<Large<Args>>(window, lists, launch);
     if (error != cudaSuccess) return error;
@@ -56,9 +63,9 @@ cudaError_t for_windows(const Args& args, const Lists& lists, Launch&& launch) {
 }
 
 template <class P>
-cudaError_t launch(void (*kernel)(P), int64_t blocks, cudaStream_t stream, const P& p) {
+cudaError_t launch(void (*kernel)(P), int64_t blocks, cudaStream_t stream, const P& p, int64_t times = 1) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
+  config.gridDim = dim3(unsigned(blocks), unsigned(times));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, p);
@@ -96,67 +103,124 @@ cudaError_t dispatch(Storage storage, Body&& body, Options... options) {
   return cudaErrorInvalidValue;
 }
 
+// As many blocks, for each of some micro-batches.
+struct Grid {
+  int64_t blocks, times = 1;
+};
+
 // The kernel that choose(parameters, S{}, constants...) names, for every window.
 template <class Args, class Choose, class... Options>
-cudaError_t launch_windows(const Args& args, const Lists& lists, int64_t blocks, cudaStream_t stream, Choose&& choose,
+cudaError_t launch_windows(const Args& args, const Lists& lists, Grid grid, cudaStream_t stream, Choose&& choose,
                            Options... options) {
   return for_windows(args, lists, [&](const auto& p) {
     return dispatch(
         args.storage,
-        [&](auto s, auto... constants) { return launch(choose(p, s, constants...), blocks, stream, p); },
+        [&](auto s, auto... constants) { return launch(choose(p, s, constants...), grid.blocks, stream, p, grid.times); },
         options...);
   });
+}
+
+template <class P>
+constexpr bool kIsLarge = sizeof(P) > 4096;
+
+// choose(stacked) names the kernel of stacks, or the one without.
+template <class P, class Choose>
+auto stacked_or_not(const P& p, Choose&& choose) {
+  [[maybe_unused]] const bool stacked = p.args.sizes >= 0;
+  if constexpr (kIsLarge<P>)
+    return stacked ? choose(std::true_type{}) : choose(std::false_type{});
+  else
+    return choose(std::false_type{});
 }
 
 }  // namespace
 
 cudaError_t launch_norm(const Norm& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
-    return norm_kernel<decltype(s), friendly.value, adaptive.value, std::decay_t<decltype(p)>>;
+    return stacked_or_not(p, [](auto stacked) {
+      return norm_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
+                         std::decay_t<decltype(p)>>;
+    });
   };
-  return launch_windows(args, lists, partials_of(args.rows), stream, kernel, args.ema != nullptr, args.adaptive);
+  const Grid grid{partials_of(args.rows), args.last - args.first};
+  return launch_windows(args, lists, grid, stream, kernel, args.ema != nullptr, args.adaptive);
 }
 
 cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
-    return perturb_kernel<decltype(s), friendly.value, adaptive.value, std::decay_t<decltype(p)>>;
+    return stacked_or_not(p, [](auto stacked) {
+      return perturb_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
+                            std::decay_t<decltype(p)>>;
+    });
   };
-  return launch_windows(args, lists, args.rows, stream, kernel, args.ema != nullptr, args.adaptive);
+  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.ema != nullptr, args.adaptive);
 }
 
 cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t stream) {
-  if (!args.arrived || lists.count * lists.segments > capacity<Perturb>()) {
+  if (args.ema_out && args.last - args.first > 1) {
+    // Whether a gradient enters the EMA, of which the next direction is made, depends on its norm.
+    const int64_t terms = partials_of(args.rows) * parts_of(args.storage);
+    for (int64_t i = args.first; i < args.last; ++i) {
+      Perturb one = args;
+      one.first = i, one.last = i + 1;
+      one.partials = args.partials + (i - args.first) * terms, one.norm_sq.data = one.partials;
+      one.achieved_sq = args.achieved_sq + (i - args.first) * args.rows;
+      const cudaError_t error = launch_ascend(one, lists, stream);
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  }
+  if (!args.arrived || words_of(lists) * lists.segments > capacity<Perturb>()) {
     const cudaError_t error = launch_norm(args, lists, stream);
     return error != cudaSuccess ? error : launch_perturb(args, lists, stream);
   }
   const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
-    return ascend_kernel<decltype(s), friendly.value, adaptive.value, std::decay_t<decltype(p)>>;
+    return stacked_or_not(p, [](auto stacked) {
+      return ascend_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
+                            std::decay_t<decltype(p)>>;
+    });
   };
-  const int64_t blocks = partials_of(args.rows) + args.rows;
-  return launch_windows(args, lists, blocks, stream, kernel, args.ema != nullptr, args.adaptive);
+  const Grid grid{partials_of(args.rows) * (args.last - args.first) + args.rows};
+  return launch_windows(args, lists, grid, stream, kernel, args.ema != nullptr, args.adaptive);
+}
+
+cudaError_t launch_weigh(const Weigh& args, cudaStream_t stream) {
+  return args.count ? launch(&weigh_kernel, args.count, stream, args) : cudaSuccess;
 }
 
 cudaError_t launch_gram(const Gram& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [&](const auto& p, auto s) {
     using P = std::decay_t<decltype(p)>;
     using S = decltype(s);
-    return args.count == 1 ? gram_kernel<S, 1, P> : args.count == 2 ? gram_kernel<S, 2, P> : gram_kernel<S, 3, P>;
+    return stacked_or_not(p, [&](auto stacked) {
+      constexpr bool stacks = decltype(stacked)::value;
+      return args.count == 1   ? gram_kernel<S, 1, stacks, P>
+             : args.count == 2 ? gram_kernel<S, 2, stacks, P>
+                               : gram_kernel<S, 3, stacks, P>;
+    });
   };
-  return launch_windows(args, lists, partials_of(args.rows), stream, kernel);
+  return launch_windows(args, lists, Grid{partials_of(args.rows), args.last - args.first}, stream, kernel);
 }
 
 cudaError_t launch_descend(const Descend& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto combined) {
-    return descend_kernel<decltype(s), combined.value, std::decay_t<decltype(p)>>;
+    return stacked_or_not(p, [](auto stacked) {
+      constexpr bool stacks = decltype(stacked)::value;
+      return descend_kernel<decltype(s), stacks || decltype(combined)::value, stacks, std::decay_t<decltype(p)>>;
+    });
   };
-  return launch_windows(args, lists, args.rows, stream, kernel, args.combination.count > 1);
+  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.combination.count > 1);
 }
 
 cudaError_t launch_update(const Update& args, const Lists& lists, cudaStream_t stream) {
   const auto kernel = [](const auto& p, auto s, auto sgd, auto combined) {
-    return update_kernel<decltype(s), sgd.value ? kSgd : kAdam, combined.value, std::decay_t<decltype(p)>>;
+    return stacked_or_not(p, [](auto stacked) {
+      constexpr Rule rule = decltype(sgd)::value ? kSgd : kAdam;
+      constexpr bool stacks = decltype(stacked)::value;
+      return update_kernel<decltype(s), rule, stacks || decltype(combined)::value, stacks, std::decay_t<decltype(p)>>;
+    });
   };
-  return launch_windows(args, lists, args.rows, stream, kernel, args.rule == kSgd, args.combination.count > 1);
+  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.rule == kSgd, args.combination.count > 1);
 }
 
 }  // namespace msam::cuda

@@ -68,15 +68,17 @@ constexpr int kFewer = 0;
 #endif
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
-template <class S, bool friendly, bool adaptive>
-constexpr int kPerturbBlocks = kBlocks<S> - (sizeof(S) == 2 && friendly && (kFewer || adaptive));
+template <class S, bool friendly, bool adaptive, bool stacked>
+constexpr int kPerturbBlocks = kBlocks<S> - (friendly && sizeof(S) < 8 && (stacked || (sizeof(S) == 2 && (kFewer || adaptive))));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
-template <class S, bool combined>
-constexpr int kDescendBlocks = kBlocks<S> - (combined ? kFewer : 0);
-// Adam keeps more values than SGD, several terms more than one, and 16-bit storage widens twice as many at once as fp32.
-template <class S, Rule rule, bool combined>
-constexpr int kUpdateBlocks = rule == kSgd                                ? (sizeof(S) == 4 ? 4 : 3)
+template <class S, bool combined, bool stacked>
+constexpr int kDescendBlocks = stacked ? 3 - kFewer : kBlocks<S> - (combined ? kFewer : 0);
+// Adam keeps more values than SGD, several terms more than one, and 16-bit storage widens twice as many at once as fp32. Stacks
+// are read four terms ahead.
+template <class S, Rule rule, bool combined, bool stacked>
+constexpr int kUpdateBlocks = stacked                                     ? 2
+                              : rule == kSgd                              ? (sizeof(S) == 4 ? 4 : 3)
                               : kFewer || sizeof(S) == 8 || (sizeof(S) == 2 && combined) ? 2
                               : sizeof(S) == 4 && !combined                ? 4
                                                                            : 3;
@@ -302,6 +304,12 @@ MSAM_DEVICE S* at(const P& p, const Place& place, const Chunk& c) {
   S* tensor = static_cast<S*>(p.pointers[slot]);
   return tensor ? tensor + c.begin : nullptr;
 }
+// Elements from one micro-batch of a stack to the next.
+template <class P>
+MSAM_DEVICE int64_t size_of(const P& p, const Chunk& c) {
+  const int64_t slot = p.args.sizes * (p.args.end - p.args.begin) + (c.segment - p.args.begin);
+  return reinterpret_cast<int64_t>(p.pointers[slot]);
+}
 template <class S>
 MSAM_DEVICE S* at(void* flat, const Chunk& c) {
   return flat ? static_cast<S*>(flat) + c.offset : nullptr;
@@ -427,25 +435,27 @@ MSAM_DEVICE void leave(const Args& a, Sum<double, careful> sum, double* terms, i
   put(sum, terms, which, count);
 }
 
-// Term `which` of the squared norm: every kPartials-th row.
-template <class S, bool friendly, bool adaptive, class P>
-MSAM_DEVICE void norm_term(const P& p, int64_t which, Shared& shared) {
+// Term `which` of the squared norm of a micro-batch, counted from the first: every kPartials-th row.
+template <class S, bool friendly, bool adaptive, bool stacked, class P>
+MSAM_DEVICE void norm_term(const P& p, int64_t which, int64_t micro_batch, Shared& shared) {
   using T = typename Traits<S>::T;
   const auto& a = p.args;
   NormOp<S, friendly, adaptive> op{nullptr, nullptr, nullptr, as<T>(a.sigma), as<T>(a.eta), {}};
   every_partial(a, which, [&](const Chunk& c) {
     if (!(op.grads = at<S>(p, a.grads, c))) return;
+    if constexpr (stacked) op.grads += (a.first + micro_batch) * size_of(p, c);
     op.weights = at<S>(p, a.weights, c);
     op.ema = at<S>(a.ema, c);
     walk(op, int(c.numel));
   });
-  leave(a, block_sum(op.sum.total(), shared), a.partials, which);
+  const int64_t before = stacked ? micro_batch * kParts<kCareful<S>> * partials_of(a.rows) : 0;
+  leave(a, block_sum(op.sum.total(), shared), a.partials + before, which);
 }
 
-template <class S, bool friendly, bool adaptive, class P>
+template <class S, bool friendly, bool adaptive, bool stacked, class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) norm_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
-  norm_term<S, friendly, adaptive>(p, blockIdx.x, shared);
+  norm_term<S, friendly, adaptive, stacked>(p, blockIdx.x, stacked ? blockIdx.y : 0, shared);
 }
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
@@ -456,7 +466,7 @@ struct PerturbOp {
   using T = typename Traits<S>::T;
   static constexpr int kUnroll = sizeof(S) == 2 && friendly && adaptive ? 1 : 2;  // what the registers hold
   S* weights;
-  const S* base;  // what the weights were, null where they are it
+  const S* base;  // what they begin with, null where they hold it
   const S *grads, *ema;
   S *saved, *ema_out;
   uint64_t first_bit;  // of the mask: eight times the address of its byte and its place there; 0 without
@@ -515,10 +525,66 @@ struct PerturbOp {
   }
 };
 
-// Every thread calls wait(), which returns when the terms of the norm are there: after the row's first loads are under way.
+// One micro-batch of a row, counted from the first: `weights` from `base`, or from themselves. Every thread calls wait(), which
+// returns when the terms of the norm are there: after the row's first loads are under way. Returns ||e||^2 to every thread.
 template <class S, bool friendly, bool adaptive, class P, class Wait>
-MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait) {
+MSAM_DEVICE double perturb_one(const P& p, const Chunk& c, int64_t micro_batch, S* weights, const S* base, const S* grads,
+                               S* saved, Shared& shared, Wait&& wait) {
   using T = typename Traits<S>::T;
+  const auto& a = p.args;
+  PerturbOp<S, friendly, adaptive> op{weights,
+                                      base,
+                                      grads,
+                                      at<S>(a.ema, c),
+                                      saved,
+                                      at<S>(a.ema_out, c),
+                                      a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
+                                      as<T>(a.sigma),
+                                      as<T>(a.lmbda),
+                                      as<T>(a.one_minus_lmbda),
+                                      as<T>(a.eta)};
+  walk(op, int(c.numel), [&] {
+    wait();
+    add_share<kCareful<S>>(a.norm_sq.data + micro_batch * a.norm_sq.terms, a.norm_sq.terms, shared.warps[0]);
+    __syncthreads();
+    if (threadIdx.x == kFirst) {
+      const double norm_sq = rounded(added_up<kCareful<S>>(shared.warps[0]));
+      shared.is_known = is_finite(norm_sq);
+      *numbers_of<T>(shared) = T(ascent_scale(norm_sq, a.radii + c.group * kRadiusColumns));
+    }
+    __syncthreads();
+    op.is_known = shared.is_known, op.scale = *numbers_of<T>(shared);
+  });
+  return rounded(block_sum(op.sum.total(), shared));
+}
+
+// A row of a stack: w stays in cache while one micro-batch after the other becomes w + e beside it.
+template <class S, bool friendly, bool adaptive, class P, class Wait>
+MSAM_DEVICE void perturb_copies(const P& p, int64_t k, Shared& shared, Wait&& wait) {
+  const auto& a = p.args;
+  const Chunk c = a.table[k];
+  if (!is_here(a, c)) return;
+  const S *grads = at<S>(p, a.grads, c), *base = at<S>(p, a.weights, c);
+  const int64_t size = size_of(p, c);
+#pragma unroll 1
+  for (int64_t i = a.first; i < a.last; ++i) {
+    S* out = static_cast<S*>(a.copies) + (i * a.stride + c.offset);
+    double achieved_sq = 0;
+    if (grads)
+      achieved_sq = perturb_one<S, friendly, adaptive>(p, c, i - a.first, out, base, grads + i * size, nullptr, shared, [&] {
+        if (i == a.first) wait();
+      });
+    else
+      copy(base, out, int(c.numel));
+    if (threadIdx.x == 0) a.achieved_sq[(i - a.first) * a.rows + k] = achieved_sq;
+    __syncthreads();  // what is shared has been read, and the EMA written
+  }
+  if (!grads) wait();
+}
+
+template <class S, bool friendly, bool adaptive, bool stacked, class P, class Wait>
+MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait) {
+  if constexpr (stacked) return perturb_copies<S, friendly, adaptive>(p, k, shared, wait);
   const auto& a = p.args;
   const Chunk c = a.table[k];
   const uint8_t before = a.status[k];
@@ -529,38 +595,17 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait)
     return wait();
   }
   S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
-  PerturbOp<S, friendly, adaptive> op{weights,
-                                      before == kPerturbed ? saved : nullptr,
-                                      grads,
-                                      at<S>(a.ema, c),
-                                      before == kUntouched ? saved : nullptr,
-                                      at<S>(a.ema_out, c),
-                                      a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
-                                      as<T>(a.sigma),
-                                      as<T>(a.lmbda),
-                                      as<T>(a.one_minus_lmbda),
-                                      as<T>(a.eta)};
-  walk(op, int(c.numel), [&] {
-    wait();
-    add_share<kCareful<S>>(a.norm_sq.data, a.norm_sq.terms, shared.warps[0]);
-    __syncthreads();
-    if (threadIdx.x == kFirst) {
-      const double norm_sq = rounded(added_up<kCareful<S>>(shared.warps[0]));
-      shared.is_known = is_finite(norm_sq);
-      *numbers_of<T>(shared) = T(ascent_scale(norm_sq, a.radii + c.group * kRadiusColumns));
-    }
-    __syncthreads();
-    op.is_known = shared.is_known, op.scale = *numbers_of<T>(shared);
-  });
-  const auto sum = block_sum(op.sum.total(), shared);  // from its barriers on nobody reads the status
-  if (threadIdx.x == 0) a.achieved_sq[k] = rounded(sum), a.status[k] = kPerturbed;
+  const double achieved_sq = perturb_one<S, friendly, adaptive>(p, c, 0, weights, before == kPerturbed ? saved : nullptr, grads,
+                                                                before == kUntouched ? saved : nullptr, shared, wait);
+  // From the barriers of its sum on nobody reads the status.
+  if (threadIdx.x == 0) a.achieved_sq[k] = achieved_sq, a.status[k] = kPerturbed;
 }
 
-template <class S, bool friendly, bool adaptive, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive>) perturb_kernel(const __grid_constant__ P p) {
+template <class S, bool friendly, bool adaptive, bool stacked, class P>
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stacked>) perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   // Backwards: the end of what norm read may still be in cache.
-  perturb_row<S, friendly, adaptive>(p, p.args.rows - 1 - blockIdx.x, shared, [] {});
+  perturb_row<S, friendly, adaptive, stacked>(p, p.args.rows - 1 - blockIdx.x, shared, [] {});
 }
 
 // ---- ascend: both in one launch -----------------------------------------------------------------------------------
@@ -568,16 +613,17 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive
 // The blocks of norm, and behind them those of perturb, which wait for them. Blocks begin in the order of their indices, as
 // CUB's scans suppose too: no block waits for one that cannot begin, however few fit the GPU at once. The last to arrive
 // leaves the count at zero.
-template <class S, bool friendly, bool adaptive, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive>) ascend_kernel(const __grid_constant__ P p) {
+template <class S, bool friendly, bool adaptive, bool stacked, class P>
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stacked>) ascend_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
-  const auto terms = unsigned(partials_of(a.rows));
+  // Of a stack, the same term of each micro-batch in turn: they read the same weights.
+  const auto count = stacked ? unsigned(a.last - a.first) : 1, terms = unsigned(partials_of(a.rows)) * count;
   if (blockIdx.x < terms) {
-    norm_term<S, friendly, adaptive>(p, blockIdx.x, shared);
+    norm_term<S, friendly, adaptive, stacked>(p, blockIdx.x / count, blockIdx.x % count, shared);
     if (threadIdx.x == 0) __threadfence();  // the term, which this thread has written
   } else {
-    perturb_row<S, friendly, adaptive>(p, a.rows - 1 - (blockIdx.x - terms), shared, [&] {
+    perturb_row<S, friendly, adaptive, stacked>(p, a.rows - 1 - (blockIdx.x - terms), shared, [&] {
       if (threadIdx.x == 0) wait_for(a.arrived, terms);
       __syncthreads();
     });
@@ -632,7 +678,7 @@ struct GramOp {
 };
 
 // Terms as in norm.
-template <class S, int vectors, class P>
+template <class S, int vectors, bool stacked, class P>
 __global__ void __launch_bounds__(kThreads, kGramBlocks<S, vectors>) gram_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -640,26 +686,34 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<S, vectors>) gram_kernel
   every_partial(a, blockIdx.x, [&](const Chunk& c) {
 #pragma unroll
     for (int v = 0; v < vectors; ++v) op.from[v] = at<S>(p, a.terms[v], c);
+    if constexpr (stacked) {
+#pragma unroll
+      for (int v = 0; v < vectors; ++v)
+        if (op.from[v]) op.from[v] += blockIdx.y * size_of(p, c);
+    }
     if (op.addresses()) walk(op, int(c.numel));
   });
 #pragma unroll
   for (int r = 0; r < op.kProducts; ++r) {
-    double* terms = a.partials + r * kParts<kCareful<S>> * partials_of(a.rows);
+    const int64_t before = r + (stacked ? int64_t(blockIdx.y) * op.kProducts : 0);
+    double* terms = a.partials + before * kParts<kCareful<S>> * partials_of(a.rows);
     leave(a, block_sum(op.sums[r].total(), shared), terms, blockIdx.x);
   }
 }
 
 // ---- what descend and update share --------------------------------------------------------------------------------
 
-// The warps' shares of all rows of a descent's sums, norm_sq last, for evaluate. Returns how many rows there are.
+// The warps' shares of all rows of a descent's sums, norm_sq last, for evaluate; or those of a micro-batch. Returns how many
+// rows there are.
 template <bool careful>
-MSAM_DEVICE int share_sums(const Descent& a, Shared& shared) {
+MSAM_DEVICE int share_sums(const Coefficients& a, Shared& shared, int64_t micro_batch = 0) {
   int rows = 0;
 #pragma unroll 1
   for (int i = 0; i <= kSums; ++i) {
     const Sums& s = i < kSums ? a.sums[i] : a.norm_sq;
 #pragma unroll 1
-    for (int64_t r = 0; r < s.rows; ++r) add_share<careful>(s.data + r * s.terms, s.terms, shared.warps[rows++]);
+    for (int64_t r = micro_batch * s.rows; r < (micro_batch + 1) * s.rows; ++r)
+      add_share<careful>(s.data + r * s.terms, s.terms, shared.warps[rows++]);
   }
   if (rows) __syncthreads();
   return rows;
@@ -668,7 +722,7 @@ MSAM_DEVICE int share_sums(const Descent& a, Shared& shared) {
 // The coefficients of a row's terms to shared memory, by kFirst and its warp. Unless what the update needs is `known`, every
 // one is NaN.
 template <class T>
-MSAM_DEVICE void evaluate(const Descent& a, int rows, bool known, Shared& shared) {
+MSAM_DEVICE void evaluate(const Coefficients& a, int rows, bool known, Shared& shared) {
   if (threadIdx.x / 32 != kFirst / 32) return;
   if (threadIdx.x < rows) shared.sums[threadIdx.x] = rounded(added_up<kCareful<T>>(shared.warps[threadIdx.x]));
   __syncwarp();
@@ -679,8 +733,84 @@ MSAM_DEVICE void evaluate(const Descent& a, int rows, bool known, Shared& shared
   for (int k = 0; k < a.combination.count; ++k) numbers_of<T>(shared)[k] = T(shared.wide[k]);
 }
 
-// The sum of a row's terms: of at most one, or combined of several. Those whose coefficient is 0 are left out.
-template <class S_, bool combined>
+// The coefficients of a micro-batch's terms, one block for each.
+__global__ void __launch_bounds__(kThreads) weigh_kernel(const __grid_constant__ Weigh a) {
+  __shared__ Shared shared;
+  evaluate<double>(a, share_sums<true>(a, shared, blockIdx.x), true, shared);
+  if (threadIdx.x != kFirst) return;
+#pragma unroll 1
+  for (int k = 0; k < a.combination.count; ++k) a.out[k * a.count + blockIdx.x] = shared.wide[k] * a.shares[blockIdx.x];
+}
+
+// The terms of a row that are stacks, added up micro-batch by micro-batch.
+template <class S, bool there>
+struct Stacks {
+  template <class P>
+  MSAM_DEVICE Stacks(const P&, const Chunk&) {}
+  MSAM_DEVICE uintptr_t addresses() const { return 0; }
+  MSAM_DEVICE void spoil() {}
+  template <int N, class T>
+  MSAM_DEVICE bool add_to(T (&)[N], int) const {
+    return false;
+  }
+};
+template <class S>
+struct Stacks<S, true> {
+  const S* from[kVectors];  // micro-batch 0 of each; null where it is absent
+  const double* shares;
+  int64_t size;
+  int count, stacked;
+  bool spoilt = false;
+
+  template <class P>
+  MSAM_DEVICE Stacks(const P& p, const Chunk& c)
+      : shares(p.args.shares), size(size_of(p, c)), count(int(p.args.count)), stacked(p.args.stacked) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) from[k] = k < stacked ? at<S>(p, p.args.stacks[k], c) : nullptr;
+  }
+  // Of all micro-batches; 0 where every stack is absent.
+  MSAM_DEVICE uintptr_t addresses() const {
+    uintptr_t all = 0;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) all |= address(from[k]);
+    return all ? all | (count > 1 ? size * sizeof(S) : 0) : 0;
+  }
+  // What is added up is NaN.
+  MSAM_DEVICE void spoil() { spoilt = true; }
+  // Whether any term counts. Some are loaded before the first is used.
+  template <int N, class T>
+  MSAM_DEVICE bool add_to(T (&g)[N], int at) const {
+    constexpr int kAhead = 4;
+    bool any = false;
+    int i = 0, k = 0;  // the micro-batch and the stack of the next term
+#pragma unroll 1
+    for (int t = 0; t < count * stacked; t += kAhead) {
+      Pack<S, N> in[kAhead];
+      T c[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        c[u] = 0;
+        const S* p = i == count ? nullptr : k == 0 ? from[0] : k == 1 ? from[1] : from[2];
+        if (p) in[u] = cuda::load<N>(p + (i * size + at)), c[u] = T(shares[k * count + i]);
+        if (++k == stacked) k = 0, i += i < count;
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (c[u] == 0) continue;
+        T x[N];
+        Convert<S, N>::widen(in[u], x);
+#pragma unroll
+        for (int j = 0; j < N; ++j) g[j] = plus_weighted(g[j], x[j], spoilt ? T(NAN) : c[u]);
+        any = true;
+      }
+    }
+    return any;
+  }
+};
+
+// The sum of a row's terms: of at most one, or combined of several, or those behind the stacks. Those whose coefficient is 0
+// are left out.
+template <class S_, bool combined, bool stacked = false>
 struct Gradient {
   using S = S_;
   using T = typename Traits<S>::T;
@@ -689,9 +819,10 @@ struct Gradient {
   const T* coefs;        // shared: registers are short
   T nothing = 0;         // the sum of no term
   unsigned live = 0;     // a bit for each term that counts
+  Stacks<S, stacked> stacks;
 
   template <class P>
-  MSAM_DEVICE Gradient(const P& p, const Chunk& c, Shared& shared) : coefs(numbers_of<T>(shared)) {
+  MSAM_DEVICE Gradient(const P& p, const Chunk& c, Shared& shared) : coefs(numbers_of<T>(shared)), stacks(p, c) {
 #pragma unroll
     for (int k = 0; k < kMost; ++k) from[k] = at<S>(p, p.args.terms[k], c);
   }
@@ -707,7 +838,7 @@ struct Gradient {
   };
   // 0 where every term is absent.
   MSAM_DEVICE uintptr_t addresses() const {
-    uintptr_t all = 0;
+    uintptr_t all = stacks.addresses();
 #pragma unroll
     for (int k = 0; k < kMost; ++k) all |= address(from[k]);
     return all;
@@ -725,9 +856,10 @@ struct Gradient {
     for (int k = 0; k < kMost; ++k) live |= unsigned(from[k] && coefs[k] != 0) << k;
   }
   template <int N>
-  MSAM_DEVICE void sum(const In<N>& in, T* g) const {
+  MSAM_DEVICE void sum(const In<N>& in, T (&g)[N], int i) const {
 #pragma unroll
     for (int j = 0; j < N; ++j) g[j] = T(-0.);  // to which adding changes no number
+    const bool begun = stacks.add_to(g, i);
 #pragma unroll
     for (int k = 0; k < kMost; ++k) {
       if (!(live >> k & 1)) continue;
@@ -736,7 +868,7 @@ struct Gradient {
 #pragma unroll
       for (int j = 0; j < N; ++j) g[j] = plus_weighted(g[j], x[j], coefs[k]);
     }
-    if (live) return;
+    if (live || begun) return;
 #pragma unroll
     for (int j = 0; j < N; ++j) g[j] = nothing;
   }
@@ -753,14 +885,14 @@ MSAM_DEVICE void settle(const Descent& a, int64_t k, uint8_t was, bool last) {
 // ---- descend ----------------------------------------------------------------------------------------------------
 
 // out <- the sum of the terms, and where there is a `base` its copy to the weights on the way.
-template <class S_, bool combined>
+template <class S_, bool combined, bool stacked>
 struct DescendOp {
   using S = S_;
   using T = typename Traits<S>::T;
   static constexpr int kUnroll = combined ? 1 : 2;
   const S* base;
   S *weights, *out;
-  Gradient<S, combined> gradient;
+  Gradient<S, combined, stacked> gradient;
   bool squares;  // are wanted
   bool writes = false;
   Products<T> sum = {};
@@ -768,7 +900,7 @@ struct DescendOp {
   template <int N>
   struct In {
     Pack<S, N> w;
-    typename Gradient<S, combined>::template In<N> g;
+    typename Gradient<S, combined, stacked>::template In<N> g;
   };
   MSAM_DEVICE uintptr_t addresses() const {
     return address(out) | gradient.addresses() | (base ? address(base) | address(weights) : 0);
@@ -784,14 +916,14 @@ struct DescendOp {
 #pragma unroll
     for (int k = 0; k < gradient.kMost; ++k)
       stays |= gradient.live == 1u << k && gradient.from[k] == out && gradient.coefs[k] == 1;
-    return stays;
+    return stays && !stacked;
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) {
     if (base) store<N>(weights + i, in.w);
     if (!writes) return;
     T x[N];
-    gradient.template sum<N>(in.g, x);
+    gradient.template sum<N>(in.g, x, i);
     const Pack<S, N> stored = Convert<S, N>::narrow(x);
     store<N>(out + i, stored);
     if (!squares) return;
@@ -801,8 +933,8 @@ struct DescendOp {
   }
 };
 
-template <class S, bool combined, class P>
-__global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined>) descend_kernel(const __grid_constant__ P p) {
+template <class S, bool combined, bool stacked, class P>
+__global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined, stacked>) descend_kernel(const __grid_constant__ P p) {
   using T = typename Traits<S>::T;
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -813,7 +945,7 @@ __global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined>) descend
   if (!is_here(a, c)) return;
   S *weights = at<S>(p, a.weights, c), *out = at<S>(p, a.out, c);
   const S* base = was == kPerturbed ? at<S>(a.saved, c) : nullptr;
-  DescendOp<S, combined> op{base, weights, out, Gradient<S, combined>(p, c, shared), a.out_sq != nullptr};
+  DescendOp<S, combined, stacked> op{base, weights, out, Gradient<S, combined, stacked>(p, c, shared), a.out_sq != nullptr};
   // Where `out` is to stay as it is, unless the norm is not finite, nobody has to read it.
   const bool stays = !combined && out && op.gradient.from[0] == out && is_one(a.combination) && !op.squares;
   if (stays || !out) op.gradient.leave();
@@ -878,7 +1010,7 @@ MSAM_DEVICE void apply_rule(const Adam<float, amsgrad>& rule, float (&w)[N], con
 template <class T, Rule rule, bool option>
 using Formula = std::conditional_t<rule == kSgd, Sgd<T, option>, Adam<T, option>>;
 
-template <class S_, Rule rule, bool option, bool combined>
+template <class S_, Rule rule, bool option, bool combined, bool stacked>
 struct UpdateOp {
   using S = S_;
   using T = typename Traits<S>::T;
@@ -887,13 +1019,13 @@ struct UpdateOp {
   S* weights;
   void* const* flat;  // the states; not as pointers of the row's own: registers are short
   int64_t offset;
-  Gradient<S, combined> gradient;
+  Gradient<S, combined, stacked> gradient;
   const Formula<T, rule, option>& formula;  // shared
 
   template <int N>
   struct In {
     Pack<S, N> w, state[kStates];
-    typename Gradient<S, combined>::template In<N> g;
+    typename Gradient<S, combined, stacked>::template In<N> g;
   };
   MSAM_DEVICE uintptr_t addresses() const {
     uintptr_t all = address(base) | address(weights) | gradient.addresses();
@@ -913,7 +1045,7 @@ struct UpdateOp {
   MSAM_DEVICE void apply(const In<N>& in, int i) const {
     T w[N], g[N], x[N], one[N][kStates];
     Convert<S, N>::widen(in.w, w);
-    gradient.template sum<N>(in.g, g);
+    gradient.template sum<N>(in.g, g, i);
 #pragma unroll
     for (int v = 0; v < states; ++v) {
       Convert<S, N>::widen(in.state[v], x);
@@ -942,10 +1074,11 @@ MSAM_DEVICE void draw_ticket(const Window<Update>& a, Shared& shared) {
 // Read where it is needed: a value that lives through a row's work takes a register of it.
 MSAM_DEVICE bool is_wanted(const Update& a) { return !a.found_inf || *a.found_inf == 0; }
 
-template <class S, Rule rule, bool option, bool combined, class P>
-MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights, const Gradient<S, combined>& gradient,
+template <class S, Rule rule, bool option, bool combined, bool stacked, class P>
+MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights,
+                            const Gradient<S, combined, stacked>& gradient,
                             const Formula<typename Traits<S>::T, rule, option>& formula, Shared& shared) {
-  UpdateOp<S, rule, option, combined> op{base, weights, p.args.states, c.offset, gradient, formula};
+  UpdateOp<S, rule, option, combined, stacked> op{base, weights, p.args.states, c.offset, gradient, formula};
   walk(op, int(c.numel), [&] {
     __syncthreads();
     op.gradient.begin();
@@ -954,19 +1087,20 @@ MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weight
 }
 
 // Of this launch's parameters that have a term, by the last block.
-template <class P>
+template <bool stacked, class P>
 MSAM_DEVICE void count_steps(const P& p) {
   const auto& a = p.args;
   const int64_t count = a.end - a.begin;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     bool any = false;
     for (int t = 0; t < a.combination.count && !any; ++t) any = p.pointers[a.terms[t].list * count + i];
+    for (int t = 0; stacked && t < a.stacked && !any; ++t) any = p.pointers[a.stacks[t].list * count + i];
     if (any) a.step[a.begin + i] += 1;
   }
 }
 
-template <class S, Rule rule, bool combined, class P>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
+template <class S, Rule rule, bool combined, bool stacked, class P>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined, stacked>)
     update_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -976,7 +1110,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
   const int rows = share_sums<kCareful<S>>(a, shared);
   if (!is_here(a, c)) {
     draw_ticket(a, shared);
-  } else if (const Gradient<S, combined> gradient(p, c, shared); gradient.addresses() && is_wanted(a)) {
+  } else if (Gradient<S, combined, stacked> gradient(p, c, shared); gradient.addresses() && is_wanted(a)) {
     using Made = Formula<typename Traits<S>::T, rule, true>;
     static_assert(sizeof(Made) <= sizeof shared.constants, "constants outgrew their place");
     S* weights = at<S>(p, a.weights, c);
@@ -986,12 +1120,13 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
     // The host cannot see that a group has the option. Where the state for it is missing, the weights become NaN.
     const bool missing = option && !a.states[rule == kSgd ? 0 : 2];
     evaluate<typename Traits<S>::T>(a, rows, !missing, shared);
+    if (missing) gradient.stacks.spoil();
     if (threadIdx.x == kSecond) new (shared.constants) Made(settings, 1 + (a.step ? int64_t(a.step[c.segment]) : 0));
     const Made& formula = *reinterpret_cast<const Made*>(shared.constants);
     if (option && !missing)
-      update_row<S, rule, true, combined>(p, c, base, weights, gradient, formula, shared);
+      update_row<S, rule, true, combined, stacked>(p, c, base, weights, gradient, formula, shared);
     else
-      update_row<S, rule, false, combined>(p, c, base, weights, gradient, formula, shared);
+      update_row<S, rule, false, combined, stacked>(p, c, base, weights, gradient, formula, shared);
     settle(a, k, was, true);
   } else {
     if (was == kPerturbed) copy(at<S>(a.saved, c), at<S>(p, a.weights, c), int(c.numel));
@@ -999,9 +1134,9 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined>)
     __syncthreads();  // every thread has read the status
     settle(a, k, was, true);
   }
-  if (!a.step || !a.combination.count) return;
+  if (!a.step || !(a.combination.count || stacked)) return;
   __syncthreads();
-  if (shared.is_last && is_wanted(a)) count_steps(p);
+  if (shared.is_last && is_wanted(a)) count_steps<stacked>(p);
 }
 
 }  // namespace msam::cuda

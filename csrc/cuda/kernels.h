@@ -16,6 +16,7 @@ template <class Args>
 struct Window : Args {
   int64_t begin = 0, end = INT64_MAX;
   int64_t segments = 0;  // of all windows
+  int sizes = -1;        // the list that holds Lists::sizes, behind the others
 };
 
 // Terms of a sum over all rows: a number of its own for every table, whatever the GPU, so that all GPUs add in the same order.
@@ -27,8 +28,9 @@ MSAM_FN int64_t partials_of(int64_t rows) { return rows < kPartials ? rows : kPa
 cudaError_t launch_norm(const Norm&, const Lists&, cudaStream_t stream);
 cudaError_t launch_perturb(const Perturb&, const Lists&, cudaStream_t stream);
 // The two one after the other, the terms of the norm in args.partials: the same bits in one launch, where args.arrived is there
-// and the pointers fit.
+// and the pointers fit. Of a stack with an EMA that moves on, so for one micro-batch after the other.
 cudaError_t launch_ascend(const Perturb&, const Lists&, cudaStream_t stream);
+cudaError_t launch_weigh(const Weigh&, cudaStream_t stream);
 cudaError_t launch_gram(const Gram&, const Lists&, cudaStream_t stream);
 cudaError_t launch_descend(const Descend&, const Lists&, cudaStream_t stream);
 cudaError_t launch_update(const Update&, const Lists&, cudaStream_t stream);

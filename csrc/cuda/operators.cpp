@@ -20,42 +20,54 @@ class Device : public Call {
     TORCH_CHECK(rows() <= INT32_MAX - kPartials, "table has ", rows(), " rows, more than a launch has blocks");
   }
 
-  Tensor run(Norm& a) const {
-    const Tensor norm_sq = sums_of_rows(a.storage);
+  explicit Device(const Tensor& shares) : Call(shares), guard_(shares.device()) {}
+
+  Tensor run(Norm& a, bool stacked) const {
+    const Tensor norm_sq = sums_of_rows(a.storage, stacked ? std::optional(a.last) : std::nullopt);
     a.partials = norm_sq.mutable_data_ptr<double>();
     launch(&launch_norm, a);
     return norm_sq;
   }
-  Tensor run(Gram& a) const {
-    const Tensor sums = sums_of_rows(a.storage, a.count * (a.count + 1) / 2);
+  Tensor run(Gram& a, bool stacked) const {
+    const int64_t count = a.count * (a.count + 1) / 2;
+    const Tensor sums = sums_of_rows(a.storage, stacked ? std::optional(a.last) : std::nullopt, count);
     a.partials = sums.mutable_data_ptr<double>();
     launch(&launch_gram, a);
     return sums;
   }
   void run(Perturb& a) const { launch(&launch_perturb, a); }
-  Tensor ascend(Perturb& a) const {
-    const Tensor norm_sq = sums_of_rows(a.storage);
+  Tensor ascend(Perturb& a, bool stacked) const {
+    const Tensor norm_sq = sums_of_rows(a.storage, stacked ? std::optional(a.last) : std::nullopt);
     a.partials = norm_sq.mutable_data_ptr<double>();
-    a.norm_sq = {a.partials, 1, norm_sq.numel()};
+    a.norm_sq = {a.partials, 1, norm_sq.size(-1)};
     launch(&launch_ascend, a);
     return norm_sq;
+  }
+  Tensor run(Weigh& a) const {
+    const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
+    const Tensor out = at::empty({a.combination.count, a.count}, options);
+    a.out = out.mutable_data_ptr<double>();
+    C10_CUDA_CHECK(launch_weigh(a, stream()));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return out;
   }
   void run(Descend& a) const { launch(&launch_descend, a); }
   void run(Update& a) const { launch(&launch_update, a); }
 
  private:
-  // The terms of a sum, or of several, still to be filled; zero for an empty table, which launches nothing.
-  Tensor sums_of_rows(Storage storage, std::optional<int64_t> several = {}) const {
+  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(device().index()).stream(); }
+  // The terms of a sum, or of several, of each of a stack, still to be filled; zero for an empty table, which launches nothing.
+  Tensor sums_of_rows(Storage storage, std::optional<int64_t> stack, std::optional<int64_t> several = {}) const {
     const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
-    c10::SmallVector<int64_t, 2> sizes;
+    c10::SmallVector<int64_t, 3> sizes;
+    if (stack) sizes.push_back(*stack);
     if (several) sizes.push_back(*several);
     sizes.push_back(rows() ? partials_of(rows()) * parts_of(storage) : 1);
     return rows() ? at::empty(sizes, options) : at::zeros(sizes, options);
   }
   template <class Arguments>
   void launch(cudaError_t (*launcher)(const Arguments&, const Lists&, cudaStream_t), const Arguments& a) const {
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device().index()).stream();
-    C10_CUDA_CHECK(launcher(a, lists(), stream));
+    C10_CUDA_CHECK(launcher(a, lists(), stream()));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 

@@ -3,12 +3,15 @@
 
 Every backend is a namespace with the functions below, called alike:
 
-    norm(weights, grads, table, *, ema, sigma, eta) -> norm_sq
-    perturb(weights!, grads, table, *, norm_sq, radii, saved!, status!, achieved_sq!, ema!, mask, sigma, lmbda, eta)
-    ascend(weights!, grads, table, *, radii, saved!, status!, achieved_sq!, arrived!, ema!, mask, sigma, lmbda, eta) -> norm_sq
-    gram(terms, table, *, count) -> sums
-    descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!)
-    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!, found_inf)
+    norm(weights, grads, table, *, ema, sigma, eta, stack) -> norm_sq
+    perturb(weights!, grads, table, *, norm_sq, radii, saved!, achieved_sq!, status!, ema!, mask, sigma, lmbda, eta, stack)
+    ascend(weights!, grads, table, *, radii, saved!, achieved_sq!, status!, arrived!, ema!, mask, sigma, lmbda, eta, stack)
+        -> norm_sq
+    gram(terms, table, *, count, stack) -> sums
+    weigh(shares, *, coefs, sums, rescale, norm_sq) -> shares
+    descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!, shares)
+    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!,
+        found_inf, shares)
 
 ``!`` marks what is mutated. Shapes, with P parameters (segments) and K rows of the table:
 
@@ -16,6 +19,11 @@ Every backend is a namespace with the functions below, called alike:
   in the order of the weights' memory. ``terms``: several such lists, one after the other. An empty tensor in a list stands
   for a parameter that is absent from it.
 * ``table``: int64 ``[K, 5]``, rows (segment, begin, offset, numel, group): what the call works on. See ``flat.py``.
+* ``stack``: the micro-batches m of a call; without it there is one. With it ``grads`` and ``terms`` are ``[m, *shape]``, dense
+  in memory, micro-batch after micro-batch; ``weights`` of a perturbation are ``[m, size]``, beside w, which is ``saved``;
+  ``status`` is not given; ``norm_sq``, ``achieved_sq`` and the result of ``gram`` have a first dimension of m.
+* ``shares``: of ``weigh`` float64 ``[m]``; of the others, as ``weigh`` returns it, float64 ``[stacks, m]``, of at most 3:
+  so many of the lists in ``terms``, the first ones, are stacks.
 * ``saved``, ``ema``, ``states``: flat buffers of the weights' dtype. An element of ``ema`` that is NaN has not begun; without
   ``lmbda`` it is only read.
 * ``status``: uint8 ``[K]``, how it stands with a row's weights: 0 untouched, 1 saved, 2 perturbed.
@@ -62,20 +70,22 @@ except ImportError as error:  # installed without a compiler
 else:
     _missing_extension = None
 
-_DIRECTION = "Tensor? mask=None, float sigma=0., float? lmbda=None, float? eta=None"
+_DIRECTION = "Tensor? mask=None, float sigma=0., float? lmbda=None, float? eta=None, int? stack=None"
 _COMBINATION = "float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None, Tensor? saved=None"
 _SCHEMAS = (
-    "norm(Tensor[] weights, Tensor[] grads, Tensor table, *, Tensor? ema=None, float sigma=0., float? eta=None) -> Tensor",
+    "norm(Tensor[] weights, Tensor[] grads, Tensor table, *, Tensor? ema=None, float sigma=0., float? eta=None, "
+    "int? stack=None) -> Tensor",
     "perturb(Tensor(a!)[] weights, Tensor[] grads, Tensor table, *, Tensor norm_sq, Tensor radii, Tensor(b!) saved, "
-    f"Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? ema=None, {_DIRECTION}) -> ()",
+    f"Tensor(d!) achieved_sq, Tensor(c!)? status=None, Tensor(e!)? ema=None, {_DIRECTION}) -> ()",
     "ascend(Tensor(a!)[] weights, Tensor[] grads, Tensor table, *, Tensor radii, Tensor(b!) saved, "
-    "Tensor(c!) status, Tensor(d!) achieved_sq, Tensor(e!)? arrived=None, Tensor(f!)? ema=None, "
+    "Tensor(d!) achieved_sq, Tensor(c!)? status=None, Tensor(e!)? arrived=None, Tensor(f!)? ema=None, "
     f"{_DIRECTION}) -> Tensor",
-    "gram(Tensor[] terms, Tensor table, *, int count) -> Tensor",
+    "gram(Tensor[] terms, Tensor table, *, int count, int? stack=None) -> Tensor",
+    "weigh(Tensor shares, *, float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None) -> Tensor",
     f"descend(Tensor(a!)[] weights, Tensor(b!)[] out, Tensor[] terms, Tensor table, *, {_COMBINATION}, "
-    "Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None) -> ()",
+    "Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None, Tensor? shares=None) -> ()",
     "update(Tensor(a!)[] weights, Tensor(b!)[] states, Tensor[] terms, Tensor table, *, int rule, Tensor settings, "
-    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None, Tensor? found_inf=None) -> ()",
+    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None, Tensor? found_inf=None, Tensor? shares=None) -> ()",
 )
 OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 
@@ -98,12 +108,23 @@ def _terms(table: Tensor) -> int | torch.SymInt:
     return 1 if table.device.type == "cpu" else torch.library.get_ctx().new_dynamic_size()
 
 
-def _fake_norm(weights: list[Tensor], grads: list[Tensor], table: Tensor, **_: Any) -> Tensor:
-    return table.new_empty((_terms(table),), dtype=torch.float64)
+def _sums(table: Tensor, stack: int | None, *rows: int) -> Tensor:
+    stacks = () if stack is None else (stack,)
+    return table.new_empty((*stacks, *rows, _terms(table)), dtype=torch.float64)
 
 
-def _fake_gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
-    return table.new_empty((count * (count + 1) // 2, _terms(table)), dtype=torch.float64)
+def _fake_norm(
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, stack: int | None = None, **_: Any
+) -> Tensor:
+    return _sums(table, stack)
+
+
+def _fake_gram(terms: list[Tensor], table: Tensor, *, count: int, stack: int | None = None) -> Tensor:
+    return _sums(table, stack, count * (count + 1) // 2)
+
+
+def _fake_weigh(shares: Tensor, *, coefs: list[float], **_: Any) -> Tensor:
+    return shares.new_empty((len(coefs) // len(reference.COEFFICIENT), shares.shape[0]))
 
 
 def _fake_nothing(*_: Any, **__: Any) -> None:
@@ -117,13 +138,15 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         for label, t in labelled(**{n: v for n, v in given.items() if n != "coefs" and isinstance(v, (Tensor, list))}):
-            check_device(label, t, given["table"])
+            check_device(label, t, given["table" if "table" in given else "shares"])
         return fake(*args, **kwargs)
 
     return checked
 
 
-_FAKES: dict[str, Callable[..., Any]] = {"norm": _fake_norm, "ascend": _fake_norm, "gram": _fake_gram}
+_FAKES: dict[str, Callable[..., Any]] = {
+    **{"norm": _fake_norm, "ascend": _fake_norm, "gram": _fake_gram, "weigh": _fake_weigh}
+}
 for _name in OPERATORS:
     _fake = _on_one_device(_name, _FAKES.get(_name, _fake_nothing))
     torch.library.register_fake(f"msam_kernels::{_name}", _fake, lib=_library)
@@ -136,6 +159,7 @@ class Backend(Protocol):
     perturb: Callable[..., None]
     ascend: Callable[..., Tensor]
     gram: Callable[..., Tensor]
+    weigh: Callable[..., Tensor]
     descend: Callable[..., None]
     update: Callable[..., None]
 

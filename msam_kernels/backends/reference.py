@@ -12,8 +12,13 @@ every group):
     gram        the inner products of several vectors: x·x, x·y, y·y, x·z, y·z, z·z
     descend     w ← saved where w is perturbed;   out ← Σ cₖ xₖ
     update      torch.optim.SGD / Adam / AdamW on Σ cₖ xₖ, starting from ``saved`` where w is perturbed
+    weigh       the coefficients of several micro-batches, for descend and update
 
 A parameter whose tensor in a list is empty is absent from it: a gradient that is absent perturbs nothing and is no term.
+
+With ``stack``, a number of micro-batches, each tensor of a list holds that of every one: ``[stack, *shape]``. norm, perturb,
+ascend and gram do for each in turn what they do for one. The weights of a perturbation are then ``[stack, size]``, copies
+beside w, which is ``saved`` and only read: every one becomes w + e of its micro-batch, and w where its gradient is absent.
 
 ``status``, one byte per row of the table, says how it stands with a row's weights: UNTOUCHED (nothing is saved), SAVED (they
 are what ``saved`` holds) or PERTURBED (``saved`` holds what they were). ``perturb`` saves what it finds UNTOUCHED, and starts
@@ -136,6 +141,11 @@ def _stretch(w: Tensor, eta: float) -> Tensor:
     return w.abs() + eta
 
 
+def _of(tensors: list[Tensor], i: int) -> list[Tensor]:
+    """Micro-batch i of a list of stacks."""
+    return [t[i] if t.numel() else t for t in tensors]
+
+
 def norm(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -144,9 +154,13 @@ def norm(
     ema: Tensor | None = None,
     sigma: float = 0.0,
     eta: float | None = None,
+    stack: int | None = None,
 ) -> Tensor:
-    """``‖d‖²`` as float64 ``[1]``."""
+    """``‖d‖²`` as float64 ``[1]``; of a stack ``[stack, 1]``, all with the same ema."""
     check(table, weights=weights, grads=grads, ema=ema)
+    if stack is not None:
+        rows = [norm(weights, _of(grads, i), table, ema=ema, sigma=sigma, eta=eta) for i in range(stack)]
+        return torch.stack(rows)
     total = _Sum(table)
     for row in _rows(table):
         g = row.of(grads)
@@ -169,23 +183,36 @@ def perturb(
     norm_sq: Tensor,
     radii: Tensor,
     saved: Tensor,
-    status: Tensor,
     achieved_sq: Tensor,
+    status: Tensor | None = None,
     ema: Tensor | None = None,
     mask: Tensor | None = None,
     sigma: float = 0.0,
     lmbda: float | None = None,
     eta: float | None = None,
+    stack: int | None = None,
 ) -> None:
     """Weights to w + e, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by row.
 
     e is as long as rho, but no longer than budget / (‖d‖ + 1e-12), and opposite to d where rho is negative.
 
     Changes ``saved`` and ``status`` as the module says; nothing of a row whose gradient is absent but its achieved_sq,
-    which becomes 0.
+    which becomes 0. Of a stack ``norm_sq`` and ``achieved_sq`` have a row for each, and there is no ``status``: the ema of
+    one is what the one before has left.
     """
     numbers = {"norm_sq": norm_sq, "radii": radii, "status": status, "achieved_sq": achieved_sq, "mask": mask}
     check(table, weights=weights, grads=grads, saved=saved, ema=ema, **numbers)
+    if stack is not None:
+        own = {"radii": radii, "saved": saved, "ema": ema, "mask": mask, "sigma": sigma, "lmbda": lmbda, "eta": eta}
+        for i in range(stack):
+            copy = weights[0][i]
+            for row in _rows(table):
+                row.within(copy).copy_(row.within(saved))
+            from_saved = torch.full((len(table),), PERTURBED, dtype=torch.uint8, device=table.device)
+            each = {"norm_sq": norm_sq[i], "status": from_saved, "achieved_sq": achieved_sq[i]}
+            perturb([copy], _of(grads, i), table, **each, **own)  # type: ignore[arg-type]
+        return
+    assert status is not None
     norm_sq = norm_sq.sum()
     finite, norm = norm_sq.isfinite(), norm_sq.sqrt() + EPS
     for row in _rows(table):
@@ -219,17 +246,28 @@ def ascend(
     *,
     radii: Tensor,
     saved: Tensor,
-    status: Tensor,
     achieved_sq: Tensor,
+    status: Tensor | None = None,
     arrived: Tensor | None = None,
     ema: Tensor | None = None,
     mask: Tensor | None = None,
     sigma: float = 0.0,
     lmbda: float | None = None,
     eta: float | None = None,
+    stack: int | None = None,
 ) -> Tensor:
-    """``norm``, then ``perturb`` by what it returned; returns it too."""
-    check(table, arrived=arrived)
+    """``norm``, then ``perturb`` by what it returned; returns it too. Of a stack both for one micro-batch after the other."""
+    check(table, weights=weights, grads=grads, saved=saved, achieved_sq=achieved_sq, arrived=arrived)
+    if stack is not None:
+        norms = []
+        for i in range(stack):
+            one, rest = [t[i : i + 1] if t.numel() else t for t in grads], {"ema": ema, "sigma": sigma, "eta": eta}
+            norms.append(norm([saved], one, table, stack=1, **rest))  # type: ignore[arg-type]
+            perturb(
+                [weights[0][i : i + 1]], one, table, norm_sq=norms[i], radii=radii, saved=saved,
+                achieved_sq=achieved_sq[i : i + 1], mask=mask, lmbda=lmbda, stack=1, **rest,  # type: ignore[arg-type]
+            )  # fmt: skip
+        return torch.cat(norms)
     norm_sq = norm(weights, grads, table, ema=ema, sigma=sigma, eta=eta)
     perturb(
         weights,
@@ -255,9 +293,14 @@ def _lists(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
     return [tensors[k * size : (k + 1) * size] for k in range(count)]
 
 
-def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
-    """The inner products of ``count`` vectors, float64 ``[count·(count + 1)/2, 1]``; row v·(v + 1)/2 + u is x_u·x_v, u ≤ v."""
+def gram(terms: list[Tensor], table: Tensor, *, count: int, stack: int | None = None) -> Tensor:
+    """The inner products of ``count`` vectors, float64 ``[count·(count + 1)/2, 1]``; row v·(v + 1)/2 + u is x_u·x_v, u ≤ v.
+
+    Of a stack ``[stack, count·(count + 1)/2, 1]``, those of each micro-batch.
+    """
     check(table, terms=terms)
+    if stack is not None:
+        return torch.stack([gram(_of(terms, i), table, count=count) for i in range(stack)])
     lists = _lists(terms, count)
     totals = [_Sum(table) for _ in range(count * (count + 1) // 2)]
     for row in _rows(table):
@@ -315,6 +358,41 @@ def coefficients(coefs: list[float], sums: list[Tensor], rescale: int, norm_sq: 
     return torch.stack([x * scale for x, (scale, *_) in zip(c, rows, strict=True)])
 
 
+def weigh(
+    shares: Tensor, *, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None
+) -> Tensor:
+    """For ``descend`` and ``update``: shareᵢ times the ``coefficients`` of micro-batch i, float64 ``[terms, m]``.
+
+    Args:
+        shares: float64 ``[m]``.
+        sums, norm_sq: with a first dimension of m, for those of each micro-batch.
+    """
+    check(shares, sums=sums, norm_sq=norm_sq)
+    columns = [
+        torch.as_tensor(
+            coefficients(coefs, [t[i] for t in sums], rescale, None if norm_sq is None else norm_sq[i]),
+            dtype=torch.float64, device=shares.device,
+        )
+        for i in range(len(shares))
+    ]  # fmt: skip
+    return torch.stack(columns, 1) * shares
+
+
+def _terms(
+    terms: list[Tensor], shares: Tensor | None, coefs: list[float], sums: list[Tensor], rescale: int,
+    norm_sq: Tensor | None,
+) -> tuple[list[list[Tensor]], list[float] | Tensor]:  # fmt: skip
+    """The lists that are combined, one after the other, and their coefficients."""
+    stacks = 0 if shares is None else len(shares)
+    lists = _lists(terms, stacks + len(coefs) // len(COEFFICIENT))
+    c = coefficients(coefs, sums, rescale, norm_sq)
+    if shares is None:
+        return lists, c
+    each = [_of(tensors, i) for i in range(shares.shape[1]) for tensors in lists[:stacks]]
+    c = torch.cat([shares.t().reshape(-1), torch.as_tensor(c, dtype=torch.float64, device=shares.device)])
+    return each + lists[stacks:], c
+
+
 def _combination(row: _Row, lists: list[list[Tensor]], c: list[float] | Tensor) -> Tensor | None:
     """Σ cₖ xₖ in the arithmetic type, in the order of the terms; None where every term is absent."""
     total = None
@@ -347,16 +425,18 @@ def descend(
     status: Tensor | None = None,
     last: bool = True,
     out_sq: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> None:
     """``w ← saved`` where it is perturbed, and ``out ← Σ cₖ xₖ``; either part is left out where its list is empty.
 
+    ``shares``: of the first lists of ``terms``, which are stacks, the coefficients of each micro-batch, float64
+    ``[stacks, m]``; ``coefs`` are those of the other lists. They are added up in the order Σᵢ Σₖ sharesₖᵢ xₖᵢ + Σ cₖ xₖ.
     Where every term is absent, ``out`` becomes 0. ``out`` may be one of the terms. ``out_sq``: ‖out‖² by row. What was saved
     is good for the next micro-batch of the same step, unless this was the ``last``: then ``status`` becomes UNTOUCHED.
     """
-    numbers = {"sums": sums, "norm_sq": norm_sq, "status": status, "out_sq": out_sq}
+    numbers = {"sums": sums, "norm_sq": norm_sq, "status": status, "out_sq": out_sq, "shares": shares}
     check(table, weights=weights, out=out, terms=terms, saved=saved, **numbers)
-    lists = _lists(terms, len(coefs) // len(COEFFICIENT))
-    c = coefficients(coefs, sums, rescale, norm_sq)
+    lists, c = _terms(terms, shares, coefs, sums, rescale, norm_sq)
     for row in _rows(table):
         weight = row.weights(weights) if weights else None
         if weight is not None and saved is not None and status is not None:
@@ -389,6 +469,7 @@ def update(
     saved: Tensor | None = None,
     status: Tensor | None = None,
     found_inf: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> None:
     """One step of ``rule`` on Σ cₖ xₖ, for every row that has a term; ``status`` becomes UNTOUCHED in any case.
 
@@ -396,12 +477,12 @@ def update(
     where decoupled, ``AdamW``, columns ``ADAM_COLUMNS``, states [exp_avg, exp_avg_sq] and with amsgrad max_exp_avg_sq.
     ``step`` counts every parameter's updates; a momentum buffer begins with the gradient where it is still 0.
 
-    Where ``found_inf`` is not 0 no row has a term: what is perturbed comes back, and nothing else changes.
+    Where ``found_inf`` is not 0 no row has a term: what is perturbed comes back, and nothing else changes. ``shares``: see
+    ``descend``.
     """
-    numbers = {"settings": settings, "step": step, "sums": sums, "norm_sq": norm_sq, "status": status}
+    numbers = {"settings": settings, "step": step, "sums": sums, "norm_sq": norm_sq, "status": status, "shares": shares}
     check(table, weights=weights, states=states, terms=terms, saved=saved, found_inf=found_inf, **numbers)
-    lists = _lists(terms, len(coefs) // len(COEFFICIENT))
-    c = coefficients(coefs, sums, rescale, norm_sq)
+    lists, c = _terms(terms, shares, coefs, sums, rescale, norm_sq)
     if found_inf is not None and bool(found_inf != 0):
         lists, c = [], []
     one = {SGD: _sgd, ADAM: _adam}[rule]

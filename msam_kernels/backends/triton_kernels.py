@@ -18,7 +18,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,7 +37,7 @@ REGISTERS = {
     **{"norm_kernel": 64, "perturb_kernel": 64, "ascend_kernel": 64},
     **{"gram_kernel": 128, "descend_kernel": 80, "update_kernel": 80},
 }
-MORE_REGISTERS = {"FRIENDLY": 80, "SQUARED": 128, "MASKED": 128}
+MORE_REGISTERS = {"FRIENDLY": 80, "SQUARED": 128, "MASKED": 128, "STACKS": 128, "STACKED": 128}
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -263,7 +263,18 @@ def in_list(pointers, segment, begin, S: tl.constexpr):
 @triton.jit
 def in_lists(pointers, segments, segment, begin, S: tl.constexpr, COUNT: tl.constexpr):
     """The same in several lists that stand one after the other."""
-    return [in_list(pointers + k * segments * 8, segment, begin, S) for k in (0, 1, 2, 3)[:COUNT]]
+    return [in_list(pointers + k * segments * 8, segment, begin, S) for k in (0, 1, 2, 3, 4, 5, 6)[:COUNT]]
+
+
+@triton.jit
+def bytes_of(sizes, segment, S: tl.constexpr):
+    """From one micro-batch of a stack to the next; 0 where there are no stacks."""
+    return tl.load(pointer(sizes, tl.int64) + segment, mask=sizes != 0, other=0) * (S.primitive_bitwidth // 8)
+
+
+@triton.jit
+def of_micro_batch(address, bytes, i):
+    return tl.where(address != 0, address + i * bytes, 0)
 
 
 @triton.jit
@@ -394,16 +405,16 @@ def norm_of_row(
 
 
 @triton.jit
-def norm_of_program(
-    out, program, programs, table, rows, flat_weights, weights, grads, ema, sigma, eta, S: tl.constexpr, T: tl.constexpr,
-    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+def norm_of_micro_batch(
+    out, program, programs, i, table, rows, flat_weights, weights, grads, sizes, ema, sigma, eta,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     value = tl.full([], 0.0, tl.float64)
     lost = value
     for k in range(program, rows, programs):
         segment, begin, offset, numel, _ = load_row(table, k)
         w, g = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_list(grads, segment, begin, S)
-        e = in_flat(ema, offset, S)
+        g, e = of_micro_batch(g, bytes_of(sizes, segment, S), i), in_flat(ema, offset, S)
         numel = tl.where(g != 0, numel, 0)
         for ALIGNED in tl.static_range(2):
             if is_aligned(w | g | e | numel) == ALIGNED:
@@ -418,15 +429,37 @@ def norm_of_program(
         tl.store(place + programs, correction(lost))
 
 
+@triton.jit
+def norm_of_program(
+    out, program, programs, first, last, table, rows, flat_weights, weights, grads, sizes, ema, sigma, eta,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, STACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of every micro-batch of a stack from ``first`` to ``last``, whose terms are in a row of their own."""
+    if STACKED:
+        bytes = programs * (16 if T.primitive_bitwidth == 64 else 8)
+        for i in range(first, last):
+            norm_of_micro_batch(
+                out + (i - first) * bytes, program, programs, i, table, rows, flat_weights, weights, grads, sizes, ema, sigma,
+                eta, S, T, FRIENDLY, ADAPTIVE, BLOCK,
+            )  # fmt: skip
+    else:
+        norm_of_micro_batch(
+            out, program, programs, 0, table, rows, flat_weights, weights, grads, sizes, ema, sigma, eta, S, T, FRIENDLY,
+            ADAPTIVE, BLOCK,
+        )  # fmt: skip
+
+
 @_kernel
 def norm_kernel(
-    out: tl.int64, table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, grads: tl.int64,
-    ema: tl.int64, sigma: tl.int64, eta: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr,
+    out: tl.int64, first: tl.int64, last: tl.int64, table: tl.int64, rows: tl.int64, flat_weights: tl.int64,
+    weights: tl.int64, grads: tl.int64, sizes: tl.int64, ema: tl.int64, sigma: tl.int64, eta: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, STACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm_of_program(
-        out, tl.program_id(0), tl.num_programs(0), table, rows, flat_weights, weights, grads, ema, sigma, eta, S, T,
-        FRIENDLY, ADAPTIVE, BLOCK,
+        out, tl.program_id(0), tl.num_programs(0), first, last, table, rows, flat_weights, weights, grads, sizes, ema, sigma,
+        eta, S, T, FRIENDLY, ADAPTIVE, STACKED, BLOCK,
     )  # fmt: skip
 
 
@@ -471,7 +504,57 @@ def perturb_row(
 
 
 @triton.jit
+def perturb_copies(
+    k, segment, begin, offset, numel, group, first, last, rows, norm_sq, norm_terms, radii, copies, stride, grads, sizes, saved,
+    achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row of a stack: w, which is ``saved``, stays in cache while one micro-batch after the other becomes w + e beside it."""
+    s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
+    bytes, of_all = bytes_of(sizes, segment, S), in_list(grads, segment, begin, S)
+    radius = pointer(radii, tl.float64) + group * RADIUS_COLUMNS
+    rho, budget = tl.load(radius), tl.load(radius + 1)
+    for i in range(first, last):
+        norm = total(norm_sq + (i - first) * norm_terms * 8, norm_terms, T)
+        w, g = in_flat(copies, i * stride + offset, S), of_micro_batch(of_all, bytes, i)
+        numbers = (
+            ascent_scale(norm, rho, budget).to(T), number(sigma, T), number(eta, T), number(lmbda, T),
+            number(one_minus_lmbda, T),
+        )  # fmt: skip
+        for ALIGNED in tl.static_range(2):
+            if is_aligned(w | g | s | e | numel) == ALIGNED:
+                achieved = perturb_row(
+                    w, g, s, e, mask, offset, numel, PERTURBED, is_finite(norm) & (g != 0), renew != 0, numbers, S, T,
+                    FRIENDLY, ADAPTIVE, MASKED, BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
+                )  # fmt: skip
+                tl.store(pointer(achieved_sq, tl.float64) + (i - first) * rows + k, achieved)
+        tl.debug_barrier()  # the mean has been written
+
+
+@triton.jit
 def perturb_by_program(
+    program, programs, first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, stride, grads, sizes, saved,
+    status, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if STACKED:
+        for before in range(program, rows, programs):
+            k = rows - 1 - before
+            segment, begin, offset, numel, group = load_row(table, k)
+            perturb_copies(
+                k, segment, begin, offset, numel, group, first, last, rows, norm_sq, norm_terms, radii, flat_weights, stride,
+                grads, sizes, saved, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T,
+                FRIENDLY, ADAPTIVE, MASKED, BLOCK,
+            )  # fmt: skip
+    else:
+        perturb_in_place(
+            program, programs, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status,
+            achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def perturb_in_place(
     program, programs, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status, achieved_sq,
     ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
     FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -499,26 +582,28 @@ def perturb_by_program(
 
 @_kernel
 def perturb_kernel(
-    table: tl.int64, rows: tl.int64, norm_sq: tl.int64, norm_terms: tl.int64, radii: tl.int64, flat_weights: tl.int64,
-    weights: tl.int64, grads: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64, ema: tl.int64,
-    mask: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
+    first: tl.int64, last: tl.int64, table: tl.int64, rows: tl.int64, norm_sq: tl.int64, norm_terms: tl.int64, radii: tl.int64,
+    flat_weights: tl.int64, weights: tl.int64, stride: tl.int64, grads: tl.int64, sizes: tl.int64, saved: tl.int64,
+    status: tl.int64, achieved_sq: tl.int64, ema: tl.int64, mask: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64,
+    lmbda: tl.int64, one_minus_lmbda: tl.int64,
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     perturb_by_program(
-        tl.program_id(0), tl.num_programs(0), table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved,
-        status, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK,
+        tl.program_id(0), tl.num_programs(0), first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights,
+        stride, grads, sizes, saved, status, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T,
+        FRIENDLY, ADAPTIVE, MASKED, STACKED, BLOCK,
     )  # fmt: skip
 
 
 @_kernel
 def ascend_kernel(
-    arrived: tl.int64, table: tl.int64, rows: tl.int64, norm_sq: tl.int64, norm_terms: tl.int64, radii: tl.int64,
-    flat_weights: tl.int64, weights: tl.int64, grads: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64,
-    ema: tl.int64, mask: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64,
-    one_minus_lmbda: tl.int64,
+    arrived: tl.int64, first: tl.int64, last: tl.int64, table: tl.int64, rows: tl.int64, norm_sq: tl.int64,
+    norm_terms: tl.int64, radii: tl.int64, flat_weights: tl.int64, weights: tl.int64, stride: tl.int64, grads: tl.int64,
+    sizes: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64, ema: tl.int64, mask: tl.int64,
+    renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The programs of the norm, and behind them as many of the perturbation, which wait for them: see csrc/cuda/kernels.cuh.
 
@@ -529,8 +614,8 @@ def ascend_kernel(
     program = tl.atomic_add(count, 65536, sem="relaxed") // 65536
     if program < half:
         norm_of_program(
-            norm_sq, program, half, table, rows, flat_weights, weights, grads, ema, sigma, eta, S, T, FRIENDLY, ADAPTIVE,
-            BLOCK,
+            norm_sq, program, half, first, last, table, rows, saved if STACKED else flat_weights, weights, grads, sizes, ema,
+            sigma, eta, S, T, FRIENDLY, ADAPTIVE, STACKED, BLOCK,
         )  # fmt: skip
         tl.debug_barrier()
         tl.atomic_add(count, 1, sem="release")
@@ -539,8 +624,9 @@ def ascend_kernel(
             pass
         tl.debug_barrier()
         perturb_by_program(
-            program - half, half, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status,
-            achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK,
+            program - half, half, first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, stride, grads,
+            sizes, saved, status, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE,
+            MASKED, STACKED, BLOCK,
         )  # fmt: skip
         if tl.atomic_add(count, 1, sem="relaxed") % 65536 == 2 * half - 1:
             tl.store(count, 0)
@@ -578,15 +664,15 @@ def gram_of_row(
     return out, lost_out
 
 
-@_kernel
-def gram_kernel(
-    out: tl.int64, table: tl.int64, rows: tl.int64, terms: tl.int64, segments: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def gram_of_micro_batch(
+    out, i, table, rows, terms, segments, sizes, S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     sums, lost, lanes = tl.zeros([8], tl.float64), tl.zeros([8], tl.float64), tl.arange(0, 8)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, _offset, numel, _group = load_row(table, k)
-        xs = in_lists(terms, segments, segment, begin, S, COUNT)
+        bytes = bytes_of(sizes, segment, S)
+        xs = [of_micro_batch(first, bytes, i) for first in in_lists(terms, segments, segment, begin, S, COUNT)]
         for ALIGNED in tl.static_range(2):
             if is_aligned(union(xs, COUNT) | numel) == ALIGNED:
                 x, of_x = gram_of_row(xs, numel, S, T, COUNT, BLOCK if ALIGNED else BLOCK // 4, ALIGNED)
@@ -599,18 +685,35 @@ def gram_kernel(
         tl.store(place + tl.num_programs(0), correction(lost), mask=here)
 
 
+@_kernel
+def gram_kernel(
+    out: tl.int64, last: tl.int64, table: tl.int64, rows: tl.int64, terms: tl.int64, segments: tl.int64, sizes: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if STACKED:
+        bytes = tl.num_programs(0) * (16 if T.primitive_bitwidth == 64 else 8) * (COUNT * (COUNT + 1) // 2)
+        for i in range(0, last):
+            gram_of_micro_batch(out + i * bytes, i, table, rows, terms, segments, sizes, S, T, COUNT, BLOCK)
+    else:
+        gram_of_micro_batch(out, 0, table, rows, terms, segments, sizes, S, T, COUNT, BLOCK)
+
+
 # ---- descend and update ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def coefficients_of_sums(combination, T: tl.constexpr, COUNT: tl.constexpr):
-    """The coefficients, the first of eight numbers. ``combination`` is what ``_combination`` writes on the host."""
+def coefficients_of_sums(combination, i, T: tl.constexpr, COUNT: tl.constexpr):
+    """The coefficients, the first of eight numbers. ``combination`` is what ``_combination`` writes on the host.
+
+    i: the micro-batch, where each has sums of its own.
+    """
     row, words = pointer(combination, tl.float64), pointer(combination, tl.int64) + COUNT * COEFFICIENT_COLUMNS
     gram, rescale, rows = tl.load(words), tl.load(words + 1), tl.load(words + 2)
     lanes = tl.arange(0, 8)
     sums, c = tl.zeros([8], tl.float64), tl.zeros([8], tl.float64)
     for r in range(0, rows):
-        sums = tl.where(lanes == r, total(tl.load(words + 3 + 2 * r), tl.load(words + 4 + 2 * r), T), sums)
+        of_r = words + 3 + 3 * r
+        sums = tl.where(lanes == r, total(tl.load(of_r) + i * tl.load(of_r + 2), tl.load(of_r + 1), T), sums)
     for k in range(0, COUNT):
         c = tl.where(lanes == k, coefficient(row + k * COEFFICIENT_COLUMNS, sums), c)
     if rescale >= 0:
@@ -621,25 +724,49 @@ def coefficients_of_sums(combination, T: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def coefficients(
-    c0, c1, c2, c3, combination, norm_sq, norm_terms, T: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr
+    c0, c1, c2, c3, combination, norm_sq, norm_terms, i, T: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr
 ):  # fmt: skip
     """The coefficients: the arguments, or worked out from the sums where there are some. NaN if the norm is not finite."""
-    norm = total(norm_sq, norm_terms, T)
+    norm = total(norm_sq + i * norm_terms * 8, norm_terms, T)
     if SUMS:
-        evaluated = coefficients_of_sums(combination, T, COUNT)
+        evaluated = coefficients_of_sums(combination, i, T, COUNT)
         c = [entry(evaluated, k) for k in (0, 1, 2, 3)[:COUNT]]
     else:
         c = [number(bits, tl.float64) for bits in (c0, c1, c2, c3)[:COUNT]]
     return [(x + (norm - norm)).to(T) for x in c]
 
 
-@triton.jit
-def combination(xs, c, at, here, S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Σ cₖ xₖ; 0 where no term is there."""
-    sum, begun = tl.zeros(at.shape, T), tl.full([], False, tl.int1)
+@_kernel
+def weigh_kernel(
+    shares: tl.int64, count: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
+    norm_sq: tl.int64, norm_terms: tl.int64, out: tl.int64, COUNT: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """The coefficients of a micro-batch's terms, one program for each."""
+    i = tl.program_id(0)
+    share = tl.load(pointer(shares, tl.float64) + i)
+    c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, i, tl.float64, COUNT, SUMS)
     for k in tl.static_range(COUNT):
-        counts = (xs[k] != 0) & truth(c[k] != 0)
-        term = weighted(load(xs[k], at, here & counts, S, ALIGNED).to(T), c[k])
+        tl.store(pointer(out, tl.float64) + k * count + i, c[k] * share)
+
+
+@triton.jit
+def combination(
+    xs, c, shares, micro_batches, bytes, at, here, S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Σ cₖ xₖ; 0 where no term is there. The first ``STACKS`` are stacks, added up micro-batch by micro-batch."""
+    sum, begun = tl.zeros(at.shape, T), tl.full([], False, tl.int1)
+    if STACKS > 0:
+        for i in range(0, micro_batches):
+            for k in tl.static_range(STACKS):
+                share = tl.load(pointer(shares, tl.float64) + k * micro_batches + i).to(T)
+                counts = (xs[k] != 0) & truth(share != 0)
+                term = weighted(load(xs[k] + i * bytes, at, here & counts, S, ALIGNED).to(T), share)
+                sum = tl.where(counts, tl.where(begun, sum + term, term), sum)
+                begun = begun | counts
+    for k in tl.static_range(COUNT):
+        counts = (xs[STACKS + k] != 0) & truth(c[k] != 0)
+        term = weighted(load(xs[STACKS + k], at, here & counts, S, ALIGNED).to(T), c[k])
         sum = tl.where(counts, tl.where(begun, sum + term, term), sum)  # 0 + -0 would not be -0
         begun = begun | counts
     return sum
@@ -658,8 +785,8 @@ def is_only(out, xs, c, COUNT: tl.constexpr):
 
 @triton.jit
 def descend_row(
-    w, saved, out, xs, c, numel, reads, writes, S: tl.constexpr, T: tl.constexpr,
-    COUNT: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    w, saved, out, xs, c, shares, micro_batches, bytes, numel, reads, writes, S: tl.constexpr, T: tl.constexpr,
+    COUNT: tl.constexpr, STACKS: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The row's part of the squared norm of what ``out`` becomes."""
     numel = length(numel, ALIGNED)
@@ -669,7 +796,7 @@ def descend_row(
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
         before = load(saved, at, here, S, ALIGNED)
-        x = combination(xs, c, at, here & reads, S, T, COUNT, ALIGNED).to(S)
+        x = combination(xs, c, shares, micro_batches, bytes, at, here & reads, S, T, COUNT, STACKS, ALIGNED).to(S)
         store(w, at, here, before, S, ALIGNED)
         store(out, at, here & writes, x, S, ALIGNED)
         if SQUARED:
@@ -687,25 +814,28 @@ def descend_row(
 def descend_kernel(
     table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, status: tl.int64,
     terms: tl.int64, segments: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
-    norm_sq: tl.int64, norm_terms: tl.int64, outs: tl.int64, last: tl.int64, out_sq: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr,
-    SQUARED: tl.constexpr, BLOCK: tl.constexpr,
+    norm_sq: tl.int64, norm_terms: tl.int64, shares: tl.int64, micro_batches: tl.int64, sizes: tl.int64, outs: tl.int64,
+    last: tl.int64, out_sq: tl.int64, S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr,
+    SUMS: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, T, COUNT, SUMS)
+    ALL: tl.constexpr = STACKS + COUNT
+    c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, 0, T, COUNT, SUMS)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, offset, numel, _ = load_row(table, k)
         w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, S)
         was, listed = load_status(status, k), w != 0
         restored = listed & (was == PERTURBED)
         w, s = tl.where(restored, w, 0), tl.where(restored, s, 0)
-        o, xs = in_list(outs, segment, begin, S), in_lists(terms, segments, segment, begin, S, COUNT)
-        writes = (o != 0) & (is_only(o, xs, c, COUNT) == 0)
+        o, xs = in_list(outs, segment, begin, S), in_lists(terms, segments, segment, begin, S, ALL)
+        bytes, writes = bytes_of(sizes, segment, S), o != 0
+        if STACKS == 0:
+            writes = writes & (is_only(o, xs, c, COUNT) == 0)
         reads = (o != 0) if SQUARED else writes
         numel = tl.where(restored | reads, numel, 0)
         for ALIGNED in tl.static_range(2):
-            if is_aligned(w | s | o | union(xs, COUNT) | numel) == ALIGNED:
+            if is_aligned(w | s | o | union(xs, ALL) | bytes | numel) == ALIGNED:
                 square = descend_row(
-                    w, s, o, xs, c, numel, reads, writes, S, T, COUNT, SQUARED,
+                    w, s, o, xs, c, shares, micro_batches, bytes, numel, reads, writes, S, T, COUNT, STACKS, SQUARED,
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
                 if SQUARED:
@@ -716,15 +846,16 @@ def descend_kernel(
 
 @triton.jit
 def update_row(
-    w, start, xs, states, c, settings, numel, there, S: tl.constexpr, T: tl.constexpr,
-    RULE: tl.constexpr, COUNT: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    w, start, xs, states, c, shares, micro_batches, bytes, settings, numel, there, S: tl.constexpr, T: tl.constexpr,
+    RULE: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
         before = load(start, at, here, S, ALIGNED)
-        g = combination(xs, c, at, here, S, T, COUNT, ALIGNED)
+        g = combination(xs, c, shares, micro_batches, bytes, at, here, S, T, COUNT, STACKS, ALIGNED)
         values = [load(state, at, here, S, ALIGNED).to(T) for state in states]
         if RULE == SGD:
             x, values = sgd(before.to(T), g, values, settings, STATES)
@@ -759,19 +890,21 @@ def count_steps(step, table, rows, terms, segments, COUNT: tl.constexpr):
 def update_kernel(
     table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, status: tl.int64,
     terms: tl.int64, segments: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
-    norm_sq: tl.int64, norm_terms: tl.int64, settings: tl.int64, columns: tl.int64, step: tl.int64, found_inf: tl.int64,
-    state0: tl.int64, state1: tl.int64, state2: tl.int64, S: tl.constexpr, T: tl.constexpr,
-    RULE: tl.constexpr, COUNT: tl.constexpr, SUMS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
+    norm_sq: tl.int64, norm_terms: tl.int64, shares: tl.int64, micro_batches: tl.int64, sizes: tl.int64, settings: tl.int64,
+    columns: tl.int64, step: tl.int64, found_inf: tl.int64, state0: tl.int64, state1: tl.int64, state2: tl.int64,
+    S: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr, SUMS: tl.constexpr,
+    STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, T, COUNT, SUMS)
+    ALL: tl.constexpr = STACKS + COUNT
+    c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, 0, T, COUNT, SUMS)
     updates = truth(tl.load(pointer(found_inf, tl.float32), mask=found_inf != 0, other=0.0) == 0)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, offset, numel, group = load_row(table, k)
         w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, S)
         restored = load_status(status, k) == PERTURBED
         start = tl.where(restored, s, w)
-        xs = in_lists(terms, segments, segment, begin, S, COUNT)
-        there = updates & (union(xs, COUNT) != 0)
+        xs, bytes = in_lists(terms, segments, segment, begin, S, ALL), bytes_of(sizes, segment, S)
+        there = updates & (union(xs, ALL) != 0)
         numel = tl.where((w != 0) & (there | restored), numel, 0)
         number_of_step = tl.load(pointer(step, tl.float32) + segment, mask=step != 0, other=0.0).to(tl.int64) + 1
         row = settings + group * columns * 8
@@ -783,14 +916,15 @@ def update_kernel(
             kept = state0, state1, tl.where(numbers[3], state2, 0)  # nor has a group without amsgrad the third
         states = [in_flat(tl.where(there, state, 0), offset, S) for state in kept[:STATES]]
         for ALIGNED in tl.static_range(2):
-            if is_aligned(w | start | union(xs, COUNT) | union(states, STATES) | numel) == ALIGNED:
+            if is_aligned(w | start | union(xs, ALL) | bytes | union(states, STATES) | numel) == ALIGNED:
                 update_row(
-                    w, start, xs, states, c, numbers, numel, there, S, T, RULE, COUNT, STATES,
+                    w, start, xs, states, c, shares, micro_batches, bytes, numbers, numel, there, S, T, RULE, COUNT, STACKS,
+                    STATES,
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
         store_status(status, k, UNTOUCHED, w != 0)
     if updates & (step != 0):
-        count_steps(step, table, rows, terms, segments, COUNT)
+        count_steps(step, table, rows, terms, segments, ALL)
 
 
 @_kernel
@@ -841,11 +975,29 @@ _dense_addresses: Callable[[list[list[Tensor]], torch.dtype, torch.device], byte
 _ready: set[torch.device] = set()  # devices on which the kernel that a capture needs is loaded
 
 
+def _check_stack(name: str, t: Tensor, stack: int) -> None:
+    if not t.dim() or len(t) != stack:
+        raise RuntimeError(f"{name} must have one row for each of {stack} micro-batches, got shape {list(t.shape)}")
+
+
+def _rows(stack: int | None) -> tuple[int, ...]:
+    """The first dimension of what is there for each micro-batch of a stack."""
+    return () if stack is None else (stack,)
+
+
 class _Call:
     """What every operator shares: the table, checks, pointers, the device.
 
     The rows of ``table`` are on the device, where the host does not look: what they name must be there.
     """
+
+    @classmethod
+    def without_table(cls, shares: Tensor) -> "_Call":
+        """Of numbers alone: ``shares`` says where."""
+        call = cls.__new__(cls)
+        call.tensor, call.device, call.dtype = shares, shares.device, torch.float64
+        call.kind = None if call.device.type == "cpu" else torch.get_device_module(call.device)
+        return call
 
     def __init__(self, table: Tensor, **lists: list[Tensor]):
         if not (table.dim() == 2 and table.shape[1] == 5 and table.dtype == torch.int64 and table.is_contiguous()):
@@ -907,15 +1059,39 @@ class _Call:
             )
         return t.data_ptr()
 
-    def per_row(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64) -> int:
-        address = self.plain(name, t, dtype)
-        if t is not None and len(t) != self.rows:
-            raise RuntimeError(f"{name} must have one element per row of the table, {self.rows}, got {len(t)}")
+    def per_row(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64, stack: int | None = None) -> int:
+        address = self.plain(name, t, dtype, 1 if stack is None else 2)
+        if t is not None and t.shape[-1] != self.rows:
+            raise RuntimeError(f"{name} must have one element per row of the table, {self.rows}, got {t.shape[-1]}")
+        if t is not None and stack is not None:
+            _check_stack(name, t, stack)
         return address
 
-    def sum(self, name: str, t: Tensor | None) -> tuple[int, int]:
-        """(address, number of terms) of a sum that is one row; zeros for None."""
-        return self.plain(name, t), 0 if t is None else len(t)
+    def sizes(self, name: str, tensors: list[Tensor], stack: int | None, lists: int = 1) -> tuple[int, ...]:
+        """The elements of a micro-batch, by segment, of lists of stacks one after the other; () where they are none."""
+        if stack is None:
+            return ()
+        found = [0] * (len(tensors) // lists)
+        for i, t in enumerate(tensors):
+            if not t.numel():
+                continue
+            _check_stack(f"{name}[{i}]", t, stack)
+            size = t.numel() // stack
+            if stack > 1 and t.stride(0) != size:
+                raise RuntimeError(
+                    f"{name}[{i}] must have one micro-batch after the other in memory, got strides {t.stride()}"
+                )
+            before = found[i % len(found)]
+            if before not in (0, size):
+                raise RuntimeError(f"{name}[{i}] has {size} elements of a micro-batch, in another list it has {before}")
+            found[i % len(found)] = size
+        return tuple(found)
+
+    def sum(self, name: str, t: Tensor | None, stack: int | None = None) -> tuple[int, int]:
+        """(address, number of terms) of a sum that is one row, or one for each of a stack; zeros for None."""
+        if t is not None and stack is not None:
+            _check_stack(name, t, stack)
+        return self.plain(name, t, dim=1 if stack is None else 2), 0 if t is None else t.shape[-1]
 
     def pointers(
         self, weights: list[Tensor], count: int = 1, words: tuple[int, ...] = (), **lists: list[Tensor]
@@ -985,6 +1161,10 @@ class _Call:
         _tables[key] = self._copied(content)
         return _tables[key]
 
+    def words(self, words: tuple[int, ...]) -> Tensor:
+        """A tensor with integers alone."""
+        return self._table(_bytes(words), None)
+
     def _copied(self, content: bytes) -> Tensor:
         table = torch.frombuffer(bytearray(content), dtype=torch.int64)
         return table if self.kind is None else table.pin_memory().to(self.device, non_blocking=True)
@@ -1005,102 +1185,170 @@ def _bytes(words: Sequence[int]) -> bytes:
 
 # ---- the operators: see reference.py ------------------------------------------------------------------------------------
 
-_Direction = tuple[list[int], int, dict[str, bool]]  # pointers to what d is made of, the address of the mean, constants
+
+class _Direction(NamedTuple):
+    """What d is made of."""
+
+    weights: tuple[int, int]  # one flat buffer, or the pointers of a list
+    grads: tuple[int, int]  # the pointers of the list, and of the sizes of stacks
+    ema: int
+    constants: dict[str, bool]
 
 
 def _direction(
-    call: _Call, weights: list[Tensor], grads: list[Tensor], ema: Tensor | None, eta: float | None
+    call: _Call, weights: list[Tensor], grads: list[Tensor], ema: Tensor | None, eta: float | None, stack: int | None
 ) -> _Direction:
     if not grads:
         raise RuntimeError("grads are missing: the list is empty")
     if eta is not None and not weights:
         raise RuntimeError("eta needs the weights, and the list of weights is empty")
-    *pointers, _ = call.pointers(weights, grads=grads)
-    return pointers, call.dense("ema", ema), {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None}
+    flat, listed, pointers, sizes = call.pointers(weights, words=call.sizes("grads", grads, stack), grads=grads)
+    constants = {"FRIENDLY": ema is not None, "ADAPTIVE": eta is not None, "STACKED": stack is not None}
+    return _Direction((flat, listed), (pointers, sizes), call.dense("ema", ema), constants)
 
 
-def _norm(call: _Call, direction: _Direction, terms: Tensor, sigma: float, eta: float | None) -> None:
-    pointers, ema, constants = direction
-    call.launch(norm_kernel, terms.data_ptr(), *call.table, *pointers, ema, *_bits(sigma, eta or 0.0), **constants)
+def _norm(
+    call: _Call, d: _Direction, weights: tuple[int, int], terms: Tensor, sigma: float, eta: float | None, some: range
+) -> None:
+    """``some``: the micro-batches."""
+    call.launch(
+        norm_kernel, terms.data_ptr(), some.start, some.stop, *call.table, *weights, *d.grads, d.ema,
+        *_bits(sigma, eta or 0.0), **d.constants,
+    )  # fmt: skip
 
 
 def _perturb(
-    call: _Call, direction: _Direction, norm_sq: Tensor, sigma: float, eta: float | None, *, radii: Tensor, saved: Tensor,
-    status: Tensor, achieved_sq: Tensor, mask: Tensor | None = None, lmbda: float | None = None, arrived: int = 0,
+    call: _Call, d: _Direction, norm_sq: Tensor, sigma: float, eta: float | None, some: range, *, radii: Tensor, saved: Tensor,
+    achieved_sq: Tensor, status: Tensor | None = None, mask: Tensor | None = None, lmbda: float | None = None,
+    stride: int = 0, arrived: int = 0,
 ) -> None:  # fmt: skip
-    """``arrived``: the address where programs are counted, for a launch that also fills ``norm_sq``."""
-    pointers, ema, constants = direction
+    """Perturb ``some`` of the micro-batches.
+
+    ``stride``: of a stack of copies. ``arrived``: the address where programs are counted, for a launch that fills ``norm_sq``.
+    """
+    stack = len(some) if d.constants["STACKED"] else None
+    if (status is None) != (stack is not None):
+        raise RuntimeError(
+            "status says how it stands with weights that are perturbed in place, and stack that they are copies: give one of "
+            "them"
+        )
     kernel, first = (ascend_kernel, (arrived,)) if arrived else (perturb_kernel, ())
     radii_at = call.plain("radii", radii, dim=2)
     if radii.shape[1] != RADIUS_COLUMNS.value:
         raise RuntimeError(f"radii must have {RADIUS_COLUMNS.value} columns, got {radii.shape[1]}")
     call.launch(
-        kernel, *first, *call.table, *call.sum("norm_sq", norm_sq), radii_at, *pointers,
-        call.dense("saved", saved), call.per_row("status", status, torch.uint8), call.per_row("achieved_sq", achieved_sq),
-        ema, call.plain("mask", mask, torch.uint8), int(lmbda is not None),
-        *_bits(sigma, eta or 0.0, lmbda or 0.0, 1 - (lmbda or 0.0)), times=1 + len(first), MASKED=mask is not None,
-        **constants,
+        kernel, *first, some.start, some.stop, *call.table, *call.sum("norm_sq", norm_sq, stack), radii_at,
+        *d.weights, stride, *d.grads, call.dense("saved", saved), call.per_row("status", status, torch.uint8),
+        call.per_row("achieved_sq", achieved_sq, stack=stack), d.ema, call.plain("mask", mask, torch.uint8),
+        int(lmbda is not None), *_bits(sigma, eta or 0.0, lmbda or 0.0, 1 - (lmbda or 0.0)), times=1 + len(first),
+        MASKED=mask is not None, **d.constants,
     )  # fmt: skip
+
+
+def _stride(weights: list[Tensor], stack: int | None) -> int:
+    """From one copy of the weights to the next."""
+    if stack is None:
+        return 0
+    if len(weights) != 1:
+        raise RuntimeError(f"weights must be one stack of flat buffers, got {len(weights)} tensors")
+    _check_stack("weights", weights[0], stack)
+    return weights[0].numel() // stack
 
 
 def norm(
     weights: list[Tensor], grads: list[Tensor], table: Tensor, *, ema: Tensor | None = None, sigma: float = 0.0,
-    eta: float | None = None,
+    eta: float | None = None, stack: int | None = None,
 ) -> Tensor:  # fmt: skip
     call = _Call(table, grads=grads)
     check(table, weights=weights)  # also those that are not read
-    norm_sq = call.sums()
-    _norm(call, _direction(call, weights if eta is not None else [], grads, ema, eta), norm_sq, sigma, eta)
+    norm_sq = call.sums(*_rows(stack))
+    direction = _direction(call, weights if eta is not None else [], grads, ema, eta, stack)
+    _norm(call, direction, direction.weights, norm_sq, sigma, eta, range(stack or 1))
     return norm_sq
 
 
 def perturb(
     weights: list[Tensor], grads: list[Tensor], table: Tensor, *, norm_sq: Tensor, ema: Tensor | None = None,
-    sigma: float = 0.0, eta: float | None = None, **options: Any,
+    sigma: float = 0.0, eta: float | None = None, stack: int | None = None, **options: Any,
 ) -> None:  # fmt: skip
     call = _Call(table, weights=weights)
-    _perturb(call, _direction(call, weights, grads, ema, eta), norm_sq, sigma, eta, **options)
+    direction = _direction(call, weights, grads, ema, eta, stack)
+    _perturb(call, direction, norm_sq, sigma, eta, range(stack or 1), stride=_stride(weights, stack), **options)
 
 
 def ascend(
-    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, arrived: Tensor | None = None, ema: Tensor | None = None,
-    sigma: float = 0.0, eta: float | None = None, **options: Any,
+    weights: list[Tensor], grads: list[Tensor], table: Tensor, *, saved: Tensor, achieved_sq: Tensor,
+    arrived: Tensor | None = None, ema: Tensor | None = None, sigma: float = 0.0, eta: float | None = None,
+    lmbda: float | None = None, stack: int | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     call = _Call(table, weights=weights)
-    direction = _direction(call, weights, grads, ema, eta)
-    norm_sq, counter = call.sums(), call.plain("arrived", arrived, torch.int32)
+    direction = _direction(call, weights, grads, ema, eta, stack)
+    norm_sq, counter = call.sums(*_rows(stack)), call.plain("arrived", arrived, torch.int32)
     if arrived is not None and len(arrived) != 1:
         raise RuntimeError(f"arrived must have one element, got shape {list(arrived.shape)}")
-    if not counter:
-        _norm(call, direction, norm_sq, sigma, eta)
-    _perturb(call, direction, norm_sq, sigma, eta, arrived=counter, **options)
+    options |= {"saved": saved, "lmbda": lmbda, "stride": _stride(weights, stack)}
+    whole = range(stack or 1)
+    # Whether a gradient enters the mean, of which the next direction is made, depends on its norm.
+    turns = [whole] if lmbda is None or ema is None or len(whole) == 1 else [whole[i : i + 1] for i in whole]
+    call.per_row("achieved_sq", achieved_sq, stack=stack)
+    for some in turns:
+        terms, achieved = (t if stack is None else t[some.start : some.stop] for t in (norm_sq, achieved_sq))
+        if not counter:
+            own = direction.weights if stack is None else (call.dense("saved", saved), 0)
+            _norm(call, direction, own, terms, sigma, eta, some)
+        _perturb(call, direction, terms, sigma, eta, some, arrived=counter, achieved_sq=achieved, **options)
     return norm_sq
 
 
-def gram(terms: list[Tensor], table: Tensor, *, count: int) -> Tensor:
+def gram(terms: list[Tensor], table: Tensor, *, count: int, stack: int | None = None) -> Tensor:
     if not 1 <= count <= VECTORS:
         raise RuntimeError(f"count must be 1 to {VECTORS}, got {count}")
     call = _Call(table, terms=terms)
-    *_, pointers, _ = call.pointers([], count, terms=terms)
-    sums = call.sums(count * (count + 1) // 2)
-    call.launch(gram_kernel, sums.data_ptr(), *call.table, pointers, call.segments, COUNT=count)
+    *_, pointers, sizes = call.pointers([], count, call.sizes("terms", terms, stack, count), terms=terms)
+    sums = call.sums(*_rows(stack), count * (count + 1) // 2)
+    call.launch(
+        gram_kernel, sums.data_ptr(), stack or 1, *call.table, pointers, call.segments, sizes, COUNT=count,
+        STACKED=stack is not None,
+    )  # fmt: skip
     return sums
 
 
+def weigh(
+    shares: Tensor, *, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None
+) -> Tensor:
+    call, m = _Call.without_table(shares), len(shares)
+    c, words = _combination(call, coefs, sums, rescale, m)
+    count = len(coefs) // COEFFICIENT_COLUMNS.value
+    shares_at, norm = call.plain("shares", shares), call.sum("norm_sq", norm_sq, m)
+    out = torch.empty(count, m, dtype=torch.float64, device=shares.device)
+    held = call.words(words) if words else None  # lives as long as the call
+    with call.on_device():
+        _launch(
+            weigh_kernel, m, shares_at, m, *_bits(*c, *(0.0,) * (TERMS - len(c))), 0 if held is None else held.data_ptr(),
+            *norm, out.data_ptr(), COUNT=count, SUMS=bool(sums),
+        )  # fmt: skip
+    return out
+
+
 def _combination(
-    call: _Call, coefs: list[float], sums: list[Tensor], rescale: int
+    call: _Call, coefs: list[float], sums: list[Tensor], rescale: int, stack: int | None = None
 ) -> tuple[list[float], tuple[int, ...]]:
     """(coefficients that depend on no sum, or the words from which the kernels work them out)."""
     width: int = COEFFICIENT_COLUMNS.value
     if len(coefs) % width or len(coefs) > TERMS * width:
         raise RuntimeError(f"coefs must be {width} numbers for each of at most {TERMS} terms, got {len(coefs)}")
-    addresses: list[tuple[int, int]] = []  # of each row of the sums, with its number of terms
+    # Of each row of the sums, with its number of terms, and how far it is to that of the next micro-batch.
+    addresses: list[tuple[int, int, int]] = []
+    more = 0 if stack is None else 1
     for k, t in enumerate(sums):
-        start = call.plain(f"sums[{k}]", t, dim=2 if t.dim() == 2 else 1)
+        start = call.plain(f"sums[{k}]", t, dim=more + (2 if t.dim() == 2 + more else 1))
         if not t.numel():
             raise RuntimeError(f"sums[{k}] is empty, of shape {list(t.shape)}")
+        if stack is not None:
+            _check_stack(f"sums[{k}]", t, stack)
         n = t.shape[-1]
-        addresses += [(start + 8 * n * row, n) for row in range(t.numel() // n)]
+        own = t.numel() // n // (stack or 1)
+        addresses += [(start + 8 * n * row, n, 8 * n * own) for row in range(own)]
     rows = len(addresses)
     if len(sums) > SUM_TENSORS or rows > SUM_ROWS:
         raise RuntimeError(
@@ -1113,7 +1361,7 @@ def _combination(
         raise RuntimeError(f"rescale must be -1 or one of the {rows} sums, got {rescale}")
     if not sums:
         return [scale * a for scale, a in zip(coefs[::width], coefs[1::width], strict=True)], ()
-    head = sums[0].shape[0] if sums[0].dim() == 2 else 1
+    head = sums[0].shape[-2] if sums[0].dim() == 2 + more else 1
     size = {1: 1, 3: 2, 6: 3}.get(head)
     if size is None or size * width > len(coefs):
         raise RuntimeError(
@@ -1125,35 +1373,47 @@ def _combination(
 
 def _descent(
     call: _Call, weights: list[Tensor], out: list[Tensor], terms: list[Tensor], coefs: list[float], sums: list[Tensor],
-    rescale: int, norm_sq: Tensor | None, saved: Tensor | None, status: Tensor | None,
+    rescale: int, norm_sq: Tensor | None, saved: Tensor | None, status: Tensor | None, shares: Tensor | None,
 ) -> tuple[tuple[int, ...], int, dict[str, Any]]:  # fmt: skip
     """The arguments that ``descend`` and ``update`` have in common; where ``out`` is; and the constants."""
     if (saved is None) != (status is None):
         raise RuntimeError("saved and status go together: give both or neither")
     c, words = _combination(call, coefs, sums, rescale)
     count = len(coefs) // COEFFICIENT_COLUMNS.value
-    if not count == 0 == len(terms) and not (count and terms and len(terms) % count == 0):
+    shares_at, stacks, m = call.plain("shares", shares, dim=2), 0, None
+    if shares is not None:
+        (stacks, m) = shares.shape
+        if not (1 <= stacks <= VECTORS and m):
+            raise RuntimeError(
+                f"shares must be of 1 to {VECTORS} stacks of micro-batches, got shape {list(shares.shape)}"
+            )
+    both = stacks + count
+    if not both == 0 == len(terms) and not (both and terms and len(terms) % both == 0):
         raise RuntimeError(
             "terms must be as many lists of tensors, one after the other, as there are coefficients, "
-            f"{count}; got {len(terms)} tensors"
+            f"{both}; got {len(terms)} tensors"
         )
-    flat, listed, out_at, terms_at, words_at = call.pointers(weights, count, words, out=out, terms=terms)
+    sizes = call.sizes("terms", terms[: stacks * (len(terms) // both)], m, stacks) if stacks else ()
+    flat, listed, out_at, terms_at, words_at = call.pointers(weights, both, (*words, *sizes), out=out, terms=terms)
     arguments = (
         *call.table, flat, listed, call.dense("saved", saved), call.per_row("status", status, torch.uint8), terms_at,
         call.segments, *_bits(*c, *(0.0,) * (TERMS - len(c))), words_at, *call.sum("norm_sq", norm_sq),
+        shares_at, m or 0, words_at + 8 * len(words) if sizes else 0,
     )  # fmt: skip
-    return arguments, out_at, {"COUNT": count, "SUMS": bool(sums)}
+    return arguments, out_at, {"COUNT": count, "STACKS": stacks, "SUMS": bool(sums)}
 
 
 def descend(
     weights: list[Tensor], out: list[Tensor], terms: list[Tensor], table: Tensor, *, coefs: list[float], sums: list[Tensor],
     rescale: int = -1, norm_sq: Tensor | None = None, saved: Tensor | None = None, status: Tensor | None = None,
-    last: bool = True, out_sq: Tensor | None = None,
+    last: bool = True, out_sq: Tensor | None = None, shares: Tensor | None = None,
 ) -> None:  # fmt: skip
     if weights and saved is None:
         raise RuntimeError("weights are brought back from saved, which is missing")
     call = _Call(table, weights=weights, out=out)
-    arguments, out_at, constants = _descent(call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status)
+    arguments, out_at, constants = _descent(
+        call, weights, out, terms, coefs, sums, rescale, norm_sq, saved, status, shares
+    )
     squares = call.per_row("out_sq", out_sq)
     call.launch(descend_kernel, *arguments, out_at, int(last), squares, **constants, SQUARED=out_sq is not None)
 
@@ -1162,6 +1422,7 @@ def update(
     weights: list[Tensor], states: list[Tensor], terms: list[Tensor], table: Tensor, *, rule: int, settings: Tensor,
     step: Tensor | None = None, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None,
     saved: Tensor | None = None, status: Tensor | None = None, found_inf: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> None:  # fmt: skip
     if rule not in RULES:
         raise RuntimeError(f"rule must be 0 (SGD) or 1 (Adam), got {rule}")
@@ -1171,7 +1432,7 @@ def update(
     if states and step is None:
         raise RuntimeError("states need step, which is missing")
     call = _Call(table, weights=weights)
-    arguments, _, constants = _descent(call, weights, [], terms, coefs, sums, rescale, norm_sq, saved, status)
+    arguments, _, constants = _descent(call, weights, [], terms, coefs, sums, rescale, norm_sq, saved, status, shares)
     settings_at, steps = call.plain("settings", settings, dim=2), call.plain("step", step, torch.float32)
     if settings.shape[1] < columns:
         raise RuntimeError(f"settings must have {columns} columns for this rule, got {settings.shape[1]}")

@@ -190,7 +190,7 @@ struct Launch {
   void run(unsigned b) {
     static thread_local Block one;
     Block::here() = &one, here() = this;
-    gridDim = grid, blockDim = block, blockIdx = {b, 0, 0};
+    gridDim = grid, blockDim = block, blockIdx = {b % grid.x, b / grid.x, 0};
     begun[b] = true;
     one.run(block.x, order, *body);
   }
@@ -220,7 +220,7 @@ inline void wait_for(const unsigned* arrived, unsigned enough) {
   auto& launch = *emulator::Launch::here();
   while (*arrived < enough) {
     const auto next = unsigned(std::find(launch.begun.begin(), launch.begun.end(), false) - launch.begun.begin());
-    if (next >= blockIdx.x) emulator::fail("a block waits for one that need not have begun");
+    if (next >= blockIdx.y * gridDim.x + blockIdx.x) emulator::fail("a block waits for one that need not have begun");
     std::thread([&] { launch.run(next); }).join();  // which has shared memory of its own
   }
 }
@@ -262,10 +262,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::function<void()> body = [&] { kernel(args...); };
   const dim3 grid = config->gridDim, block = config->blockDim;
   ++emulated_launches();
-  if (grid.x == 0 || block.x > emulator::Block::kMostThreads) return cudaErrorInvalidValue;
+  const unsigned blocks = grid.x * grid.y;
+  if (blocks == 0 || grid.y > 65535 || block.x > emulator::Block::kMostThreads) return cudaErrorInvalidValue;
   const int seed = emulator::setting("MSAM_EMULATOR_ORDER", 0);
-  emulator::Launch launch{grid, block, &body, emulator::shuffled(block.x, seed), std::vector<bool>(grid.x)};
-  for (unsigned b : emulator::shuffled(grid.x, seed))
+  emulator::Launch launch{grid, block, &body, emulator::shuffled(block.x, seed), std::vector<bool>(blocks)};
+  for (unsigned b : emulator::shuffled(blocks, seed))
     if (!launch.begun[b]) launch.run(b);
   return cudaSuccess;
 }
