@@ -31,8 +31,6 @@ from .gradients import (
 from .methods import Plan
 from .rules import Rule, Tables
 
-#: That a descent or an update takes at once, beside stacks.
-TERMS = 4
 MOST_SHARES = 64  # that are remembered
 
 

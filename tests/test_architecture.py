@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from msam_kernels import store
 from msam_kernels.backends import reference
 
 pytestmark = pytest.mark.host
@@ -461,7 +460,6 @@ def test_triton_agrees():
     columns = {reference.SGD: len(reference.SGD_COLUMNS), reference.ADAM: len(reference.ADAM_COLUMNS)}
     assert {rule: count for rule, (count, _) in triton.RULES.items()} == columns
     assert max(len(states) for _, states in triton.RULES.values()) == constant("kStates")
-    assert constant("kTerms") == store.TERMS
 
 
 # ---- every file ------------------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def test_a_sum_that_is_out_itself_is_neither_read_nor_written(beside):
 # ---- launches, and what is kept for them -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", backends.OPERATORS)
+@pytest.mark.parametrize("operator", VARIANTS)
 def test_an_operator_is_one_launch(operator, kernels):
     for variant in (variant for name, variant in CASES if name == operator):
         call = make(operator, variant, sizes=(5, 0, 40)).to(DEVICE)
@@ -270,7 +270,9 @@ def test_an_operator_is_one_launch(operator, kernels):
             run(call)  # the first time on a GPU loads what a capture needs
             launch.reset_mock()
             run(call)
-        assert launch.call_count == 1, variant
+        # F-SAM's mean moves on from micro-batch to micro-batch.
+        moves = operator == "ascend" and "lmbda" in call.arguments
+        assert launch.call_count == (call.arguments.get("stack", 1) if moves else 1), variant
 
 
 def test_tables_of_pointers_are_kept_while_the_addresses_stay_and_are_few(kernels):
