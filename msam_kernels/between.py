@@ -55,6 +55,11 @@ class Between:
                 f"{method} keeps a mean of gradients, which with a GradScaler would be in units of a scale that changes: "
                 "train in bf16, which needs no scaler, or with another method"
             )
+        if self._scaled is not None and method.full.after:
+            raise ValueError(
+                f"{method} takes a step of its own by gradients that a GradScaler has scaled: give it decoupled=False, or train "
+                "in bf16, which needs no scaler"
+            )
 
     @property
     def scale(self) -> Callable[[Tensor], Tensor] | None:

@@ -16,16 +16,19 @@ from torch.optim import Optimizer
 from . import masks
 from ._torch import forget_casts, mark_stepped
 from .buffers import Buffers
+from .flat import MOMENTA
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import ParallelPasses
-from .rules import RULES, Radii, Radius, Rule, Tables, fused_rule
-from .store import TERMS, Descent, Store
+from .rules import RULES, Radii, Radius, Rule, Tables, check_method, fused_rule
+from .store import PLAIN, TERMS, Descent, Store
 
 
 @dataclass(frozen=True)
 class Stats:
     """What the kernels recorded in the latest step, one entry per micro-batch, on the device until somebody looks.
+
+    Momentum-SAM, whose micro-batches share one perturbation, has one entry.
 
     Attributes:
         grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64; of scaled losses in units of their scale.
@@ -52,7 +55,8 @@ class Engine:
         enabled: whether the method takes part; without it the base optimizer works alone.
         step: the one under way, or None.
         norms_sq: of the latest step, by micro-batch: the terms of the direction's squared norm.
-        v_step: the step that "v", which LookSAM remembers, was made in; -1 where the next one starts it anew.
+        latest: the plan of that step.
+        v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
         mask_step: the step at which the mask was first used.
     """
 
@@ -76,6 +80,7 @@ class Engine:
         self.step: Step | None = None
         self.broken = False  # weights are perturbed that could not be brought back
         self.norms_sq: list[Tensor] = []
+        self.latest = BASE
 
     # -- between steps ----------------------------------------------------------------------------------------------------
 
@@ -95,7 +100,7 @@ class Engine:
 
     def adopt(self, also: Sequence[Tensor] = ()) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
-        self.store.adopt(self.check_idle, also)
+        self.store.adopt(self.check_idle, self.method.full.only, also)
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -136,16 +141,17 @@ class Engine:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters."""
         self.follow()
         self._refresh_radii()
-        rule = RULES.get(type(self.base))
-        if rule is not None:
-            self.refresh_settings(rule)
+        self.refresh_settings(RULES.get(type(self.base)))
 
     def _refresh_radii(self) -> None:
         self.tables.refresh_radii(self.method.full, self.steps, self.store.devices, self._check_may_change)
 
-    def refresh_settings(self, rule: Rule) -> None:
+    def refresh_settings(self, rule: Rule | None) -> None:
         """Bring what the update reads up to date: a closure may set a learning rate, as for the base optimizer itself."""
-        self.tables.refresh_settings(rule, self.store.devices, self._check_may_change)
+        if rule is not None:
+            self.tables.refresh_settings(rule, self.store.devices, self._check_may_change)
+        if self.method.full.after:
+            self.tables.refresh_rates(self.store.devices, self._check_may_change)
 
     def _check_may_change(self) -> None:
         self.store.check_not_capturing("hyper-parameters")
@@ -166,11 +172,13 @@ class Engine:
             raise RuntimeError("stats are there after the first pass of a step that perturbs")
         device = self.store.device
         norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
+        flats = [flat for _, flat, _ in self.store.parts(self.latest.only)]
         achieved_sq = [
-            sum((flat.achieved_sq(i).sum().to(device) for flat in self.store.flats), norms_sq.new_zeros(()))
+            sum((flat.achieved_sq(i).sum().to(device) for flat in flats), norms_sq.new_zeros(()))
             for i in range(len(self.norms_sq))
         ]
-        return Stats(norms_sq.sqrt(), torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
+        times = 1 - min(self.latest.sigma, 0.0)
+        return Stats(norms_sq.sqrt() / times, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
 
     # -- Sparse SAM -------------------------------------------------------------------------------------------------------
 
@@ -269,28 +277,55 @@ class Engine:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
         self.follow()
         rule = fused_rule(self.base)
+        self.refresh_settings(rule)
         if rule is None:
             self.base.step()
         else:
-            self.refresh_settings(rule)
             grads = self.store.collect(clear=False)
             descent = Descent()
             descent.add(grads, PLAIN)
             mark_stepped(self.base)
             self.store.update(rule, self.tables, self.base.state, descent, found_inf)
+        self.shift()
         forget_casts()
+
+    def shift(self, gap: Vectors | None = None) -> None:
+        """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights."""
+        after = self.method.full.after
+        if gap is None and after and self.v_step == self.steps:
+            gap = Vectors([memory.parts for memory in self.store.memory("gap", 0.0)])
+            self.v_step = -1
+        if gap is not None:
+            self.store.shift(gap, after, self.tables)
 
     def begin(self, shares: list[float], *, clear: bool = True) -> Step:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
         self.follow()
         self._refresh_radii()
         plan = self.plan()
+        if plan is not BASE:
+            check_method(self.method, self.base)
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
             self.store.check_not_capturing("the mask")
-        self.norms_sq = []
+        self.norms_sq, self.latest = [], plan
         self.step = Step(self, plan, shares, scores, clear)
         return self.step
+
+    def momentum(self) -> Vectors:
+        """The base optimizer's.
+
+        Raises:
+            ValueError: it has taken steps, and keeps none.
+        """
+        v = self.store.momentum(self.base.state)
+        kept = [entry for entry in self.base.state.values() if entry]
+        if kept and not any(name in entry for entry in kept for name in MOMENTA):
+            raise ValueError(
+                f"{self.method} perturbs along the base optimizer's momentum, and {type(self.base).__name__} keeps none by a "
+                f"name of {MOMENTA}, but {sorted(kept[0])}: use one that does, e.g. SGD(momentum=0.9) or AdamW"
+            )
+        return v
 
     def drop_before(self) -> None:
         """The user has cleared the gradients: those that were set aside too, and "v" is that of gradients that are gone."""
@@ -332,9 +367,6 @@ class Engine:
             raise error
 
 
-PLAIN = Coefficient().row()
-
-
 def call(closure: Callable[[], Any]) -> Any:
     return closure() if torch.is_grad_enabled() else torch.enable_grad()(closure)()
 
@@ -348,7 +380,8 @@ class Step:
         perturbed: whether weights may be perturbed: the kernels know which.
         saves: whether weights were saved that the kernels hold to be those of this step.
         had_gradients: whether any were set aside, and not dropped since.
-        turn: which pass of its micro-batch is under way: 0 at w, 1 at w + e, 2 at w − e.
+        turn: which pass of its micro-batch is under way: 0 at w, or at w + e where the momentum gives that; 1 at w + e, 2 at
+            w − e.
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
             None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
@@ -368,6 +401,7 @@ class Step:
         self._norm_sq: Tensor | None = None  # of its ascent
         self._mean: Vectors | None = None  # of the descents so far
         self._given: Vectors | None = None  # its latest gradient, where that is not in p.grad; nobody else writes to it
+        self._gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
 
     def __enter__(self) -> Step:
         try:
@@ -413,11 +447,12 @@ class Step:
         The descent of the last one is left to ``end_in_grads`` or ``update``.
         """
         plan, buffers = self.plan, self.engine.buffers
+        self._lean()
         for i, part in enumerate(parts):
             self._i, self.turn = i, 0
             yield 0, part
             self.check_current()
-            if plan.perturbs:
+            if plan.climbs:
                 self.ascend()
                 buffers.freeze()
                 yield 1, part
@@ -435,9 +470,11 @@ class Step:
     def together(self, passes: ParallelPasses) -> list[Tensor]:
         """The passes of all micro-batches, as many at once as ``passes`` runs, and the kernels' work; the losses at w.
 
-        Weights are read only: those of the passes at w + e are copies. The last descent is left to ``update``.
+        Weights are read only: those of the passes at w + e are copies, unless all passes share one e. The last descent is left
+        to ``update``.
         """
         plan, store, buffers, values = self.plan, self.store, self.engine.buffers, []
+        self._lean()
         buffers.freeze()
         try:
             for which in passes.turns:
@@ -448,9 +485,9 @@ class Step:
                 values += losses
                 vectors: list[list[Vectors]] = [latest]
                 norms: list[Tensor | None] = [None] * len(which)
-                if plan.perturbs:
-                    stacks = store.stacks(len(which))
-                    places = [[stack[j] for stack in stacks] for j in range(len(which))]
+                if plan.climbs:
+                    stacks = store.stacks(len(which), plan.only)
+                    places = [[None if stack is None else stack[j] for stack in stacks] for j in range(len(which))]
                     for j, i in enumerate(which):
                         self._i = i
                         norms[j] = self._ascend_apart(latest[j], places[j])
@@ -499,7 +536,7 @@ class Step:
             left = left[len(now) :]
         return left
 
-    def _ascend_apart(self, grads: Vectors, into: list[Tensor]) -> Tensor:
+    def _ascend_apart(self, grads: Vectors, into: list[Tensor | None]) -> Tensor:
         if self._scores == []:  # the first become the sum, and are still needed
             self._look_at(Vectors([[g.clone() for g in tensors] for tensors in grads.lists], grads.absent))
         else:
@@ -520,6 +557,15 @@ class Step:
             self._mean = store.in_order(self._mean)
 
     # -- ascent -----------------------------------------------------------------------------------------------------------
+
+    def _lean(self) -> None:
+        """Perturb the weights against the momentum, for the whole step, where the plan says so."""
+        if not self.plan.momentum:
+            return
+        v = self.engine.momentum()
+        self.perturbed = self.saves = True
+        self.engine.norms_sq.append(self.store.ascend(v, self.plan, self.engine.tables, 0))
+        forget_casts()
 
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
@@ -632,12 +678,11 @@ class Step:
         """
         engine, plan = self.engine, self.plan
         rule = fused_rule(engine.base)
-        if rule is not None:
-            engine.refresh_settings(rule)
+        engine.refresh_settings(rule)
         at_once = rule is not None and between is None
         if between is None:
             self.conclude()
-        descent = self._descent(clear=self.clear)
+        descent = self._descent(clear=self.clear, updates=at_once)
         if not at_once or (plan.reuses is not None and self._mean is not None):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
             assert self._mean is not None
@@ -649,6 +694,7 @@ class Step:
             mark_stepped(engine.base)
             self.store.update(rule, engine.tables, engine.base.state, descent)
             self.perturbed = self.saves = False
+            engine.shift(self._gap)
         else:
             if plan.reuses is not None:
                 assert self._mean is not None
@@ -668,10 +714,10 @@ class Step:
                 self.store.set_grads(None)
         forget_casts()
 
-    def _descent(self, *, clear: bool) -> Descent:
+    def _descent(self, *, clear: bool, updates: bool = False) -> Descent:
         """p.grad is the micro-batch's last gradient: what the plan makes of it and of what is held, and of the mean so far.
 
-        Afterwards nothing is held, and with ``clear`` p.grad is None.
+        Afterwards nothing is held, and with ``clear`` p.grad is None. ``updates``: it goes into an update right away.
         """
         engine, store, plan, i = self.engine, self.store, self.plan, self._i
         engine.follow()
@@ -679,8 +725,7 @@ class Step:
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         if plan.keeps:
-            assert products is not None
-            self._keep_v(vectors, products)
+            self._keep(vectors, products, at_once=updates and len(self.shares) == 1)
         descent = Descent(norm_sq=self._norm_sq)
         if plan.uses_products and products is not None:
             descent.sums, descent.rescale = [products], plan.length
@@ -690,6 +735,8 @@ class Step:
         for vector, coefficient in zip(vectors, plan.descent, strict=False):
             # What is there for its length alone does not make a parameter one that has a gradient.
             counts = coefficient.a or coefficient.b
+            if not counts and not plan.rescale:
+                continue
             descent.add(vector if counts else vector.present(vectors[0]), coefficient.row(share))
         if self._mean is not None:
             # The first descent was kept as it is until there was a second.
@@ -709,7 +756,7 @@ class Step:
         return out
 
     def _descend(self, out: Vectors, descent: Descent, *, last: bool, weights: bool = True) -> None:
-        weights = weights and self.perturbed
+        weights = weights and self.perturbed and (last or self.plan.climbs)
         alone = len(descent.terms) == 1 and descent.terms[0] is out and not descent.sums and descent.norm_sq is None
         if weights or not alone:
             self.store.descend(out, descent, weights=weights, last=last)
@@ -719,19 +766,30 @@ class Step:
             self.saves = not last
         forget_casts()
 
-    def _keep_v(self, vectors: list[Vectors], products: Tensor) -> None:
-        """The micro-batch's part of "v", which the first of a step begins anew."""
-        engine, store = self.engine, self.store
-        memories = store.memory("v", 0.0)
-        v = Vectors([memory.parts for memory in memories])
-        descent = Descent(sums=[products])
+    def _keep(self, vectors: list[Vectors], products: Tensor | None, *, at_once: bool) -> None:
+        """The micro-batch's part of "v" or "gap", which the first of a step begins anew.
+
+        ``at_once``: what is kept of the only one until the end of the step stays in the memory of its last gradient.
+        """
+        engine, store, plan = self.engine, self.store, self.plan
+        descent = Descent(sums=[] if products is None else [products])
         share = self.shares[self._i] if len(self.shares) > 1 else 1.0
-        for vector, coefficient in zip(vectors, self.plan.keeps, strict=True):
+        for vector, coefficient in zip(vectors, plan.keeps, strict=True):
             descent.add(vector, coefficient.row(share))
+        if plan.after and at_once:
+            latest = vectors[0]
+            latest.lists = own_memory_of_lists(latest.lists, whole=True)
+            if latest.absent:  # what is held is still needed
+                latest = latest.filled(Vectors([list(map(torch.empty_like, ts)) for ts in vectors[1].lists]))
+            store.descend(latest, descent, weights=False)
+            self._gap = latest
+            return
+        memories = store.memory(plan.kept, 0.0)
+        memory = Vectors([memory.parts for memory in memories])
         if self._i or self.adds_to_v:
-            descent.add(v, PLAIN)
+            descent.add(memory, PLAIN)
         engine.v_step = -1  # until it is whole, nothing may be added to it
-        store.descend(v, descent, weights=False, memories=memories)
+        store.descend(memory, descent, weights=False, memories=None if plan.after else memories)
         if self._i + 1 == len(self.shares):
             engine.v_step = engine.steps
 

@@ -107,7 +107,8 @@ def integer_power(x, n):
 
 @triton.jit
 def residual(g, ema, sigma):
-    return tl.where(ema != ema, g, g - sigma * ema)
+    begun = g - sigma * tl.where(ema != ema, g, ema)
+    return tl.where((ema != ema) & (sigma >= 0), g, begun)
 
 
 @triton.jit
