@@ -57,8 +57,8 @@ class Between:
             )
         if self._scaled is not None and method.full.after:
             raise ValueError(
-                f"{method} takes a step of its own by gradients that a GradScaler has scaled: give it decoupled=False, or train "
-                "in bf16, which needs no scaler"
+                f"{method} takes a step of its own by gradients that a GradScaler has scaled: give it decoupled=False, or "
+                "train in bf16, which needs no scaler"
             )
 
     @property

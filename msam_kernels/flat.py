@@ -530,7 +530,9 @@ class Flat:
     def _momentum_of(self, bound: _Bound) -> list[Tensor]:
         without = set(bound.absent)
         views = [
-            next((self.views[i, name] for name in MOMENTA if name in bound.names_by_group[g] and i not in without), None)
+            next(
+                (self.views[i, name] for name in MOMENTA if name in bound.names_by_group[g] and i not in without), None
+            )
             for i, g in enumerate(self.groups)
         ]
         return [self.absent if view is None else view for view in views]

@@ -197,7 +197,8 @@ class SAM:
             raise ValueError(f"{self} and {other} perturb different parameters: give one only, to either")
         told = [replace(part, start=0, every=1, only=None) for part in parts if type(part) is not SAM] or [SAM()]
         whole = told[0] if len(told) == 1 else Composition(tuple(told))
-        return replace(whole, start=(starts or [0])[0], every=(intervals or [1])[0], only=(chosen or [None])[0])
+        only = chosen[0] if chosen else None
+        return replace(whole, start=(starts or [0])[0], every=(intervals or [1])[0], only=only)
 
     # What a method says. ``change`` is all that most have to say.
 
@@ -358,9 +359,9 @@ class MomentumSAM(SAM):
 
     This is not mSAM, although papers write MSAM for it: several micro-batches share one e here. v is SGD's
     ``momentum_buffer`` or Adam's ``exp_avg``, as the step finds it; with none yet, as in the first step, nothing is perturbed.
-    All passes of a step run at w + e, and losses that the step returns are those there. Between steps the weights are w: nothing
-    is to be moved by hand to evaluate or save them, as with the authors' class. Statistics of BatchNorm come from the
-    passes at w + e, the only ones. ``stats`` has one entry a step, and v for its ascent direction. State: none.
+    All passes of a step run at w + e, and losses that the step returns are those there, as are BatchNorm's statistics. Between
+    steps the weights are w: nothing is to be moved by hand to evaluate or save them, as with the authors' class. ``stats``
+    has one entry a step, with v for the ascent direction. State: none.
 
     Source: Becker, Altrock and Risse, 2401.12033.
     """

@@ -424,7 +424,7 @@ class ParallelPasses:
             if isinstance(module, BatchNorm) and module.training and module.running_mean is not None
         ]
 
-    def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Vectors]]:
+    def run(self, which: range, weights: Sequence[Tensor | None] | None) -> tuple[list[Tensor], list[Vectors]]:
         """(losses, gradients) of these micro-batches.
 
         Args:

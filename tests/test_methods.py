@@ -22,14 +22,17 @@ from torch.utils._pytree import tree_leaves
 from msam_kernels import MicroBatchSAM, methods
 from msam_kernels.methods import (
     SAM,
+    WSAM,
     AdaptiveSAM,
     BilateralSAM,
     Composition,
     FriendlySAM,
     GapSAM,
     LookSAM,
+    MomentumSAM,
     SparseSAM,
     StableSAM,
+    VaSSO,
 )
 from plain import (
     METHODS,
@@ -68,6 +71,13 @@ COMPOSITIONS = {
     "Adaptive + Friendly + Sparse + Bilateral + Stable": (
         AdaptiveSAM() + FriendlySAM(sigma=0.5) + SparseSAM(sparsity=0.4) + BilateralSAM() + StableSAM()
     ),
+    "WSAM coupled": WSAM(gamma=0.8, decoupled=False) + FriendlySAM(sigma=0.5),
+    "VaSSO + Adaptive + WSAM": VaSSO(theta=0.3) + AdaptiveSAM() + WSAM(gamma=0.6),
+    "Sparse + VaSSO + WSAM coupled + Stable": (
+        SparseSAM(sparsity=0.4, update_every=2) + VaSSO(theta=0.8) + WSAM(gamma=0.9, decoupled=False) + StableSAM()
+    ),
+    "VaSSO + Bilateral": VaSSO(theta=0.3) + BilateralSAM(rho_min=0.1),
+    "Momentum + Adaptive": MomentumSAM() + AdaptiveSAM(),
     "Adaptive + Friendly + Sparse + LookSAM": (
         AdaptiveSAM() + FriendlySAM(sigma=0.5) + SparseSAM(sparsity=0.4, update_every=2) + LookSAM(k=3)
     ),
