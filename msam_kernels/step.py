@@ -777,10 +777,11 @@ class Step:
         for vector, coefficient in zip(vectors, plan.keeps, strict=True):
             descent.add(vector, coefficient.row(share))
         if plan.after and at_once:
-            latest = vectors[0]
-            latest.lists = own_memory_of_lists(latest.lists, whole=True)
-            if latest.absent:  # what is held is still needed
-                latest = latest.filled(Vectors([list(map(torch.empty_like, ts)) for ts in vectors[1].lists]))
+            latest, held = vectors
+            own = own_memory_of_lists([*latest.lists, *held.lists], whole=True)  # what is held is still needed
+            latest.lists, held.lists = own[: len(store.flats)], own[len(store.flats) :]
+            if latest.absent:
+                latest = latest.filled(Vectors([list(map(torch.empty_like, tensors)) for tensors in held.lists]))
             store.descend(latest, descent, weights=False)
             self._gap = latest
             return

@@ -37,6 +37,10 @@ METHODS = {
 }
 
 
+#: What base optimizers without momentum serve.
+WITHOUT_MOMENTUM = [name for name, method in METHODS.items() if not method.full.momentum]
+
+
 class PlainSAM:
     """mSAM around any base optimizer, written from the definitions: no buffers, no kernels, one loop for each thing."""
 
@@ -66,6 +70,7 @@ class PlainSAM:
         self.rho_min = bilateral.rho_min if bilateral else None
         self.ema: dict[Tensor, Tensor] = {}
         self.v: dict[Tensor, Tensor] = {}
+        self.gap: dict[Tensor, Tensor] = {}
         self.mask: dict[Tensor, Tensor] = {}
         self.steps = self.mask_step = 0
         self.enabled = True

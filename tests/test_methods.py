@@ -86,13 +86,15 @@ COMPOSITIONS = {
 
 def passes_of(method):
     """Of a step that perturbs."""
-    return 2 if method.full.opposite is None else 3
+    plan = method.full
+    return 1 if plan.momentum else 2 if plan.opposite is None else 3
 
 
 def descents(method, pairs, dtype, backend, **options):
     """What a step moved, per lr, after given gradients: ``pairs``: of each micro-batch, one for each pass."""
     p = nn.Parameter(torch.zeros(len(pairs[0][0]), dtype=dtype))
-    opt = MicroBatchSAM(SGD([p], lr=1.0), 0.1, method=method, num_micro_batches=len(pairs), backend=backend, **options)
+    base = SGD([p], lr=1.0, momentum=0.9)  # of which the first step does not depend
+    opt = MicroBatchSAM(base, 0.1, method=method, num_micro_batches=len(pairs), backend=backend, **options)
     upcoming = iter([torch.tensor(g, dtype=dtype) for pair in pairs for g in pair])
 
     def closure():
@@ -223,7 +225,9 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
         assert opt.engine.step is None
         assert holders(flat) == {"params", "weights", "saved"} | ({"state", "views"} if opt.steps else set())
         plan = method.full
-        assert set(flat.memories) == ({"ema"} if plan.lmbda is not None else set()) | ({"v"} if plan.keeps else set())
+        assert set(flat.memories) == {
+            name for name, has in (("ema", plan.lmbda is not None), (plan.kept, plan.keeps)) if has
+        }
         assert holders(opt) == holders(opt.engine) == holders(opt.engine.store) == set()
 
     loops = 2 * passes_of(method)
@@ -453,7 +457,7 @@ def test_weights_come_back_wherever_gradients_are(name, there, backend):
 def test_methods_that_add_up_follow_the_plain_loops(name, base, count, way, backend):
     bases = {
         "SGD": lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
-        "RMSprop": lambda groups: RMSprop(groups, lr=0.01),
+        "RMSprop": lambda groups: RMSprop(groups, lr=0.01, momentum=0.5),
     }
     follow_the_plain_loops(Zoo(), bases[base], COMPOSITIONS[name], count, way, backend, tolerance=1e-10)
 
@@ -483,7 +487,8 @@ def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, abse
     def trained(own: bool) -> list[Tensor]:
         params = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4) * k) for k in (1, 2)]
         at_first = params[:1] if grows else params
-        opt = MicroBatchSAM(SGD(at_first, lr=0.1), 0.5, num_micro_batches=count, method=METHODS[name], backend=backend)
+        base = SGD(at_first, lr=0.1, momentum=0.9)
+        opt = MicroBatchSAM(base, 0.5, num_micro_batches=count, method=METHODS[name], backend=backend)
         if grows:
             opt.add_param_group({"params": params[1:]})
         for step in range(3):
@@ -505,7 +510,7 @@ def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, abse
 def test_two_passes_may_give_the_same_tensor_as_gradient(name, backend):
     def trained(own: bool) -> Tensor:
         p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
-        opt = MicroBatchSAM(SGD([p], lr=0.1), 0.5, method=METHODS[name], backend=backend)
+        opt = MicroBatchSAM(SGD([p], lr=0.1, momentum=0.9), 0.5, method=METHODS[name], backend=backend)
         for step in range(3):
             constant = torch.linspace(-2, 1, 12).view(3, 4) + step
             given = iter([constant, constant.clone() if own else constant])

@@ -31,6 +31,7 @@ from plain import (
     random_numbers,
     same_bits,
     split,
+    step_with_passes,
     weights,
 )
 
@@ -58,9 +59,10 @@ def run_to_the_end(opt, model, data):
 @pytest.mark.parametrize("method", METHODS)
 def test_after_the_loop_the_weights_are_what_they_were(method, flatten, dtype, backend):
     model = Zoo(dtype, uses=lambda call: call % 3 == 0, gaps=flatten)
-    opt = MicroBatchSAM(
-        SGD(model.groups(), lr=0.1), method=METHODS[method], num_micro_batches=3, flatten=flatten, backend=backend
-    )
+    base = SGD(model.groups(), lr=0.1, momentum=0.9)
+    opt = MicroBatchSAM(base, method=METHODS[method], num_micro_batches=3, flatten=flatten, backend=backend)
+    step_with_passes(opt, model, images(7, dtype))  # then there is momentum
+    opt.steps = 0
     before = weights(model)
     for step in range(3):
         moved = False

@@ -17,6 +17,7 @@ from msam_kernels import MicroBatchSAM, methods
 from plain import (
     METHODS,
     WAYS,
+    WITHOUT_MOMENTUM,
     PlainSAM,
     Zoo,
     assert_close,
@@ -89,8 +90,10 @@ def states_same(a, b):
 
 
 @pytest.mark.parametrize("way", ["passes", pytest.param("train_step", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [(m, base) for m in METHODS for base in BASES if m in WITHOUT_MOMENTUM or base not in ("SGD", "Adagrad")],
+)
 def test_six_steps_are_three_and_three_from_a_file(method, base, way, backend):
     straight, opt = fresh(base, method, backend=backend)
     for step in range(6):
