@@ -111,8 +111,8 @@ MSAM_FN double integer_power(double x, int64_t n) {
 // is about to be, times 1 - sigma, with a negative sigma; it begins as the first gradient.
 template <class T>
 MSAM_FN T residual(T g, T ema, T sigma) {
-  const T begun = g - sigma * (ema != ema ? g : ema);
-  return ema != ema ? (sigma < 0 ? begun : g) : begun;
+  const T first = sigma < 0 ? g : T{};
+  return g - sigma * (ema != ema ? first : ema);
 }
 
 // F-SAM: ema <- lmbda ema + (1 - lmbda) g, from the raw gradient, with which it begins.

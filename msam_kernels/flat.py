@@ -510,32 +510,30 @@ class Flat:
         self._bound = bound
         return bound.buffers
 
-    def momentum(self, state: State) -> list[Tensor]:
-        """By parameter what the base optimizer keeps as momentum; ``absent`` where it has none, or is frozen."""
+    def momentum(self, state: State, names: Sequence[str]) -> list[Tensor]:
+        """By parameter what the base optimizer keeps by one of these names; ``absent`` where it has none, or is frozen."""
         bound = self._bound
         if bound is None or not bound.is_current(state):
             found, unknown = [self.absent] * len(self.params), set(range(len(self.params)))
         else:  # what the kernels left there is as they take it
-            found, unknown = bound.momentum or self._momentum_of(bound), set(bound.absent)
+            found, unknown = bound.momentum or self._momentum_of(bound, names), set(bound.absent)
             bound.momentum = found
         out = [m if p.requires_grad else self.absent for m, p in zip(found, self.params, strict=True)]
         for i in unknown:
             p = self.params[i]
             entry = state.get(p, {}) if p.requires_grad else {}
-            m = next((entry[name] for name in MOMENTA if isinstance(entry.get(name), Tensor)), None)
+            m = next((entry[name] for name in names if isinstance(entry.get(name), Tensor)), None)
             if m is not None and m.shape == p.shape:
                 out[i] = regular_values(p, m)
         return out
 
-    def _momentum_of(self, bound: _Bound) -> list[Tensor]:
-        without = set(bound.absent)
-        views = [
-            next(
-                (self.views[i, name] for name in MOMENTA if name in bound.names_by_group[g] and i not in without), None
-            )
-            for i, g in enumerate(self.groups)
-        ]
-        return [self.absent if view is None else view for view in views]
+    def _momentum_of(self, bound: _Bound, names: Sequence[str]) -> list[Tensor]:
+        out, without = [self.absent] * len(self.params), set(bound.absent)
+        for i, g in enumerate(self.groups):
+            for name in names:
+                if name in bound.names_by_group[g] and i not in without:
+                    out[i] = self.views[i, name]
+        return out
 
     def is_own(self, i: int, name: str, t: Any) -> bool:
         """Whether a tensor of the state is what ``bind`` left there for the parameter, and still the same memory."""
@@ -582,7 +580,6 @@ class Flat:
 
 
 State = dict[Tensor, dict[str, Any]]  # torch's: what an optimizer keeps, by parameter
-MOMENTA = ("momentum_buffer", "exp_avg")  # names there of a mean of gradients
 
 
 class _Bound:

@@ -19,6 +19,7 @@ from .methods import SAM, Plan
 
 Group = dict[str, Any]
 Radius = float | Callable[[int], float]
+MOMENTA = ("momentum_buffer", "exp_avg")  # names of a mean of gradients in the state of torch's optimizers
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,26 @@ def fused_rule(base: Optimizer) -> Rule | None:
     return rule
 
 
+def no_momentum(method: SAM, base: Optimizer, but: str = "") -> str:
+    return (
+        f"{method} perturbs along the base optimizer's momentum, and {type(base).__name__} keeps none{but}: use one that does, "
+        "e.g. SGD(momentum=0.9) or AdamW"
+    )
+
+
 def check_method(method: SAM, base: Optimizer) -> None:
     """Refuse a method for whose steps the base optimizer lacks something.
 
     Raises:
         ValueError: Momentum-SAM around an optimizer without momentum, or decoupled WSAM around one without a learning rate.
     """
-    plan, name = method.full, type(base).__name__
+    plan = method.full
     if plan.momentum and not any(map(_has_momentum, base.param_groups)):
-        raise ValueError(
-            f"{method} perturbs along the base optimizer's momentum, and {name} keeps none: use one that does, e.g. "
-            "SGD(momentum=0.9) or AdamW"
-        )
+        raise ValueError(no_momentum(method, base))
     if plan.after and not all("lr" in group for group in base.param_groups):
         raise ValueError(
-            f"{method} takes a step of its own by the groups' lr, which {name} does not have: use decoupled=False"
+            f"{method} takes a step of its own by the groups' lr, which {type(base).__name__} does not have: use "
+            "decoupled=False"
         )
 
 

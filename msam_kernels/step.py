@@ -16,11 +16,10 @@ from torch.optim import Optimizer
 from . import masks
 from ._torch import forget_casts, mark_stepped
 from .buffers import Buffers
-from .flat import MOMENTA
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import ParallelPasses
-from .rules import RULES, Radii, Radius, Rule, Tables, check_method, fused_rule
+from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
 from .store import PLAIN, TERMS, Descent, Store
 
 
@@ -318,14 +317,11 @@ class Engine:
         Raises:
             ValueError: it has taken steps, and keeps none.
         """
-        v = self.store.momentum(self.base.state)
-        kept = [entry for entry in self.base.state.values() if entry]
+        state = self.base.state
+        kept = [entry for entry in state.values() if entry]
         if kept and not any(name in entry for entry in kept for name in MOMENTA):
-            raise ValueError(
-                f"{self.method} perturbs along the base optimizer's momentum, and {type(self.base).__name__} keeps none by a "
-                f"name of {MOMENTA}, but {sorted(kept[0])}: use one that does, e.g. SGD(momentum=0.9) or AdamW"
-            )
-        return v
+            raise ValueError(no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, sorted(kept[0])))}"))
+        return self.store.momentum(state)
 
     def drop_before(self) -> None:
         """The user has cleared the gradients: those that were set aside too, and "v" is that of gradients that are gone."""

@@ -28,7 +28,7 @@ from .gradients import (
     set_grads,
 )
 from .methods import Coefficient, Parameters, Plan
-from .rules import Rule, Tables
+from .rules import MOMENTA, Rule, Tables
 
 #: That a descent or an update takes at once.
 TERMS = 4
@@ -424,7 +424,7 @@ class Store:
 
     def momentum(self, state: State) -> Vectors:
         """The base optimizer's momentum, as the kernels take it; absent where there is none, or the parameter is frozen."""
-        lists = [flat.momentum(state) for flat in self.flats]
+        lists = [flat.momentum(state, MOMENTA) for flat in self.flats]
         absent = sum(t is flat.absent for flat, tensors in zip(self.flats, lists, strict=True) for t in tensors)
         return Vectors(lists, absent)
 

@@ -127,8 +127,8 @@ class _Sum:
 def _direction(g: Tensor, ema: Tensor | None, sigma: float) -> Tensor:
     if ema is None:
         return g
-    before = torch.where(ema.isnan(), g, _wide(ema))
-    return torch.where(ema.isnan() & (sigma >= 0), g, g - before * sigma)
+    first = g if sigma < 0 else torch.zeros_like(g)
+    return g - torch.where(ema.isnan(), first, _wide(ema)) * sigma
 
 
 def _ema_next(ema: Tensor, g: Tensor, lmbda: float) -> Tensor:

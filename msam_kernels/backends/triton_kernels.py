@@ -107,8 +107,7 @@ def integer_power(x, n):
 
 @triton.jit
 def residual(g, ema, sigma):
-    begun = g - sigma * tl.where(ema != ema, g, ema)
-    return tl.where((ema != ema) & (sigma >= 0), g, begun)
+    return g - sigma * tl.where(ema != ema, tl.where(sigma < 0, g, 0.0), ema)
 
 
 @triton.jit
