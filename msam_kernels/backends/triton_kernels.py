@@ -107,7 +107,7 @@ def integer_power(x, n):
 
 @triton.jit
 def residual(g, ema, sigma):
-    return g - sigma * tl.where(ema != ema, tl.where(sigma < 0, g, 0.0), ema)
+    return tl.where(ema != ema, tl.where(sigma < 0, g - sigma * g, g), g - sigma * ema)
 
 
 @triton.jit
