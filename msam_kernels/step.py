@@ -285,17 +285,20 @@ class Engine:
             descent.add(grads, PLAIN)
             mark_stepped(self.base)
             self.store.update(rule, self.tables, self.base.state, descent, found_inf)
-        self.shift()
+        if self.method.full.after:
+            self.shift(self.store.collect(clear=False))
         forget_casts()
 
-    def shift(self, gap: Vectors | None = None) -> None:
-        """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights."""
-        after = self.method.full.after
-        if gap is None and after and self.v_step == self.steps:
+    def shift(self, stepped: Vectors, gap: Vectors | None = None) -> None:
+        """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights.
+
+        ``stepped``: gradients that it took; where these are absent the weights stay.
+        """
+        if gap is None and self.v_step == self.steps:
             gap = Vectors([memory.parts for memory in self.store.memory("gap", 0.0)])
             self.v_step = -1
         if gap is not None:
-            self.store.shift(gap, after, self.tables)
+            self.store.shift(gap.present(stepped), self.method.full.after, self.tables)
 
     def begin(self, shares: list[float], *, clear: bool = True) -> Step:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
@@ -690,7 +693,8 @@ class Step:
             mark_stepped(engine.base)
             self.store.update(rule, engine.tables, engine.base.state, descent)
             self.perturbed = self.saves = False
-            engine.shift(self._gap)
+            if plan.after:
+                engine.shift(descent.present, self._gap)
         else:
             if plan.reuses is not None:
                 assert self._mean is not None

@@ -52,6 +52,14 @@ class Descent:
         self.terms.append(vector)
         self.coefs += row
 
+    @property
+    def present(self) -> Vectors:
+        """Some term's tensor where any has one; absent is what is absent from all."""
+        present = self.terms[0]
+        for vector in self.terms[1:]:
+            present = present.filled(vector)
+        return present
+
     def lists(self, f: int) -> Tensors:
         """Flat f's tensors of all terms, one term after the other."""
         if len(self.terms) == 1:
@@ -387,9 +395,7 @@ class Store:
 
         Where ``found_inf`` is not 0, the weights come back and nothing else changes.
         """
-        present = descent.terms[0]
-        for vector in descent.terms[1:]:
-            present = present.filled(vector)
+        present = descent.present
         turns: list[tuple[int, Flat, tuple[int, ...], list[Tensor] | None]] = []
         all_bound = True
         for f, flat in enumerate(self.flats):

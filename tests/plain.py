@@ -133,7 +133,7 @@ class PlainSAM:
         """What WSAM takes off the weights after the base optimizer's step."""
         for group in self.base.param_groups:
             for p in group["params"]:
-                if p in self.gap:
+                if p in self.gap and p.grad is not None:
                     lr = -group["lr"] if group.get("maximize") else group["lr"]
                     p -= lr * self.weighted.gamma / (1 - self.weighted.gamma) * self.gap[p]
 
