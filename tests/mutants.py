@@ -139,14 +139,6 @@ MUTANTS = [
         "tests/test_methods.py -k 'same_tensor and WSAM and cpu'",
     ),
     Mutant(
-        "WSAM's gap grows from loop to loop",
-        P + "step.py",
-        """            self.v_step = -1
-        if gap is not None""",
-        """        if gap is not None""",
-        "tests/test_optimizer.py tests/test_methods.py tests/test_sequences.py tests/test_golden.py -k 'WSAM and cpu or gap'",
-    ),
-    Mutant(
         "maximised groups get the gap of others",
         P + "rules.py",
         "_number(lr) if maximizes else -_number(lr)",
@@ -269,8 +261,8 @@ MUTANTS = [
     Mutant(
         "the EMA moves in the first of two perturbations",
         P + "store.py",
-        "renew = plan.opposite is None",
-        "renew = True",
+        "renew, apart, parts = plan.opposite is None,",
+        "renew, apart, parts = True,",
         "tests/test_methods.py tests/test_golden.py -k cpu",
     ),
     Mutant("the EMA never moves", P + "store.py", "if renew and plan.lmbda is not None:", "if False:", GOLDEN),
@@ -425,15 +417,15 @@ MUTANTS = [
     Mutant(
         "what is maximised is perturbed uphill",
         P + "rules.py",
-        "-r if maximizes and r else r",
+        "-r if turn and r else r",
         "r",
         GOLDEN,
     ),
     Mutant(
         "settings are read where the step begins only",
         P + "step.py",
-        "if rule is not None:\n            engine.refresh_settings(rule)",
-        "pass",
+        "        engine.refresh_settings(rule)\n        at_once",
+        "        at_once",
         "tests/test_optimizer.py -k within_a_step",
     ),
     Mutant("a patched step is not called", P + "rules.py", "or any(step_hooks(base))", "", "tests/test_conventions.py"),
@@ -662,8 +654,8 @@ MUTANTS = [
     Mutant(
         "settings are those of before before_update",
         P + "step.py",
-        "            self.refresh_settings(rule)\n            grads = self.store.collect(clear=False)",
-        "            grads = self.store.collect(clear=False)",
+        "        self.refresh_settings(rule)\n        if rule is None:",
+        "        if rule is None:",
         "tests/test_before_update.py",
     ),
     # -- the specification
@@ -815,7 +807,22 @@ MUTANTS = [
     ),
     Mutant("Triton: sigma is lost", B + "triton_kernels.py", "g - sigma * ema", "g - ema", TRITON),
     # -- formulas, in the emulated CUDA kernels
-    Mutant("a wrong sign in the residual", "csrc/update_math.h", "g - sigma * ema", "g + sigma * ema", EMULATED),
+    Mutant(
+        "a wrong sign in the residual",
+        "csrc/update_math.h",
+        "return g - sigma * (ema",
+        "return g + sigma * (ema",
+        EMULATED,
+    ),
+    Mutant("VaSSO's first d is too short", "csrc/update_math.h", "sigma < 0 ? g : T{}", "T{}", EMULATED),
+    Mutant(
+        "Triton: VaSSO's first d is too short",
+        B + "triton_kernels.py",
+        "tl.where(sigma < 0, g - sigma * g, g)",
+        "g",
+        TRITON,
+    ),
+    Mutant("VaSSO's first d is too short", B + "reference.py", "first = g if sigma < 0 else", "first =", SPECIFIED),
     Mutant(
         "no epsilon under the norm",
         "csrc/update_math.h",

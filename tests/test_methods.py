@@ -687,6 +687,16 @@ def test_what_is_not_chosen_is_neither_read_nor_saved_nor_moved(name, later, bac
     assert sum(sizes) == (opt.engine.store.flats[0].size if later else 2 * 304), "300 in steps of 128 bytes"
 
 
+def test_another_choice_has_statistics_of_its_own(backend):
+    model = mlp(torch.float64)
+    base = SGD(model.parameters(), lr=0.1)
+    opt = MicroBatchSAM(base, 0.3, method=SAM(only=model[0].parameters()), backend=backend)
+    for layer in (model[0], model[2]):
+        opt.method = SAM(only=layer.parameters())
+        WAYS["train_step"](opt, model, batch(4, torch.float64))
+        torch.testing.assert_close(opt.stats.perturbation_norm.item(), 0.3, rtol=1e-9, atol=0)
+
+
 def test_normalisation_layers_are_told_by_their_class():
     class TheirRMSNorm(nn.Module):
         def __init__(self):
