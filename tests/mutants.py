@@ -192,7 +192,7 @@ MUTANTS = [
         P + "step.py",
         "self.store.parts(self.latest.only)",
         "self.store.parts(None)",
-        "tests/test_methods.py -k 'neither_read and cpu'",
+        "tests/test_methods.py -k 'statistics_of_its_own and cpu'",
     ),
     Mutant(
         "only is lost in sums",

@@ -170,12 +170,14 @@ def test_gradients_from_before_survive_a_pass_that_gives_them_again(backend):
 
 @pytest.mark.host
 @pytest.mark.parametrize("way", ["backward", "autograd.grad"])
-@pytest.mark.parametrize("name", ["GSAM", "Bilateral SAM", "LookSAM k=2"])
-def test_ordinary_gradients_are_kept_without_a_copy(name, way, extension):
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["GSAM", "Bilateral SAM", "LookSAM k=2", "WSAM"])
+def test_ordinary_gradients_are_kept_without_a_copy(name, count, way, extension):
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3), nn.Linear(3, 3, bias=False)
     )
-    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=METHODS[name], num_micro_batches=2, backend="cpu")
+    base = SGD(model.parameters(), lr=0.1)
+    opt = MicroBatchSAM(base, method=METHODS[name], num_micro_batches=count, backend="cpu")
 
     def closure():
         loss = model(torch.ones(2, 1, 6, 6)).square().mean()
@@ -187,7 +189,7 @@ def test_ordinary_gradients_are_kept_without_a_copy(name, way, extension):
 
     with mock.patch.object(Tensor, "clone", side_effect=AssertionError("a gradient was copied")):
         for _ in range(3):
-            opt.step([closure] * 2)
+            opt.step([closure] * count)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -578,7 +580,7 @@ REFUSED = {
         r"FriendlySAM.* and VaSSO.* each say what the perturbation is made of",
     ),
     "Momentum and VaSSO": (
-        [MomentumSAM(), StableSAM(), VaSSO()],
+        [MomentumSAM(), VaSSO()],
         r"MomentumSAM.* and VaSSO.* each say what the perturbation",
     ),
     "WSAM and GSAM": ([WSAM(), GapSAM()], r"WSAM.* and GapSAM.* each say which gradients"),

@@ -27,6 +27,8 @@ METHODS = {
     "Stable SAM": methods.StableSAM,
     "GSAM": methods.GapSAM,
     "Sparse SAM": methods.SparseSAM,
+    "VaSSO": methods.VaSSO,
+    "WSAM": methods.WSAM,
 }
 COUNT = 3
 
