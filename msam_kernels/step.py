@@ -285,7 +285,7 @@ class Engine:
             descent.add(grads, PLAIN)
             mark_stepped(self.base)
             self.store.update(rule, self.tables, self.base.state, descent, found_inf)
-        if self.method.full.after:
+        if self.method.full.after and self.v_step == self.steps:
             self.shift(self.store.collect(clear=False))
         forget_casts()
 
@@ -294,11 +294,10 @@ class Engine:
 
         ``stepped``: gradients that it took; where these are absent the weights stay.
         """
-        if gap is None and self.v_step == self.steps:
+        if gap is None:
             gap = Vectors([memory.parts for memory in self.store.memory("gap", 0.0)])
             self.v_step = -1
-        if gap is not None:
-            self.store.shift(gap.present(stepped), self.method.full.after, self.tables)
+        self.store.shift(gap.present(stepped), self.method.full.after, self.tables)
 
     def begin(self, shares: list[float], *, clear: bool = True) -> Step:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""

@@ -629,6 +629,7 @@ def test_momentum_sam_takes_masks_of_others_only(backend):
 PARTIAL = {
     **{name: METHODS[name] for name in ("SAM", "ASAM", "F-SAM", "Stable SAM", "Bilateral SAM", "WSAM", "Momentum-SAM")},
     "LookSAM k=2": METHODS["LookSAM k=2"],
+    "Sparse SAM": METHODS["Sparse SAM"],
     "VaSSO + Stable": VaSSO(theta=0.3) + StableSAM(),
 }
 
