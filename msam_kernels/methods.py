@@ -337,9 +337,9 @@ class VaSSO(SAM):
     F-SAM's mean gradient, and in state dicts under its name, "ema". With a ``GradScaler`` as there.
 
     Args:
-        theta: what a new gradient counts, > 0; 1 is SAM. The authors take 0.2, 0.4 or 0.9, by task.
+        theta: what a new gradient counts, > 0; 1 is SAM.
 
-    Source: Li and Giannakis, 2509.02433 (NeurIPS 2023), as in the authors' code.
+    Source: Li and Giannakis, 2309.15639 (NeurIPS 2023) and 2509.02433, as in the authors' code.
     """
 
     theta: float = 0.4
