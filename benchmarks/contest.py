@@ -30,6 +30,7 @@ import measure
 import peers
 from gradients import Backward, Checked, Gradients, Steps
 from measure import Call, Clock, Failed, Results, Say, Timing, interleave
+from shapes import SHAPES
 
 OURS, PASSES = "ours", "ours (passes loop)"
 PERIOD = 5  # steps, of which LookSAM perturbs in one
@@ -40,13 +41,15 @@ class Method(NamedTuple):
     """A method of the family, by its class in ``methods``; what it moves beyond SAM, in P per micro-batch.
 
     ``ascent``: in norm and perturb, for a second perturbation, and for inner products; ``held``: gradients that the descent
-    reads besides the last one; ``mixed``: whether the descent changes even a single gradient.
+    reads besides the last one; ``mixed``: whether the descent changes even a single gradient; ``kept``: what is kept beside
+    the descent, written and then added to.
     """
 
     kind: str
     ascent: float = 0
     held: int = 0
     mixed: bool = False
+    kept: bool = False
 
 
 FAMILY = {
@@ -55,9 +58,13 @@ FAMILY = {
     "F-SAM": Method("FriendlySAM", ascent=3),
     "Stable SAM": Method("StableSAM", ascent=1, mixed=True),
     "Sparse SAM": Method("SparseSAM", ascent=1 / 32),
-    "LookSAM": Method("LookSAM", ascent=2),
+    "LookSAM": Method("LookSAM", ascent=2, kept=True),
     "Bilateral SAM": Method("BilateralSAM", ascent=5, held=2, mixed=True),
     "GSAM": Method("GapSAM", ascent=2, held=1, mixed=True),
+    "VaSSO": Method("VaSSO", ascent=3),
+    "WSAM": Method("WSAM", kept=True),
+    "Momentum-SAM": Method("MomentumSAM"),
+    "SAM-ON": Method("SAM"),
 }
 
 # Relative L2 error of the way walked, ours and the peers'. In fp32 a rounding of w costs 6e-8 * |w| / |way| per step,
@@ -105,7 +112,7 @@ class Case:
     @property
     def bodies(self) -> int:
         """Forward and backward passes of a period, per micro-batch."""
-        return {"LookSAM": PERIOD + 1, "Bilateral SAM": 3}.get(self.method, 2)
+        return {"LookSAM": PERIOD + 1, "Bilateral SAM": 3, "Momentum-SAM": 1}.get(self.method, 2)
 
     def settings(self, rho: float) -> dict[str, float]:
         """Of the method, ours and the peers'."""
@@ -115,15 +122,37 @@ class Case:
             "LookSAM": {"k": PERIOD, "alpha": 0.7},
             "Bilateral SAM": {"rho_min": rho / 2},
             "GSAM": {"alpha": 0.4},
+            "VaSSO": {"theta": 0.4},
+            "WSAM": {"gamma": 0.8},
         }.get(self.method, {})
+
+    def special(self, params: list[nn.Parameter]) -> dict[str, object]:
+        """Settings that depend on the parameters, in the words of the peers."""
+        if self.method == "Sparse SAM":
+            return {"mask": half(params)}
+        return {"only": chosen(params)} if self.method == "SAM-ON" else {}
+
+    @property
+    def perturbed(self) -> float:
+        """The share of the elements that is perturbed."""
+        if self.method != "SAM-ON":
+            return 1.0
+        sizes = [(len(shape) < 2, math.prod(shape)) for shape in SHAPES[self.shape]()]
+        return sum(n for is_chosen, n in sizes if is_chosen) / sum(n for _, n in sizes)
 
     def passes(self, *, passes_loop: bool = False) -> float:
         """P of a fused step: how often it must read or write all parameters, gradients or state."""
         m, method = self.micro_batches, FAMILY[self.method]
         update = 5 if self.base == "sgd" else 7
         # The first descent is left where it is, unless it is mixed; the others are added to it.
-        descents = [2 + method.mixed * (2 + method.held)] + [5 + method.held] * (m - 1)
-        ascents = m * (4 + method.ascent) + 1
+        share = self.perturbed
+        descents = [2 * share + method.mixed * (2 + method.held)] + [3 + 2 * share + method.held] * (m - 1)
+        ascents = m * (4 * share + method.ascent) + share
+        if self.method == "Momentum-SAM":  # one ascent, and one way back
+            ascents, descents = 5, [2 * (m == 1), *[3] * (m - 1)]
+            descents[-1] += 2 * (m > 1)
+        if method.kept and self.method != "LookSAM":
+            ascents += 4 * m - 1 + 3  # and off the weights
         if passes_loop:
             total = ascents + sum(descents) + update
         else:
@@ -163,9 +192,14 @@ def half(params: list[nn.Parameter]) -> list[Tensor]:
     return [(torch.arange(p.numel(), device=p.device) % 2 == 0).view(p.shape) for p in params]
 
 
+def chosen(params: list[nn.Parameter]) -> list[bool]:
+    """For SAM-ON: of these networks the normalisation layers' parameters, and biases, which have one dimension too."""
+    return [p.dim() < 2 for p in params]
+
+
 def make_peer(name: str, case: Case, gradients: Gradients, dtype: torch.dtype | None = None) -> Contestant:
     kind, params = peers.PEERS[name], gradients.parameters(dtype)
-    settings = {"mask": half(params)} if case.method == "Sparse SAM" else case.settings(gradients.rho)
+    settings = {**case.settings(gradients.rho), **case.special(params)}
     base = torch_base(params, case.base, **kind.base_options)
     peer = kind(base, rho=gradients.rho, method=case.method, **settings)
     count = case.micro_batches
@@ -178,6 +212,8 @@ def make_ours(name: str, case: Case, gradients: Gradients) -> Contestant:
     params, count = gradients.parameters(), case.micro_batches
     sparse = case.method == "Sparse SAM"
     settings = {"update_every": None} if sparse else case.settings(gradients.rho)
+    if case.method == "SAM-ON":
+        settings["only"] = [p for p, is_chosen in zip(params, chosen(params), strict=True) if is_chosen]
     method = getattr(methods, FAMILY[case.method].kind)(**settings)
     options = {"num_micro_batches": count, "method": method, "backend": case.backend}
     opt = MicroBatchSAM(torch_base(params, case.base), rho=gradients.rho, **options)

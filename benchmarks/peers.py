@@ -55,6 +55,9 @@ class Peer:
         k, alpha: LookSAM perturbs in every k-th step, and scales what it adds between; alpha is also GSAM's.
         rho_min: radius of Bilateral SAM's second perturbation.
         mask: Sparse SAM's: which elements are perturbed, one tensor per parameter.
+        theta: what a new gradient counts in VaSSO's mean.
+        gamma: WSAM's weight of the sharpness, decoupled.
+        only: SAM-ON's: for each parameter, whether it is perturbed.
     """
 
     base_options: dict = {}
@@ -76,6 +79,9 @@ class Peer:
         alpha: float = 0.0,
         rho_min: float = 0.0,
         mask: Sequence[Tensor] | None = None,
+        theta: float = 0.4,
+        gamma: float = 0.0,
+        only: Sequence[bool] | None = None,
     ):
         if method not in self.methods:
             raise ValueError(f"method must be one of {self.methods}, got {method!r}")
@@ -83,13 +89,16 @@ class Peer:
         self.base, self.params, self.rho, self.method = base, list(group["params"]), rho, method
         self.sigma, self.lmbda, self.eta, self.k, self.alpha, self.rho_min = sigma, lmbda, eta, k, alpha, rho_min
         self.mask = None if mask is None else [m.to(p) for m, p in zip(mask, self.params, strict=True)]
-        self.friendly = method == "F-SAM"
+        self.theta, self.gamma, self.only = theta, gamma, only
+        self.friendly, self.leans = method == "F-SAM", method == "Momentum-SAM"
         self.steps = 0
 
     @torch.no_grad()
     def step(self, closures: Closures) -> Tensor:
         losses, total = [], None
-        perturbs = self.steps % self.k == 0
+        perturbs = self.steps % self.k == 0 and not self.leans
+        if self.leans:
+            self.lean()
         for i, closure in enumerate(closures):
             loss, grads = self.backward(closure)
             losses.append(loss)
@@ -112,6 +121,10 @@ class Peer:
             grads.append(p.grad)
             p.grad = None
         return loss, grads
+
+    def lean(self) -> None:
+        """Momentum-SAM: move the weights to w + e for the whole step; ``update`` brings them back."""
+        raise NotImplementedError
 
     def ascend(self, grads: list[Tensor], *, first: bool) -> object:
         """Move the weights to w + e; what is returned comes to ``descent``."""
@@ -144,23 +157,37 @@ class Loop(Peer):
     """
 
     base_options = {"foreach": False}
-    methods = ("SAM", "ASAM", "F-SAM", "Stable SAM", "Sparse SAM", "LookSAM", "Bilateral SAM", "GSAM")
+    methods = (
+        *("SAM", "ASAM", "F-SAM", "Stable SAM", "Sparse SAM", "LookSAM", "Bilateral SAM", "GSAM"),
+        *("VaSSO", "WSAM", "Momentum-SAM", "SAM-ON"),
+    )
 
     def __init__(self, base: Optimizer, **options):
         super().__init__(base, **options)
-        self.saved = [torch.empty_like(p) for p in self.params]
+        self.perturbed = [p for i, p in enumerate(self.params) if self.only is None or self.only[i]]
+        self.saved = [torch.empty_like(p) for p in self.perturbed]
         self.ema: list[Tensor] | None = None
         self.v: list[Tensor] = []
+        self.gap: list[Tensor] = []
+
+    def lean(self) -> None:
+        v = [self.base.state[p].get("momentum_buffer", self.base.state[p].get("exp_avg")) for p in self.params]
+        scale = None if v[0] is None else self.rho / (_norm(v) + EPS)
+        for p, w, m in zip(self.params, self.saved, v, strict=True):
+            w.copy_(p)
+            if scale is not None:
+                p.sub_(m * scale)
 
     def ascend(self, grads: list[Tensor], *, first: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the gradients, and e, where the method needs them again."""
         kept = []
-        for p, w, e in zip(self.params, self.saved, self._perturbation(grads), strict=True):
+        chosen = grads if self.only is None else [g for g, is_chosen in zip(grads, self.only, strict=True) if is_chosen]
+        for p, w, e in zip(self.perturbed, self.saved, self._perturbation(chosen), strict=True):
             w.copy_(p)
             p.add_(e)
             if self.method == "Bilateral SAM":
                 kept.append(e)
-        return grads if self.method in ("Stable SAM", "LookSAM", "Bilateral SAM", "GSAM") else [], kept
+        return grads if self.method in ("Stable SAM", "LookSAM", "Bilateral SAM", "GSAM", "WSAM") else [], kept
 
     def _perturbation(self, grads: list[Tensor]) -> Iterator[Tensor]:
         """e, one parameter after the other."""
@@ -172,6 +199,8 @@ class Loop(Peer):
             return
         if self.friendly:
             grads = self._without_ema(grads)
+        if self.method == "VaSSO":
+            grads = self._averaged(grads)
         scale = self.rho / (_norm(grads) + EPS)
         if self.mask is None:
             yield from (g * scale for g in grads)
@@ -188,6 +217,14 @@ class Loop(Peer):
             mean.mul_(self.lmbda).add_(g, alpha=1 - self.lmbda)
         return residuals
 
+    def _averaged(self, grads: list[Tensor]) -> list[Tensor]:
+        if self.ema is None:
+            self.ema = [g.clone() for g in grads]
+        else:
+            for g, mean in zip(grads, self.ema, strict=True):
+                mean.mul_(1 - self.theta).add_(g, alpha=self.theta)
+        return self.ema
+
     def descent(
         self, known: tuple[list[Tensor], list[Tensor]], grads: list[Tensor], closure: Callable[[], Tensor], first: bool
     ) -> list[Tensor]:
@@ -197,8 +234,11 @@ class Loop(Peer):
             for p, w, d in zip(self.params, self.saved, e, strict=True):
                 torch.sub(w, d, alpha=self.rho_min / self.rho, out=p.data)
             _, behind = self.backward(closure)
-        for p, w in zip(self.params, self.saved, strict=True):
-            p.copy_(w)
+        self._restore()
+        if self.method == "WSAM":
+            gap = [g.sub_(a) for a, g in zip(at_w, grads, strict=True)]
+            self.gap = gap if first else [a.add_(b) for a, b in zip(self.gap, gap, strict=True)]
+            return at_w
         if self.method == "Stable SAM":
             factor = _norm(at_w) / (_norm(grads) + EPS)
             return [g.mul_(factor) for g in grads]
@@ -214,6 +254,10 @@ class Loop(Peer):
             self.v = v if first else [a.add_(b) for a, b in zip(self.v, v, strict=True)]
         return grads
 
+    def _restore(self) -> None:
+        for p, w in zip(self.perturbed, self.saved, strict=True):
+            p.copy_(w)
+
     def accumulate(self, total: list[Tensor] | None, grads: list[Tensor]) -> list[Tensor]:
         return grads if total is None else [t.add_(g) for t, g in zip(total, grads, strict=True)]
 
@@ -223,7 +267,13 @@ class Loop(Peer):
         if self.steps % self.k:  # LookSAM's v of another step, whose length does not matter
             factor = self.alpha * _norm(grads) / (_norm(self.v) + EPS)
             grads = [g.add_(v * factor) for g, v in zip(grads, self.v, strict=True)]
+        if self.leans:
+            self._restore()
         self._base_step(grads)
+        (group,) = self.base.param_groups
+        for p, gap in zip(self.params, self.gap, strict=False):
+            p.sub_(gap, alpha=group["lr"] * self.gamma / (1 - self.gamma) / count)
+        self.gap = []
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

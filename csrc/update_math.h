@@ -113,10 +113,12 @@ MSAM_FN double integer_power(double x, int64_t n) {
 
 // The formulas of the ascent also take vectors of the compiler in place of T, so they choose by value (?:) only.
 
-// F-SAM: d = g - sigma ema. An element of the EMA that is NaN has not begun: its first gradient is its d.
+// F-SAM: d = g - sigma ema. An element of the EMA that is NaN has not begun: its first gradient is its d. VaSSO: the mean that
+// is about to be, times 1 - sigma, with a negative sigma; it begins as the first gradient.
 template <class T>
 MSAM_FN T residual(T g, T ema, T sigma) {
-  return ema != ema ? g : g - sigma * ema;
+  const T first = sigma < 0 ? g : T{};
+  return g - sigma * (ema != ema ? first : ema);
 }
 
 // F-SAM: ema <- lmbda ema + (1 - lmbda) g, from the raw gradient, with which it begins.

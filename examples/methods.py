@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from msam_kernels import methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -66,9 +68,18 @@ def family(steps: int) -> tuple[Contestant, ...]:
         Contestant("Bilateral SAM", methods.BilateralSAM(rho_min), rho=(0.3,)),
         Contestant("GSAM", methods.GapSAM(), rho=(0.3,)),
         Contestant("LE-SAM", methods.LossEquatedSAM(sigma=0.1), rho=(2.0,)),
+        Contestant("VaSSO", methods.VaSSO(), rho=(0.4,)),
+        Contestant("WSAM", methods.WSAM(), rho=(0.2,)),
+        Contestant("Momentum-SAM", methods.MomentumSAM(), rho=(0.4,)),
+        Contestant("SAM, hidden layer only", hidden_layer, rho=(0.3,)),
         Contestant("late-phase SAM", methods.SAM(start=round(START * steps)), rho=(0.6,)),
         Contestant("F-SAM + Sparse + Stable", composition, rho=(0.6,)),
     )
+
+
+def hidden_layer(model: nn.Sequential) -> methods.SAM:
+    """A chosen part of the parameters; this network has no normalisation layers."""
+    return methods.SAM(only=model[2].parameters())
 
 
 def time_steps(contestant: Contestant, steps: int) -> Cost:

@@ -111,10 +111,10 @@ TASKS = (
 
 @dataclass(frozen=True)
 class Contestant:
-    """``rho`` has one entry per task. ``method`` None is the base optimizer alone."""
+    """``rho`` has one entry per task. ``method``: or what gives it for a model; None is the base optimizer alone."""
 
     name: str
-    method: methods.SAM | None = None
+    method: methods.SAM | Callable[[nn.Module], methods.SAM] | None = None
     num_micro_batches: int = 1
     rho: tuple[float, ...] = (0.0,) * len(TASKS)
 
@@ -137,7 +137,7 @@ class Contestant:
             base,
             rho=self.rho_for(task),
             num_micro_batches=self.num_micro_batches,
-            method=self.method,
+            method=self.method if isinstance(self.method, methods.SAM) else self.method(model),
             model=model,
         )
 

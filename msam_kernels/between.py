@@ -62,6 +62,11 @@ class Between:
                     f"{method} {what}, which with a GradScaler would be in units of a scale that changes: train in bf16, "
                     "which needs no scaler, or with another method"
                 )
+        if method.full.after:
+            raise ValueError(
+                f"{method} takes a step of its own by gradients that a GradScaler has scaled: give it decoupled=False, or "
+                "train in bf16, which needs no scaler"
+            )
 
     @property
     def scale(self) -> Callable[[Tensor], Tensor] | None:

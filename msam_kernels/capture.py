@@ -125,6 +125,7 @@ class CudaRecorder:
 class _Graph:
     """The graph of one kind of step, and what it was made for."""
 
+    plan: Plan
     eager_steps: int = 0
     addresses: object = None
     replay: Callable[[], None] | None = None
@@ -214,7 +215,7 @@ class CapturedStep:
             self._graphs = {known: graph for known, graph in self._graphs.items() if known[1] in coming}
         graph = self._graphs.get(kind)
         if graph is None or not self._is_current(graph):
-            graph = self._graphs[kind] = _Graph()
+            graph = self._graphs[kind] = _Graph(plan)
         if graph.eager_steps < self._warm_up:
             loss = self._run(inputs)
             graph.eager_steps += 1
@@ -315,6 +316,8 @@ class CapturedStep:
         addresses = [t.data_ptr() for t in tensors] + engine.buffers.addresses()
         # And what the graph did by: which parameters are trained, whose buffers are held, how batches are split.
         trained = [p.requires_grad for p in engine.store.parameters()]
+        if self._opt.method.full.momentum:
+            addresses += [t.data_ptr() for tensors in engine.store.momentum(self._opt.state).lists for t in tensors]
         return (
             engine.store.layout,
             engine.tables.names,
@@ -336,7 +339,7 @@ def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:
     for flat in engine.store.flats:
         increment_version(flat.params)
     forget_casts()  # of the weights as they were
-    engine.norms_sq = graph.norms_sq
+    engine.norms_sq, engine.latest = graph.norms_sq, graph.plan
     engine.steps += 1
     mark_stepped(opt)
     mark_stepped(opt.base_optimizer)

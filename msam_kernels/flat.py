@@ -21,7 +21,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .backends import Backend
 from .backends.checks import lost_memory, span
-from .gradients import has_layout, holds, memory_layout
+from .gradients import has_layout, holds, memory_layout, regular_values
 
 # Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
 # is a block of threads (csrc/cuda/kernels.cuh). The rows themselves, of 40 bytes, are 0.25 % of what one pass over them moves.
@@ -212,6 +212,8 @@ class Flat:
             for begin in range(0, p.numel(), length)
         ]
         self.rows = len(rows)
+        ends = {g: k + 1 for k, (*_, g) in enumerate(rows)}  # of the groups, which come one after the other
+        self._ends = list(ends.items())
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
         self.table = table.to(self.device, non_blocking=True)
         self.status = torch.zeros(self.rows, dtype=torch.uint8, device=self.device)
@@ -289,6 +291,12 @@ class Flat:
         orders = zip(self._shapes, self._strides, strict=True)
         likes = [torch.empty_strided(*order, dtype=self.dtype, device="meta") for order in orders]
         return [_alias(buffer, offset, like) for offset, like in zip(self.offsets, likes, strict=True)]
+
+    @property
+    def rows_of_groups(self) -> list[tuple[int, Tensor]]:
+        """The rows of the table by group."""
+        begins = [0, *(end for _, end in self._ends)]
+        return [(g, self.table[begin:end]) for begin, (g, end) in zip(begins, self._ends, strict=False)]
 
     def achieved_sq(self, i: int) -> Tensor:
         """Where micro-batch i's ‖e‖² goes, by row: float64 ``[K]``, the same memory in every step."""
@@ -504,6 +512,31 @@ class Flat:
         self._bound = bound
         return bound.buffers
 
+    def momentum(self, state: State, names: Sequence[str]) -> list[Tensor]:
+        """By parameter what the base optimizer keeps by one of these names; ``absent`` where it has none, or is frozen."""
+        bound = self._bound
+        if bound is None or not bound.is_current(state):
+            found, unknown = [self.absent] * len(self.params), set(range(len(self.params)))
+        else:  # what the kernels left there is as they take it
+            found, unknown = bound.momentum or self._momentum_of(bound, names), set(bound.absent)
+            bound.momentum = found
+        out = [m if p.requires_grad else self.absent for m, p in zip(found, self.params, strict=True)]
+        for i in unknown:
+            p = self.params[i]
+            entry = state.get(p, {}) if p.requires_grad else {}
+            m = next((entry[name] for name in names if isinstance(entry.get(name), Tensor)), None)
+            if m is not None and m.shape == p.shape:
+                out[i] = regular_values(p, m)
+        return out
+
+    def _momentum_of(self, bound: _Bound, names: Sequence[str]) -> list[Tensor]:
+        out, without = [self.absent] * len(self.params), set(bound.absent)
+        for i, g in enumerate(self.groups):
+            for name in names:
+                if name in bound.names_by_group[g] and i not in without:
+                    out[i] = self.views[i, name]
+        return out
+
     def is_own(self, i: int, name: str, t: Any) -> bool:
         """Whether a tensor of the state is what ``bind`` left there for the parameter, and still the same memory."""
         view = self.views.get((i, name))
@@ -561,6 +594,7 @@ class _Bound:
         self.names: list[str] = []
         self.views: list[Tensor] = []
         self.buffers: list[Tensor] = []
+        self.momentum: list[Tensor] = []  # by parameter of the flat, once somebody has asked for it
         self._group = [{"params": self.views}]  # as layouts are asked for
         self._layout: object = None
 

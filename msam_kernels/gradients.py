@@ -246,6 +246,13 @@ def regular_gradient(p: Tensor, g: Tensor) -> Tensor:
     return g if _is_regular(p, g, g.stride()) else torch.empty_like(p).copy_(g)
 
 
+def regular_values(p: Tensor, t: Tensor) -> Tensor:
+    """A tensor of the base optimizer's state as the kernels take it: itself, or a copy as ``p`` is."""
+    t = t.detach()
+    regular = t.layout == torch.strided and t.dtype == p.dtype and _is_regular(p, t, t.stride())
+    return t if regular else torch.empty_like(p, requires_grad=False).copy_(t)
+
+
 def _is_regular(p: Tensor, g: Tensor, stride: Sequence[int]) -> bool:
     """``stride``: of ``g``, or of each of several that it holds."""
     same_order = all(a == b for a, b, n in zip(stride, p.stride(), p.size(), strict=True) if n != 1)

@@ -8,15 +8,18 @@ Methods compose with ``+``, where that means something::
 Every method takes ``start``: the optimizer steps that the base optimizer takes alone, with one pass per micro-batch, before
 the method sets in (late-phase SAM, 2410.10373: the last 5-10 % of training are enough). The base optimizer's state carries
 over. And it takes ``every``: from there on, every so many steps are the method's, and the base optimizer takes the others
-alone (an interval, as Composer has it).
+alone (an interval, as Composer has it). And it takes ``only``: the parameters that are perturbed, where these are not all; with
+``only=norm_layers(model)`` that is SAM-ON.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+from torch import Tensor, nn
 
 from ._checks import check_integer, check_number
 from .backends.reference import EPS
@@ -47,6 +50,13 @@ def dot(u: int, v: int) -> int:
     return v * (v + 1) // 2 + u
 
 
+class Parameters(frozenset[Tensor]):
+    """Some parameters, told by identity."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} parameters>"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one step does. The default is the base optimizer's own step.
@@ -56,20 +66,27 @@ class Plan:
 
     Attributes:
         perturbs: whether there is a pass at w + e, with e of the length rho of the parameter's group.
+        momentum: whether e is made of the base optimizer's momentum, against which it points: once for the whole step, of
+            which every pass is at w + e.
+        only: the parameters that are perturbed; None: all.
         opposite: the radius of one more perturbation, to the other side of w, or a function of the step that gives it; None
             without one. A group whose rho is 0 is perturbed to neither side.
         budget: what rho times the direction's norm may not exceed, or a function of the step that gives it.
         sigma, eta, lmbda: the direction, see ``backends.reference``; ``lmbda`` is the decay of the method's "ema", None without
-            one.
+            one. The direction is that of the method times 1 − sigma where sigma is negative.
         sparse: the method whose mask says what is perturbed.
         holds: gradients that are held for the descent.
         descent: the coefficients of the vectors.
         rescale: whether the descent gets the length of the gradient at w.
-        keeps: what a micro-batch adds to the method's "v", as coefficients of the vectors, times its share of the batch.
+        keeps: what a micro-batch adds to a memory of the method, as coefficients of the vectors, times its share of the batch:
+            to its "v", or with ``after`` to its "gap".
         reuses: the coefficient of "v" in the descent: S are ‖g‖² of the step's mean gradient, and ‖v‖².
+        after: how much of the learning rate times "gap" is taken off the weights after the base optimizer's step.
     """
 
     perturbs: bool = False
+    momentum: bool = False
+    only: Parameters | None = None
     opposite: float | Callable[[int], float] | None = None
     budget: float | Callable[[int], float] = math.inf
     sigma: float = 0.0
@@ -81,11 +98,22 @@ class Plan:
     rescale: bool = False
     keeps: tuple[Coefficient, ...] = ()
     reuses: Coefficient | None = None
+    after: float = 0.0
+
+    @property
+    def climbs(self) -> bool:
+        """Whether each micro-batch has an ascent of its own, by its gradient at w."""
+        return self.perturbs and not self.momentum
 
     @property
     def is_plain(self) -> bool:
-        """Whether the direction is the gradient itself, so that its norm is that of the ascent."""
+        """Whether the direction is the gradient itself, where it is perturbed."""
         return self.lmbda is None and self.eta is None
+
+    @property
+    def knows_length(self) -> bool:
+        """Whether the norm of the direction is that of the gradient at w."""
+        return self.is_plain and self.only is None
 
     @cached_property
     def uses_products(self) -> bool:
@@ -99,6 +127,11 @@ class Plan:
             return len(self.descent)
         used = [place for c in (*self.descent, *self.keeps) if c.b for place in (c.p, c.q)]
         return 1 + max(v for v in range(3) if dot(0, v) <= max(used)) if used else 0
+
+    @property
+    def kept(self) -> str:
+        """The name of the memory that ``keeps`` adds to."""
+        return "gap" if self.after else "v"
 
     @cached_property
     def length(self) -> int:
@@ -118,15 +151,26 @@ class SAM:
 
     With several micro-batches this is mSAM: each has its own e, and the gradients at w + e are averaged by size.
 
-    Source: Foret et al., 2010.01412; mSAM: Behdin et al., 2302.09693 and 2212.04343.
+    Args, of every method:
+        start: steps that the base optimizer takes alone, before the method sets in.
+        every: from there on, one step in so many is the method's.
+        only: the parameters that are perturbed: tensors that the optimizer has, e.g. ``norm_layers(model)``. Norms of the
+            ascent are over these alone. The others are trained by the same descent, and are neither read by the norm nor
+            saved, perturbed or restored. None: all.
+
+    Source: Foret et al., 2010.01412; mSAM: Behdin et al., 2302.09693 and 2212.04343; a chosen part, the normalisation layers
+    (SAM-ON): Mueller et al., 2306.04226.
     """
 
     start: int = field(default=0, kw_only=True)
     every: int = field(default=1, kw_only=True)
+    only: Iterable[Tensor] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_integer("start", self.start, 0)
         check_integer("every", self.every, 1)
+        if self.only is not None:
+            object.__setattr__(self, "only", _parameters(self.only))
 
     def __add__(self, other: SAM) -> SAM:
         """Both methods at once, e.g. one's direction and the other's mask.
@@ -145,9 +189,13 @@ class SAM:
         intervals = sorted({method.every for method in (self, other) if method.every > 1})
         if len(intervals) > 1:
             raise ValueError(f"{self} and {other} have different intervals: give one every, to either")
-        told = [replace(part, start=0, every=1) for part in parts if type(part) is not SAM] or [SAM()]
+        chosen = list({method.only: None for method in (self, other) if method.only is not None})
+        if len(chosen) > 1:
+            raise ValueError(f"{self} and {other} perturb different parameters: give one only, to either")
+        told = [replace(part, start=0, every=1, only=None) for part in parts if type(part) is not SAM] or [SAM()]
         whole = told[0] if len(told) == 1 else Composition(tuple(told))
-        return replace(whole, start=(starts or [0])[0], every=(intervals or [1])[0])
+        only = chosen[0] if chosen else None
+        return replace(whole, start=(starts or [0])[0], every=(intervals or [1])[0], only=only)
 
     # What a method says. ``change`` is all that most have to say.
 
@@ -168,8 +216,9 @@ class SAM:
     @cached_property
     def full(self) -> Plan:
         """The plan of a step that perturbs."""
-        plan = self.change(Plan(perturbs=True))
-        if plan.rescale and not plan.is_plain and not plan.holds:
+        assert self.only is None or isinstance(self.only, Parameters)
+        plan = self.change(Plan(perturbs=True, only=self.only))
+        if plan.rescale and not plan.knows_length and not plan.holds:
             # The gradient at w is held for its length alone: with a coefficient of 0 it is not read.
             plan = replace(plan, holds=1, descent=(*plan.descent, Coefficient(0.0)))
         return plan
@@ -183,6 +232,43 @@ class SAM:
             return self.full
         between = self.between
         return between if between.reuses is None or has_v() else self.full
+
+
+def _parameters(chosen: Iterable[Tensor]) -> Parameters:
+    remedy = "give tensors that the optimizer has, e.g. only=norm_layers(model) or only=model.head.parameters()"
+    if isinstance(chosen, Tensor) or not isinstance(chosen, Iterable):
+        raise TypeError(f"only must be several parameters, got {type(chosen).__name__}: {remedy}")
+    told = list(chosen)
+    for p in told:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"only must hold parameters, got {type(p).__name__} among them: {remedy}")
+    if not told:
+        raise ValueError(f"only names no parameter: {remedy}; without it all are perturbed")
+    return Parameters(told)
+
+
+def norm_layers(model: nn.Module) -> list[nn.Parameter]:
+    """The weights and biases of a model's normalisation layers, each once: ``SAM(only=norm_layers(model))`` is SAM-ON.
+
+    These are the parameters that modules hold themselves whose class has "norm" in its name, e.g. ``BatchNorm2d``,
+    ``LayerNorm``, ``GroupNorm`` and other libraries' ``LlamaRMSNorm``, or a base class of which has.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it has no such parameter.
+
+    Source: Mueller et al., 2306.04226.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"norm_layers needs a torch.nn.Module, got {type(model).__name__}")
+    layers = [m for m in model.modules() if any("norm" in kind.__name__.lower() for kind in type(m).__mro__)]
+    found = list({id(p): p for layer in layers for p in layer.parameters(recurse=False)}.values())
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no normalisation layer with weights: name the parameters yourself, e.g. "
+            "SAM(only=model.head.parameters())"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -265,6 +351,48 @@ class FriendlySAM(SAM):
 
     def change(self, plan: Plan) -> Plan:
         return replace(plan, sigma=float(self.sigma), lmbda=float(self.lmbda))
+
+
+@dataclass(frozen=True)
+class VaSSO(SAM):
+    """Variance-suppressed SAM (VaSSO): the ascent direction is a mean of gradients, d ← (1 − theta)·d + theta·g.
+
+    e = rho·d / (‖d‖ + 1e-12) with d as just updated. A parameter's first gradient is its first d. With mSAM each micro-batch is
+    VaSSO's batch: one d, updated by every micro-batch in turn. State: one buffer of the size of the parameters, the same as
+    F-SAM's mean gradient, and in state dicts under its name, "ema". With a ``GradScaler`` as there.
+
+    Args:
+        theta: what a new gradient counts, > 0; 1 is SAM.
+
+    Source: Li and Giannakis, 2309.15639 (NeurIPS 2023) and 2509.02433, as in the authors' code.
+    """
+
+    theta: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("theta", self.theta, 0, 1, above=True)
+
+    def change(self, plan: Plan) -> Plan:
+        # d / theta = g − sigma·(the old d): a direction of F-SAM's kind, of which the length does not matter.
+        return replace(plan, sigma=-(1 - self.theta) / self.theta, lmbda=1 - self.theta)
+
+
+@dataclass(frozen=True)
+class MomentumSAM(SAM):
+    """Momentum-SAM: e = −rho·v / (‖v‖ + 1e-12) with v the base optimizer's own momentum, known before any gradient: one pass.
+
+    This is not mSAM, although papers write MSAM for it: several micro-batches share one e here. v is SGD's
+    ``momentum_buffer`` or Adam's ``exp_avg``, as the step finds it; with none yet, as in the first step, nothing is perturbed.
+    All passes of a step run at w + e, and losses that the step returns are those there, as are BatchNorm's statistics. Between
+    steps the weights are w: nothing is to be moved by hand to evaluate or save them, as with the authors' class. ``stats``
+    has one entry a step, with v for the ascent direction. State: none.
+
+    Source: Becker, Altrock and Risse, 2401.12033.
+    """
+
+    def change(self, plan: Plan) -> Plan:
+        return replace(plan, momentum=True)
 
 
 @dataclass(frozen=True)
@@ -430,6 +558,45 @@ class GapSAM(SAM):
 
 
 @dataclass(frozen=True)
+class WSAM(SAM):
+    """Weighted SAM (WSAM): the sharpness L(w + e) − L(w) counts a = gamma / (1 − gamma) times.
+
+    Decoupled: the base optimizer takes g, the mean gradient at w, and after its step w ← w − lr·a·(ĝ − g), with the learning
+    rate of the parameter's group and the mean ĝ. Coupled: the base optimizer takes a·ĝ + (1 − a)·g.
+
+    Decoupled, in a ``passes`` loop p.grad is g, which the caller may clip; ĝ − g stays what it was. What it is multiplied
+    with is not unscaled by a ``GradScaler``: coupled only. State, decoupled: one buffer of the size of the parameters in
+    ``passes`` loops, before an update of its own, and with several micro-batches; else none.
+
+    Args:
+        gamma: weight of the sharpness, >= 0 and < 1; coupled, 0.5 is SAM.
+        decoupled: whether the sharpness is kept out of the base optimizer, and of its momentum.
+
+    Source: Yue et al., 2305.15817 (KDD 2023).
+    """
+
+    gamma: float = 0.9
+    decoupled: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("gamma", self.gamma, 0, 1)
+        if self.gamma == 1:
+            raise ValueError(f"gamma must be less than 1, where gamma / (1 - gamma) has no value, got {self.gamma!r}")
+        if not isinstance(self.decoupled, bool):
+            raise ValueError(f"decoupled must be True or False, got {self.decoupled!r}")
+
+    def change(self, plan: Plan) -> Plan:
+        a = self.gamma / (1 - self.gamma)
+        if not self.decoupled and a == 1:
+            return plan
+        if not self.decoupled or a == 0:
+            return replace(plan, holds=1, descent=(Coefficient(a), Coefficient(1 - a)))
+        gap = (Coefficient(), Coefficient(-1.0))
+        return replace(plan, holds=1, descent=(Coefficient(0.0), Coefficient()), keeps=gap, after=a)
+
+
+@dataclass(frozen=True)
 class Composition(SAM):
     """Several methods at once: made by ``+``. The plan is that of SAM, changed by each of them."""
 
@@ -441,12 +608,29 @@ class Composition(SAM):
         for kind in set(kinds):
             if kinds.count(kind) > 1:
                 raise ValueError(f"{self} has {kind.__name__} {kinds.count(kind)} times: take one of them")
-        descents = [part for part in self.parts if isinstance(part, (LookSAM, BilateralSAM, GapSAM))]
-        if len(descents) > 1:
-            raise ValueError(
-                f"{' and '.join(map(repr, descents))} each say which gradients the descent is made of: take one of them"
-            )
-        if self.alternating and any(isinstance(part, StableSAM) for part in self.parts):
+        for told, what in (
+            ((FriendlySAM, VaSSO, MomentumSAM), "what the perturbation is made of"),
+            ((LookSAM, BilateralSAM, GapSAM, WSAM), "which gradients the descent is made of"),
+        ):
+            rivals = [part for part in self.parts if isinstance(part, told)]
+            if len(rivals) > 1:
+                raise ValueError(f"{' and '.join(map(repr, rivals))} each say {what}: take one of them")
+        for part in self.parts:
+            if MomentumSAM in kinds and isinstance(part, (LookSAM, BilateralSAM, GapSAM, WSAM, StableSAM)):
+                raise ValueError(
+                    f"{part} needs the gradient at w, for which {MomentumSAM.__name__} has no pass: take one of them"
+                )
+            if MomentumSAM in kinds and isinstance(part, SparseSAM) and part.update_every is not None:
+                raise ValueError(
+                    f"{part} chooses masks by gradients at w, for which {MomentumSAM.__name__} has no pass: give it "
+                    "update_every=None, and call opt.update_mask or assign opt.mask"
+                )
+            if StableSAM in kinds and isinstance(part, WSAM) and part.decoupled:
+                raise ValueError(
+                    f"{part} gives the base optimizer g itself, which has the length that {StableSAM.__name__} would give it: "
+                    "take one of them, or decoupled=False"
+                )
+        if self.alternating and StableSAM in kinds:
             raise ValueError(
                 f"{self.alternating} sets the length of its steps by alpha, and {StableSAM.__name__} would set it again: take "
                 "one of them"
@@ -457,6 +641,7 @@ class Composition(SAM):
             " + ".join(map(repr, self.parts))
             + (f" from step {self.start}" if self.start else "")
             + (f" every {self.every} steps" if self.every > 1 else "")
+            + (f" only {self.only}" if self.only is not None else "")
         )
 
     @cached_property

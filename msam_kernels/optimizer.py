@@ -20,7 +20,7 @@ from .buffers import Buffers, check_model
 from .compiled import Compiled
 from .gradients import set_grads
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
-from .rules import Radius, check_rho, rho_at
+from .rules import Radius, check_method, check_rho, rho_at
 from .step import Engine, Stats
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class MicroBatchSAM(Optimizer):
         check_rho(rho_at(rho, 0))
         for group in base_optimizer.param_groups:
             check_rho(rho_at(group.get("rho", rho), 0))
+        check_method(method, base_optimizer)
         # The hook tables and profiling of an Optimizer, without its own groups and state: those are the base's.
         self.base_optimizer = base_optimizer
         defaults = {**base_optimizer.defaults, "rho": rho}

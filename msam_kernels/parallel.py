@@ -515,7 +515,7 @@ class ParallelPasses:
                 if isinstance(module, Norm) and module.training and module.running_mean is not None:
                     self._statistics.append(_Statistics(self._named, prefix, module))
 
-    def run(self, which: range, weights: Sequence[Tensor] | None) -> tuple[list[Tensor], Vectors]:
+    def run(self, which: range, weights: Sequence[Tensor | None] | None) -> tuple[list[Tensor], Vectors]:
         """(losses, gradients) of these micro-batches; the gradients are stacks ``[len(which), *shape]``.
 
         Args:

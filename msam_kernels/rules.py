@@ -15,10 +15,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ._checks import check_number
 from ._torch import step_hooks
 from .backends import reference
-from .methods import Plan
+from .methods import SAM, Plan
 
 Group = dict[str, Any]
 Radius = float | Callable[[int], float]
+MOMENTA = ("momentum_buffer", "exp_avg")  # names of a mean of gradients in the state of torch's optimizers
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,34 @@ def fused_rule(base: Optimizer) -> Rule | None:
         if group.get("differentiable") or group.get("capturable"):
             return None
     return rule
+
+
+def no_momentum(method: SAM, base: Optimizer, but: str = "") -> str:
+    return (
+        f"{method} perturbs along the base optimizer's momentum, and {type(base).__name__} keeps none{but}: use one that does, "
+        "e.g. SGD(momentum=0.9) or AdamW"
+    )
+
+
+def check_method(method: SAM, base: Optimizer) -> None:
+    """Refuse a method for whose steps the base optimizer lacks something.
+
+    Raises:
+        ValueError: Momentum-SAM around an optimizer without momentum, or decoupled WSAM around one without a learning rate.
+    """
+    plan = method.full
+    if plan.momentum and not any(map(_has_momentum, base.param_groups)):
+        raise ValueError(no_momentum(method, base))
+    if plan.after and not all("lr" in group for group in base.param_groups):
+        raise ValueError(
+            f"{method} takes a step of its own by the groups' lr, which {type(base).__name__} does not have: use "
+            "decoupled=False"
+        )
+
+
+def _has_momentum(group: Group) -> bool:
+    """Whether a group's settings speak of momentum, by the names that these have in torch."""
+    return bool(group.get("momentum")) or any(name.startswith("beta") for name in group)
 
 
 def check_rho(rho: Any, name: str = "rho") -> None:
@@ -180,9 +209,11 @@ class Tables:
         groups = base.param_groups
         # Some optimizers have the flag for all groups, as an attribute.
         everywhere = getattr(base, "maximize", False)
+        # Momentum is that of what is minimised, whatever the group says, and e points against it.
+        turned = [plan.momentum or group.get("maximize", everywhere) for group in groups]
         said = (
             (plan.opposite, plan.budget),
-            [(group.get("rho"), group.get("maximize", everywhere)) for group in groups],
+            [(group.get("rho"), turn) for group, turn in zip(groups, turned, strict=True)],
         )
         if said == self._said.get("radii"):
             return
@@ -198,7 +229,7 @@ class Tables:
             check_rho(rho_min, "rho_min")
             opposite = [-float(rho_min) if rho else 0.0 for rho in radii]
         for name, values, most in (("radii", radii, float(budget)), ("opposite", opposite, math.inf)):
-            rows = [(-r if maximizes and r else r, most) for r, (_, maximizes) in zip(values, said[1], strict=False)]
+            rows = [(-r if turn and r else r, most) for r, turn in zip(values, turned, strict=False)]
             self._write(name, rows, devices, changed)
         own = [*said[0], *(group.get("rho") for group in groups)]
         by_itself = any(map(callable, said[0])) or bool(self._radii.schedules) or _hold_tensors(own)
@@ -213,6 +244,17 @@ class Tables:
         self._write("settings", [tuple(map(_number, row)) for row in said], devices, changed)
         self.names = tuple(rule.names(group) for group in groups)
         self._note("settings", said, any(map(_hold_tensors, said)))
+
+    def refresh_rates(self, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
+        """The same of −lr, or lr where a group is maximised; the last row is 1."""
+        base = self._radii.base
+        everywhere = getattr(base, "maximize", False)
+        said = [(group["lr"], group.get("maximize", everywhere)) for group in base.param_groups]
+        if said == self._said.get("rates"):
+            return
+        rows = [_number(lr) if maximizes else -_number(lr) for lr, maximizes in said]
+        self._write("rates", [*rows, 1.0], devices, changed)
+        self._note("rates", said, _hold_tensors(lr for lr, _ in said))
 
     @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
     def _write(self, name: str, rows: list[Any], devices: Iterable[torch.device], changed: Callable[[], None]) -> None:

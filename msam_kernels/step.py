@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,13 +19,15 @@ from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import ParallelPasses
-from .rules import RULES, Radii, Radius, Rule, Tables, fused_rule
-from .store import Descent, Store
+from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
+from .store import PLAIN, Descent, Store
 
 
 @dataclass(frozen=True)
 class Stats:
     """What the kernels recorded in the latest step, one entry per micro-batch, on the device until somebody looks.
+
+    Momentum-SAM, whose micro-batches share one perturbation, has one entry.
 
     Attributes:
         grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64; of scaled losses in units of their scale.
@@ -53,7 +54,8 @@ class Engine:
         enabled: whether the method takes part; without it the base optimizer works alone.
         step: the one under way, or None.
         norms_sq: of the latest step, by micro-batch: the terms of the direction's squared norm.
-        v_step: the step that "v", which LookSAM remembers, was made in; -1 where the next one starts it anew.
+        latest: the plan of that step.
+        v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
         mask_step: the step at which the mask was first used.
     """
 
@@ -77,6 +79,7 @@ class Engine:
         self.step: Step | None = None
         self.broken = False  # weights are perturbed that could not be brought back
         self.norms_sq: list[Tensor] = []
+        self.latest = BASE
 
     # -- between steps ----------------------------------------------------------------------------------------------------
 
@@ -96,7 +99,7 @@ class Engine:
 
     def adopt(self, also: Sequence[Tensor] = ()) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
-        self.store.adopt(self.check_idle, also)
+        self.store.adopt(self.check_idle, self.method.full.only, also)
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -148,17 +151,18 @@ class Engine:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters. Returns as ``follow``."""
         have_grads = self.follow()
         self._refresh_radii()
-        rule = RULES.get(type(self.base))
-        if rule is not None:
-            self.refresh_settings(rule)
+        self.refresh_settings(RULES.get(type(self.base)))
         return have_grads
 
     def _refresh_radii(self) -> None:
         self.tables.refresh_radii(self.method.full, self.steps, self.store.devices, self._check_may_change)
 
-    def refresh_settings(self, rule: Rule) -> None:
+    def refresh_settings(self, rule: Rule | None) -> None:
         """Bring what the update reads up to date: a closure may set a learning rate, as for the base optimizer itself."""
-        self.tables.refresh_settings(rule, self.store.devices, self._check_may_change)
+        if rule is not None:
+            self.tables.refresh_settings(rule, self.store.devices, self._check_may_change)
+        if self.method.full.after:
+            self.tables.refresh_rates(self.store.devices, self._check_may_change)
 
     def _check_may_change(self) -> None:
         self.store.check_not_capturing("hyper-parameters")
@@ -179,11 +183,13 @@ class Engine:
             raise RuntimeError("stats are there after the first pass of a step that perturbs")
         device = self.store.device
         norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
+        flats = [flat for _, flat, _ in self.store.parts(self.latest.only)]
         achieved_sq = [
-            sum((flat.achieved_sq(i).sum().to(device) for flat in self.store.flats), norms_sq.new_zeros(()))
+            sum((flat.achieved_sq(i).sum().to(device) for flat in flats), norms_sq.new_zeros(()))
             for i in range(len(self.norms_sq))
         ]
-        return Stats(norms_sq.sqrt(), torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
+        times = 1 - min(self.latest.sigma, 0.0)
+        return Stats(norms_sq.sqrt() / times, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
 
     # -- Sparse SAM -------------------------------------------------------------------------------------------------------
 
@@ -280,6 +286,7 @@ class Engine:
     def update_uncounted(self, found_inf: Tensor | None = None) -> None:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
         rule = fused_rule(self.base)
+        self.refresh_settings(rule)
         if rule is None:
             self.follow()
             self.base.step()
@@ -290,19 +297,45 @@ class Engine:
             descent.add(grads, PLAIN)
             mark_stepped(self.base)
             self.store.update(rule, self.tables, self.base.state, descent, found_inf)
+        if self.method.full.after and self.v_step == self.steps:
+            self.shift(self.collect(clear=False))
         forget_casts()
+
+    def shift(self, stepped: Vectors, gap: Vectors | None = None) -> None:
+        """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights.
+
+        ``stepped``: gradients that it took; where these are absent the weights stay.
+        """
+        if gap is None:
+            gap = Vectors([memory.parts for memory in self.store.memory("gap", 0.0)])
+            self.v_step = -1
+        self.store.shift(gap.present(stepped), self.method.full.after, self.tables)
 
     def begin(self, shares: list[float], *, clear: bool = True) -> Step:
         """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
         had_gradients = self.follow()
         self._refresh_radii()
         plan = self.plan()
+        if plan is not BASE:
+            check_method(self.method, self.base)
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
             self.store.check_not_capturing("the mask")
-        self.norms_sq = []
+        self.norms_sq, self.latest = [], plan
         self.step = Step(self, plan, shares, scores, clear=clear, had_gradients=had_gradients)
         return self.step
+
+    def momentum(self) -> Vectors:
+        """The base optimizer's.
+
+        Raises:
+            ValueError: it has taken steps, and keeps none.
+        """
+        state = self.base.state
+        kept = [entry for entry in state.values() if entry]
+        if kept and not any(name in entry for entry in kept for name in MOMENTA):
+            raise ValueError(no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, sorted(kept[0])))}"))
+        return self.store.momentum(state)
 
     def drop_before(self) -> None:
         """The user has cleared the gradients: those that were set aside too, and "v" is that of gradients that are gone."""
@@ -345,9 +378,6 @@ class Engine:
             raise error
 
 
-PLAIN = Coefficient().row()
-
-
 def call(closure: Callable[[], Any]) -> Any:
     return closure() if torch.is_grad_enabled() else torch.enable_grad()(closure)()
 
@@ -361,7 +391,8 @@ class Step:
         perturbed: whether weights may be perturbed: the kernels know which.
         saves: whether weights were saved that the kernels hold to be those of this step.
         had_gradients: whether any were there before it, and not dropped since.
-        turn: which pass of its micro-batch is under way: 0 at w, 1 at w + e, 2 at w − e.
+        turn: which pass of its micro-batch is under way: 0 at w, or at w + e where the momentum gives that; 1 at w + e, 2 at
+            w − e.
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
             None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
@@ -391,6 +422,7 @@ class Step:
         self._mean: Vectors | None = None  # of the descents so far
         self._together: Descent | None = None  # of the latest micro-batches, where those ran at once
         self._ema: list[Tensor] = []  # by flat, what it was before parallel passes that have not ended
+        self._gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
 
     def __enter__(self) -> Step:
         try:
@@ -442,11 +474,12 @@ class Step:
         The descent of the last one is left to ``end_in_grads`` or ``update``.
         """
         plan, buffers = self.plan, self.engine.buffers
+        self._lean()
         for i, part in enumerate(parts):
             self._i, self.turn = i, 0
             yield 0, part
             self.check_current()
-            if plan.perturbs:
+            if plan.climbs:
                 self.ascend()
                 buffers.freeze()
                 yield 1, part
@@ -464,12 +497,14 @@ class Step:
     def together(self, passes: ParallelPasses) -> list[Tensor]:
         """The passes of all micro-batches, as many at once as ``passes`` runs, and the kernels' work; the losses at w.
 
-        Weights are read only: those of the passes at w + e are copies. The last descent is left to ``update``.
+        Weights are read only: those of the passes at w + e are copies, unless all passes share one e. The last descent is left
+        to ``update``.
         """
         plan, store, engine, values = self.plan, self.store, self.engine, []
         # It moves on while they may still fail.
-        if plan.lmbda is not None and plan.perturbs and not store.is_capturing():
+        if plan.lmbda is not None and plan.climbs and not store.is_capturing():
             self._ema = [memory.buffer.clone() for memory in store.memory("ema", float("nan"))]
+        self._lean()
         engine.buffers.freeze()
         try:
             for which in passes.turns:
@@ -479,9 +514,9 @@ class Step:
                 self._check_any(at_w)
                 values += losses
                 vectors = [at_w]
-                if plan.perturbs:
+                if plan.climbs:
                     self._look_at_each(at_w, len(which))
-                    copies = store.stacks(len(which))
+                    copies = store.stacks(len(which), plan.only)
                     norm_sq = store.ascend(at_w, plan, engine.tables, which, copies)
                     engine.norms_sq += norm_sq.unbind()
                     self.turn = 1
@@ -515,15 +550,16 @@ class Step:
         vectors = vectors[: 1 + plan.holds]
         products = store.gram(vectors[: plan.products], len(which)) if plan.products else None
         if plan.keeps:
-            assert products is not None
             coefs = [number for coefficient in plan.keeps for number in coefficient.row()]
-            stacks = vectors[: len(plan.keeps)]
-            v = Descent(stacks=stacks, shares=store.weigh(shares, coefs, [products], -1, None))
-            self._keep_v(v, begins=which.start == 0)
+            sums = [] if products is None else [products]
+            kept = Descent(stacks=vectors[: len(plan.keeps)], shares=store.weigh(shares, coefs, sums, -1, None))
+            self._keep(kept, begins=which.start == 0)
         sums, rescale = self._sums(products, norm_sq)
-        coefs = [number for coefficient in plan.descent for number in coefficient.row()]
-        stacks = list(map(self._counting, vectors, plan.descent, repeat(vectors[0])))
-        descent = Descent(stacks=stacks, shares=store.weigh(shares, coefs, sums, rescale, norm_sq))
+        terms = list(self._terms(vectors))
+        coefs = [number for _, coefficient in terms for number in coefficient.row()]
+        descent = Descent(
+            stacks=[vector for vector, _ in terms], shares=store.weigh(shares, coefs, sums, rescale, norm_sq)
+        )
         if self._mean is not None:
             descent.add(self._mean, PLAIN)
         return descent
@@ -540,6 +576,15 @@ class Step:
             self._mean = store.in_order(self._mean)
 
     # -- ascent -----------------------------------------------------------------------------------------------------------
+
+    def _lean(self) -> None:
+        """Perturb the weights against the momentum, for the whole step, where the plan says so."""
+        if not self.plan.momentum:
+            return
+        v = self.engine.momentum()
+        self.perturbed = self.saves = True
+        self.engine.norms_sq.append(self.store.ascend(v, self.plan, self.engine.tables, 0))
+        forget_casts()
 
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
@@ -651,12 +696,11 @@ class Step:
         """
         engine, plan = self.engine, self.plan
         rule = fused_rule(engine.base)
-        if rule is not None:
-            engine.refresh_settings(rule)
+        engine.refresh_settings(rule)
         at_once = rule is not None and between is None
         if between is None:
             self.conclude()
-        descent = self._descent(clear=self.clear)
+        descent = self._descent(clear=self.clear, updates=at_once)
         of_one = self._mean is None and descent.shares is None
         if not at_once or (plan.reuses is not None and not of_one):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
@@ -669,6 +713,8 @@ class Step:
             mark_stepped(engine.base)
             self.store.update(rule, engine.tables, engine.base.state, descent)
             self.perturbed = self.saves = False
+            if plan.after:
+                engine.shift(descent.present, self._gap)
         else:
             if plan.reuses is not None:
                 assert self._mean is not None
@@ -684,10 +730,10 @@ class Step:
                 self.store.set_grads(None)
         forget_casts()
 
-    def _descent(self, *, clear: bool) -> Descent:
+    def _descent(self, *, clear: bool, updates: bool = False) -> Descent:
         """p.grad is the micro-batch's last gradient: what the plan makes of it and of what is held, and of the mean so far.
 
-        Afterwards nothing is held, and with ``clear`` p.grad is None.
+        Afterwards nothing is held, and with ``clear`` p.grad is None. ``updates``: it goes into an update right away.
         """
         engine, store, plan, i = self.engine, self.store, self.plan, self._i
         if self._together is not None:
@@ -698,14 +744,16 @@ class Step:
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         if plan.keeps:
-            assert products is not None
-            v = Descent(sums=[products])
+            kept = Descent(sums=[] if products is None else [products])
             for vector, coefficient in zip(vectors, plan.keeps, strict=True):
-                v.add(vector, coefficient.row(self.shares[i] if len(self.shares) > 1 else 1.0))
-            self._keep_v(v, begins=i == 0)
+                kept.add(vector, coefficient.row(self.shares[i] if len(self.shares) > 1 else 1.0))
+            if plan.after and updates and len(self.shares) == 1:
+                self._keep_in_latest(vectors[0], vectors[1], kept)
+            else:
+                self._keep(kept, begins=i == 0)
         descent = Descent(*self._sums(products, self._norm_sq), self._norm_sq)
-        for vector, coefficient in zip(vectors, plan.descent, strict=False):
-            descent.add(self._counting(vector, coefficient, vectors[0]), coefficient.row(share))
+        for vector, coefficient in self._terms(vectors):
+            descent.add(vector, coefficient.row(share))
         if self._mean is not None:
             # The first descent was kept as it is until there was a second.
             descent.add(self._mean, Coefficient().row(self.shares[0] if i == 1 else 1.0))
@@ -723,10 +771,15 @@ class Step:
         assert norm_sq is not None
         return [products, norm_sq], plan.length
 
-    @staticmethod
-    def _counting(vector: Vectors, coefficient: Coefficient, latest: Vectors) -> Vectors:
-        """What is there for its length alone does not make a parameter one that has a gradient."""
-        return vector if coefficient.a or coefficient.b else vector.present(latest)
+    def _terms(self, vectors: Sequence[Vectors]) -> Iterator[tuple[Vectors, Coefficient]]:
+        """The vectors of the descent, with their coefficients; without those that neither count nor have its length."""
+        for vector, coefficient in zip(vectors, self.plan.descent, strict=False):
+            if coefficient.a or coefficient.b:
+                yield vector, coefficient
+            elif (
+                self.plan.rescale
+            ):  # what is there for its length alone does not make a parameter one that has a gradient
+                yield vector.present(vectors[0]), coefficient
 
     def _into(self, descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:
         """Where the descent goes: into the memory of what it is added to, where that is absent into its own gradients'."""
@@ -742,7 +795,7 @@ class Step:
         return out
 
     def _descend(self, out: Vectors, descent: Descent, *, last: bool, weights: bool = True) -> None:
-        weights = weights and self.perturbed
+        weights = weights and self.perturbed and (last or self.plan.climbs)
         alone = len(descent.terms) == 1 and descent.terms[0] is out and not descent.sums and descent.norm_sq is None
         if weights or not alone:
             self.store.descend(out, descent, weights=weights, last=last)
@@ -752,15 +805,24 @@ class Step:
             self.saves = not last
         forget_casts()
 
-    def _keep_v(self, descent: Descent, *, begins: bool) -> None:
-        """The micro-batch's part of "v", or that of several, which the first of a step ``begins`` anew."""
-        engine, store = self.engine, self.store
-        memories = store.memory("v", 0.0)
-        v = Vectors([memory.parts for memory in memories])
+    def _keep_in_latest(self, latest: Vectors, held: Vectors, descent: Descent) -> None:
+        """What is kept of the only micro-batch until the end of the step, in the memory of its last gradient."""
+        own = own_memory_of_lists([*latest.lists, *held.lists], whole=True)  # what is held is still needed
+        latest.lists, held.lists = own[: len(self.store.flats)], own[len(self.store.flats) :]
+        if latest.absent:
+            latest = latest.filled(Vectors([list(map(torch.empty_like, tensors)) for tensors in held.lists]))
+        self.store.descend(latest, descent, weights=False)
+        self._gap = latest
+
+    def _keep(self, descent: Descent, *, begins: bool) -> None:
+        """The micro-batch's part of "v" or "gap", or that of several, which the first of a step ``begins`` anew."""
+        engine, store, plan = self.engine, self.store, self.plan
+        memories = store.memory(plan.kept, 0.0)
+        memory = Vectors([memory.parts for memory in memories])
         if self.adds_to_v or not begins:
-            descent.add(v, PLAIN)
+            descent.add(memory, PLAIN)
         engine.v_step = -1  # until it is whole, nothing may be added to it
-        store.descend(v, descent, weights=False, memories=memories)
+        store.descend(memory, descent, weights=False, memories=None if plan.after else memories)
         if self._i + 1 == len(self.shares):
             engine.v_step = engine.steps
 

@@ -28,10 +28,16 @@ from .gradients import (
     regular_gradient,
     set_grads,
 )
-from .methods import Plan
-from .rules import Rule, Tables
+from .methods import Coefficient, Parameters, Plan
+from .rules import MOMENTA, Rule, Tables
 
+#: A vector as it is.
+PLAIN = Coefficient().row()
 MOST_SHARES = 64  # that are remembered
+#: The number of a flat, the flat, and its parameters that are left out.
+Part = tuple[int, Flat, list[int]]
+#: By flat: memory for copies of the weights, one for each of several micro-batches; None where nothing is perturbed.
+Copies = Sequence[Tensor | None]
 
 
 class Descent:
@@ -53,6 +59,14 @@ class Descent:
     def add(self, vector: Vectors, row: list[float]) -> None:
         self.terms.append(vector)
         self.coefs += row
+
+    @property
+    def present(self) -> Vectors:
+        """Some term's tensor where any has one; absent is what is absent from all."""
+        present = self.terms[0]
+        for vector in self.terms[1:]:
+            present = present.filled(vector)
+        return present
 
     def lists(self, f: int) -> Tensors:
         """Flat f's tensors of all terms, one term after the other."""
@@ -85,6 +99,7 @@ class Store:
     def __init__(self, base: Optimizer, *, flatten: bool, backend: str):
         self.base, self.flatten, self.backend = base, flatten, backend
         self.flats: list[Flat] = []
+        self._parts: tuple[Parameters | None, int, list[Part]] = (None, 0, [])
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
         self._shares: dict[tuple[float, ...], Tensor] = {}  # on the device
@@ -121,17 +136,20 @@ class Store:
 
     # -- parameters -----------------------------------------------------------------------------------------------------
 
-    def adopt(self, check_idle: Callable[[str], None], also: Sequence[Tensor] = ()) -> None:
+    def adopt(
+        self, check_idle: Callable[[str], None], only: Parameters | None = None, also: Sequence[Tensor] = ()
+    ) -> None:
         """Flatten the parameters that are new since the last look; take back those that were re-pointed.
 
         One that is frozen stays out, whatever it is made of, until it is trained; one that is frozen later stays in.
 
         Args:
             check_idle: called, with what has happened, where parameters are new; may raise.
+            only: the parameters that are perturbed: new ones get flats apart from the others, which then save nothing.
             also: parameters that are taken in though they are frozen.
 
         Raises:
-            ValueError, TypeError: parameters that cannot be served, or no list of them.
+            ValueError, TypeError: parameters that cannot be served, no list of them, or none that is to be perturbed.
             RuntimeError: parameters left their group, were moved or converted, or came during a step.
         """
         groups = self.base.param_groups
@@ -152,6 +170,11 @@ class Store:
         twice = len(params) - len(set(map(id, params)))
         if twice:
             raise ValueError(f"{twice} of the {len(params)} parameters are listed more than once: list each once")
+        if only is not None and only.isdisjoint(params):
+            raise ValueError(
+                f"only={only} are none of the optimizer's {len(params)}: give tensors that it has, e.g. "
+                "only=norm_layers(model) of the same model"
+            )
         served = {p for flat in self.flats for p in flat.params}.union(also)
         taken = [(name, p) for name, p in named if p in served or is_trained(p)]
         left = [(name, p) for name, p in named if p not in served and not is_trained(p)]
@@ -163,12 +186,13 @@ class Store:
                     "parameters were removed from a group or moved to another by hand: make a new optimizer for the new "
                     "groups, or use add_param_group for additional ones"
                 )
-        buckets: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
+        buckets: dict[tuple[torch.device, torch.dtype, bool], list[tuple[Tensor, int]]] = {}
         for name, p in taken:
             if id(p) in group_of:
                 if p.is_meta:
                     raise ValueError(f"{name} is on the meta device and has no values: materialise the model first")
-                buckets.setdefault((p.device, p.dtype), []).append((p, group_of[id(p)]))
+                kind = p.device, p.dtype, only is None or p in only
+                buckets.setdefault(kind, []).append((p, group_of[id(p)]))
         if buckets:
             new = {id(p) for members in buckets.values() for p, _ in members}
             check_idle(
@@ -177,12 +201,12 @@ class Store:
                 else "parameters were added"
             )
         self.separate(self.base.state)
-        backends = {device: get_backend(self.backend, device) for device, _ in buckets}
+        backends = {device: get_backend(self.backend, device) for device, *_ in buckets}
         for flat in self.flats:
             flat.take_back()
         self.flats += [
             Flat([p for p, _ in members], [g for _, g in members], flatten=self.flatten, backend=backends[device])
-            for (device, _), members in buckets.items()
+            for (device, *_), members in buckets.items()
         ]
         self.devices = list({flat.device: None for flat in self.flats})
         self.layout = memory_layout(groups, self._lists)
@@ -269,7 +293,7 @@ class Store:
     # -- the operators, over all flats --------------------------------------------------------------------------------------
 
     def ascend(
-        self, grads: Vectors, plan: Plan, tables: Tables, which: int | range, into: list[Tensor] | None = None
+        self, grads: Vectors, plan: Plan, tables: Tables, which: int | range, into: Copies | None = None
     ) -> Tensor:
         """Perturb the weights to w + e, for micro-batch ``which``; the terms of the direction's squared norm.
 
@@ -288,64 +312,79 @@ class Store:
         return self._ascend(grads, plan, tables, which, renew, into)
 
     def _ascend(
-        self, grads: Vectors, plan: Plan, tables: Tables, which: int | range, renew: bool, into: list[Tensor] | None
+        self, grads: Vectors, plan: Plan, tables: Tables, which: int | range, renew: bool, into: Copies | None
     ) -> Tensor:
-        if len(self.flats) == 1:
-            flat = self.flats[0]
-            options = self._perturbation(flat, plan, tables, "radii", which, renew, into)
-            weights = flat.weights if into is None else into
-            return flat.backend.ascend(weights, grads.lists[0], flat.table, arrived=flat.arrived, **options)
+        parts = self.parts(plan.only)
+        if len(parts) == 1:
+            (f, flat, left), *_ = parts
+            weights, options = self._perturbation(f, flat, plan, tables, "radii", which, renew, into)
+            chosen = _chosen(grads, f, flat, left)
+            return flat.backend.ascend(weights, chosen, flat.table, arrived=flat.arrived, **options)
         if isinstance(which, range) and into is not None and plan.lmbda is not None and len(which) > 1:
             # The direction of one is made of the mean that the one before has left.
             return torch.cat([
                 self._ascend(
                     Vectors([[t[j : j + 1] if t.numel() else t for t in tensors] for tensors in grads.lists], grads.absent),
-                    plan, tables, which[j : j + 1], renew, [copies[j : j + 1] for copies in into],
+                    plan, tables, which[j : j + 1], renew, [None if c is None else c[j : j + 1] for c in into],
                 )
                 for j in range(len(which))
             ])  # fmt: skip
-        norm_sq = self._norm(grads, plan, None if into is None else len(into[0]))
+        norm_sq = self._norm(grads, plan, len(which) if isinstance(which, range) else None)
         self._perturb(grads, plan, tables, norm_sq, "radii", which, renew, into)
         return norm_sq
 
     def _norm(self, grads: Vectors, plan: Plan, stack: int | None) -> Tensor:
-        pairs = zip(self.flats, grads.lists, strict=True)
-        return self._together(
-            [flat.backend.norm(flat.weights, g, flat.table, stack=stack, **_direction(flat, plan)) for flat, g in pairs]
-        )
+        terms = []
+        for f, flat, left in self.parts(plan.only):
+            chosen = _chosen(grads, f, flat, left)
+            terms.append(flat.backend.norm(flat.weights, chosen, flat.table, stack=stack, **_direction(flat, plan)))
+        if terms:
+            return self._together(terms)
+        return torch.zeros(*(() if stack is None else (stack,)), 1, dtype=torch.float64, device=self.device)
 
-    def stacks(self, n: int) -> list[Tensor]:
-        """By flat: memory for n copies of the weights."""
-        return [flat.stack(n) for flat in self.flats]
+    def parts(self, only: Parameters | None) -> list[Part]:
+        """The flats of which anything is perturbed, each with its number and its parameters that are not."""
+        known, count, parts = self._parts
+        if known is not only or count != len(self.flats):
+            parts = []
+            for f, flat in enumerate(self.flats):
+                left = [] if only is None else [i for i, p in enumerate(flat.params) if p not in only]
+                if len(left) < len(flat.params):
+                    parts.append((f, flat, left))
+            self._parts = only, len(self.flats), parts
+        return parts
 
-    def cross(
-        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: list[Tensor] | None = None
-    ) -> None:
+    def stacks(self, n: int, only: Parameters | None) -> Copies:
+        """By flat: memory for n copies of the weights; None where nothing is perturbed."""
+        perturbed = {f for f, *_ in self.parts(only)}
+        return [flat.stack(n) if f in perturbed else None for f, flat in enumerate(self.flats)]
+
+    def cross(self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: Copies | None = None) -> None:
         """Perturb the weights to the other side, or write that to ``into``. What arrives there is not recorded."""
         self._perturb(grads, plan, tables, norm_sq, "opposite", None, True, into)
 
     def _perturb(
         self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, which: int | range | None, renew: bool,
-        into: list[Tensor] | None,
+        into: Copies | None,
     ) -> None:  # fmt: skip
-        for f, (flat, g) in enumerate(zip(self.flats, grads.lists, strict=True)):
-            copies = None if into is None else into[f : f + 1]
-            options = self._perturbation(flat, plan, tables, radii, which, renew, copies)
-            weights = flat.weights if copies is None else copies
+        for f, flat, left in self.parts(plan.only):
+            weights, options = self._perturbation(f, flat, plan, tables, radii, which, renew, into)
+            g = _chosen(grads, f, flat, left)
             flat.backend.perturb(weights, g, flat.table, norm_sq=_moved(norm_sq, flat.device), **options)
 
     @staticmethod
     def _perturbation(
-        flat: Flat, plan: Plan, tables: Tables, radii: str, which: int | range | None, renew: bool,
-        copies: list[Tensor] | None,
-    ) -> dict[str, Any]:  # fmt: skip
+        f: int, flat: Flat, plan: Plan, tables: Tables, radii: str, which: int | range | None, renew: bool, into: Copies | None
+    ) -> tuple[list[Tensor], dict[str, Any]]:  # fmt: skip
+        """What flat f's perturbation writes to, and the options of the operator."""
+        copies = None if into is None else into[f]
         options: dict[str, Any] = {"radii": tables.on(radii, flat.device)}
         if copies is None:
             options["saved"], options["status"] = flat.save_buffer(), flat.status
         else:
-            options["saved"], options["stack"] = flat.weights[0], len(copies[0])
+            options["saved"], options["stack"] = flat.weights[0], len(copies)
         if which is None:
-            rows = (flat.rows,) if copies is None else (len(copies[0]), flat.rows)
+            rows = (flat.rows,) if copies is None else (len(copies), flat.rows)
             options["achieved_sq"] = torch.empty(rows, dtype=torch.float64, device=flat.device)
         else:
             options["achieved_sq"] = flat.achieved_sq(which) if isinstance(which, int) else flat.achieved_sq_of(which)
@@ -355,7 +394,7 @@ class Store:
                 options["lmbda"] = plan.lmbda
         if plan.sparse is not None:
             options["mask"] = flat.mask
-        return options
+        return flat.weights if copies is None else [copies], options
 
     def gram(self, vectors: Sequence[Vectors], stack: int | None = None) -> Tensor:
         """The inner products of the vectors, float64 ``[rows, n]``, terms to be summed up; with ``stack`` those of each."""
@@ -393,13 +432,13 @@ class Store:
         ``last``: the step's last micro-batch. ``memories``: what ``out`` is, to note its squared norm there.
         """
         for f, flat in enumerate(self.flats):
-            options = descent.on(flat.device)
-            if weights:
+            options, returns = descent.on(flat.device), weights and flat.saved is not None
+            if returns:
                 options.update(saved=flat.saved, status=flat.status, last=last)
             if memories:
                 options["out_sq"] = memories[f].terms
             flat.backend.descend(
-                flat.weights if weights else [],
+                flat.weights if returns else [],
                 [] if out is None else out.lists[f],
                 descent.lists(f),
                 flat.table,
@@ -408,14 +447,24 @@ class Store:
             if memories:
                 memories[f].add_up(flat)
 
+    def shift(self, vector: Vectors, factor: float, tables: Tables) -> None:
+        """w ← w − factor·lr·vector, with the learning rate of the parameter's group; nothing of what is absent."""
+        present, taken = PLAIN, Coefficient(0.0, factor, p=0, q=1, eps=0.0).row()
+        for flat, tensors in zip(self.flats, vector.lists, strict=True):
+            rates = tables.on("rates", flat.device)
+            params = [p.detach() for p in flat.params]
+            out = [flat.absent if x.numel() == 0 else w for w, x in zip(params, tensors, strict=True)]
+            for g, rows in flat.rows_of_groups:
+                flat.backend.descend(
+                    [], out, [*out, *tensors], rows, coefs=[*present, *taken], sums=[rates[g : g + 1], rates[-1:]]
+                )
+
     def update(self, rule: Rule, tables: Tables, state: Any, descent: Descent, found_inf: Tensor | None = None) -> None:
         """The base optimizer's step on Σ cₖ xₖ, from what the weights were before they were perturbed.
 
         Where ``found_inf`` is not 0, the weights come back and nothing else changes.
         """
-        present = descent.terms[0]
-        for vector in descent.terms[1:]:
-            present = present.filled(vector)
+        present = descent.present
         turns: list[tuple[int, Flat, tuple[int, ...], list[Tensor] | None]] = []
         all_bound = True
         for f, flat in enumerate(self.flats):
@@ -447,6 +496,12 @@ class Store:
                 settings=tables.on("settings", flat.device),
                 **options,
             )
+
+    def momentum(self, state: State) -> Vectors:
+        """The base optimizer's momentum, as the kernels take it; absent where there is none, or the parameter is frozen."""
+        lists = [flat.momentum(state, MOMENTA) for flat in self.flats]
+        absent = sum(t is flat.absent for flat, tensors in zip(self.flats, lists, strict=True) for t in tensors)
+        return Vectors(lists, absent)
 
     def separate(self, state: State) -> None:
         """What lies in a flat buffer of states, but not as ``bind`` left it there for its parameter, gets memory of its own.
@@ -509,6 +564,16 @@ class Store:
         if not parts:
             return torch.zeros(0, dtype=torch.float64)
         return torch.cat([_moved(t, self.device) for t in parts], -1)
+
+
+def _chosen(grads: Vectors, f: int, flat: Flat, left: list[int]) -> Tensors:
+    """Flat f's tensors, without the parameters that are left out."""
+    if not left:
+        return grads.lists[f]
+    tensors = list(grads.lists[f])
+    for i in left:
+        tensors[i] = flat.absent
+    return tensors
 
 
 def _direction(flat: Flat, plan: Plan) -> dict[str, Any]:

@@ -27,6 +27,9 @@ METHODS = {
     "LookSAM k=2": methods.LookSAM(k=2),
     "Bilateral SAM": methods.BilateralSAM(rho_min=0.03),
     "Sparse SAM": methods.SparseSAM(sparsity=0.7, update_every=2),
+    "VaSSO": methods.VaSSO(theta=0.3),
+    "WSAM": methods.WSAM(gamma=0.8),
+    "Momentum-SAM": methods.MomentumSAM(),
     "F-SAM + Sparse + Stable": (
         methods.FriendlySAM(sigma=0.5, lmbda=0.6)
         + methods.SparseSAM(sparsity=0.6, update_every=3)
@@ -35,13 +38,17 @@ METHODS = {
 }
 
 
+#: What base optimizers without momentum serve.
+WITHOUT_MOMENTUM = [name for name, method in METHODS.items() if not method.full.momentum]
+
+
 class PlainSAM:
     """mSAM around any base optimizer, written from the definitions: no buffers, no kernels, one loop for each thing."""
 
     def __init__(self, base: torch.optim.Optimizer, rho: float = 0.05, method: methods.SAM | None = None):
         self.base, self.rho = base, rho
         parts = {type(part): part for part in getattr(method, "parts", [method])}
-        adaptive, friendly, gap, bilateral, equated, self.look, self.sparse = map(
+        adaptive, friendly, gap, bilateral, equated, self.look, self.sparse, vasso, self.weighted = map(
             parts.get,
             (
                 methods.AdaptiveSAM,
@@ -51,16 +58,22 @@ class PlainSAM:
                 methods.LossEquatedSAM,
                 methods.LookSAM,
                 methods.SparseSAM,
+                methods.VaSSO,
+                methods.WSAM,
             ),
         )
         self.eta = adaptive.eta if adaptive else None
         self.sigma, self.lmbda = (friendly.sigma, friendly.lmbda) if friendly else (None, None)
+        self.theta = vasso.theta if vasso else None
+        self.momentum = methods.MomentumSAM in parts
+        self.only = method.only if method else None
         self.stable = methods.StableSAM in parts
         self.alpha = gap.alpha if gap else 0.0
         self.rho_min = bilateral.rho_min if bilateral else None
         self.budget = equated.sigma if equated else math.inf
         self.ema: dict[Tensor, Tensor] = {}
         self.v: dict[Tensor, Tensor] = {}
+        self.gap: dict[Tensor, Tensor] = {}
         self.mask: dict[Tensor, Tensor] = {}
         self.steps = self.mask_step = 0
         self.enabled = True
@@ -92,28 +105,66 @@ class PlainSAM:
         self.grad_norms, self.perturbation_norms = [], []
         looks = self.looks
         self.v = {} if looks else self.v
+        self.gap: dict[Tensor, Tensor] = {}
+        saved = self._lean(rho) if self.momentum and looks else {}
         self.scores: dict[Tensor, Tensor] = {}
         for closure, share in zip(closures, shares, strict=True):
-            descent = self._gradients(rho, closure, share) if looks else self._backward(rho, closure)
+            climbs = looks and not self.momentum
+            descent = self._gradients(rho, closure, share) if climbs else self._backward(rho, closure)
             for p, g in descent.items():
                 mean[p] = share * g if p not in mean else mean[p] + share * g
         if self.enabled and not looks:
             factor = self.look.alpha * _length(mean) / (_length(self.v) + 1e-12)
             mean = {p: g + (factor * self.v[p]).to(p.dtype) if p in self.v else g for p, g in mean.items()}
+        with torch.no_grad():
+            for p, w in saved.items():
+                p.copy_(w)
         for p, g in (before or {}).items():
             mean[p] = g + mean[p] if p in mean else g
         for p in rho:
             p.grad = mean.get(p)
         self.base.step()
+        self._shift()
         for p in rho:
             p.grad = None
         self.steps += 1
         if self.sparse and looks and self.steps - self.mask_step >= self.sparse.update_every:
             self._choose_mask(rho, self.steps)
 
+    @torch.no_grad()
+    def _shift(self) -> None:
+        """What WSAM takes off the weights after the base optimizer's step."""
+        for group in self.base.param_groups:
+            for p in group["params"]:
+                if p in self.gap and p.grad is not None:
+                    lr = -group["lr"] if group.get("maximize") else group["lr"]
+                    p -= lr * self.weighted.gamma / (1 - self.weighted.gamma) * self.gap[p]
+
+    @torch.no_grad()
+    def _lean(self, rho: dict[Tensor, float]) -> dict[Tensor, Tensor]:
+        """Perturb against the momentum; what the weights were."""
+        v = {}
+        for p in rho:
+            state = self.base.state.get(p, {})
+            m = state.get("momentum_buffer", state.get("exp_avg"))
+            if m is not None and p.requires_grad and (self.only is None or p in self.only):
+                v[p] = m
+        norm = _length({p: self._stretch(p) * d for p, d in v.items()})
+        saved = {p: p.clone() for p in v}
+        for p, d in v.items():
+            if self.mask:
+                d = d * self.mask[p]
+            p -= (abs(rho[p]) * self._stretch(p).square() * d / (norm + 1e-12)).to(p.dtype)
+        self.grad_norms.append(norm)
+        self.perturbation_norms.append(_length({p: p - w for p, w in saved.items()}))
+        return saved
+
+    def _stretch(self, p: Tensor) -> Tensor:
+        return torch.ones_like(p) if self.eta is None else p.abs() + self.eta
+
     def give_up(self, closures: Sequence[Callable[[], Any]], passes: int | None) -> None:
         """A loop that is left in so many passes, None: not at all. What was perturbed until then has moved the EMA on."""
-        if not self.looks:
+        if not self.looks or self.momentum:
             return
         rho = {p: group.get("rho", self.rho) for group in self.base.param_groups for p in group["params"]}
         v = self.v
@@ -128,8 +179,11 @@ class PlainSAM:
         g = self._backward(rho, closure)
         direction, stretch, ema = {}, {}, dict(self.ema)
         for p in g:
-            direction[p] = g[p] - self.sigma * self.ema[p] if p in self.ema else g[p]
-            stretch[p] = torch.ones_like(p) if self.eta is None else p.abs() + self.eta
+            direction[p] = g[p] - self.sigma * self.ema[p] if self.sigma is not None and p in self.ema else g[p]
+            stretch[p] = self._stretch(p)
+            if self.theta is not None:
+                ema[p] = (1 - self.theta) * self.ema[p] + self.theta * g[p] if p in self.ema else g[p]
+                direction[p] = ema[p]
             if self.sigma is not None:
                 old = self.ema.get(p)
                 ema[p] = g[p] if old is None else self.lmbda * old + (1 - self.lmbda) * g[p]
@@ -138,20 +192,22 @@ class PlainSAM:
                 self.scores[p] = self.scores.get(p, torch.zeros_like(p)) + g[p].square()
             if not self.mask:
                 self._choose_mask(rho, self.steps)
-        norm = _length({p: stretch[p] * direction[p] for p in g})
+        if self.only is not None:
+            direction = {p: d for p, d in direction.items() if p in self.only}
+        norm = _length({p: stretch[p] * d for p, d in direction.items()})
         self.grad_norms.append(norm)
         finite = bool(norm.isfinite())  # else nothing is perturbed, and the EMA stays
         self.ema = ema if finite else self.ema
-        e = {p: stretch[p].square() * direction[p] / (norm + 1e-12).to(p.dtype) for p in g}
+        e = {p: stretch[p].square() * d / (norm + 1e-12).to(p.dtype) for p, d in direction.items()}
         e = {p: u * self.mask[p] if self.sparse else u for p, u in e.items()}
         saved = {p: p.clone() for p in rho}
-        for p in g if finite else ():
-            p += math.copysign(min(abs(rho[p]), self.budget / (float(norm) + 1e-12)), rho[p]) * e[p]
+        for p, u in e.items() if finite else ():
+            p += math.copysign(min(abs(rho[p]), self.budget / (float(norm) + 1e-12)), rho[p]) * u
         self.perturbation_norms.append(_length({p: p - saved[p] for p in rho}))
         descent = self._backward(rho, closure)
         behind = None
         if self.rho_min is not None:
-            for p in g:
+            for p in e:
                 p.copy_(saved[p] - (math.copysign(self.rho_min, rho[p]) if rho[p] else 0.0) * e[p])
             behind = self._backward(rho, closure)
         for p in rho:
@@ -159,7 +215,7 @@ class PlainSAM:
         return self._combined(g, descent, behind, share)
 
     def _combined(self, g, at_e, behind, share: float) -> dict[Tensor, Tensor]:
-        if self.alpha or self.look or behind is not None:
+        if self.alpha or self.look or self.weighted or behind is not None:
             at_e = self._joined(g, at_e, behind, share)
         if self.stable:
             factor = _length(g) / (_length(at_e) + 1e-12)
@@ -167,13 +223,20 @@ class PlainSAM:
         return at_e
 
     def _joined(self, g, at_e, behind, share: float) -> dict[Tensor, Tensor]:
-        plain, everywhere = at_e, {**g, **at_e, **(behind or {})}
+        at_w, plain, everywhere = g, at_e, {**g, **at_e, **(behind or {})}
         g, at_e, behind = ({p: (d or {}).get(p, torch.zeros_like(p)) for p in everywhere} for d in (g, at_e, behind))
         if self.look:
             along = _dot(g, at_e) / (_dot(g, g) + 1e-12)
             for p in everywhere:
                 self.v[p] = self.v.get(p, 0) + share * (at_e[p] - along.to(p.dtype) * g[p])
             return plain
+        if self.weighted and self.weighted.decoupled:
+            for p in everywhere:
+                self.gap[p] = self.gap.get(p, 0) + share * (at_e[p] - g[p])
+            return at_w
+        if self.weighted:
+            a = self.weighted.gamma / (1 - self.weighted.gamma)
+            at_e = {p: a * at_e[p] + (1 - a) * g[p] for p in everywhere}
         if self.rho_min is not None:
             factor = _length(at_e) / (_length(behind) + 1e-12)
             at_e = {p: at_e[p] + g[p] - (factor * behind[p]).to(p.dtype) for p in everywhere}

@@ -710,7 +710,11 @@ def test_bytes_of_a_step_are_those_of_the_contract(load):
         return contest.Case("cnn", method, base, torch.float32, m).passes(**options)
 
     one = {"SAM": 10, "ASAM": 11, "F-SAM": 13, "Stable SAM": 11, "Bilateral SAM": 17, "GSAM": 13, "LookSAM": 8.6}
+    one |= {"VaSSO": 13, "WSAM": 16, "Momentum-SAM": 10}
     assert {method: passes(method) for method in one} == one
+    assert (passes("Momentum-SAM", 3), passes("Momentum-SAM", 3, passes_loop=True)) == (5 + 3 + 6, 5 + 3 + 5 + 5)
+    assert passes("WSAM", 2) == passes("SAM", 2) + 3 + 4 + 3
+    assert passes("SAM-ON") == pytest.approx(5 + 5 * 474 / 58_998)
     assert passes("SAM", base="adamw") == passes("SAM", passes_loop=True) == 12
     assert passes("SAM", 4) == 4 * 4 + 1 + 2 + 5 + 5 + 6
 
@@ -726,6 +730,10 @@ SETTINGS = {
     "LookSAM": {"k": 2, "alpha": 0.7},
     "Bilateral SAM": {"rho_min": 0.1},
     "GSAM": {"alpha": 0.4},
+    "VaSSO": {"theta": 0.4},
+    "WSAM": {"gamma": 0.8},
+    "Momentum-SAM": {},
+    "SAM-ON": {},
 }
 
 
@@ -757,16 +765,18 @@ def test_a_peer_takes_the_steps_of_the_yardstick(name, method, count, load):
     kind, settings = peers.PEERS[name], SETTINGS[method]
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-3)
     sparse = method == "Sparse SAM"
+    case = contest.Case("cnn", method, "sgd", torch.float64, count)
 
     def make_peer(params):
-        mask = {"mask": contest.half(params)} if sparse else {}
-        peer = kind(sgd(params, **kind.base_options), rho=0.3, method=method, **settings, **mask)
+        peer = kind(sgd(params, **kind.base_options), rho=0.3, method=method, **settings, **case.special(params))
         if isinstance(peer, peers.Compile):
             peer._run = lambda function, *args: function(*args)
         return peer
 
     def make_yardstick(params):
-        options = {"update_every": 1000} if sparse else settings
+        options = {"update_every": 1000} if sparse else dict(settings)
+        if method == "SAM-ON":
+            options["only"] = params[1:]
         plain = PlainSAM(sgd(params), rho=0.3, method=getattr(methods, contest.FAMILY[method].kind)(**options))
         if sparse:
             plain.mask = dict(zip(params, contest.half(params), strict=True))

@@ -299,7 +299,7 @@ def test_its_representation_says_what_it_is():
     text = repr(wrap(mlp(), method=methods.FriendlySAM(sigma=0.5), backend="reference"))
     for part in (
         "MicroBatchSAM",
-        "FriendlySAM(start=0, every=1, sigma=0.5, lmbda=0.9)",
+        "FriendlySAM(start=0, every=1, only=None, sigma=0.5, lmbda=0.9)",
         "num_micro_batches=2",
         "reference",
         "SGD",

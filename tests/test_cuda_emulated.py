@@ -48,7 +48,7 @@ from msam_kernels import MicroBatchSAM, backends, flat, methods, store
 from msam_kernels.flat import CHUNK, row_length
 from plain import METHODS as FAMILY
 from plain import batch, loss_of, mlp, same_bits, train_parameters_without_elements, weights
-from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
+from test_golden import BATCHES, GOLDEN, TOLERANCE, WAYS, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
@@ -514,9 +514,7 @@ def test_state_that_a_group_needs_and_the_call_lacks_shows(emulated):
 @pytest.mark.parametrize(("name", "micro_batches"), GOLDEN)
 def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, flatten, way, emulated, monkeypatch):
     monkeypatch.setattr(store, "get_backend", lambda *_: emulated)
-    rho, method = METHODS[name]
-    options = {"rho": rho, "method": method, "num_micro_batches": micro_batches, "flatten": flatten}
-    problem = Problem("two scalars of two groups", **options)
+    problem = Problem("two scalars of two groups", name, num_micro_batches=micro_batches, flatten=flatten)
     for x, golden in zip(BATCHES, GOLDEN[name, micro_batches], strict=True):
         WAYS[way](problem, torch.tensor(x, dtype=torch.float64), micro_batches)
         torch.testing.assert_close(problem.weights, torch.tensor(golden, dtype=torch.float64), **TOLERANCE)

@@ -101,7 +101,12 @@ def test_quick_run_of_the_family_prints_a_row_per_method_and_writes_a_picture(fa
     lines = quick_run(FAMILY, family.PACKAGES, tmp_path)
     assert str(tmp_path / "picture.png") in lines[-1]
     steps = replace(family.TASK, epochs=2).steps
-    perturbing = {"SGD": 0, "LookSAM": -(-steps // 5), "late-phase SAM": steps - round(family.START * steps)}
+    perturbing = {
+        "SGD": 0,
+        "Momentum-SAM": 0,
+        "LookSAM": -(-steps // 5),
+        "late-phase SAM": steps - round(family.START * steps),
+    }
     for contestant in family.family(steps):
         (row,) = rows_of(contestant.label, lines)
         rho, accuracy, sharpness, passes, step, optimizer = row
@@ -137,7 +142,11 @@ def test_quick_run_of_rho_prints_ranges_and_accuracies_and_writes_pictures_and_a
 
 
 def test_the_family_has_every_method(family):
-    given = [part for c in family.family(100) if c.method for part in getattr(c.method, "parts", [c.method])]
+    model = family.TASK.build()
+    told = [c.method for c in family.family(100) if c.method]
+    told = [method if isinstance(method, methods.SAM) else method(model) for method in told]
+    assert any(method.only for method in told)
+    given = [part for method in told for part in getattr(method, "parts", [method])]
     named = [v for v in vars(methods).values() if isinstance(v, type) and issubclass(v, methods.SAM)]
     assert {type(method) for method in given} == {*named} - {methods.Composition}
     assert len({c.label for c in family.family(100)}) == len(family.family(100))

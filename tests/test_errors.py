@@ -931,6 +931,17 @@ BAD_METHODS = {
         )
         for rho_min in (-1, NAN, INF, "x", None)
     },
+    "theta 0": (methods.VaSSO, {"theta": 0}, "theta must be a finite number between 0 and 1, got 0"),
+    "theta above 1": (methods.VaSSO, {"theta": 1.5}, "theta must be a finite number between 0 and 1, got 1.5"),
+    "gamma below 0": (methods.WSAM, {"gamma": -0.5}, "gamma must be a finite number between 0 and 1, got -0.5"),
+    "gamma 1": (
+        methods.WSAM,
+        {"gamma": 1.0},
+        "gamma must be less than 1, where gamma / (1 - gamma) has no value, got 1.0",
+    ),
+    "gamma nan": (methods.WSAM, {"gamma": NAN}, "gamma must be a finite number between 0 and 1, got nan"),
+    "decoupled 1": (methods.WSAM, {"decoupled": 1}, "decoupled must be True or False, got 1"),
+    "only nothing": (methods.SAM, {"only": []}, "only names no parameter: give tensors that the optimizer has"),
     **{
         f"sigma {sigma} of LossEquatedSAM": (
             methods.LossEquatedSAM,
@@ -951,3 +962,87 @@ def test_a_method_with_a_bad_argument_is_refused(case):
     method, arguments, message = BAD_METHODS[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         method(**arguments)
+
+
+P = nn.Parameter(torch.ones(3))
+# what only is, what the message says
+NO_PARAMETERS = {
+    "one": (P, "only must be several parameters, got Parameter: give tensors that the optimizer has"),
+    "a module": (nn.Linear(2, 2), "only must be several parameters, got Linear: give tensors"),
+    "named": ([("weight", P)], "only must hold parameters, got tuple among them"),
+    "names": (["weight"], "only must hold parameters, got str among them"),
+    "a number": (1, "only must be several parameters, got int"),
+}
+
+
+@pytest.mark.parametrize("case", NO_PARAMETERS)
+def test_a_choice_of_parameters_that_is_none_is_refused(case):
+    only, message = NO_PARAMETERS[case]
+    with pytest.raises(TypeError, match=re.escape(message)):
+        methods.FriendlySAM(only=only)
+
+
+def test_a_choice_of_none_of_the_optimizers_parameters_is_refused(backend):
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"only=<2 parameters> are none of the optimizer's 2: give tensors that it has"
+    ):
+        MicroBatchSAM(torch.optim.SGD(model.parameters()), method=methods.SAM(only=other.parameters()), backend=backend)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+@pytest.mark.parametrize(("model", "error"), [(nn.Linear(2, 2), ValueError), ([nn.LayerNorm(2)], TypeError)], ids=str)
+def test_a_model_without_normalisation_layers_is_refused(model, error):
+    with pytest.raises(error, match=r"has no normalisation layer with weights|needs a torch.nn.Module, got list"):
+        methods.norm_layers(model)
+
+
+# base optimizer, method, what the message says
+UNSERVED = {
+    "SGD without momentum": (torch.optim.SGD, methods.MomentumSAM(), "SGD keeps none: use one that does, e.g. SGD(mom"),
+    "Adagrad": (torch.optim.Adagrad, methods.MomentumSAM(), "Adagrad keeps none: use one that does, e.g. SGD(mom"),
+    "RMSprop without momentum": (torch.optim.RMSprop, methods.MomentumSAM(), "RMSprop keeps none: use one that"),
+}
+
+
+@pytest.mark.parametrize("case", UNSERVED)
+def test_a_base_optimizer_that_lacks_what_the_method_needs_is_refused(case, backend):
+    kind, method, message = UNSERVED[case]
+    p = nn.Parameter(torch.ones(3))
+    pointer = p.data_ptr()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MicroBatchSAM(kind([p], lr=0.1), method=method, backend=backend)
+    assert p.data_ptr() == pointer
+    opt = MicroBatchSAM(kind([p], lr=0.1), backend=backend)
+    opt.method = method
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        opt.step(lambda: p.square().sum().backward())
+    assert torch.equal(p, before)
+    assert p.grad is None
+
+
+def test_a_base_optimizer_that_turns_out_to_keep_no_momentum_is_refused(backend):
+    p = nn.Parameter(torch.ones(3, 2))
+    opt = MicroBatchSAM(torch.optim.Adafactor([p], lr=0.1), method=methods.MomentumSAM(), backend=backend)
+
+    def closure():
+        p.square().sum().backward()
+
+    opt.step(closure)  # nothing is known of it yet
+    before = p.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"Adafactor keeps none; it keeps 'col_var', 'row_var', 'step': use one that does"
+    ):
+        opt.step(closure)
+    assert torch.equal(p, before)
+
+
+def test_decoupled_wsam_is_refused_without_a_learning_rate(backend):
+    class WithoutRate(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+    with pytest.raises(ValueError, match=r"WSAM.* takes a step of its own by the groups' lr, .* use decoupled=False"):
+        MicroBatchSAM(WithoutRate([nn.Parameter(torch.ones(3))]), method=methods.WSAM(), backend=backend)

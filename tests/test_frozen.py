@@ -32,7 +32,7 @@ FLOAT64 = torch.float64
 BASES = {
     "SGD": lambda p: SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: AdamW(p, lr=0.01),
-    "RMSprop": lambda p: RMSprop(p, lr=0.01),
+    "RMSprop": lambda p: RMSprop(p, lr=0.01, momentum=0.5),
 }
 each_base = pytest.mark.parametrize("base", BASES)
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -278,7 +278,7 @@ def test_where_everything_is_frozen_a_step_does_nothing(method, drop_in, backend
         opt.first_step()
         opt.second_step()
     else:
-        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=METHODS[method], backend=backend)
+        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), method=METHODS[method], backend=backend)
         for _ in opt.passes(*batch()):
             pass
         opt.step()

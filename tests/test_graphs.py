@@ -40,9 +40,18 @@ METHODS = {
     "LookSAM": methods.LookSAM(k=2),
     "LE-SAM": methods.LossEquatedSAM(sigma=lambda step: 0.02 / (1 + step)),
     "Sparse SAM": methods.SparseSAM(update_every=3),
+    "VaSSO": methods.VaSSO(),
+    "WSAM": methods.WSAM(),
+    "Momentum-SAM": methods.MomentumSAM(),
+    "SAM-ON": lambda model: methods.SAM(only=methods.norm_layers(model)),
 }
 # Of seven calls, two of which warm up: LookSAM has two kinds of steps, and steps that choose a mask are not captured.
 CAPTURES_AND_REPLAYS = {"LookSAM": (2, 3), "Sparse SAM": (1, 2)}
+
+
+def method_for(name, model):
+    method = METHODS[name]
+    return method if isinstance(method, methods.SAM) else method(model)
 
 
 class Recorder:
@@ -117,7 +126,7 @@ def data(n=6, seed=0, device="cpu"):
 def setup(base="SGD", method="SAM", count=2, device="cpu", frozen=False, **parallel):
     model = net(device)
     model[0].requires_grad_(not frozen)
-    options = {"method": METHODS[method], "num_micro_batches": count, "model": model, **parallel}
+    options = {"method": method_for(method, model), "num_micro_batches": count, "model": model, **parallel}
     opt = MicroBatchSAM(BASES[base](model.parameters()), 0.1, **options)
     return model, opt, lambda x, y: F.cross_entropy(model(x), y)
 

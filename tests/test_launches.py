@@ -27,6 +27,9 @@ EXPECTED = {
     "LookSAM k=2": ["ascend", "gram", "descend", "update"],  # the descend makes v
     "Bilateral SAM": ["ascend", "perturb", "gram", "update"],
     "Sparse SAM": ["ascend", "update"],
+    "VaSSO": ["ascend", "update"],
+    "WSAM": ["ascend", "descend", "update", "descend"],  # of the gap, and by it
+    "Momentum-SAM": ["ascend", "update"],
     "F-SAM + Sparse + Stable": ["ascend", "gram", "update"],
 }
 MOST = 4

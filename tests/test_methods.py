@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from msam_kernels import MicroBatchSAM, methods
 from msam_kernels.methods import (
     SAM,
+    WSAM,
     AdaptiveSAM,
     BilateralSAM,
     Composition,
@@ -29,14 +30,19 @@ from msam_kernels.methods import (
     GapSAM,
     LookSAM,
     LossEquatedSAM,
+    MomentumSAM,
     SparseSAM,
     StableSAM,
+    VaSSO,
 )
 from plain import (
     METHODS,
     WAYS,
+    PlainSAM,
     Zoo,
+    assert_close,
     batch,
+    closure_of,
     follow_the_plain_loops,
     images,
     loss_of,
@@ -74,6 +80,13 @@ COMPOSITIONS = {
     "Adaptive + Friendly + Sparse + Bilateral + Stable": (
         AdaptiveSAM() + FriendlySAM(sigma=0.5) + SparseSAM(sparsity=0.4) + BilateralSAM() + StableSAM()
     ),
+    "WSAM coupled": WSAM(gamma=0.8, decoupled=False) + FriendlySAM(sigma=0.5),
+    "VaSSO + Adaptive + WSAM": VaSSO(theta=0.3) + AdaptiveSAM() + WSAM(gamma=0.6),
+    "Sparse + VaSSO + WSAM coupled + Stable": (
+        SparseSAM(sparsity=0.4, update_every=2) + VaSSO(theta=0.8) + WSAM(gamma=0.9, decoupled=False) + StableSAM()
+    ),
+    "VaSSO + Bilateral": VaSSO(theta=0.3) + BilateralSAM(rho_min=0.1),
+    "Momentum + Adaptive": MomentumSAM() + AdaptiveSAM(),
     "Adaptive + Friendly + Sparse + LookSAM": (
         AdaptiveSAM() + FriendlySAM(sigma=0.5) + SparseSAM(sparsity=0.4, update_every=2) + LookSAM(k=3)
     ),
@@ -82,13 +95,15 @@ COMPOSITIONS = {
 
 def passes_of(method):
     """Of a step that perturbs."""
-    return 2 if method.full.opposite is None else 3
+    plan = method.full
+    return 1 if plan.momentum else 2 if plan.opposite is None else 3
 
 
 def descents(method, pairs, dtype, backend, **options):
     """What a step moved, per lr, after given gradients: ``pairs``: of each micro-batch, one for each pass."""
     p = nn.Parameter(torch.zeros(len(pairs[0][0]), dtype=dtype))
-    opt = MicroBatchSAM(SGD([p], lr=1.0), 0.1, method=method, num_micro_batches=len(pairs), backend=backend, **options)
+    base = SGD([p], lr=1.0, momentum=0.9)  # of which the first step does not depend
+    opt = MicroBatchSAM(base, 0.1, method=method, num_micro_batches=len(pairs), backend=backend, **options)
     upcoming = iter([torch.tensor(g, dtype=dtype) for pair in pairs for g in pair])
 
     def closure():
@@ -161,12 +176,14 @@ def test_gradients_from_before_survive_a_pass_that_gives_them_again(backend):
 
 @pytest.mark.host
 @pytest.mark.parametrize("way", ["backward", "autograd.grad"])
-@pytest.mark.parametrize("name", ["GSAM", "Bilateral SAM", "LookSAM k=2"])
-def test_ordinary_gradients_are_kept_without_a_copy(name, way, extension):
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["GSAM", "Bilateral SAM", "LookSAM k=2", "WSAM"])
+def test_ordinary_gradients_are_kept_without_a_copy(name, count, way, extension):
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3), nn.Linear(3, 3, bias=False)
     )
-    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=METHODS[name], num_micro_batches=2, backend="cpu")
+    base = SGD(model.parameters(), lr=0.1)
+    opt = MicroBatchSAM(base, method=METHODS[name], num_micro_batches=count, backend="cpu")
 
     def closure():
         loss = model(torch.ones(2, 1, 6, 6)).square().mean()
@@ -178,7 +195,7 @@ def test_ordinary_gradients_are_kept_without_a_copy(name, way, extension):
 
     with mock.patch.object(Tensor, "clone", side_effect=AssertionError("a gradient was copied")):
         for _ in range(3):
-            opt.step([closure] * 2)
+            opt.step([closure] * count)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -219,7 +236,9 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
         assert opt.engine.step is None
         assert holders(flat) == {"params", "weights", "saved"} | ({"state", "views"} if opt.steps else set())
         plan = method.full
-        assert set(flat.memories) == ({"ema"} if plan.lmbda is not None else set()) | ({"v"} if plan.keeps else set())
+        assert set(flat.memories) == {
+            name for name, has in (("ema", plan.lmbda is not None), (plan.kept, plan.keeps)) if has
+        }
         assert holders(opt) == holders(opt.engine) == holders(opt.engine.store) == set()
 
     loops = 2 * passes_of(method)
@@ -449,7 +468,7 @@ def test_weights_come_back_wherever_gradients_are(name, there, backend):
 def test_methods_that_add_up_follow_the_plain_loops(name, base, count, way, backend):
     bases = {
         "SGD": lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
-        "RMSprop": lambda groups: RMSprop(groups, lr=0.01),
+        "RMSprop": lambda groups: RMSprop(groups, lr=0.01, momentum=0.5),
     }
     follow_the_plain_loops(Zoo(), bases[base], COMPOSITIONS[name], count, way, backend, tolerance=1e-10)
 
@@ -479,7 +498,8 @@ def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, abse
     def trained(own: bool) -> list[Tensor]:
         params = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4) * k) for k in (1, 2)]
         at_first = params[:1] if grows else params
-        opt = MicroBatchSAM(SGD(at_first, lr=0.1), 0.5, num_micro_batches=count, method=METHODS[name], backend=backend)
+        base = SGD(at_first, lr=0.1, momentum=0.9)
+        opt = MicroBatchSAM(base, 0.5, num_micro_batches=count, method=METHODS[name], backend=backend)
         if grows:
             opt.add_param_group({"params": params[1:]})
         for step in range(3):
@@ -501,7 +521,7 @@ def test_parameters_may_get_the_same_tensor_as_gradient(name, count, grows, abse
 def test_two_passes_may_give_the_same_tensor_as_gradient(name, backend):
     def trained(own: bool) -> Tensor:
         p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
-        opt = MicroBatchSAM(SGD([p], lr=0.1), 0.5, method=METHODS[name], backend=backend)
+        opt = MicroBatchSAM(SGD([p], lr=0.1, momentum=0.9), 0.5, method=METHODS[name], backend=backend)
         for step in range(3):
             constant = torch.linspace(-2, 1, 12).view(3, 4) + step
             given = iter([constant, constant.clone() if own else constant])
@@ -561,6 +581,25 @@ REFUSED = {
     "Stable and LookSAM": ([StableSAM(), LookSAM()], r"LookSAM.* sets the length .* StableSAM would set it again"),
     "Stable, further away": ([StableSAM(), FriendlySAM(), LookSAM()], r"LookSAM.* StableSAM would set it again"),
     "Friendly twice": ([FriendlySAM(), FriendlySAM(sigma=0.5)], "has FriendlySAM 2 times: take one of them"),
+    "Friendly and VaSSO": (
+        [FriendlySAM(), VaSSO()],
+        r"FriendlySAM.* and VaSSO.* each say what the perturbation is made of",
+    ),
+    "Momentum and VaSSO": (
+        [MomentumSAM(), VaSSO()],
+        r"MomentumSAM.* and VaSSO.* each say what the perturbation",
+    ),
+    "WSAM and GSAM": ([WSAM(), GapSAM()], r"WSAM.* and GapSAM.* each say which gradients"),
+    "Momentum and Stable": (
+        [MomentumSAM(), StableSAM()],
+        r"StableSAM.* needs the gradient at w, for which MomentumSAM has no",
+    ),
+    "LookSAM and Momentum": (
+        [LookSAM(), MomentumSAM()],
+        r"LookSAM.* needs the gradient at w, for which MomentumSAM has no",
+    ),
+    "Momentum and WSAM": ([MomentumSAM(), WSAM(decoupled=False)], r"WSAM.* needs the gradient at w"),
+    "WSAM and Stable": ([WSAM(), StableSAM()], r"WSAM.* gives the base optimizer g itself, .* or decoupled=False"),
     "Sparse twice": ([SparseSAM(), StableSAM(), SparseSAM()], "has SparseSAM 2 times: take one of them"),
 }
 
@@ -572,6 +611,293 @@ def test_methods_that_contradict_each_other_are_refused(case):
         functools.reduce(operator.add, added)
     with pytest.raises(ValueError, match="take one of them"):
         Composition(tuple(added))
+
+
+def test_momentum_sam_takes_masks_of_others_only(backend):
+    with pytest.raises(ValueError, match=r"chooses masks by gradients at w, .* give it update_every=None"):
+        MomentumSAM() + SparseSAM()
+    method = MomentumSAM() + SparseSAM(update_every=None)
+    model = mlp(torch.float64)
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), 0.3, method=method, backend=backend)
+    opt.mask = masks = [torch.arange(p.numel()).view(p.shape) % 3 == 0 for p in model.parameters()]
+    opt.train_step(lambda *part: loss_of(model, *part), *batch(4, torch.float64))
+    before = weights(model)
+    for part in opt.passes(*batch(4, torch.float64)):
+        changed = [p != w for p, w in zip(model.parameters(), before, strict=True)]
+        assert all(torch.equal(c, m) for c, m in zip(changed, masks, strict=True))
+        loss_of(model, *part).backward()
+    assert same_bits(model.parameters(), before)
+
+
+# ---- a part of the parameters ----------------------------------------------------------------------------------------
+
+
+PARTIAL = {
+    **{name: METHODS[name] for name in ("SAM", "ASAM", "F-SAM", "Stable SAM", "Bilateral SAM", "WSAM", "Momentum-SAM")},
+    "LookSAM k=2": METHODS["LookSAM k=2"],
+    "Sparse SAM": METHODS["Sparse SAM"],
+    "VaSSO + Stable": VaSSO(theta=0.3) + StableSAM(),
+}
+
+
+@pytest.mark.parametrize("way", ["passes", "train_step"])
+@pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_chosen_part_follows_the_plain_loops(name, count, way, backend):
+    expected = Zoo()
+    actual = copy.deepcopy(expected)
+    made = []
+    for model, kind in ((expected, PlainSAM), (actual, MicroBatchSAM)):
+        method = dataclasses.replace(PARTIAL[name], only=[model.matrix, model.square, model.sometimes])
+        base = SGD(model.groups(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        options = {} if kind is PlainSAM else {"num_micro_batches": count, "backend": backend}
+        made.append(kind(base, method=method, **options))
+    theirs, ours = made
+    for step in range(4):
+        data = images(2 * count, seed=step)
+        WAYS[way](ours, actual, data)
+        theirs.step([closure_of(expected, part) for part in split(data, [2] * count)])
+        assert_close(actual, expected, 1e-10)
+        if theirs.grad_norms:
+            torch.testing.assert_close(ours.stats.grad_norm, torch.stack(theirs.grad_norms), rtol=1e-10, atol=1e-12)
+            achieved = torch.stack(theirs.perturbation_norms)
+            torch.testing.assert_close(ours.stats.perturbation_norm, achieved, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["from the start", "chosen later"])
+@pytest.mark.parametrize("name", ["SAM", "F-SAM", "Momentum-SAM"])
+def test_what_is_not_chosen_is_neither_read_nor_saved_nor_moved(name, later, backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 300), nn.LayerNorm(300), nn.Linear(300, 2)).double()
+    chosen = methods.norm_layers(model)
+    assert chosen == [model[1].weight, model[1].bias]
+    method = dataclasses.replace(METHODS[name], only=chosen)
+    opt = MicroBatchSAM(
+        SGD(model.parameters(), lr=0.1, momentum=0.9), 0.1, method=SAM() if later else method, backend=backend
+    )
+    opt.method = method
+    WAYS["train_step"](opt, model, batch(4, torch.float64))
+    before, kept = weights(model), {id(p) for p in chosen}
+    for turn, part in enumerate(opt.passes(*batch(4, torch.float64, seed=1))):
+        moved = [not torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True)]
+        perturbed = turn == passes_of(method) - 1
+        assert moved == [perturbed and id(p) in kept for p in model.parameters()]
+        loss_of(model, *part).backward()
+        if not perturbed:
+            expected = torch.cat([p.grad.flatten() for p in chosen]).norm()
+    if name == "SAM":
+        torch.testing.assert_close(opt.stats.grad_norm, expected[None], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        opt.stats.perturbation_norm, torch.full((1,), 0.1, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+    assert same_bits(model.parameters(), before)
+    opt.step()
+    sizes = [flat.saved.numel() for flat in opt.engine.store.flats if flat.saved is not None]
+    assert sum(sizes) == (opt.engine.store.flats[0].size if later else 2 * 304), "300 in steps of 128 bytes"
+
+
+def test_another_choice_has_statistics_of_its_own(backend):
+    model = mlp(torch.float64)
+    base = SGD(model.parameters(), lr=0.1)
+    opt = MicroBatchSAM(base, 0.3, method=SAM(only=model[0].parameters()), backend=backend)
+    for layer in (model[0], model[2]):
+        opt.method = SAM(only=layer.parameters())
+        WAYS["train_step"](opt, model, batch(4, torch.float64))
+        torch.testing.assert_close(opt.stats.perturbation_norm.item(), 0.3, rtol=1e-9, atol=0)
+
+
+def test_normalisation_layers_are_told_by_their_class():
+    class TheirRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.inner = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+    class BatchAct(nn.BatchNorm1d):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.GroupNorm(1, 2), TheirRMSNorm(), BatchAct(2))
+    model.append(model[1])
+    model.append(nn.LayerNorm(2, elementwise_affine=False))
+    found = methods.norm_layers(model)
+    wanted = [*model[1].parameters(), *model[2].parameters(), model[3].scale, *model[4].parameters()]
+    assert list(map(id, found)) == list(map(id, wanted))
+
+
+def test_one_choice_is_that_of_all():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    for sum_ in (
+        FriendlySAM(only=[p]) + StableSAM(),
+        FriendlySAM() + SAM(only=(x for x in [p])),
+        SAM(only=[p]) + VaSSO(),
+    ):
+        assert sum_.only == {p}
+        assert sum_.full.only == {p}
+        assert "<1 parameters>" in repr(sum_)
+    assert SAM(only=[p, p]) + SAM(only=[p]) == SAM(only=[p])
+    with pytest.raises(ValueError, match=r"perturb different parameters: give one only, to either"):
+        SAM(only=[p]) + StableSAM(only=[q])
+    with pytest.raises(ValueError, match=r"perturb different parameters"):
+        SAM(only=[p]) + StableSAM(only=[p, q])
+
+
+def test_a_copy_perturbs_its_own_part(backend):
+    model = mlp(torch.float64)
+    opt = MicroBatchSAM(
+        SGD(model.parameters(), lr=0.1, momentum=0.9), 0.3, method=SAM(only=model[0].parameters()), backend=backend
+    )
+    for twin, other in (copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))):
+        assert other.method.only == set(twin[0].parameters())
+        before = weights(twin)
+        for turn, part in enumerate(other.passes(*batch(4, torch.float64))):
+            moved = [not torch.equal(p, w) for p, w in zip(twin.parameters(), before, strict=True)]
+            assert moved == [turn == 1] * 2 + [False] * 2
+            loss_of(twin, *part).backward()
+
+
+def test_parameters_that_come_later_may_be_chosen(backend):
+    model = mlp(torch.float64)
+    base = SGD(model[0].parameters(), lr=0.1)
+    opt = MicroBatchSAM(base, 0.3, method=SAM(only=[model[0].bias, model[2].weight]), backend=backend)
+    opt.add_param_group({"params": model[2].parameters()})
+    before = weights(model)
+    for turn, part in enumerate(opt.passes(*batch(4, torch.float64))):
+        moved = [not torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True)]
+        assert moved == [False, turn == 1, turn == 1, False]
+        loss_of(model, *part).backward()
+
+
+# ---- momentum --------------------------------------------------------------------------------------------------------
+
+
+def test_momentum_of_zero_or_of_none_perturbs_nothing(backend):
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), 0.3, method=MomentumSAM(), backend=backend)
+    before = weights(model)
+
+    def seen():
+        assert same_bits(model.parameters(), before)
+        loss_of(model, *batch(4)).backward()
+
+    for _ in range(2):
+        for _ in opt.passes():
+            seen()
+        assert opt.stats.grad_norm.tolist() == opt.stats.perturbation_norm.tolist() == [0.0]
+        opt.zero_grad()
+        for p in model.parameters():
+            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    for p in model.parameters():
+        opt.state[p]["momentum_buffer"] = None
+    opt.step(seen)
+    assert not same_bits(model.parameters(), before)
+
+
+def test_momentum_that_is_not_finite_perturbs_nothing_and_says_so(backend):
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), 0.3, method=MomentumSAM(), backend=backend)
+    WAYS["train_step"](opt, model, batch(4))
+    opt.state[model[0].bias]["momentum_buffer"].fill_(math.nan)
+    before = weights(model)
+    for part in opt.passes(*batch(4)):
+        assert same_bits(model.parameters(), before)
+        loss_of(model, *part).backward()
+    assert opt.stats.nonfinite.tolist() == [True]
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_what_is_frozen_stays_although_it_has_momentum(backend):
+    model = mlp()
+    opt = MicroBatchSAM(
+        AdamW(model.parameters(), lr=0.1), 0.3, method=MomentumSAM(), num_micro_batches=2, backend=backend
+    )
+    WAYS["train_step"](opt, model, batch(4))
+    model[0].weight.requires_grad_(False)
+    before = weights(model)
+    for part in opt.passes(*batch(4)):
+        moved = [not torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True)]
+        assert moved == [False, True, True, True]
+        loss_of(model, *part).backward()
+    assert same_bits(model.parameters(), before)
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW", "RMSprop"])
+def test_the_momentum_that_was_loaded_is_followed(base, backend):
+    """The first step after ``load_state_dict``, and one after a state was exchanged by hand, are those of the original."""
+    bases = {
+        "SGD": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        "AdamW": lambda p: AdamW(p, lr=0.01, amsgrad=True),
+        "RMSprop": lambda p: RMSprop(p, lr=0.01, momentum=0.5),
+    }
+    models = [mlp(), mlp(seed=1)]
+    ours, other = (
+        MicroBatchSAM(bases[base](m.parameters()), 0.3, method=MomentumSAM(), backend=backend) for m in models
+    )
+    for seed in range(3):
+        WAYS["train_step"](ours, models[0], batch(6, seed=seed))
+        WAYS["train_step"](other, models[1], batch(6, seed=7 + seed))
+    models[1].load_state_dict(models[0].state_dict())
+    other.load_state_dict(ours.state_dict())
+    for seed in range(2):
+        for p in models[1].parameters():
+            entry = other.state[p]
+            other.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+        for opt, model in zip((ours, other), models, strict=True):
+            WAYS["train_step"](opt, model, batch(6, seed=seed))
+        assert same_bits(models[0].parameters(), models[1].parameters())
+
+
+def test_every_micro_batch_sees_the_same_perturbation(backend):
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), 0.3, method=MomentumSAM(), backend=backend)
+    WAYS["train_step"](opt, model, batch(6))
+    opt.num_micro_batches = 3
+    before, seen = weights(model), []
+    with pytest.raises(RuntimeError, match="while the weights are perturbed"):
+        for part in opt.passes(*batch(6)):
+            seen.append(weights(model))
+            loss_of(model, *part).backward()
+            if len(seen) == 3:
+                opt.state_dict()
+    assert same_bits(seen[0], seen[1])
+    assert same_bits(seen[0], seen[2])
+    assert not same_bits(seen[0], before)
+    assert same_bits(model.parameters(), before)
+
+
+# ---- the gap of WSAM -------------------------------------------------------------------------------------------------
+
+
+def test_the_gap_of_gradients_that_are_gone_moves_nothing(backend):
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), 0.3, method=WSAM(), backend=backend)
+    before = weights(model)
+    for forget in (opt.zero_grad, model.zero_grad):
+        for part in opt.passes(*batch(4)):
+            loss_of(model, *part).backward()
+        forget()
+        opt.step()
+        assert same_bits(model.parameters(), before)
+
+
+def test_the_gap_follows_the_learning_rate_of_each_group(backend):
+    model, data = mlp(torch.float64), batch(4, torch.float64)
+    groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters(), "lr": torch.tensor(0.25)}]
+    opt = MicroBatchSAM(SGD(groups, lr=0.1), 0.3, method=WSAM(gamma=0.75), backend=backend)
+    for way in ("passes", "train_step"):
+        before, params = weights(model), list(model.parameters())
+        at_w = torch.autograd.grad(loss_of(model, *data), params)
+        norm = torch.cat([g.flatten() for g in at_w]).norm()
+        with torch.no_grad():
+            for p, g in zip(params, at_w, strict=True):
+                p += 0.3 * g / norm
+        at_e = torch.autograd.grad(loss_of(model, *data), params)
+        rates = [g["lr"] for g in opt.param_groups for _ in g["params"]]
+        with torch.no_grad():
+            for p, w in zip(params, before, strict=True):
+                p.copy_(w)
+        WAYS[way](opt, model, data)
+        for p, w, g, h, lr in zip(params, before, at_w, at_e, rates, strict=True):
+            torch.testing.assert_close(p.detach(), w - lr * g - lr * 3 * (h - g), rtol=1e-12, atol=1e-12)
+        opt.param_groups[0]["lr"] = 0.05
 
 
 @pytest.mark.parametrize("other", [0.5, None, "SAM", FriendlySAM], ids=str)

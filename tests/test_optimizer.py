@@ -25,6 +25,7 @@ from plain import (
     DEVICE,
     METHODS,
     WAYS,
+    WITHOUT_MOMENTUM,
     PlainSAM,
     Zoo,
     assert_close,
@@ -219,7 +220,7 @@ class Ascends(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_MOMENTUM)
 def test_an_optimizer_may_have_its_flag_to_maximize_for_all_groups(method, way, backend):
     trained = []
     for maximize in (True, False):
@@ -334,7 +335,7 @@ def test_parameters_of_every_kind_follow_the_plain_loops(method, name, micro_bat
         torch.testing.assert_close(
             stats.perturbation_norm, torch.stack(theirs.perturbation_norms), rtol=1e-12, atol=1e-12
         )
-        assert stats.nonfinite.tolist() == [False] * micro_batches
+        assert stats.nonfinite.tolist() == [False] * len(theirs.grad_norms)
 
     actual, ours, _ = follow_the_plain_loops(
         Zoo(), BASES[name], METHODS[method], micro_batches, way, backend, check=check
@@ -545,8 +546,15 @@ def test_a_step_in_which_nothing_gets_a_gradient_changes_nothing(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=["float32", "float64"])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("name", ["SGD", "SGD momentum", "Adam", "AdamW everything", "RMSprop"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (method, name)
+        for method in METHODS
+        for name in ("SGD", "SGD momentum", "Adam", "AdamW everything", "RMSprop")
+        if name != "SGD" or method in WITHOUT_MOMENTUM
+    ],
+)
 def test_passes_closures_and_train_step_give_the_same_bits(method, name, micro_batches, dtype, backend):
     results = []
     for way in WAYS.values():
@@ -917,7 +925,7 @@ def test_gradients_from_before_the_loop_are_added_to(method, micro_batches, back
     def run(before):
         model = mlp(FLOAT64)
         opt = MicroBatchSAM(
-            SGD(model.parameters(), lr=0.1),
+            SGD(model.parameters(), lr=0.1, momentum=0.9),
             0.1,
             method=METHODS[method],
             num_micro_batches=micro_batches,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import shutil
 import sys
@@ -184,6 +185,29 @@ def test_twenty_steps_are_those_of_the_sequential_passes(name, method):
 def test_so_many_at_once_and_uneven_ones_are_those_of_the_sequential_passes(method, base, most):
     expected, ours = twins(convolutions, base, method, most)
     assert_train_alike(ours, expected, [images(10, i) for i in range(5)])
+
+
+@pytest.mark.parametrize("most", [True, 2], ids="parallel={}".format)
+@pytest.mark.parametrize("method", ["SAM", "F-SAM", "ASAM", "Bilateral SAM"])
+def test_a_chosen_part_is_copied_alone(method, most):
+    expected, ours = twins(convolutions, parallel=most)
+    for model, opt in (expected, ours):
+        opt.method = dataclasses.replace(METHODS[method], only=methods.norm_layers(model))
+    # What was flattened for all of them, and what was for the chosen ones.
+    assert_train_alike(ours, expected, [images(10, i) for i in range(3)])
+    model, _ = ours
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.05, method=opt.method, num_micro_batches=3, model=model)
+    opt.parallel = most
+    other = copy.deepcopy(model)
+    plain = MicroBatchSAM(
+        SGD(other.parameters(), lr=0.1),
+        0.05,
+        method=dataclasses.replace(METHODS[method], only=methods.norm_layers(other)),
+        num_micro_batches=3,
+        model=other,
+    )
+    assert_train_alike((model, opt), (other, plain), [images(10, i) for i in range(3)])
+    assert [flat.copies != [] for flat in opt.engine.store.flats] == [False, True]
 
 
 @pytest.mark.parametrize("most", [True, 5], ids="parallel={}".format)

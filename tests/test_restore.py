@@ -31,6 +31,7 @@ from plain import (
     random_numbers,
     same_bits,
     split,
+    step_with_passes,
     weights,
 )
 
@@ -58,9 +59,10 @@ def run_to_the_end(opt, model, data):
 @pytest.mark.parametrize("method", METHODS)
 def test_after_the_loop_the_weights_are_what_they_were(method, flatten, dtype, backend):
     model = Zoo(dtype, uses=lambda call: call % 3 == 0, gaps=flatten)
-    opt = MicroBatchSAM(
-        SGD(model.groups(), lr=0.1), method=METHODS[method], num_micro_batches=3, flatten=flatten, backend=backend
-    )
+    base = SGD(model.groups(), lr=0.1, momentum=0.9)
+    opt = MicroBatchSAM(base, method=METHODS[method], num_micro_batches=3, flatten=flatten, backend=backend)
+    step_with_passes(opt, model, images(7, dtype))  # then there is momentum
+    opt.steps = 0
     before = weights(model)
     for step in range(3):
         moved = False
@@ -521,10 +523,18 @@ def sgd(params):
     return SGD(params, lr=0.1, momentum=0.9)
 
 
+def sgd_with_momentum(params):
+    base = sgd(params)
+    for p in base.param_groups[0]["params"]:
+        base.state[p]["momentum_buffer"] = torch.full_like(p, 0.5)
+    return base
+
+
 INTERRUPTED = {
     "passes": (loop, micro_batch_sam(sgd)),
     "passes given up": (loop_given_up, micro_batch_sam(sgd)),
     "closures, SGD": (closures, micro_batch_sam(sgd)),
+    "closures, momentum": (closures, micro_batch_sam(sgd_with_momentum)),
     "closures, Adam": (closures, micro_batch_sam(Adam)),
     "closures, RMSprop": (closures, micro_batch_sam(RMSprop)),
     "scaled and clipped": (scaled_and_clipped, micro_batch_sam(sgd)),
@@ -576,6 +586,7 @@ def each_old_or_new(now, old, new):
         ("closures, SGD", "SAM", BACKENDS[0]),
         ("closures, SGD", "F-SAM", BACKENDS[0]),
         ("closures, SGD", "LookSAM k=2", BACKENDS[0]),
+        ("closures, momentum", "Momentum-SAM", BACKENDS[0]),
         ("closures, Adam", "F-SAM", BACKENDS[0]),
         ("closures, RMSprop", "SAM", BACKENDS[0]),
         pytest.param("scaled and clipped", "SAM", BACKENDS[0], marks=pytest.mark.exhaustive),

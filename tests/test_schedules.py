@@ -27,6 +27,8 @@ METHODS = {
     "Stable SAM": methods.StableSAM,
     "GSAM": methods.GapSAM,
     "Sparse SAM": methods.SparseSAM,
+    "VaSSO": methods.VaSSO,
+    "WSAM": methods.WSAM,
 }
 COUNT = 3
 
@@ -306,7 +308,7 @@ def test_intervals_compose():
     method = methods.FriendlySAM() + methods.SAM(every=4, start=2) + methods.StableSAM()
     assert (method.every, method.start) == (4, 2)
     assert [part.every for part in method.parts] == [1, 1]
-    assert repr(method).endswith("StableSAM(start=0, every=1) from step 2 every 4 steps")
+    assert repr(method).endswith("StableSAM(start=0, every=1, only=None) from step 2 every 4 steps")
     with pytest.raises(ValueError, match="different intervals: give one every, to either"):
         methods.FriendlySAM(every=2) + methods.StableSAM(every=3)
 

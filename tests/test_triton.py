@@ -43,7 +43,7 @@ from cases import (
 )
 from msam_kernels import MicroBatchSAM, backends, methods
 from plain import DEVICE
-from test_golden import BATCHES, GOLDEN, METHODS, TOLERANCE, WAYS, Problem
+from test_golden import BATCHES, GOLDEN, TOLERANCE, WAYS, Problem
 
 ON_GPU = DEVICE.type != "cpu"
 # Triton 3.6 converts as NumPy no longer likes.
@@ -471,10 +471,9 @@ def test_interpreted_kernels_serve_the_cpu_and_compiled_ones_the_gpu(kernels):
 )
 @pytest.mark.parametrize(("name", "micro_batches"), GOLDEN)
 def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, way, flatten):
-    rho, method = METHODS[name]
-    options = {"rho": rho, "method": method, "num_micro_batches": micro_batches, "flatten": flatten}
+    options = {"num_micro_batches": micro_batches, "flatten": flatten, "backend": "triton"}
     with DEVICE:
-        problem = Problem("two scalars of two groups", backend="triton", **options)
+        problem = Problem("two scalars of two groups", name, **options)
         for batch, golden in zip(BATCHES, GOLDEN[name, micro_batches], strict=True):
             WAYS[way](problem, torch.tensor(batch, dtype=torch.float64), micro_batches)
             expected = torch.tensor(golden, dtype=torch.float64)

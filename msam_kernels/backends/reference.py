@@ -24,7 +24,8 @@ beside w, which is ``saved`` and only read: every one becomes w + e of its micro
 are what ``saved`` holds) or PERTURBED (``saved`` holds what they were). ``perturb`` saves what it finds UNTOUCHED, and starts
 from ``saved`` what it finds PERTURBED; ``descend`` and ``update`` bring back what is PERTURBED and nothing else.
 
-An element of the ema that is NaN has not begun: its first gradient is its d and its next value. A non-finite ‖d‖ means
+An element of the ema that is NaN has not begun: its first gradient is its d and its next value; where sigma is negative (VaSSO:
+d is the ema's next value times 1 − sigma) its d is 1 − sigma times that. A non-finite ‖d‖ means
 e = 0, an unchanged ema and NaN in place of Σ cₖ xₖ. A term whose coefficient is 0 is left out, whatever it holds, as in
 BLAS. Arithmetic is fp32 (fp64 for fp64 storage): values are rounded to the storage type only when stored.
 """
@@ -130,7 +131,10 @@ class _Sum:
 
 
 def _direction(g: Tensor, ema: Tensor | None, sigma: float) -> Tensor:
-    return g if ema is None else torch.where(ema.isnan(), g, g - _wide(ema) * sigma)
+    if ema is None:
+        return g
+    first = g if sigma < 0 else torch.zeros_like(g)
+    return g - torch.where(ema.isnan(), first, _wide(ema)) * sigma
 
 
 def _ema_next(ema: Tensor, g: Tensor, lmbda: float) -> Tensor:

@@ -111,7 +111,7 @@ def integer_power(x, n):
 
 @triton.jit
 def residual(g, ema, sigma):
-    return tl.where(ema != ema, g, g - sigma * ema)
+    return tl.where(ema != ema, tl.where(sigma < 0, g - sigma * g, g), g - sigma * ema)
 
 
 @triton.jit
