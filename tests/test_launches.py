@@ -145,6 +145,7 @@ TOGETHER = {
     "LookSAM k=2": ["ascend", "gram", "weigh", "descend", "weigh", "update"],  # the descend makes v
     "Bilateral SAM": ["ascend", "perturb", "gram", "weigh", "update"],
     "F-SAM + Sparse + Stable": ["ascend", "gram", "weigh", "update"],
+    "WSAM": ["ascend", "weigh", "descend", "weigh", "update", "descend"],  # of the gap, and by it
 }
 
 
