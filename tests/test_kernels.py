@@ -67,6 +67,7 @@ pytestmark = pytest.mark.host
 
 CPU = torch.device("cpu")
 ISAS = ("baseline", "avx2", "avx512")
+SHARE = 65536  # elements that a thread of its own is worth, kShare of csrc/cpu/operators.cpp
 STREAMED = (9 << 20) + 12  # bytes; from 8 MiB on the kernels store past the cache
 STREAMED_CASES = [
     ("perturb", "any status, friendly"),
@@ -700,6 +701,25 @@ def test_any_number_of_threads_and_any_run_give_the_same_bits(operator, variant)
     for call, result in zip(calls[1:], results[1:], strict=True):
         assert_same_memory(calls[0], call)
         assert (result is None and results[0] is None) or torch.equal(result, results[0])
+
+
+def threads_by_size() -> list[int]:
+    """Threads of the process, before anything is computed and after norms of ever more elements."""
+    torch.set_num_threads(2)
+    sizes, found = (60000, 2 * SHARE - 1, 2 * SHARE), [len(os.listdir("/proc/self/task"))]
+    for n in sizes:
+        kernels_of("cpu").norm([], [torch.empty(n)], table((n,))[0])
+        found.append(len(os.listdir("/proc/self/task")))
+    return found
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="Linux tells the threads of a process")
+def test_a_call_with_little_to_do_wakes_no_other_thread():
+    done = child("threads")
+    assert done.returncode == 0, done.stderr
+    alone, *few, shared = json.loads(done.stdout.splitlines()[-1])
+    assert (few, shared) == ([alone, alone], alone + 1)
 
 
 def digest(call: Call) -> str:
@@ -1375,6 +1395,8 @@ if __name__ == "__main__":
     elif sys.argv[1] == "errors":
         for error_name in sys.argv[2:]:
             print(json.dumps(provoke(error_name)), flush=True)
+    elif sys.argv[1] == "threads":
+        print(json.dumps(threads_by_size()))
     elif sys.argv[1] == "beyond-32-bits":
         torch.set_num_threads(2)
         sum_perturb_and_restore_beyond_32_bits()
