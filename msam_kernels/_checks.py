@@ -15,7 +15,9 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, a
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not low <= value <= min(high, sys.float_info.max) or (above and value == low):
-        bound = f"{'>' if above else '>='} {low}" if math.isinf(high) else f"between {low} and {high}"
+        bound = f"{'>' if above else '>='} {low}"
+        if not math.isinf(high):
+            bound = f"{bound} and <= {high}" if above else f"between {low} and {high}"
         raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
 
 

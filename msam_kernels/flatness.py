@@ -315,7 +315,7 @@ def rho_sweep(
         exact: list[Tensor] = [nn.Parameter(p.detach().to(torch.float64, copy=True)) for p in params]
         opts = [
             evaluations.opt,  # never stepped, and restored by the context
-            MicroBatchSAM(SGD(exact, lr=0.0), method=evaluations.opt.method, flatten=False, backend=backend),
+            evaluations.opt_of(exact, backend=backend),
         ]
         columns = []
         for i in range(len(evaluations.parts)):
@@ -413,23 +413,25 @@ class RhoSweep:
     def worth_trying(self, least: float = LEAST, most: float = MOST, along: float = 0.5) -> tuple[float, float] | None:
         """The smallest and the largest rho whose mean rise is between ``least`` and ``most`` of the loss at w.
 
-        And of whose perturbation at least the share ``along`` arrives. None where there is none. That is a rule of thumb and
-        says where to search, not what is best: docs/choosing.md shows what it was tried on.
+        And of whose perturbation at least the share ``along`` arrives. None where there is none, and for a loss that is not
+        positive. That is a rule of thumb and says where to search, not what is best: docs/choosing.md shows what it was tried
+        on.
         """
-        share = self.rise / self.loss
-        arrives = self.along @ self.shares >= along
-        chosen = self.rhos[(share >= least) & (share <= most) & arrives]
+        chosen = self.rhos[self._is_worth_trying(least, most, along)]
         return (chosen.min().item(), chosen.max().item()) if chosen.numel() else None
+
+    def _is_worth_trying(self, least: float = LEAST, most: float = MOST, along: float = 0.5) -> Tensor:
+        share = self.rise / self.loss
+        return (share >= least) & (share <= most) & (self.along @ self.shares >= along)
 
     def __str__(self) -> str:
         head = ("rho", "rise", "±", "rise / loss", "arrived", "along", "moved", "")
         arrival = [x @ self.shares for x in (self.arrived, self.along, self.moved)]
-        low, high = self.worth_trying() or (math.inf, -math.inf)
         rows = [
             (f"{rho:g}", f"{rise:.3g}", f"{spread:.2g}", f"{rise / self.loss:.2%}", *(f"{x:.3f}" for x in shares), mark)
             for rho, rise, spread, *shares, mark in zip(
                 *(t.tolist() for t in (self.rhos, self.rise, self.spread, *arrival)),
-                ["worth trying" if low <= rho <= high else "" for rho in self.rhos.tolist()],
+                ["worth trying" if worth else "" for worth in self._is_worth_trying().tolist()],
                 strict=True,
             )
         ]
@@ -492,6 +494,14 @@ class _Evaluations:
         self._rewind, self._devices = rewind, devices
         self._random: dict[int, _RandomStates] = {}  # by micro-batch: what its first evaluation began with
         self._graph: Optionals | None = None  # of the only micro-batch: gradients that can be differentiated again
+
+    def opt_of(self, copies: list[Tensor], *rho: float, backend: str) -> MicroBatchSAM:
+        """An optimizer like ``opt``, of copies of its parameters; not of how it splits a batch."""
+        method = self.opt.method
+        only = method.full.only
+        if only is not None:
+            method = replace(method, only=[c for p, c in zip(self.params, copies, strict=True) if p in only])
+        return MicroBatchSAM(SGD(copies, lr=0.0), *rho, method=method, flatten=False, backend=backend)
 
     @torch.enable_grad()  # always: modules may take another path, and round otherwise, without
     def loss(self, i: int) -> Tensor:
@@ -598,6 +608,12 @@ def _evaluations(
         raise ValueError("data is empty: give the arguments of loss_fn, e.g. (x, y)")
     if isinstance(method, _methods.SAM):
         method = replace(method, start=0)  # what it does once it has begun
+        if method.full.momentum:
+            raise ValueError(
+                f"{method} perturbs along a training's momentum, of which nothing is known here: give another"
+            )
+        if callable(method.full.budget):
+            raise TypeError(f"sigma is measured at one value, got the function {method.full.budget!r}: give a number")
         sparse = method.full.sparse
         if sparse is not None and sparse.update_every is None:
             raise ValueError(f"{sparse} chooses no mask by itself, and no other is known here: give it update_every")
@@ -739,7 +755,7 @@ def _ascent(evaluations: _Evaluations, backend: str) -> list[Tensor]:
                 gradient[j] = share * g.double() if so_far is None else so_far.add_(g, alpha=share)
     before = [p.detach().double() for p in evaluations.params]
     copies: list[Tensor] = [nn.Parameter(w.clone()) for w in before]
-    opt = MicroBatchSAM(SGD(copies, lr=0.0), 1.0, method=evaluations.opt.method, flatten=False, backend=backend)
+    opt = evaluations.opt_of(copies, 1.0, backend=backend)
     with opt.passes() as passes:
         next(passes)
         _perturb(passes, copies, gradient, opt)

@@ -54,7 +54,7 @@ class Parameters(frozenset[Tensor]):
     """Some parameters, told by identity."""
 
     def __repr__(self) -> str:
-        return f"<{len(self)} parameters>"
+        return "<1 parameter>" if len(self) == 1 else f"<{len(self)} parameters>"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Plan:
             without one. A group whose rho is 0 is perturbed to neither side.
         budget: what rho times the direction's norm may not exceed, or a function of the step that gives it.
         sigma, eta, lmbda: the direction, see ``backends.reference``; ``lmbda`` is the decay of the method's "ema", None without
-            one. The direction is that of the method times 1 − sigma where sigma is negative.
+            one. The direction is that of the method ``times`` 1 − sigma where sigma is negative.
         sparse: the method whose mask says what is perturbed.
         holds: gradients that are held for the descent.
         descent: the coefficients of the vectors.
@@ -111,9 +111,19 @@ class Plan:
         return self.lmbda is None and self.eta is None
 
     @property
+    def times(self) -> float:
+        """How many times the method's direction is that of the kernels, see ``sigma``."""
+        return 1 - min(self.sigma, 0.0)
+
+    @property
     def knows_length(self) -> bool:
         """Whether the norm of the direction is that of the gradient at w."""
         return self.is_plain and self.only is None
+
+    @property
+    def takes_held(self) -> bool:
+        """Whether the first vector of the descent, in whose memory the mean comes to be, is one that is held."""
+        return bool(self.holds) and not (self.descent[0].a or self.descent[0].b)
 
     @cached_property
     def uses_products(self) -> bool:
@@ -299,8 +309,8 @@ class LossEquatedSAM(SAM):
 
     To first order e raises the loss by sigma, whatever the gradient's length. rho, of the group, is the most that ‖e‖ may be:
     where gradients vanish rho_t would grow without end. rho_t is made where the norm is, on the device. With other methods ‖g‖
-    is the norm of their direction, as ASAM's ‖T·g‖; the other side of Bilateral SAM keeps its rho_min. A ``GradScaler`` is
-    refused: a scaled gradient has another length.
+    is the norm of their direction, as ASAM's ‖T·g‖; the other side of Bilateral SAM keeps its rho_min. ``train_step``
+    refuses a ``GradScaler``, and none of your own belongs around ``passes``: a scaled gradient has another length.
 
     Args:
         sigma: the rise, >= 0, in units of the loss that is differentiated; a number or a function of the step. The authors let
@@ -616,7 +626,9 @@ class Composition(SAM):
             if len(rivals) > 1:
                 raise ValueError(f"{' and '.join(map(repr, rivals))} each say {what}: take one of them")
         for part in self.parts:
-            if MomentumSAM in kinds and isinstance(part, (LookSAM, BilateralSAM, GapSAM, WSAM, StableSAM)):
+            if MomentumSAM in kinds and isinstance(
+                part, (LookSAM, BilateralSAM, GapSAM, WSAM, StableSAM, LossEquatedSAM)
+            ):
                 raise ValueError(
                     f"{part} needs the gradient at w, for which {MomentumSAM.__name__} has no pass: take one of them"
                 )

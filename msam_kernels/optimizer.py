@@ -94,8 +94,8 @@ class MicroBatchSAM(Optimizer):
 
     where d_i = g_i for SAM; see ``methods`` for the others. The norm is one L2 norm over all parameters of all groups.
     Weight decay belongs to the base optimizer and is not part of e. In a group with ``maximize=True`` the worst point lies
-    downhill: its e has the other sign, for every method. Frozen parameters stay where they are, whatever they are made of, and
-    nothing is kept for them; what is unfrozen takes part from the next step on.
+    downhill: its e has the other sign (Momentum-SAM's momentum has it already). Frozen parameters stay where they are, whatever
+    they are made of, and nothing is kept for them; what is unfrozen takes part from the next step on.
 
     ::
 
@@ -359,7 +359,7 @@ class MicroBatchSAM(Optimizer):
 
     @property
     def pass_index(self) -> int | None:
-        """Where the pass under way is: 0 at w, 1 at w + e, 2 at w − e. None outside of a step.
+        """Where the pass under way is: 0 at w, with Momentum-SAM at its w + e, 1 at w + e, 2 at w − e. None outside of a step.
 
         For what your own code does once per micro-batch, in the body of a loop, a closure, a layer or a hook::
 
@@ -477,9 +477,9 @@ class MicroBatchSAM(Optimizer):
             The detached mean loss at w over the whole batch, unscaled.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as ``passes``, or with ``scaler`` a method that keeps a mean of gradients
-                (F-SAM), a base optimizer without a fused kernel, a ``scaler.update()`` that is due; weights and gradients
-                are what they were.
+            ValueError, TypeError, RuntimeError: as ``passes``, or with ``scaler`` a method that depends on the length of
+                gradients (F-SAM), a base optimizer without a fused kernel, a ``scaler.update()`` that is due; weights and
+                gradients are what they were.
         """
         self.engine.check_idle("train_step()")
         if not batch:
@@ -594,7 +594,7 @@ class MicroBatchSAM(Optimizer):
             TypeError: ``loss_fn`` cannot be called, a hyper-parameter is a tensor on the GPU, or one of ``generators`` is
                 none of its device.
             ValueError: no example batch, one that cannot be split, ``warm_up`` < 1, or another ``other_shapes``; and with
-                ``scaler`` a method that keeps a mean of gradients.
+                ``scaler`` a method that depends on the length of gradients.
         """
         self.engine.take_in()
         devices = sorted(map(str, self.engine.store.devices))

@@ -117,7 +117,7 @@ def check_method(method: SAM, base: Optimizer) -> None:
 
 def _has_momentum(group: Group) -> bool:
     """Whether a group's settings speak of momentum, by the names that these have in torch."""
-    return bool(group.get("momentum")) or any(name.startswith("beta") for name in group)
+    return bool(group.get("momentum")) or not group.keys().isdisjoint(("betas", "beta1"))
 
 
 def check_rho(rho: Any, name: str = "rho") -> None:
@@ -214,6 +214,7 @@ class Tables:
         said = (
             (plan.opposite, plan.budget),
             [(group.get("rho"), turn) for group, turn in zip(groups, turned, strict=True)],
+            plan.times,
         )
         if said == self._said.get("radii"):
             return
@@ -228,7 +229,7 @@ class Tables:
             rho_min = rho_at(plan.opposite, steps)
             check_rho(rho_min, "rho_min")
             opposite = [-float(rho_min) if rho else 0.0 for rho in radii]
-        for name, values, most in (("radii", radii, float(budget)), ("opposite", opposite, math.inf)):
+        for name, values, most in (("radii", radii, float(budget) * plan.times), ("opposite", opposite, math.inf)):
             rows = [(-r if turn and r else r, most) for r, turn in zip(values, turned, strict=False)]
             self._write(name, rows, devices, changed)
         own = [*said[0], *(group.get("rho") for group in groups)]

@@ -188,8 +188,7 @@ class Engine:
             sum((flat.achieved_sq(i).sum().to(device) for flat in flats), norms_sq.new_zeros(()))
             for i in range(len(self.norms_sq))
         ]
-        times = 1 - min(self.latest.sigma, 0.0)
-        return Stats(norms_sq.sqrt() / times, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
+        return Stats(norms_sq.sqrt() / self.latest.times, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
 
     # -- Sparse SAM -------------------------------------------------------------------------------------------------------
 
@@ -318,6 +317,7 @@ class Engine:
         plan = self.plan()
         if plan is not BASE:
             check_method(self.method, self.base)
+            self.store.check_only(plan.only)
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
             self.store.check_not_capturing("the mask")
@@ -367,7 +367,7 @@ class Engine:
                 error = e
         if step is not None:
             step.give_back_grads(values=ran)
-            step.give_back_ema()
+            step.give_back_memories()
             self.store.drop_grads_of_others()
             if step.chose_mask:
                 for flat in self.store.flats:
@@ -421,7 +421,8 @@ class Step:
         self._norm_sq: Tensor | None = None  # of its ascent
         self._mean: Vectors | None = None  # of the descents so far
         self._together: Descent | None = None  # of the latest micro-batches, where those ran at once
-        self._ema: list[Tensor] = []  # by flat, what it was before parallel passes that have not ended
+        self._kept = False  # whether any micro-batch has
+        self._memories: list[tuple[Tensor, Tensor]] = []  # memories that change, and what they held before
         self._gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
 
     def __enter__(self) -> Step:
@@ -462,11 +463,18 @@ class Step:
             return
         self.store.set_grads([list(map(_written, before, own)) if values else before for before, own in self.aside])
 
-    def give_back_ema(self) -> None:
-        """What parallel passes that were given up have moved on."""
-        for memory, before in zip(self.store.memory("ema", float("nan")) if self._ema else (), self._ema, strict=True):
-            memory.buffer.copy_(before)
-        self._ema = []
+    def _remember(self, memories: Sequence[Tensor]) -> None:
+        """What they hold is there again if the step is given up."""
+        if not self.store.is_capturing():
+            self._memories += [(memory, memory.clone()) for memory in memories]
+
+    def give_back_memories(self) -> None:
+        """What a step that is given up has moved on."""
+        for memory, before in self._memories:
+            memory.copy_(before)
+        self._memories = []
+        if self._kept:
+            self.engine.v_step = self.engine.steps if self.adds_to_v else -1
 
     def turns(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(turn, part): every micro-batch as often as the plan says, with the kernels' work in between.
@@ -501,9 +509,8 @@ class Step:
         to ``update``.
         """
         plan, store, engine, values = self.plan, self.store, self.engine, []
-        # It moves on while they may still fail.
-        if plan.lmbda is not None and plan.climbs and not store.is_capturing():
-            self._ema = [memory.buffer.clone() for memory in store.memory("ema", float("nan"))]
+        if plan.lmbda is not None and plan.climbs:  # the mean moves on while they may still fail
+            self._remember(store.means(plan))
         self._lean()
         engine.buffers.freeze()
         try:
@@ -534,15 +541,11 @@ class Step:
             passes.put_back()
         engine.buffers.thaw()
         passes.commit()
-        self._ema = []
         return values
 
     def _look_at_each(self, grads: Vectors, n: int) -> None:
         for j in range(n if self._scores is not None else 0):
-            one = grads.micro_batch(j)
-            if not self._scores:  # the first become the sum, and are still needed
-                one.lists = [[g.clone() for g in tensors] for tensors in one.lists]
-            self._look_at(one)
+            self._look_at(grads.micro_batch(j), needed=True)
 
     def _descent_of(self, which: range, vectors: Sequence[Vectors], norm_sq: Tensor | None) -> Descent:
         """``_descent`` of several micro-batches, whose vectors are stacks."""
@@ -593,17 +596,19 @@ class Step:
         self._check_any(grads)
         if plan.holds:
             self._hold(grads)
-        self._look_at(grads)
+        self._look_at(grads, needed=plan.takes_held)
         self.perturbed = self.saves = True
         self.turn = 1
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
         engine.norms_sq.append(self._norm_sq)
         forget_casts()
 
-    def _look_at(self, grads: Vectors) -> None:
-        """What a mask is chosen by, from gradients at w."""
+    def _look_at(self, grads: Vectors, *, needed: bool) -> None:
+        """What a mask is chosen by, from gradients at w. ``needed``: what becomes of them otherwise is not to be changed."""
         if self._scores is None:
             return
+        if needed and not self._scores:  # the first become the sum
+            grads = Vectors([[g.clone() for g in tensors] for tensors in grads.lists], grads.absent)
         engine, sparse = self.engine, self.plan.sparse
         self.add_scores(grads)
         if any(flat.mask is None for flat in self.store.flats):
@@ -819,6 +824,9 @@ class Step:
         engine, store, plan = self.engine, self.store, self.plan
         memories = store.memory(plan.kept, 0.0)
         memory = Vectors([memory.parts for memory in memories])
+        if self.adds_to_v and not self._kept:
+            self._remember([t for m in memories for t in (m.buffer, m.terms, m.square)])
+        self._kept = True
         if self.adds_to_v or not begins:
             descent.add(memory, PLAIN)
         engine.v_step = -1  # until it is whole, nothing may be added to it

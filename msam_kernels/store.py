@@ -170,11 +170,7 @@ class Store:
         twice = len(params) - len(set(map(id, params)))
         if twice:
             raise ValueError(f"{twice} of the {len(params)} parameters are listed more than once: list each once")
-        if only is not None and only.isdisjoint(params):
-            raise ValueError(
-                f"only={only} are none of the optimizer's {len(params)}: give tensors that it has, e.g. "
-                "only=norm_layers(model) of the same model"
-            )
+        self.check_only(only)
         served = {p for flat in self.flats for p in flat.params}.union(also)
         taken = [(name, p) for name, p in named if p in served or is_trained(p)]
         left = [(name, p) for name, p in named if p not in served and not is_trained(p)]
@@ -211,6 +207,21 @@ class Store:
         self.devices = list({flat.device: None for flat in self.flats})
         self.layout = memory_layout(groups, self._lists)
         self._left = {id(p) for _, p in left}
+
+    def check_only(self, only: Parameters | None) -> None:
+        """Refuse a choice of parameters of which the optimizer has none.
+
+        Raises:
+            ValueError: with their number, and the remedy.
+        """
+        if only is None or self.parts(only):
+            return
+        params = self.parameters()
+        if only.isdisjoint(params):  # those that are frozen are in no flat
+            raise ValueError(
+                f"only={only} are none of the optimizer's {len(params)}: give tensors that it has, e.g. "
+                "only=norm_layers(model) of the same model"
+            )
 
     def is_current(self) -> bool:
         """Whether all parameters are where they were at the last look, and those in no flat still frozen."""
@@ -270,6 +281,10 @@ class Store:
     def memory(self, name: str, begin: float) -> list[Memory]:
         return [flat.memory(name, begin) for flat in self.flats]
 
+    def means(self, plan: Plan) -> list[Tensor]:
+        """The means of gradients that the plan's direction is made of."""
+        return [flat.memory("ema", float("nan")).buffer for _, flat, _ in self.parts(plan.only)]
+
     def has_v(self) -> bool:
         """Whether there is a "v" to reuse."""
         return all("v" in flat.memories for flat in self.flats)
@@ -303,7 +318,7 @@ class Store:
         renew = plan.opposite is None
         if into is not None and not renew and plan.lmbda is not None:
             # The perturbations to the other side begin with the same mean, and move it on for good.
-            means = [flat.memory("ema", float("nan")).buffer for flat in self.flats]
+            means = self.means(plan)
             before = [mean.clone() for mean in means]
             norm_sq = self._ascend(grads, plan, tables, which, True, into)
             for mean, old in zip(means, before, strict=True):

@@ -337,6 +337,27 @@ def test_a_sweep_is_the_sharpness_of_every_rho(method, count, backend):
     assert found.loss == pytest.approx(mean_loss(model, data, SIZES[count]).item(), rel=1e-14)
 
 
+@pytest.mark.parametrize("method", [methods.SAM, methods.VaSSO, methods.GapSAM])
+def test_a_chosen_part_is_measured_by_every_function(method, backend):
+    """What is not chosen stays, so that the others might as well be frozen."""
+    data, found = batch(dtype=F64), {}
+    for way in ("only", "frozen"):
+        model = mlp(F64)
+        options = {"backend": backend, "method": method()}
+        if way == "only":
+            options["method"] = method(only=model[2].parameters())
+        else:
+            model[0].requires_grad_(False)
+        loss_fn = loss_fn_of(model)
+        found[way] = [
+            flatness.sharpness(model, loss_fn, data, rho=0.1, **options),
+            sweep(model, loss_fn, data, rhos=RHOS, **options).rise,
+            flatness.loss_slice(model, loss_fn, data, points=[0.1, 0.2], **options),
+        ]
+    for of_part, of_frozen in zip(*found.values(), strict=True):
+        torch.testing.assert_close(of_part, of_frozen, rtol=1e-12, atol=1e-14)
+
+
 def test_the_spread_of_a_sweep_is_the_deviation_over_the_samples():
     """Of micro-batches that differ in size each sample counts alike."""
     model, data = mlp(F64), batch(dtype=F64)
@@ -449,6 +470,8 @@ def test_a_sweep_prints_as_a_table():
         ["2", "0.03", "0", "1.50%", "0.700", "0.700", "0.700", "worth", "trying"],
         ["3", "2.1", "0", "105.00%", "1.000", "1.000", "1.000"],
     ]
+    marks = [row.endswith("worth trying") for row in str(sweep_of([0.1, 5.0, 0.1], [1.0] * 3)).splitlines()[3:]]
+    assert marks == [True, False, True]
 
 
 def test_a_sweep_is_drawn_on_two_axes(tmp_path):
@@ -886,6 +909,13 @@ BAD = {
     "a direction of other shapes": Bad(r"\(5, 3\).*got \[\(3,\)\]", only="slice", direction=[torch.ones(3)]),
     "a direction of numbers": Bad(r"\(5, 3\).*got \[1\.0\]", only="slice", direction=[1.0]),
     "method a class": Bad(r"method.*FriendlySAM", TypeError, only="sharpness", method=methods.FriendlySAM),
+    "a method of momentum": Bad(r"MomentumSAM.* of which nothing is known", only="sweep", method=methods.MomentumSAM()),
+    "a budget by the step": Bad(
+        r"sigma.*function.*give a number",
+        TypeError,
+        only="sweep",
+        method=methods.LossEquatedSAM(sigma=lambda step: 0.1),
+    ),
     "backend": Bad(r"backend.*'cudnn'", only="sharpness", backend="cudnn"),
     "count 0": Bad(r"num_micro_batches.*>= 1.*0", num_micro_batches=0),
     "count above the samples": Bad(r"num_micro_batches=9.*7 samples", num_micro_batches=9),

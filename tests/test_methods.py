@@ -85,6 +85,8 @@ COMPOSITIONS = {
     "Sparse + VaSSO + WSAM coupled + Stable": (
         SparseSAM(sparsity=0.4, update_every=2) + VaSSO(theta=0.8) + WSAM(gamma=0.9, decoupled=False) + StableSAM()
     ),
+    "Sparse + WSAM": SparseSAM(sparsity=0.4, update_every=2) + WSAM(gamma=0.7),
+    "VaSSO + LE-SAM": VaSSO(theta=0.3) + LossEquatedSAM(sigma=0.02),
     "VaSSO + Bilateral": VaSSO(theta=0.3) + BilateralSAM(rho_min=0.1),
     "Momentum + Adaptive": MomentumSAM() + AdaptiveSAM(),
     "Adaptive + Friendly + Sparse + LookSAM": (
@@ -598,6 +600,7 @@ REFUSED = {
         [LookSAM(), MomentumSAM()],
         r"LookSAM.* needs the gradient at w, for which MomentumSAM has no",
     ),
+    "Momentum and LE-SAM": ([MomentumSAM(), LossEquatedSAM()], r"LossEquatedSAM.* needs the gradient at w"),
     "Momentum and WSAM": ([MomentumSAM(), WSAM(decoupled=False)], r"WSAM.* needs the gradient at w"),
     "WSAM and Stable": ([WSAM(), StableSAM()], r"WSAM.* gives the base optimizer g itself, .* or decoupled=False"),
     "Sparse twice": ([SparseSAM(), StableSAM(), SparseSAM()], "has SparseSAM 2 times: take one of them"),
@@ -861,6 +864,65 @@ def test_every_micro_batch_sees_the_same_perturbation(backend):
     assert same_bits(seen[0], seen[2])
     assert not same_bits(seen[0], before)
     assert same_bits(model.parameters(), before)
+
+
+# ---- what is kept until the end of a step ------------------------------------------------------------------------------
+
+
+class Clipping(Exception):
+    pass
+
+
+def fail() -> None:
+    raise Clipping
+
+
+KEEP = {"WSAM": WSAM(gamma=0.9), "LookSAM": LookSAM(k=2), "F-SAM + LookSAM": FriendlySAM() + LookSAM(k=2)}
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["sequential", "parallel"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("method", KEEP)
+def test_a_step_that_is_given_up_leaves_nothing_to_later_ones(method, count, parallel, backend):
+    def trained(fails: bool) -> list[Tensor]:
+        model = mlp(torch.float64)
+        options = {"method": KEEP[method], "num_micro_batches": count, "model": model, "parallel": parallel}
+        opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.3, backend=backend, **options)
+        if fails:
+            with pytest.raises(Clipping):
+                opt.train_step(functools.partial(loss_of, model), *batch(4, torch.float64), before_update=fail)
+            for flat in opt.engine.store.flats if "F-SAM" in method else ():
+                flat.memories.pop("ema")  # which has moved on where passes came one after the other
+        loss_of(model, *batch(4, torch.float64, seed=5)).backward()
+        WAYS["passes"](opt, model, batch(4, torch.float64, seed=2))  # onto gradients that are there
+        WAYS["train_step"](opt, model, batch(4, torch.float64, seed=3))
+        return weights(model)
+
+    assert same_bits(trained(True), trained(False))
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("method", KEEP)
+def test_a_loop_that_is_given_up_leaves_what_earlier_loops_of_the_step_kept(method, turns, backend):
+    def trained(gives_up: bool) -> list[Tensor]:
+        model = mlp(torch.float64)
+        opt = MicroBatchSAM(
+            SGD(model.parameters(), lr=0.1), 0.3, method=KEEP[method], num_micro_batches=2, backend=backend
+        )
+        for part in opt.passes(*batch(4, torch.float64)):
+            loss_of(model, *part).backward()
+        if gives_up:
+            means = [flat.memories["ema"].buffer.clone() for flat in opt.engine.store.flats if "ema" in flat.memories]
+            with opt.passes(*batch(4, torch.float64, seed=2)) as parts:
+                for _, part in zip(range(turns + 1), parts, strict=False):
+                    loss_of(model, *part).backward()
+            for flat, mean in zip(opt.engine.store.flats, means, strict=False):
+                flat.memories["ema"].buffer.copy_(mean)  # which has moved on
+        opt.step()
+        WAYS["train_step"](opt, model, batch(4, torch.float64, seed=3))
+        return weights(model)
+
+    assert same_bits(trained(True), trained(False))
 
 
 # ---- the gap of WSAM -------------------------------------------------------------------------------------------------
