@@ -223,7 +223,9 @@ inline Doubles doubles(const float* p) {
 #elif defined(__AVX__)
   return Doubles(_mm256_cvtps_pd(_mm_loadu_ps(p)));
 #elif defined(__SSE2__)
-  return Doubles(_mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(p)))));
+  double both;  // a cast of p would let the compiler assume that nothing here is a float
+  std::memcpy(&both, p, sizeof both);
+  return Doubles(_mm_cvtps_pd(_mm_castpd_ps(_mm_set_sd(both))));
 #else
   typedef float Half __attribute__((vector_size(4 * kWidth)));
   Half v;
