@@ -174,6 +174,7 @@ class Call {
       TORCH_CHECK(weights_.size() == 1, "weights must be one stack of flat buffers, got ", weights_.size(), " tensors");
       check_dense(weights_[0], {"weights"}, dtype_, device());
       check_stack(weights_[0], {"weights"}, *stack);
+      check_in_order(weights_[0], {"weights"}, weights_[0].is_contiguous());
       a.stride = weights_[0].numel() / *stack;
       TORCH_CHECK(a.stride >= reach_.flat, "weights has ", a.stride, " elements of a micro-batch, the table reaches ",
                   reach_.flat);
@@ -252,7 +253,11 @@ class Call {
 
  private:
   static void check_stack(const Tensor& t, Label label, int64_t stack) {
-    TORCH_CHECK(t.size(0) == stack, label, " must have one row for each of ", stack, " micro-batches, got shape ", t.sizes());
+    TORCH_CHECK(t.dim() > 0 && t.size(0) == stack, label, " must have one row for each of ", stack,
+                " micro-batches, got shape ", t.sizes());
+  }
+  static void check_in_order(const Tensor& t, Label label, bool in_order) {
+    TORCH_CHECK(in_order, label, " must have one micro-batch after the other in memory, got strides ", t.strides());
   }
   // The elements of a micro-batch of every stack, which must be the same in all lists.
   void sizes(TensorList tensors, Label label, int64_t stack) {
@@ -262,8 +267,7 @@ class Call {
       if (t.numel()) {
         const Label each{label.name, label.index + (&t - tensors.data())};
         check_stack(t, each, stack);
-        TORCH_CHECK(stack == 1 || t.stride(0) * stack == t.numel(), each,
-                    " must have one micro-batch after the other in memory, got strides ", t.strides());
+        check_in_order(t, each, stack == 1 || t.stride(0) * stack == t.numel());
         TORCH_CHECK(size == 0 || size == t.numel() / stack, each, " has ", t.numel() / stack,
                     " elements of a micro-batch, in another list it has ", size);
         size = t.numel() / stack;

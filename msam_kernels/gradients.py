@@ -212,10 +212,16 @@ def collect(
     grads, regular, absent = found
     if not regular:
         grads = [
-            [none if p.grad is None else regular_gradient(p, p.grad) for p in params]
-            for params, none in zip(lists, placeholders, strict=True)
+            [none if g is none else regular_gradient(p, g) for p, g in zip(params, those, strict=True)]
+            for params, those, none in zip(lists, grads, placeholders, strict=True)
         ]
-        increment_version([p for params in lists for p in params if p.grad is not None])
+        having = [
+            p
+            for params, those, none in zip(lists, grads, placeholders, strict=True)
+            for p, g in zip(params, those, strict=True)
+            if g is not none
+        ]
+        increment_version(having)
         if clear:
             for params in lists:
                 set_grads(params, [])

@@ -979,6 +979,27 @@ MUTANTS = [
         "tests/test_cuda_emulated.py -k every_order_of_its_blocks",
     ),
     Mutant(
+        "Triton: without C++ gaps are not seen",
+        B + "triton_kernels.py",
+        " or not t.is_contiguous()\n\n",
+        "\n\n",
+        "tests/test_triton.py -k looked_at",
+    ),
+    Mutant(
+        "stacks: copies in any memory order",
+        B + "checks.py",
+        "t.is_contiguous() if contiguous else",
+        "True if contiguous else",
+        "tests/test_triton.py -k stack_is_one",
+    ),
+    Mutant(
+        "a gradient of a graph is collected as it is",
+        "msam_kernels/gradients.py",
+        "[none if g is none else regular_gradient(p, g) for",
+        "[g for",
+        "tests/test_gradients.py -k has_the_values",
+    ),
+    Mutant(
         "Triton: programs that stay counted",
         B + "triton_kernels.py",
         "% 65536 == 2 * half - 1:",
@@ -1182,8 +1203,8 @@ MUTANTS = [
     Mutant(
         "CPU: the last piece of the work is left out",
         "csrc/cpu/operators.cpp",
-        "if (sum >= enough || k + 1 == rows())",
-        "if (sum >= enough)",
+        "if (sum >= kGrain || k + 1 == rows())",
+        "if (sum >= kGrain)",
         KERNELS,
         OPERATORS,
     ),

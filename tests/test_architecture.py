@@ -503,6 +503,15 @@ def test_every_source_file_begins_with_its_licence():
     assert [name for name, text in sources.items() if len(re.findall(line.pattern[9:], text)) > 1] == []
 
 
+def test_no_kernel_for_the_cpu_reads_numbers_of_one_type_as_those_of_another():
+    # A cast lets the compiler assume that they are apart; memcpy and the types of vectors do not.
+    cast = re.compile(r"reinterpret_cast<\s*(?:const\s+)?(?:float|double|(?:u?int|long|unsigned)\w*)(?:\s+const)?\s*\*")
+    assert cast.search("reinterpret_cast<const double*>(p)")
+    sources = {name: text for name, text in texts().items() if name.startswith("csrc/cpu/")}
+    assert "csrc/cpu/loops.h" in sources
+    assert {name: m.group() for name, text in sources.items() if (m := cast.search(text))} == {}
+
+
 # Written in two parts, or this file would be found.
 PRIVATE = {
     "a path of one machine": r"(?<![\w.~/$})-])/(?:wor" + r"k|home|root|Users|mnt|tmp)/\w",

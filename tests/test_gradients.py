@@ -191,6 +191,26 @@ def test_gradients_come_by_list_in_the_order_of_the_lists(of):
     assert absent == 2
 
 
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("kinds", [("transposed", "none", "of a graph", "dense"), ("dense", "none", "dense", "dense")])
+def test_what_is_collected_has_the_values_of_the_gradients(kinds, clear, of, monkeypatch):
+    monkeypatch.setattr(gradients, "collect_grads", of["collect_grads"])
+    params = with_gradients(*kinds)
+    grads, versions = [p.grad for p in params], [p._version for p in params]
+    groups, lists = [{"params": params}], [params[:2], params[2:]]
+    nothing = [torch.empty(0, device=DEVICE) for _ in lists]
+    found, absent = gradients.collect(groups, of["memory_layout"](groups, lists), lists, nothing, clear=clear)
+    assert absent == 1
+    for p, version, wanted, got in zip(params, versions, grads, [*found[0], *found[1]], strict=True):
+        assert p._version - version == (wanted is not None)
+        assert p.grad is (None if clear else wanted)
+        if wanted is None:
+            assert got is nothing[0]
+        else:
+            assert torch.equal(got, wanted)
+            assert (got.stride(), got.requires_grad) == (p.stride(), False)
+
+
 def test_a_state_holds_what_it_held(of):
     entries = [{"a": torch.ones(1), "b": 2.0} for _ in range(3)]
     state = dict(enumerate(entries))

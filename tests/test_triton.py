@@ -441,6 +441,59 @@ def test_a_tensor_without_its_values_is_refused_by_name_wherever_it_is(operator,
         assert_same_memory(call, before)
 
 
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("way", ["extension", "Python"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.view(torch.int32), "must be torch.float32"),
+        (lambda t: t.view(2, -1).as_strided((2, 10), (20, 2)), "must be dense in memory"),
+        (lambda t: t.as_strided((40,), (0,)), "must be dense in memory"),
+    ],
+    ids=["another dtype", "gaps", "one element"],
+)
+@pytest.mark.parametrize("operator", ["norm", "gram", "descend", "update"])
+def test_a_list_is_looked_at_where_another_was_before(operator, change, message, way, kernels, monkeypatch):
+    if way == "Python":
+        monkeypatch.setattr(kernels, "_dense_addresses", None)
+    call = make(operator, VARIANTS_TO_CHANGE[operator], sizes=(5, 40)).to(DEVICE)
+    kernels._tables.clear()
+    run(call)  # whose table is kept
+    before, name = call.to(DEVICE), "grads" if operator == "norm" else "terms"
+    bad = [*call.arguments[name][:-1], change(call.arguments[name][-1])]
+    assert bad[-1].data_ptr() == call.arguments[name][-1].data_ptr()
+    with pytest.raises(RuntimeError, match=rf"{name}(\[\d\])? {message}"):
+        run(Call(operator, {**call.arguments, name: bad}))
+    assert_same_memory(call, before)
+
+
+BAD_STACKS = {
+    "grads that are a number": (
+        {"grads": lambda t: t[0, 0]},
+        r"grads\[0\] must have one row for each of 3 .* shape \[\]",
+    ),
+    "grads in another order": (
+        {"grads": lambda t: t.t().contiguous().t()},
+        r"grads\[0\] must have one micro-batch after the other in memory, got strides \[1, 3\]",
+    ),
+    "copies in another order": (
+        {"weights": lambda t: t.t().contiguous().t()},
+        r"weights must have one micro-batch after the other in memory, got strides \[1, 3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_STACKS)
+def test_a_stack_is_one_micro_batch_after_the_other(what, kernels):
+    change, message = BAD_STACKS[what]
+    call = make("ascend", "a stack", sizes=(5, 40)).to(DEVICE)
+    before = call.to(DEVICE)
+    changed = {name: [each(t) for t in call.arguments[name]] for name, each in change.items()}
+    with pytest.raises(RuntimeError, match=message):
+        run(Call("ascend", {**call.arguments, **changed}))
+    assert_same_memory(call, before)
+
+
 # ---- the choice of the backend ---------------------------------------------------------------------------------------
 
 

@@ -223,7 +223,9 @@ inline Doubles doubles(const float* p) {
 #elif defined(__AVX__)
   return Doubles(_mm256_cvtps_pd(_mm_loadu_ps(p)));
 #elif defined(__SSE2__)
-  return Doubles(_mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(p)))));
+  double both;  // a cast of p would let the compiler assume that nothing here is a float
+  std::memcpy(&both, p, sizeof both);
+  return Doubles(_mm_cvtps_pd(_mm_castpd_ps(_mm_set_sd(both))));
 #else
   typedef float Half __attribute__((vector_size(4 * kWidth)));
   Half v;
@@ -460,7 +462,9 @@ double perturb_row(const Perturb& a, double norm_sq, const Chunk& c, const S* gr
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock];
-    if (saved) copy(weights + i, saved + i, n, stream);
+    // What is saved is stored as it is read, where neither its type nor the cache stands against it.
+    T* saved_new = saved && !stream && std::is_same_v<S, T> && n == kBlock ? reinterpret_cast<T*>(saved + i) : nullptr;
+    if (saved && !saved_new) copy(weights + i, saved + i, n, stream);
     const T* w = padded(load(base + i, wt, n), wt, n);
     const T* g = padded(load(grads + i, gt, n), gt, n);
     const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
@@ -472,6 +476,7 @@ double perturb_row(const Perturb& a, double norm_sq, const Chunk& c, const S* gr
     T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
     const auto change_sq = [&](int j) {
       const Pack<T> old = load_pack(w + j);
+      if (saved_new) store_pack(saved_new + j, old);
       Pack<T> d = load_pack(g + j);
       if constexpr (friendly) {
         const Pack<T> average = load_pack(ema + j);

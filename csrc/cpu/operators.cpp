@@ -18,27 +18,30 @@ namespace {
 // Elements of a piece of work, and those that a thread of its own is worth: with fewer, waking it costs what it saves.
 constexpr int64_t kGrain = 32768;
 constexpr int64_t kShare = 2 * kGrain;
-// Stores past the cache pay once a buffer no longer fits the one that the cores share.
+// Stores past the cache pay once a buffer, or copies of one, no longer fit the one that the cores share.
 constexpr int64_t kLargeBytes = int64_t(8) << 20;
 
 // Whether to ask other threads for help. Where one is kept from its core by another process, all wait for it at the end, for
-// milliseconds: after a wait that was longer than the work, the next calls are made alone, twice as many each time.
+// milliseconds: after a wait that was longer than the work, so many elements are worked on alone, each time twice as many.
+// A call that is long itself is always shared.
 using Clock = std::chrono::steady_clock;
 class Help {
  public:
-  bool is_wanted() {
-    const int left = alone_.load(std::memory_order_relaxed);
-    if (left > 0) alone_.store(left - 1, std::memory_order_relaxed);
-    return left <= 0;
+  bool is_wanted(int64_t elements) {
+    const int64_t left = alone_.load(std::memory_order_relaxed);
+    if (left <= 0 || elements >= kLong) return true;
+    alone_.store(left - elements, std::memory_order_relaxed);
+    return false;
   }
   void came(bool in_time) {
-    next_.store(in_time ? kFew : std::min(2 * next_.load(std::memory_order_relaxed), kMany), std::memory_order_relaxed);
-    if (!in_time) alone_.store(next_.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    const int64_t next = next_.load(std::memory_order_relaxed);
+    if (!in_time) alone_.store(next, std::memory_order_relaxed);
+    next_.store(in_time ? kFew : std::min(2 * next, kMany), std::memory_order_relaxed);
   }
 
  private:
-  static constexpr int kFew = 4, kMany = 256;
-  std::atomic<int> alone_{0}, next_{kFew};
+  static constexpr int64_t kLong = int64_t(1) << 22, kFew = 8 * kShare, kMany = 512 * kShare;
+  std::atomic<int64_t> alone_{0}, next_{kFew};
 };
 Help help;
 
@@ -55,7 +58,7 @@ class Device : public Call {
   Device(const Tensor& table, at::ScalarType dtype) : Call(table, dtype, table.is_cpu()) {
     TORCH_CHECK(table.is_cpu(), "table must be on the CPU, got ", table.device());
     context_.lists = &lists();
-    context_.large = reach().elements * int64_t(c10::elementSize(dtype)) >= kLargeBytes;
+    element_size_ = int64_t(c10::elementSize(dtype));
   }
 
   explicit Device(const Tensor& shares) : Call(shares) {}
@@ -146,14 +149,18 @@ class Device : public Call {
   // How often every element is worked on: by each micro-batch.
   static int64_t times_of(const Each& a) { return a.last - a.first; }
   static int64_t times_of(const Descent& a) { return std::max<int64_t>(1, a.stacked * a.count); }
+  // How many flat buffers are written: copies of w by each micro-batch.
+  static int64_t buffers_of(const Perturb& a) { return a.copies ? times_of(a) : 1; }
+  static int64_t buffers_of(const Common&) { return 1; }
 
   // Every thread has an even share of the elements, in pieces of kGrain, and then helps with what others have left: neither
   // memory nor other processes leave the cores equally fast.
   template <class Arguments>
-  void share(const Arguments& a, Kernel<Arguments> kernel, bool backwards = false) const {
+  void share(const Arguments& a, Kernel<Arguments> kernel, bool backwards = false) {
     const int64_t times = times_of(a), elements = reach().elements * times;
+    context_.large = reach().elements * buffers_of(a) * element_size_ >= kLargeBytes;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / kShare);
-    if (threads < 2 || !help.is_wanted()) return kernel(a, context_, 0, rows());
+    if (threads < 2 || !help.is_wanted(elements)) return kernel(a, context_, 0, rows());
     c10::SmallVector<int64_t, 64> pieces{0};  // where each begins, and the end
     for (int64_t k = 0, sum = 0; k < rows(); ++k) {
       sum += a.table[k].numel * times;
@@ -183,6 +190,7 @@ class Device : public Call {
   }
 
   Context context_;
+  int64_t element_size_ = 0;
 };
 
 }  // namespace

@@ -85,6 +85,27 @@ def check(table: Tensor, **arguments: Argument) -> None:
         check_values(label, t, table)
 
 
+def check_stack(label: str, t: Tensor, stack: int, contiguous: bool = False) -> None:
+    """Refuse what does not hold ``stack`` micro-batches, one after the other in memory, or does not hold it ``contiguous``.
+
+    Raises:
+        RuntimeError: with the label, and what is wrong.
+    """
+    if not t.dim() or len(t) != stack:
+        raise RuntimeError(f"{label} must have one row for each of {stack} micro-batches, got shape {list(t.shape)}")
+    if not (t.is_contiguous() if contiguous else stack == 1 or t.stride(0) * stack == t.numel()):
+        raise RuntimeError(
+            f"{label} must have one micro-batch after the other in memory, got strides {list(t.stride())}"
+        )
+
+
+def check_stacks(stack: int, **lists: Argument) -> None:
+    """``check_stack`` of all that is there."""
+    for label, t in labelled(**lists):
+        if t.numel():
+            check_stack(label, t, stack)
+
+
 def _dispatches(t: Tensor) -> bool:
     """Whether its class decides in Python what operators do, as those do that have no memory."""
     return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__

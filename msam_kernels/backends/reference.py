@@ -32,6 +32,7 @@ BLAS. Arithmetic is fp32 (fp64 for fp64 storage): values are rounded to the stor
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -39,7 +40,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check
+from .checks import check, check_stack, check_stacks
 
 EPS = 1e-12  # added to a norm that divides
 UNTOUCHED, SAVED, PERTURBED = 0, 1, 2  # values of ``status``
@@ -163,6 +164,7 @@ def norm(
     """``‖d‖²`` as float64 ``[1]``; of a stack ``[stack, 1]``, all with the same ema."""
     check(table, weights=weights, grads=grads, ema=ema)
     if stack is not None:
+        check_stacks(stack, grads=grads)
         rows = [norm(weights, _of(grads, i), table, ema=ema, sigma=sigma, eta=eta) for i in range(stack)]
         return torch.stack(rows)
     total = _Sum(table)
@@ -207,6 +209,8 @@ def perturb(
     numbers = {"norm_sq": norm_sq, "radii": radii, "status": status, "achieved_sq": achieved_sq, "mask": mask}
     check(table, weights=weights, grads=grads, saved=saved, ema=ema, **numbers)
     if stack is not None:
+        check_stacks(stack, grads=grads)
+        check_stack("weights", weights[0], stack, contiguous=True)
         own = {"radii": radii, "saved": saved, "ema": ema, "mask": mask, "sigma": sigma, "lmbda": lmbda, "eta": eta}
         for i in range(stack):
             copy = weights[0][i]
@@ -263,6 +267,8 @@ def ascend(
     """``norm``, then ``perturb`` by what it returned; returns it too. Of a stack both for one micro-batch after the other."""
     check(table, weights=weights, grads=grads, saved=saved, achieved_sq=achieved_sq, arrived=arrived)
     if stack is not None:
+        check_stacks(stack, grads=grads)
+        check_stack("weights", weights[0], stack, contiguous=True)
         norms = []
         for i in range(stack):
             one, rest = [t[i : i + 1] if t.numel() else t for t in grads], {"ema": ema, "sigma": sigma, "eta": eta}
@@ -304,6 +310,7 @@ def gram(terms: list[Tensor], table: Tensor, *, count: int, stack: int | None = 
     """
     check(table, terms=terms)
     if stack is not None:
+        check_stacks(stack, terms=terms)
         return torch.stack([gram(_of(terms, i), table, count=count) for i in range(stack)])
     lists = _lists(terms, count)
     totals = [_Sum(table) for _ in range(count * (count + 1) // 2)]
@@ -392,6 +399,7 @@ def _terms(
     c = coefficients(coefs, sums, rescale, norm_sq)
     if shares is None:
         return lists, c
+    check_stacks(shares.shape[1], terms=list(itertools.chain(*lists[:stacks])))
     each = [_of(tensors, i) for i in range(shares.shape[1]) for tensors in lists[:stacks]]
     c = torch.cat([shares.t().reshape(-1), torch.as_tensor(c, dtype=torch.float64, device=shares.device)])
     return each + lists[stacks:], c

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import extension
-from .checks import check, check_values
+from .checks import check, check_stack, check_values
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 THREADS = tl.constexpr(256)  # of a program
@@ -975,11 +975,6 @@ _dense_addresses: Callable[[list[list[Tensor]], torch.dtype, torch.device], byte
 _ready: set[torch.device] = set()  # devices on which the kernel that a capture needs is loaded
 
 
-def _check_stack(name: str, t: Tensor, stack: int) -> None:
-    if not t.dim() or len(t) != stack:
-        raise RuntimeError(f"{name} must have one row for each of {stack} micro-batches, got shape {list(t.shape)}")
-
-
 def _rows(stack: int | None) -> tuple[int, ...]:
     """The first dimension of what is there for each micro-batch of a stack."""
     return () if stack is None else (stack,)
@@ -1064,7 +1059,7 @@ class _Call:
         if t is not None and t.shape[-1] != self.rows:
             raise RuntimeError(f"{name} must have one element per row of the table, {self.rows}, got {t.shape[-1]}")
         if t is not None and stack is not None:
-            _check_stack(name, t, stack)
+            check_stack(name, t, stack)
         return address
 
     def sizes(self, name: str, tensors: list[Tensor], stack: int | None, lists: int = 1) -> tuple[int, ...]:
@@ -1075,12 +1070,8 @@ class _Call:
         for i, t in enumerate(tensors):
             if not t.numel():
                 continue
-            _check_stack(f"{name}[{i}]", t, stack)
+            check_stack(f"{name}[{i}]", t, stack)
             size = t.numel() // stack
-            if stack > 1 and t.stride(0) != size:
-                raise RuntimeError(
-                    f"{name}[{i}] must have one micro-batch after the other in memory, got strides {t.stride()}"
-                )
             before = found[i % len(found)]
             if before not in (0, size):
                 raise RuntimeError(f"{name}[{i}] has {size} elements of a micro-batch, in another list it has {before}")
@@ -1090,7 +1081,7 @@ class _Call:
     def sum(self, name: str, t: Tensor | None, stack: int | None = None) -> tuple[int, int]:
         """(address, number of terms) of a sum that is one row, or one for each of a stack; zeros for None."""
         if t is not None and stack is not None:
-            _check_stack(name, t, stack)
+            check_stack(name, t, stack)
         return self.plain(name, t, dim=1 if stack is None else 2), 0 if t is None else t.shape[-1]
 
     def pointers(
@@ -1122,8 +1113,9 @@ class _Call:
             content = _dense_addresses(list(lists.values()), self.dtype, self.device)
             if content is not None:
                 return content, True
+            self._check(lists)  # which passes where it is one that is empty, and so absent
         tensors = list(itertools.chain(*lists.values()))
-        if not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter} or any(map(Tensor.is_neg, tensors)):
+        if not set(map(type, tensors)) <= {Tensor, torch.nn.Parameter} or any(map(self._looks_odd, tensors)):
             self._check(lists)
         try:
             addresses = list(map(Tensor.data_ptr, tensors))
@@ -1133,6 +1125,9 @@ class _Call:
         if 0 in addresses and any(t.numel() for t, address in zip(tensors, addresses, strict=True) if not address):
             self._check(lists)
         return _bytes(addresses), False
+
+    def _looks_odd(self, t: Tensor) -> bool:
+        return t.layout != torch.strided or t.is_neg() or t.dtype != self.dtype or not t.is_contiguous()
 
     def _check(self, lists: Mapping[str, list[Tensor]]) -> None:
         for name, tensors in lists.items():
@@ -1251,7 +1246,7 @@ def _stride(weights: list[Tensor], stack: int | None) -> int:
         return 0
     if len(weights) != 1:
         raise RuntimeError(f"weights must be one stack of flat buffers, got {len(weights)} tensors")
-    _check_stack("weights", weights[0], stack)
+    check_stack("weights", weights[0], stack, contiguous=True)
     return weights[0].numel() // stack
 
 
@@ -1345,7 +1340,7 @@ def _combination(
         if not t.numel():
             raise RuntimeError(f"sums[{k}] is empty, of shape {list(t.shape)}")
         if stack is not None:
-            _check_stack(f"sums[{k}]", t, stack)
+            check_stack(f"sums[{k}]", t, stack)
         n = t.shape[-1]
         own = t.numel() // n // (stack or 1)
         addresses += [(start + 8 * n * row, n, 8 * n * own) for row in range(own)]
