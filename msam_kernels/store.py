@@ -33,7 +33,6 @@ from .rules import MOMENTA, Rule, Tables
 
 #: A vector as it is.
 PLAIN = Coefficient().row()
-MOST_SHARES = 64  # that are remembered
 #: The number of a flat, the flat, and its parameters that are left out.
 Part = tuple[int, Flat, list[int]]
 #: By flat: memory for copies of the weights, one for each of several micro-batches; None where nothing is perturbed.
@@ -102,7 +101,7 @@ class Store:
         self._parts: tuple[Parameters | None, int, list[Part]] = (None, 0, [])
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
-        self._shares: dict[tuple[float, ...], Tensor] = {}  # on the device
+        self._shares: dict[tuple[float, ...], Tensor] = {}  # on the device, for good: graphs read them
         self._left: set[int] = set()  # the parameters that were frozen at the last look and are in no flat, by identity
 
     @property
@@ -411,8 +410,6 @@ class Store:
         on_device = self._shares.get(tuple(shares))
         if on_device is None:
             self.check_not_capturing("the sizes of the micro-batches")
-            if len(self._shares) > MOST_SHARES:
-                self._shares.clear()
             on_device = torch.tensor(shares, dtype=torch.float64, device=self.device)
             self._shares[tuple(shares)] = on_device
         backend = self.flats[0].backend

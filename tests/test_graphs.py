@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -553,6 +554,29 @@ def test_batches_of_other_shapes_are_like_train_step(other_shapes, captures, rep
     with pytest.raises(ValueError, match="num_micro_batches=2 is more than the 1 samples"):
         step(*data(1))
     assert len(step._inputs) == captures
+
+
+def test_what_a_graph_reads_outlives_steps_of_many_other_sizes():
+    """Micro-batches' shares of the batch, which parallel steps weigh gradients by."""
+    (model, opt, loss_fn), (other, plain, other_loss_fn) = (setup(count=2, parallel=True) for _ in range(2))
+    step, recorder = captured(opt, model, loss_fn, *data(5))
+    part, read = opt.engine.store.flats[0], []
+    backend = part.backend
+    part.backend = mock.Mock(wraps=backend)
+    part.backend.weigh = lambda shares, **options: (
+        read.append(weakref.ref(shares)),
+        backend.weigh(shares, **options),
+    )[1]
+    both = lambda n, i: (step(*data(n, i)), plain.train_step(other_loss_fn, *data(n, i)))  # noqa: E731
+    for i in range(4):
+        both(5, i)
+    first = read[:2]
+    for n in range(7, 147, 2):
+        both(n, n)
+    assert all(shares() is not None for shares in first), "the graph would read freed memory"
+    assert torch.equal(*both(5, 9))
+    assert (recorder.captures, recorder.replays) == (1, 3)
+    assert same_bits(model.state_dict().values(), other.state_dict().values())
 
 
 def test_each_shape_has_a_graph_of_each_plan():
