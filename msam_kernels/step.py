@@ -185,7 +185,7 @@ class Engine:
         norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
         flats = [flat for _, flat, _ in self.store.parts(self.latest.only)]
         achieved_sq = [
-            sum((flat.achieved_sq(i).sum().to(device) for flat in flats), norms_sq.new_zeros(()))
+            sum((t.sum().to(device) for flat in flats for t in flat.achieved[i : i + 1]), norms_sq.new_zeros(()))
             for i in range(len(self.norms_sq))
         ]
         times = 1 - min(self.latest.sigma, 0.0)

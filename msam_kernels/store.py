@@ -386,7 +386,7 @@ class Store:
             rows = (flat.rows,) if copies is None else (len(copies), flat.rows)
             options["achieved_sq"] = torch.empty(rows, dtype=torch.float64, device=flat.device)
         else:
-            options["achieved_sq"] = flat.achieved_sq(which) if isinstance(which, int) else flat.achieved_sq_of(which)
+            options["achieved_sq"] = flat.achieved_sq(which)
         if not plan.is_plain:
             options.update(_direction(flat, plan))
             if renew and plan.lmbda is not None:  # the last perturbation of a micro-batch moves the mean on

@@ -88,10 +88,13 @@ class Recorder:
         def replay():
             self.replays += 1
             steps, grads = self.opt.steps, [p.grad for p in self.model.parameters()]
+            achieved = [list(part.achieved) for part in self.opt.engine.store.flats]
             with without_python():
                 for old, new in zip(outputs, step(), strict=True):
                     old.copy_(new)
             self.opt.steps = steps
+            for part, rows in zip(self.opt.engine.store.flats, achieved, strict=True):
+                part.achieved = rows
             for p, g in zip(self.model.parameters(), grads, strict=True):
                 p.grad = g
             if self.between is not None:
@@ -577,6 +580,22 @@ def test_what_a_graph_reads_outlives_steps_of_many_other_sizes():
     assert torch.equal(*both(5, 9))
     assert (recorder.captures, recorder.replays) == (1, 3)
     assert same_bits(model.state_dict().values(), other.state_dict().values())
+
+
+def test_stats_are_those_of_the_graph_that_was_replayed_last():
+    """One graph's micro-batches run as one and two, the other's, and those of eager steps, all at once or as two and one."""
+    (model, opt, loss_fn), (_, plain, other_loss_fn) = (setup(count=3, parallel=True) for _ in range(2))
+    opt.engine.store.flats[0].stack(3)  # where it grows, all is captured again
+    step, recorder = captured(opt, model, loss_fn, *data(7), other_shapes="capture")
+    for i in range(3):
+        step(*data(7, i)), plain.train_step(other_loss_fn, *data(7, i))
+    written = [weakref.ref(t._base) for t in opt.engine.store.flats[0].achieved]
+    for i, n in enumerate((9, 9, 9, 8, 7, 9, 7, 8, 9, 7)):
+        step(*data(n, i)), plain.train_step(other_loss_fn, *data(n, i))
+        for name in ("grad_norm", "perturbation_norm"):
+            assert torch.equal(getattr(opt.stats, name), getattr(plain.stats, name)), f"{name} of step {i}"
+    assert (recorder.captures, recorder.replays) == (2, 7), "none had to be captured again"
+    assert all(memory() is not None for memory in written), "the graph would write to freed memory"
 
 
 def test_each_shape_has_a_graph_of_each_plan():
