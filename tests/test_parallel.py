@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, RMSprop
 
 from msam_kernels import MicroBatchSAM, _torch, methods
+from msam_kernels import compiled as compiled_module
 from msam_kernels import parallel as parallel_module
 from msam_kernels.compiled import Compiled
 from msam_kernels.parallel import Auto, ParallelPasses, Refused
@@ -1071,6 +1072,52 @@ def test_every_shape_is_compiled_once_and_fresh_functions_are_no_others(graphs):
     expected, ours = twins(MODELS["mlp"][0], compile=True, parallel=2)
     assert_train_alike(ours, expected, [images(n, n) for n in (9, 10, 9, 10, 9)])
     assert len(graphs) == 6, "two of three samples, one of three and one of four, each in both passes"
+
+
+@pytest.mark.host
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_shapes_and_optimizers_than_dynamo_compiles_of_one_code_stay_compiled(graphs):
+    expected, ours = twins(MODELS["mlp"][0], compile=True)
+    assert_train_alike(ours, expected, [images(3 * n, n) for n in range(1, 4)])
+    assert len(graphs) == 6
+    for _ in range(2):
+        expected, ours = twins(MODELS["mlp"][0], compile=True)
+        assert_train_alike(ours, expected, [images(9)])
+        assert ours[1]._compiled.works
+    assert len(graphs) == 10
+
+
+@pytest.mark.host
+def test_a_limit_is_told_once_with_its_remedy_and_stops_no_other_pass(graphs, monkeypatch):
+    monkeypatch.setattr(compiled_module, "MOST", 4)
+    expected, ours = twins(MODELS["mlp"][0], compile=True)
+    assert_train_alike(ours, expected, [images(3), images(6)])
+    with pytest.warns(
+        UserWarning, match="as 4 kinds of passes have been compiled: pad batches to fewer shapes"
+    ) as told:
+        assert_train_alike(ours, expected, [images(9), images(12)])
+    assert len(told) == 1
+    assert_train_alike(ours, expected, [images(9), images(3)])
+    assert len(graphs) == 4
+    torch.compiler.reset()
+    assert_train_alike(ours, expected, [images(3)])
+    assert len(graphs) == 6, "what was compiled before still is"
+
+
+@pytest.mark.host
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_losses_that_are_new_again_and_again_meet_dynamos_limit_by_their_shape_alone(graphs):
+    _, (model, opt) = twins(MODELS["mlp"][0], compile=True)
+    losses = [lambda x, y, i=i: (1 + i) * F.cross_entropy(model(x), y) for i in range(4)]
+    for loss in losses[:2]:
+        opt.train_step(loss, *images(9))
+    with pytest.warns(UserWarning, match=r"torch\._dynamo\.config\.recompile_limit allows") as told:
+        opt.train_step(losses[2], *images(9))
+    assert len(told) == 1
+    opt.train_step(losses[3], *images(9))
+    before = len(graphs)
+    opt.train_step(loss_of(model), *images(6))
+    assert len(graphs) == before + 2
 
 
 @pytest.mark.host
