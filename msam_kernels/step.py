@@ -808,10 +808,8 @@ class Step:
         out = terms[0] if sum_so_far is None else sum_so_far
         for vector in terms:
             out = out.filled(vector)
-        if (
-            whole and descent.shares is not None
-        ):  # not a part of the stacks, which then stayed until the end of the step
-            own = {id(t) for tensors in (sum_so_far.lists if sum_so_far is not None else ()) for t in tensors}
+        if whole and descent.shares is not None:  # parts of stacks would keep those until the end of the step
+            own = {id(t) for tensors in (() if sum_so_far is None else sum_so_far.lists) for t in tensors}
             lists = [[t if id(t) in own or not t.numel() else torch.empty_like(t) for t in ts] for ts in out.lists]
             out = Vectors(lists, out.absent)
         return out
