@@ -48,6 +48,7 @@ __all__ = [
     "has_listeners",
     "inductor",
     "is_lazy",
+    "is_recompile_limit",
     "is_shared",
     "leave_mode",
     "leave_to_eager",
@@ -142,6 +143,11 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._inductor import compile
 
     return compile(graph, list(inputs))
+
+
+def is_recompile_limit(error: BaseException) -> bool:
+    """Whether Dynamo has compiled as many versions of one function as it may."""
+    return type(error).__name__ == "FailOnRecompileLimitHit"
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:

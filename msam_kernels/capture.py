@@ -131,6 +131,7 @@ class _Graph:
     replay: Callable[[], None] | None = None
     # What every replay writes:
     loss: Tensor | None = None
+    achieved: list[list[Tensor]] = field(default_factory=list)  # by flat, see there
     norms_sq: list[Tensor] = field(default_factory=list)
     found_infs: dict[torch.device, Tensor] = field(default_factory=dict)
 
@@ -278,6 +279,8 @@ class CapturedStep:
         """Record the step. Nothing runs: what the engine keeps on the host is what it was."""
         engine = self._opt.engine
         steps, v_step, norms_sq, grads = engine.steps, engine.v_step, engine.norms_sq, engine.store.current_grads()
+        flats = engine.store.flats
+        achieved = [list(flat.achieved) for flat in flats]
         engine.store.set_grads(None)  # which the step would set aside, and copy within the graph
         forget_casts()  # autocast's were made outside, once and for all
         try:
@@ -285,6 +288,8 @@ class CapturedStep:
         except BaseException as error:
             engine.store.set_grads(grads)
             engine.v_step, engine.norms_sq = v_step, norms_sq
+            for flat, rows in zip(flats, achieved, strict=True):
+                flat.achieved = rows
             if isinstance(error, RuntimeError) and _is_of_a_capture(error):
                 raise RuntimeError(refusal(error)) from error
             raise
@@ -292,6 +297,7 @@ class CapturedStep:
             engine.steps = steps
         graph.loss = outputs[0]
         graph.norms_sq = outputs[1 : 1 + len(engine.norms_sq)]
+        graph.achieved = [list(flat.achieved) for flat in flats]
         if self._between is not None:
             found = outputs[1 + len(engine.norms_sq) :]
             graph.found_infs = dict(zip(self._between.found_infs, found, strict=True))
@@ -336,8 +342,9 @@ def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:
     engine = opt.engine
     graph.replay()
     engine.store.set_grads(None)
-    for flat in engine.store.flats:
+    for flat, rows in zip(engine.store.flats, graph.achieved, strict=True):
         increment_version(flat.params)
+        flat.achieved[: len(rows)] = rows
     forget_casts()  # of the weights as they were
     engine.norms_sq, engine.latest = graph.norms_sq, graph.plan
     engine.steps += 1

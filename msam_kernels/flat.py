@@ -236,8 +236,8 @@ class Flat:
         self.state: dict[str, Tensor] = {}
         self.views: dict[tuple[int, str], Tensor] = {}
         self._bound: _Bound | None = None
-        self._achieved: list[Tensor] = []
-        self._achieved_of: dict[int, Tensor] = {}  # of several micro-batches, by the first of them
+        self.achieved: list[Tensor] = []  # of the latest step, by micro-batch: ‖e‖² by row
+        self._achieved_of: dict[tuple[int, int], Tensor] = {}  # by the micro-batches that run at once
 
     @torch.no_grad()
     def _close_gaps(self, which: Iterable[int]) -> None:
@@ -298,21 +298,18 @@ class Flat:
         begins = [0, *(end for _, end in self._ends)]
         return [(g, self.table[begin:end]) for begin, (g, end) in zip(begins, self._ends, strict=False)]
 
-    def achieved_sq(self, i: int) -> Tensor:
-        """Where micro-batch i's ‖e‖² goes, by row: float64 ``[K]``, the same memory in every step."""
-        while len(self._achieved) <= i:
-            self._achieved.append(torch.zeros(self.rows, dtype=torch.float64, device=self.device))
-        return self._achieved[i]
+    def achieved_sq(self, which: int | range) -> Tensor:
+        """Where a micro-batch's ‖e‖² goes, by row: float64 ``[K]``; of several that run at once ``[len(which), K]``.
 
-    def achieved_sq_of(self, which: range) -> Tensor:
-        """``achieved_sq`` of several micro-batches, ``[len(which), K]``."""
-        there = self._achieved_of.get(which.start)
-        if there is None or len(there) < len(which):
-            there = torch.zeros(len(which), self.rows, dtype=torch.float64, device=self.device)
-            self.achieved_sq(which.stop - 1)
-            self._achieved_of[which.start] = there
-        self._achieved[which.start : which.stop] = there[: len(which)].unbind()
-        return there[: len(which)]
+        The same micro-batches have the same memory in every step, and it stays: graphs write there.
+        """
+        start, stop = (which, which + 1) if isinstance(which, int) else (which.start, which.stop)
+        there = self._achieved_of.get((start, stop))
+        if there is None:
+            there = torch.zeros(stop - start, self.rows, dtype=torch.float64, device=self.device)
+            self._achieved_of[start, stop] = there
+        self.achieved[start:stop] = there.unbind()
+        return there[0] if isinstance(which, int) else there
 
     def is_capturing(self) -> bool:
         return self._is_cuda and torch.cuda.is_current_stream_capturing()
@@ -339,7 +336,7 @@ class Flat:
     @property
     def copies(self) -> list[Tensor]:
         """What parallel passes keep."""
-        return [t for t in (self._stack, *self._achieved_of.values()) if t is not None]
+        return [] if self._stack is None else [self._stack]
 
     def stack(self, n: int) -> Tensor:
         """``[n, size]`` for copies of the weights; the same memory as long as that is enough."""

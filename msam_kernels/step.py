@@ -18,7 +18,7 @@ from ._torch import forget_casts, mark_stepped
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
-from .parallel import ParallelPasses
+from .parallel import SEQUENTIAL, ParallelPasses, Refused
 from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
 from .store import PLAIN, Descent, Store
 
@@ -185,7 +185,7 @@ class Engine:
         norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
         flats = [flat for _, flat, _ in self.store.parts(self.latest.only)]
         achieved_sq = [
-            sum((flat.achieved_sq(i).sum().to(device) for flat in flats), norms_sq.new_zeros(()))
+            sum((t.sum().to(device) for flat in flats for t in flat.achieved[i : i + 1]), norms_sq.new_zeros(()))
             for i in range(len(self.norms_sq))
         ]
         return Stats(norms_sq.sqrt() / self.latest.times, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
@@ -516,25 +516,25 @@ class Step:
         try:
             for which in passes.turns:
                 self._i, self.turn, norm_sq = which[-1], 0, None
-                losses, at_w = passes.run(which, None)
-                self.check_current()
-                self._check_any(at_w)
+                losses, *vectors = self._run(passes, which, None)
+                self._check_any(vectors[0])
                 values += losses
-                vectors = [at_w]
                 if plan.climbs:
-                    self._look_at_each(at_w, len(which))
+                    self._look_at_each(vectors[0], len(which))
                     copies = store.stacks(len(which), plan.only)
-                    norm_sq = store.ascend(at_w, plan, engine.tables, which, copies)
+                    norm_sq = store.ascend(vectors[0], plan, engine.tables, which, copies)
                     engine.norms_sq += norm_sq.unbind()
+                    if plan.opposite is None:
+                        del vectors[plan.holds :]  # which would be memory beside the next pass
                     self.turn = 1
-                    vectors.insert(0, passes.run(which, copies)[1])
-                    self.check_current()
+                    vectors.insert(0, self._run(passes, which, copies)[1])
                     if plan.opposite is not None:
-                        store.cross(at_w, plan, engine.tables, norm_sq, copies)
+                        store.cross(vectors[1], plan, engine.tables, norm_sq, copies)
+                        del vectors[plan.holds :]
                         self.turn = 2
-                        vectors.insert(0, passes.run(which, copies)[1])
-                        self.check_current()
+                        vectors.insert(0, self._run(passes, which, copies)[1])
                 self._together = self._descent_of(which, vectors, norm_sq)
+                del vectors
                 if which.stop < len(self.shares):
                     self._accumulate()
         finally:
@@ -542,6 +542,23 @@ class Step:
         engine.buffers.thaw()
         passes.commit()
         return values
+
+    def _run(
+        self, passes: ParallelPasses, which: range, weights: Sequence[Tensor | None] | None
+    ) -> tuple[list[Tensor], Vectors]:
+        """A pass of micro-batches at once.
+
+        Raises:
+            Refused: the loss moved parameters, whose gradients then are none that the kernels could take.
+        """
+        found = passes.run(which, weights)
+        self.check_current()
+        if not self.store.is_current():
+            raise Refused(
+                f"the loss gave parameters other memory, or unfroze some, between passes of one step: do it between steps, or "
+                f"{SEQUENTIAL}"
+            )
+        return found
 
     def _look_at_each(self, grads: Vectors, n: int) -> None:
         for j in range(n if self._scores is not None else 0):
@@ -742,7 +759,6 @@ class Step:
         """
         engine, store, plan, i = self.engine, self.store, self.plan, self._i
         if self._together is not None:
-            engine.follow()
             together, self._together = self._together, None
             return together
         vectors = [engine.collect(clear=clear), *self._held]
@@ -797,6 +813,10 @@ class Step:
         out = terms[0] if sum_so_far is None else sum_so_far
         for vector in terms:
             out = out.filled(vector)
+        if whole and descent.shares is not None:  # parts of stacks would keep those until the end of the step
+            own = {id(t) for tensors in (() if sum_so_far is None else sum_so_far.lists) for t in tensors}
+            lists = [[t if id(t) in own or not t.numel() else torch.empty_like(t) for t in ts] for ts in out.lists]
+            out = Vectors(lists, out.absent)
         return out
 
     def _descend(self, out: Vectors, descent: Descent, *, last: bool, weights: bool = True) -> None:

@@ -33,7 +33,6 @@ from .rules import MOMENTA, Rule, Tables
 
 #: A vector as it is.
 PLAIN = Coefficient().row()
-MOST_SHARES = 64  # that are remembered
 #: The number of a flat, the flat, and its parameters that are left out.
 Part = tuple[int, Flat, list[int]]
 #: By flat: memory for copies of the weights, one for each of several micro-batches; None where nothing is perturbed.
@@ -102,7 +101,7 @@ class Store:
         self._parts: tuple[Parameters | None, int, list[Part]] = (None, 0, [])
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
-        self._shares: dict[tuple[float, ...], Tensor] = {}  # on the device
+        self._shares: dict[tuple[float, ...], Tensor] = {}  # on the device, for good: graphs read them
         self._left: set[int] = set()  # the parameters that were frozen at the last look and are in no flat, by identity
 
     @property
@@ -402,7 +401,7 @@ class Store:
             rows = (flat.rows,) if copies is None else (len(copies), flat.rows)
             options["achieved_sq"] = torch.empty(rows, dtype=torch.float64, device=flat.device)
         else:
-            options["achieved_sq"] = flat.achieved_sq(which) if isinstance(which, int) else flat.achieved_sq_of(which)
+            options["achieved_sq"] = flat.achieved_sq(which)
         if not plan.is_plain:
             options.update(_direction(flat, plan))
             if renew and plan.lmbda is not None:  # the last perturbation of a micro-batch moves the mean on
@@ -426,8 +425,6 @@ class Store:
         on_device = self._shares.get(tuple(shares))
         if on_device is None:
             self.check_not_capturing("the sizes of the micro-batches")
-            if len(self._shares) > MOST_SHARES:
-                self._shares.clear()
             on_device = torch.tensor(shares, dtype=torch.float64, device=self.device)
             self._shares[tuple(shares)] = on_device
         backend = self.flats[0].backend

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -87,10 +88,13 @@ class Recorder:
         def replay():
             self.replays += 1
             steps, grads = self.opt.steps, [p.grad for p in self.model.parameters()]
+            achieved = [list(part.achieved) for part in self.opt.engine.store.flats]
             with without_python():
                 for old, new in zip(outputs, step(), strict=True):
                     old.copy_(new)
             self.opt.steps = steps
+            for part, rows in zip(self.opt.engine.store.flats, achieved, strict=True):
+                part.achieved = rows
             for p, g in zip(self.model.parameters(), grads, strict=True):
                 p.grad = g
             if self.between is not None:
@@ -553,6 +557,45 @@ def test_batches_of_other_shapes_are_like_train_step(other_shapes, captures, rep
     with pytest.raises(ValueError, match="num_micro_batches=2 is more than the 1 samples"):
         step(*data(1))
     assert len(step._inputs) == captures
+
+
+def test_what_a_graph_reads_outlives_steps_of_many_other_sizes():
+    """Micro-batches' shares of the batch, which parallel steps weigh gradients by."""
+    (model, opt, loss_fn), (other, plain, other_loss_fn) = (setup(count=2, parallel=True) for _ in range(2))
+    step, recorder = captured(opt, model, loss_fn, *data(5))
+    part, read = opt.engine.store.flats[0], []
+    backend = part.backend
+    part.backend = mock.Mock(wraps=backend)
+    part.backend.weigh = lambda shares, **options: (
+        read.append(weakref.ref(shares)),
+        backend.weigh(shares, **options),
+    )[1]
+    both = lambda n, i: (step(*data(n, i)), plain.train_step(other_loss_fn, *data(n, i)))  # noqa: E731
+    for i in range(4):
+        both(5, i)
+    first = read[:2]
+    for n in range(7, 147, 2):
+        both(n, n)
+    assert all(shares() is not None for shares in first), "the graph would read freed memory"
+    assert torch.equal(*both(5, 9))
+    assert (recorder.captures, recorder.replays) == (1, 3)
+    assert same_bits(model.state_dict().values(), other.state_dict().values())
+
+
+def test_stats_are_those_of_the_graph_that_was_replayed_last():
+    """One graph's micro-batches run as one and two, the other's, and those of eager steps, all at once or as two and one."""
+    (model, opt, loss_fn), (_, plain, other_loss_fn) = (setup(count=3, parallel=True) for _ in range(2))
+    opt.engine.store.flats[0].stack(3)  # where it grows, all is captured again
+    step, recorder = captured(opt, model, loss_fn, *data(7), other_shapes="capture")
+    for i in range(3):
+        step(*data(7, i)), plain.train_step(other_loss_fn, *data(7, i))
+    written = [weakref.ref(t._base) for t in opt.engine.store.flats[0].achieved]
+    for i, n in enumerate((9, 9, 9, 8, 7, 9, 7, 8, 9, 7)):
+        step(*data(n, i)), plain.train_step(other_loss_fn, *data(n, i))
+        for name in ("grad_norm", "perturbation_norm"):
+            assert torch.equal(getattr(opt.stats, name), getattr(plain.stats, name)), f"{name} of step {i}"
+    assert (recorder.captures, recorder.replays) == (2, 7), "none had to be captured again"
+    assert all(memory() is not None for memory in written), "the graph would write to freed memory"
 
 
 def test_each_shape_has_a_graph_of_each_plan():

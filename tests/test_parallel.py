@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, RMSprop
 
 from msam_kernels import MicroBatchSAM, _torch, methods
+from msam_kernels import compiled as compiled_module
 from msam_kernels import parallel as parallel_module
 from msam_kernels.compiled import Compiled
 from msam_kernels.parallel import Auto, ParallelPasses, Refused
@@ -955,6 +957,65 @@ def test_no_copy_of_the_weights_is_made_where_nothing_is_perturbed():
     assert flat.saved is None
 
 
+@pytest.mark.parametrize(
+    ("method", "held"), [("SAM", 0), ("ASAM", 0), ("GSAM", 1), ("LookSAM k=2", 1), ("Bilateral SAM", 2)]
+)
+@pytest.mark.parametrize("most", [True, 2], ids="parallel={}".format)
+def test_beside_a_pass_is_no_gradient_of_another_that_its_method_does_not_hold(method, held, most, monkeypatch):
+    _, (model, opt) = twins(convolutions, method=method, count=6, parallel=most)
+    run, passes, beside = ParallelPasses.run, [], []
+
+    def watched(self, which, copies):
+        beside.append(sum(not all(stack.expired() for stack in stacks) for stacks in passes))
+        losses, vectors = run(self, which, copies)
+        passes.append([StorageWeakRef(t.untyped_storage()) for tensors in vectors.lists for t in tensors if t.numel()])
+        return losses, vectors
+
+    monkeypatch.setattr(ParallelPasses, "run", watched)
+    opt.train_step(loss_of(model), *images(12))
+    per_turn = 3 if method == "Bilateral SAM" else 2
+    assert len(beside) == per_turn * (1 if most is True else 3)
+    assert beside == [min(i % per_turn, held) for i in range(len(beside))]
+
+
+@pytest.mark.parametrize("method", ["SAM", "GSAM", "Momentum-SAM"])
+def test_parameters_that_move_between_the_passes_are_refused_and_trained_by_the_next_step(method):
+    expected, (model, opt) = twins(MODELS["mlp"][0], method=method)
+    assert_train_alike((model, opt), expected, [images(9)])
+    p, before = model[1].weight, [p.clone() for p in model.parameters()]
+    elsewhere = p.detach().clone()
+
+    def moves(x, y):
+        p.data = elsewhere
+        return loss_of(model)(x, y)
+
+    with pytest.raises(Refused, match="gave parameters other memory, or unfroze some, between passes of one step"):
+        opt.train_step(moves, *images(9))
+    assert same_bits(weights(model), before)
+    assert opt.steps == 1
+    assert_train_alike((model, opt), expected, [images(9, i) for i in range(3)])
+
+
+@pytest.mark.parametrize("fails_at", [0, 1], ids="pass {}".format)
+def test_a_perturbation_that_all_passes_share_is_taken_off_where_one_fails(fails_at):
+    """That of Momentum-SAM, which is in the weights themselves."""
+    expected, (model, opt) = twins(MODELS["mlp"][0], method="Momentum-SAM", count=4, parallel=2)
+    assert_train_alike((model, opt), expected, [images(8)])
+    before, runs = [p.clone() for p in model.parameters()], []
+
+    def fails(x, y):
+        runs.append(not same_bits(list(opt.engine.store.parameters()), before))
+        if len(runs) == 1 + fails_at:
+            raise ZeroDivisionError
+        return loss_of(model)(x, y)
+
+    with pytest.raises(ZeroDivisionError):
+        opt.train_step(fails, *images(8))
+    assert runs == [True] * (1 + fails_at), "perturbed"
+    assert same_bits(weights(model), before)
+    assert_train_alike((model, opt), expected, [images(8, i) for i in range(2)])
+
+
 # -- compiled ----------------------------------------------------------------------------------------------------------------
 
 
@@ -1011,6 +1072,52 @@ def test_every_shape_is_compiled_once_and_fresh_functions_are_no_others(graphs):
     expected, ours = twins(MODELS["mlp"][0], compile=True, parallel=2)
     assert_train_alike(ours, expected, [images(n, n) for n in (9, 10, 9, 10, 9)])
     assert len(graphs) == 6, "two of three samples, one of three and one of four, each in both passes"
+
+
+@pytest.mark.host
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_shapes_and_optimizers_than_dynamo_compiles_of_one_code_stay_compiled(graphs):
+    expected, ours = twins(MODELS["mlp"][0], compile=True)
+    assert_train_alike(ours, expected, [images(3 * n, n) for n in range(1, 4)])
+    assert len(graphs) == 6
+    for _ in range(2):
+        expected, ours = twins(MODELS["mlp"][0], compile=True)
+        assert_train_alike(ours, expected, [images(9)])
+        assert ours[1]._compiled.works
+    assert len(graphs) == 10
+
+
+@pytest.mark.host
+def test_a_limit_is_told_once_with_its_remedy_and_stops_no_other_pass(graphs, monkeypatch):
+    monkeypatch.setattr(compiled_module, "MOST", 4)
+    expected, ours = twins(MODELS["mlp"][0], compile=True)
+    assert_train_alike(ours, expected, [images(3), images(6)])
+    with pytest.warns(
+        UserWarning, match="as 4 kinds of passes have been compiled: pad batches to fewer shapes"
+    ) as told:
+        assert_train_alike(ours, expected, [images(9), images(12)])
+    assert len(told) == 1
+    assert_train_alike(ours, expected, [images(9), images(3)])
+    assert len(graphs) == 4
+    torch.compiler.reset()
+    assert_train_alike(ours, expected, [images(3)])
+    assert len(graphs) == 6, "what was compiled before still is"
+
+
+@pytest.mark.host
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_losses_that_are_new_again_and_again_meet_dynamos_limit_by_their_shape_alone(graphs):
+    _, (model, opt) = twins(MODELS["mlp"][0], compile=True)
+    losses = [lambda x, y, i=i: (1 + i) * F.cross_entropy(model(x), y) for i in range(4)]
+    for loss in losses[:2]:
+        opt.train_step(loss, *images(9))
+    with pytest.warns(UserWarning, match=r"torch\._dynamo\.config\.recompile_limit allows") as told:
+        opt.train_step(losses[2], *images(9))
+    assert len(told) == 1
+    opt.train_step(losses[3], *images(9))
+    before = len(graphs)
+    opt.train_step(loss_of(model), *images(6))
+    assert len(graphs) == before + 2
 
 
 @pytest.mark.host
