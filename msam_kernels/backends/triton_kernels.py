@@ -15,6 +15,7 @@ With ``TRITON_INTERPRET=1``, set before this module is imported, the same kernel
 import inspect
 import itertools
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import extension
 from .checks import check, check_stack, check_values
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
@@ -968,9 +968,10 @@ def _launch(kernel: Any, programs: int, *args: int, **constants: Any) -> None:
 # Words, and where they are needed -> the device tensor that holds them.
 _tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 TABLES = 64
-#: (lists, dtype, device) -> the addresses of all tensors, as bytes; None where one is not as it must be.
+#: (lists, dtype, device) -> the addresses of all tensors, as bytes; None where one is not as it must be. Of the extension, which
+#: the package has loaded where it is there; no backend knows another.
 _dense_addresses: Callable[[list[list[Tensor]], torch.dtype, torch.device], bytes | None] | None = getattr(
-    extension, "addresses", None
+    sys.modules.get("msam_kernels._C"), "addresses", None
 )
 _ready: set[torch.device] = set()  # devices on which the kernel that a capture needs is loaded
 
