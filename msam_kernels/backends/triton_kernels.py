@@ -968,8 +968,8 @@ def _launch(kernel: Any, programs: int, *args: int, **constants: Any) -> None:
 # Words, and where they are needed -> the device tensor that holds them.
 _tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 TABLES = 64
-#: (lists, dtype, device) -> the addresses of all tensors, as bytes; None where one is not as it must be. Of the extension, which
-#: the package has loaded where it is there; no backend knows another.
+#: (lists, dtype, device) -> the addresses of all tensors, as bytes; None where one is not as it must be. Of the extension,
+#: which the package has loaded where it is there; no backend knows another.
 _dense_addresses: Callable[[list[list[Tensor]], torch.dtype, torch.device], bytes | None] | None = getattr(
     sys.modules.get("msam_kernels._C"), "addresses", None
 )
