@@ -98,8 +98,8 @@ constexpr int kRadiusColumns = 2;  // of radii, the fp64 table with one row per 
 // min(rho, budget / (||d|| + 1e-12)) / (||d|| + 1e-12) with the sign of rho; without a budget that is infinite. The caller skips
 // the perturbation where the norm is not finite.
 MSAM_FN double ascent_scale(double norm_sq, const double* radius) {
-  const double rho = radius[0], norm = std::sqrt(norm_sq) + 1e-12;
-  return std::copysign(std::fmin(std::fabs(rho), radius[1] / norm), rho) / norm;
+  const double rho = radius[0], norm = std::sqrt(norm_sq) + 1e-12, most = radius[1] / norm;
+  return (std::fabs(rho) <= most ? rho : rho < 0 ? -most : most) / norm;
 }
 
 // x^n by repeated squaring: std::pow rounds differently on host and device.

@@ -931,8 +931,8 @@ BAD_METHODS = {
         )
         for rho_min in (-1, NAN, INF, "x", None)
     },
-    "theta 0": (methods.VaSSO, {"theta": 0}, "theta must be a finite number between 0 and 1, got 0"),
-    "theta above 1": (methods.VaSSO, {"theta": 1.5}, "theta must be a finite number between 0 and 1, got 1.5"),
+    "theta 0": (methods.VaSSO, {"theta": 0}, "theta must be a finite number > 0 and <= 1, got 0"),
+    "theta above 1": (methods.VaSSO, {"theta": 1.5}, "theta must be a finite number > 0 and <= 1, got 1.5"),
     "gamma below 0": (methods.WSAM, {"gamma": -0.5}, "gamma must be a finite number between 0 and 1, got -0.5"),
     "gamma 1": (
         methods.WSAM,
@@ -1002,6 +1002,11 @@ def test_a_model_without_normalisation_layers_is_refused(model, error):
 UNSERVED = {
     "SGD without momentum": (torch.optim.SGD, methods.MomentumSAM(), "SGD keeps none: use one that does, e.g. SGD(mom"),
     "Adagrad": (torch.optim.Adagrad, methods.MomentumSAM(), "Adagrad keeps none: use one that does, e.g. SGD(mom"),
+    "Adafactor": (
+        torch.optim.Adafactor,
+        methods.MomentumSAM(),
+        "Adafactor keeps none: use one that does, e.g. SGD(mom",
+    ),
     "RMSprop without momentum": (torch.optim.RMSprop, methods.MomentumSAM(), "RMSprop keeps none: use one that"),
 }
 
@@ -1025,16 +1030,24 @@ def test_a_base_optimizer_that_lacks_what_the_method_needs_is_refused(case, back
 
 def test_a_base_optimizer_that_turns_out_to_keep_no_momentum_is_refused(backend):
     p = nn.Parameter(torch.ones(3, 2))
-    opt = MicroBatchSAM(torch.optim.Adafactor([p], lr=0.1), method=methods.MomentumSAM(), backend=backend)
+
+    class Own(torch.optim.Optimizer):
+        """Has betas, and keeps its mean under a name of its own."""
+
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.1, "betas": (0.9, 0.99)})
+
+        def step(self, closure=None):
+            self.state[p]["mean"] = p.grad.clone()
+
+    opt = MicroBatchSAM(Own([p]), method=methods.MomentumSAM(), backend=backend)
 
     def closure():
         p.square().sum().backward()
 
     opt.step(closure)  # nothing is known of it yet
     before = p.detach().clone()
-    with pytest.raises(
-        ValueError, match=r"Adafactor keeps none; it keeps 'col_var', 'row_var', 'step': use one that does"
-    ):
+    with pytest.raises(ValueError, match=r"Own keeps none; it keeps 'mean': use one that does"):
         opt.step(closure)
     assert torch.equal(p, before)
 

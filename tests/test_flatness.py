@@ -317,7 +317,7 @@ def sweep(model: nn.Module, loss_fn: Callable[..., Tensor], data, **options) -> 
 
 
 @pytest.mark.parametrize("count", SIZES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_MOMENTUM)
 def test_a_sweep_is_the_sharpness_of_every_rho(method, count, backend):
     """In float64 all arrives. F-SAM's mean moves once for each micro-batch, however many the rhos."""
     model, data = mlp(F64), batch(dtype=F64)

@@ -735,7 +735,7 @@ def test_one_choice_is_that_of_all():
     ):
         assert sum_.only == {p}
         assert sum_.full.only == {p}
-        assert "<1 parameters>" in repr(sum_)
+        assert "<1 parameter>" in repr(sum_)
     assert SAM(only=[p, p]) + SAM(only=[p]) == SAM(only=[p])
     with pytest.raises(ValueError, match=r"perturb different parameters: give one only, to either"):
         SAM(only=[p]) + StableSAM(only=[q])
