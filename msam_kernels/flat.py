@@ -237,7 +237,8 @@ class Flat:
         self.views: dict[tuple[int, str], Tensor] = {}
         self._bound: _Bound | None = None
         self.achieved: list[Tensor] = []  # of the latest step, by micro-batch: ‖e‖² by row
-        self._achieved_of: dict[tuple[int, int], Tensor] = {}  # by the micro-batches that run at once
+        # By the micro-batches that run at once: their places in it, its rows, and all of them as one.
+        self._achieved_of: dict[int | range, tuple[slice, list[Tensor], Tensor]] = {}
 
     @torch.no_grad()
     def _close_gaps(self, which: Iterable[int]) -> None:
@@ -303,13 +304,16 @@ class Flat:
 
         The same micro-batches have the same memory in every step, and it stays: graphs write there.
         """
-        start, stop = (which, which + 1) if isinstance(which, int) else (which.start, which.stop)
-        there = self._achieved_of.get((start, stop))
-        if there is None:
-            there = torch.zeros(stop - start, self.rows, dtype=torch.float64, device=self.device)
-            self._achieved_of[start, stop] = there
-        self.achieved[start:stop] = there.unbind()
-        return there[0] if isinstance(which, int) else there
+        known = self._achieved_of.get(which)
+        if known is None:
+            n, first = (1, which) if isinstance(which, int) else (len(which), which.start)
+            there = torch.zeros(n, self.rows, dtype=torch.float64, device=self.device)
+            rows = list(there.unbind())
+            known = slice(first, first + n), rows, rows[0] if isinstance(which, int) else there
+            self._achieved_of[which] = known
+        place, rows, whole = known
+        self.achieved[place] = rows
+        return whole
 
     def is_capturing(self) -> bool:
         return self._is_cuda and torch.cuda.is_current_stream_capturing()
