@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import mutants
 import pytest
 
 from msam_kernels import backends
@@ -215,3 +216,11 @@ def test_without_pytest_timeout_its_setting_is_no_mistake(tmp_path):
     outcomes, output = suite(tmp_path, "def test_nothing():\n    pass\n", "-p", "no:timeout")
     assert outcomes == {"test_nothing": "PASSED"}, output
     assert "warning" not in output
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_fault_fits_the_file_that_it_is_planted_in():
+    places = {m.fault: (ROOT / m.file).read_text(encoding="utf-8").count(m.old) for m in mutants.MUTANTS}
+    assert {fault: count for fault, count in places.items() if count != 1} == {}
