@@ -14,9 +14,9 @@ import sys
 import warnings
 from pathlib import Path
 
-import mutants
 import pytest
 
+import mutants
 from msam_kernels import backends
 
 pytestmark = pytest.mark.host
