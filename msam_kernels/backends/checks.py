@@ -93,7 +93,7 @@ def check_stack(label: str, t: Tensor, stack: int, contiguous: bool = False) -> 
     """
     if not t.dim() or len(t) != stack:
         raise RuntimeError(f"{label} must have one row for each of {stack} micro-batches, got shape {list(t.shape)}")
-    if not (t.is_contiguous() if contiguous else stack == 1 or t.stride(0) * stack == t.numel()):
+    if t.numel() and not (t.is_contiguous() if contiguous else stack == 1 or t.stride(0) * stack == t.numel()):
         raise RuntimeError(
             f"{label} must have one micro-batch after the other in memory, got strides {list(t.stride())}"
         )
