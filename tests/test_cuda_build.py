@@ -86,8 +86,7 @@ def blocks_of(k: Kernel, architecture: str) -> int:
         return 2
     if re.search(r"update_kernel<\S+, \(msam::Rule\)\d, true, true", k.name):  # of stacks
         return 2
-    stacked = re.search(r"(?:perturb|ascend)_kernel<(\S+), \S+, \S+, true", k.name)
-    if stacked and (stacked[1] != "float" or int(architecture) >= 100):
+    if re.search(r"(perturb|ascend)_kernel<\S+, \S+, \S+, true", k.name):  # of stacks
         return 2
     # From there on a kernel takes more registers, and the sums of fp64 hold twice the numbers.
     if int(architecture) >= 100 and re.search(r"descend_kernel<(double, true|\S+, true, true)", k.name):

@@ -70,7 +70,7 @@ template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 template <class S, bool friendly, bool adaptive, bool stacked>
 constexpr int kPerturbBlocks =
-    stacked ? (sizeof(S) == 4 && !kFewer ? 3 : 2) : kBlocks<S> - (friendly && sizeof(S) == 2 && (kFewer || adaptive));
+    stacked ? 2 : kBlocks<S> - (friendly && sizeof(S) == 2 && (kFewer || adaptive));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
 template <class S, bool combined, bool stacked>
