@@ -282,9 +282,9 @@ bool all_parameters(const py::list& groups, bool of_grads, const Count& count, c
 
 // A tensor in those words.
 struct Known {
-  int64_t tensor, list, index, memory, dim;  // list < 0 where it is not served, and the rest is missing
+  int64_t tensor, list, index, memory, dtype, dim;  // list < 0 where it is not served, and the rest is missing
 
-  static constexpr int kOther = 2, kServed = 5;
+  static constexpr int kOther = 2, kServed = 6;
   int64_t words() const { return list < 0 ? kOther : kServed + 2 * dim; }
 };
 struct Words {
@@ -317,6 +317,7 @@ py::bytes memory_layout(const py::list& groups, const py::list& served) {
     if (place == places.end()) return true;
     words.push_back(place->second.second);
     words.push_back(reinterpret_cast<int64_t>(param.const_data_ptr()));
+    words.push_back(int64_t(param.scalar_type()));
     words.push_back(param.dim());
     words.insert(words.end(), param.sizes().begin(), param.sizes().end());
     words.insert(words.end(), param.strides().begin(), param.strides().end());
@@ -337,7 +338,9 @@ bool is_as_known(const py::list& groups, Words words, bool of_grads, const Visit
     words.next += known.words();
     if (known.list < 0) return !param.requires_grad() && !param.grad().defined();
     const at::IntArrayRef sizes = param.sizes(), strides = param.strides();
-    if (known.memory != reinterpret_cast<int64_t>(param.const_data_ptr()) || known.dim != int64_t(sizes.size())) return false;
+    if (known.memory != reinterpret_cast<int64_t>(param.const_data_ptr()) || known.dtype != int64_t(param.scalar_type()) ||
+        known.dim != int64_t(sizes.size()))
+      return false;
     const int64_t* of_strides = words.next - known.dim;
     const int64_t* of_sizes = of_strides - known.dim;
     bool same = true;

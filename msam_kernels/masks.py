@@ -29,17 +29,19 @@ Scores = Sequence[Sequence[Tensor]]
 Place = tuple[Flat, int]  # a slice of a flat buffer: where it begins
 
 
-def add_up(scores: list[Tensor] | None, grads: Sequence[Tensor]) -> list[Tensor]:
+def add_up(scores: list[Tensor] | None, grads: Sequence[Tensor], *, copies: bool = False) -> list[Tensor]:
     """The root of the sum of the squares so far: it orders as the sum does, and neither over- nor underflows in 16 bits.
 
-    ``scores`` are changed in place; an empty one has no gradient yet.
+    ``scores`` are changed in place; an empty one has no gradient yet. A first gradient becomes the score, with ``copies`` a
+    copy of it.
     """
-    if scores is None:
-        return list(grads)
-    return [
-        g if s.numel() == 0 else s if g.numel() == 0 else torch.hypot(s, g, out=s)
-        for s, g in zip(scores, grads, strict=True)
-    ]
+
+    def one(s: Tensor | None, g: Tensor) -> Tensor:
+        if s is None or s.numel() == 0:
+            return g.clone() if copies else g
+        return s if g.numel() == 0 else torch.hypot(s, g, out=s)
+
+    return list(map(one, [None] * len(grads) if scores is None else scores, grads))
 
 
 def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) -> None:

@@ -73,7 +73,7 @@ class Plan:
             without one. A group whose rho is 0 is perturbed to neither side.
         budget: what rho times the direction's norm may not exceed, or a function of the step that gives it.
         sigma, eta, lmbda: the direction, see ``backends.reference``; ``lmbda`` is the decay of the method's "ema", None without
-            one. The direction is that of the method ``times`` 1 − sigma where sigma is negative.
+            one. Where sigma is negative the kernels' direction is the method's times 1 − sigma.
         sparse: the method whose mask says what is perturbed.
         holds: gradients that are held for the descent.
         descent: the coefficients of the vectors.

@@ -205,12 +205,9 @@ class Tables:
         Raises:
             ValueError: what stands in a group, or what a function of the step gives, is no radius.
         """
-        base = self._radii.base
-        groups = base.param_groups
-        # Some optimizers have the flag for all groups, as an attribute.
-        everywhere = getattr(base, "maximize", False)
+        groups = self._radii.base.param_groups
         # Momentum is that of what is minimised, whatever the group says, and e points against it.
-        turned = [plan.momentum or group.get("maximize", everywhere) for group in groups]
+        turned = [plan.momentum or maximizes for maximizes in self._maximized()]
         said = (
             (plan.opposite, plan.budget),
             [(group.get("rho"), turn) for group, turn in zip(groups, turned, strict=True)],
@@ -236,6 +233,12 @@ class Tables:
         by_itself = any(map(callable, said[0])) or bool(self._radii.schedules) or _hold_tensors(own)
         self._note("radii", said, by_itself)
 
+    def _maximized(self) -> list[bool]:
+        """By group; some optimizers have the flag for all, as an attribute."""
+        base = self._radii.base
+        everywhere = getattr(base, "maximize", False)
+        return [group.get("maximize", everywhere) for group in base.param_groups]
+
     def refresh_settings(self, rule: Rule, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
         """The same of the rule's settings."""
         groups = self._radii.base.param_groups
@@ -248,9 +251,7 @@ class Tables:
 
     def refresh_rates(self, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
         """The same of −lr, or lr where a group is maximised; the last row is 1."""
-        base = self._radii.base
-        everywhere = getattr(base, "maximize", False)
-        said = [(group["lr"], group.get("maximize", everywhere)) for group in base.param_groups]
+        said = [(group["lr"], m) for group, m in zip(self._radii.base.param_groups, self._maximized(), strict=True)]
         if said == self._said.get("rates"):
             return
         rows = [_number(lr) if maximizes else -_number(lr) for lr, maximizes in said]

@@ -285,13 +285,13 @@ class Engine:
     def update_uncounted(self, found_inf: Tensor | None = None) -> None:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
         rule = fused_rule(self.base)
-        self.refresh_settings(rule)
-        if rule is None:
+        grads = self.collect(clear=False) if rule is not None else None
+        if grads is None:
             self.follow()
+        self.refresh_settings(rule)
+        if rule is None or grads is None:
             self.base.step()
         else:
-            grads = self.collect(clear=False)
-            self.refresh_settings(rule)
             descent = Descent()
             descent.add(grads, PLAIN)
             mark_stepped(self.base)
@@ -332,9 +332,12 @@ class Engine:
             ValueError: it has taken steps, and keeps none.
         """
         state = self.base.state
-        kept = [entry for entry in state.values() if entry]
-        if kept and not any(name in entry for entry in kept for name in MOMENTA):
-            raise ValueError(no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, sorted(kept[0])))}"))
+        if not any(name in entry for entry in state.values() for name in MOMENTA):
+            kept = next(filter(None, state.values()), None)
+            if kept is not None:
+                raise ValueError(
+                    no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, sorted(kept)))}")
+                )
         return self.store.momentum(state)
 
     def drop_before(self) -> None:
@@ -624,10 +627,8 @@ class Step:
         """What a mask is chosen by, from gradients at w. ``needed``: what becomes of them otherwise is not to be changed."""
         if self._scores is None:
             return
-        if needed and not self._scores:  # the first become the sum
-            grads = Vectors([[g.clone() for g in tensors] for tensors in grads.lists], grads.absent)
         engine, sparse = self.engine, self.plan.sparse
-        self.add_scores(grads)
+        self.add_scores(grads, needed=needed)
         if any(flat.mask is None for flat in self.store.flats):
             assert sparse is not None
             engine.choose_mask(self._scores, sparse, engine.steps)
@@ -659,11 +660,11 @@ class Step:
                 "make the optimizer after that"
             )
 
-    def add_scores(self, grads: Vectors) -> None:
-        """What a mask is chosen by: the gradients so far."""
+    def add_scores(self, grads: Vectors, *, needed: bool = False) -> None:
+        """What a mask is chosen by: the gradients so far. ``needed``: these are left as they are."""
         scores: Sequence[list[Tensor] | None] = self._scores or [None] * len(grads.lists)
-        lists = [own_memory(tensors) for tensors in grads.lists]
-        self._scores = [masks.add_up(*pair) for pair in zip(scores, lists, strict=True)]
+        lists = grads.lists if needed else [own_memory(tensors) for tensors in grads.lists]
+        self._scores = [masks.add_up(s, g, copies=needed) for s, g in zip(scores, lists, strict=True)]
 
     @property
     def scores(self) -> masks.Scores:
@@ -797,9 +798,8 @@ class Step:
         for vector, coefficient in zip(vectors, self.plan.descent, strict=False):
             if coefficient.a or coefficient.b:
                 yield vector, coefficient
-            elif (
-                self.plan.rescale
-            ):  # what is there for its length alone does not make a parameter one that has a gradient
+            elif self.plan.rescale:
+                # What is there for its length alone does not make a parameter one that has a gradient.
                 yield vector.present(vectors[0]), coefficient
 
     def _into(self, descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:

@@ -148,8 +148,8 @@ MUTANTS = [
     Mutant(
         "momentum of a maximised group is turned",
         P + "rules.py",
-        "plan.momentum or group.get",
-        "plan.momentum != group.get",
+        "plan.momentum or maximizes for",
+        "plan.momentum != maximizes for",
         GOLDEN,
     ),
     Mutant(
@@ -731,8 +731,8 @@ MUTANTS = [
     Mutant(
         "settings are those of before before_update",
         P + "step.py",
-        "        self.refresh_settings(rule)\n        if rule is None:",
-        "        if rule is None:",
+        "        self.refresh_settings(rule)\n        if rule is None or grads is None:",
+        "        if rule is None or grads is None:",
         "tests/test_before_update.py",
     ),
     # -- the specification

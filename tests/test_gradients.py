@@ -178,6 +178,15 @@ def test_a_layout_is_that_of_these_parameters_where_they_are(move, of):
         assert [p._version for p in served] == versions
 
 
+def test_a_layout_knows_the_type_of_its_memory(of):
+    p = nn.Parameter(torch.randn(3, dtype=torch.bfloat16, device=DEVICE))
+    groups = [{"params": [p]}]
+    layout = of["memory_layout"](groups, [[p]])
+    assert of["has_layout"](groups, layout)
+    p.data = p.data.view(torch.float16)  # the same bytes
+    assert not of["has_layout"](groups, layout)
+
+
 def test_gradients_come_by_list_in_the_order_of_the_lists(of):
     params = with_gradients("dense", "none", "dense", "dense", "none", "dense")
     groups = [{"params": [params[3], params[0], params[1]]}, {"params": [params[5], params[4], params[2]]}]

@@ -21,10 +21,11 @@ constexpr int64_t kShare = 2 * kGrain;
 // Stores past the cache pay once a buffer, or copies of one, no longer fit the one that the cores share.
 constexpr int64_t kLargeBytes = int64_t(8) << 20;
 
+using Clock = std::chrono::steady_clock;
+
 // Whether to ask other threads for help. Where one is kept from its core by another process, all wait for it at the end, for
 // milliseconds: after a wait that was longer than the work, so many elements are worked on alone, each time twice as many.
 // A call that is long itself is always shared.
-using Clock = std::chrono::steady_clock;
 class Help {
  public:
   bool is_wanted(int64_t elements) {

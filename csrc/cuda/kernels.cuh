@@ -6,9 +6,9 @@
 //
 // Bytes in flight: HBM3e at 4.8 TB/s with 0.8 us from load to use has 3.8 MB under way, 29 KB for each of 132
 // multiprocessors. Every thread issues independent 16-byte loads before it uses the first, kUnroll of each buffer; four or
-// more blocks share a multiprocessor, for some of Adam's two or three (see kBlocks, kUpdateBlocks). A block adds sums up while
-// it waits for its row of the table, and evaluates coefficients and settings while its first loads are under way; an
-// ascent's norm it also adds up then.
+// more blocks share a multiprocessor, for stacks and some of Adam's two or three (see kBlocks, kPerturbBlocks, kUpdateBlocks).
+// A block adds sums up while it waits for its row of the table, and evaluates coefficients and settings while its first loads
+// are under way; an ascent's norm it also adds up then.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -69,8 +69,7 @@ constexpr int kFewer = 0;
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 template <class S, bool friendly, bool adaptive, bool stacked>
-constexpr int kPerturbBlocks =
-    stacked ? 2 : kBlocks<S> - (friendly && sizeof(S) == 2 && (kFewer || adaptive));
+constexpr int kPerturbBlocks = stacked ? 2 : kBlocks<S> - (friendly && sizeof(S) == 2 && (kFewer || adaptive));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
 template <class S, bool combined, bool stacked>
