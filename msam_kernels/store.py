@@ -101,10 +101,6 @@ class Store:
         self._parts: tuple[Parameters | None, int, list[Part]] = (None, 0, [])
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
-        self._detached: tuple[object, list[list[Tensor]]] = (
-            None,
-            [],
-        )  # with that layout, the parameters without their graph
         self._shares: dict[tuple[float, ...], Tensor] = {}  # on the device, for good: graphs read them
         self._left: set[int] = set()  # the parameters that were frozen at the last look and are in no flat, by identity
 
@@ -466,9 +462,7 @@ class Store:
     def shift(self, vector: Vectors, factor: float, tables: Tables) -> None:
         """w ← w − factor·lr·vector, with the learning rate of the parameter's group; nothing of what is absent."""
         coefs = [*PLAIN, *Coefficient(0.0, factor, p=0, q=1, eps=0.0).row()]
-        if self._detached[0] is not self.layout:
-            self._detached = self.layout, [[p.detach() for p in params] for params in self._lists]
-        weights = Vectors(self._detached[1]).present(vector)
+        weights = Vectors([[p.detach() for p in params] for params in self._lists]).present(vector)
         for flat, out, tensors in zip(self.flats, weights.lists, vector.lists, strict=True):
             rates, terms = tables.on("rates", flat.device), joined([out, tensors])
             for g, rows in flat.rows_of_groups:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from msam_kernels import MicroBatchSAM, masks, methods
 from msam_kernels.flat import Flat
 from plain import (
+    DEVICE,
     WAYS,
     Zoo,
     batch,
@@ -900,3 +901,13 @@ def test_scores_are_never_part_of_larger_memory(backend):
     opt.step([closure(first), closure(second)])
     assert opt.mask[1].tolist() == [True] * 4 + [False] * 4
     assert not opt.mask[0].any()
+
+
+def test_a_score_that_begins_is_a_copy_where_its_gradient_is_still_needed():
+    g, empty = torch.tensor([3.0, -2.0], device=DEVICE), torch.empty(0, device=DEVICE)
+    for scores in (None, [empty]):
+        (score,) = masks.add_up(scores, [g], copies=True)
+        masks.add_up([score], [torch.tensor([4.0, 0.0], device=DEVICE)])
+        assert g.tolist() == [3.0, -2.0]
+        assert score.tolist() == [5.0, 2.0]
+        assert masks.add_up(scores, [g])[0] is g
