@@ -393,6 +393,7 @@ def problems(draw):
     shapes = draw(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6))
     steps, micro_batches = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     most = 3 * steps * micro_batches  # passes
+    base = draw(st.sampled_from(["SGD", *sorted(MANY_FLAGS), "SGD dampening weight_decay"]))
     calls = st.lists(st.booleans(), min_size=most, max_size=most)
     return {
         "shapes": shapes,
@@ -402,8 +403,8 @@ def problems(draw):
         "group": [draw(st.integers(0, 1)) for _ in shapes],
         "rho": draw(st.tuples(*[st.sampled_from([0.0, 0.05, 1.0])] * 2)),
         "reverse": [draw(st.booleans()) for _ in shapes],
-        "method": draw(st.sampled_from(sorted(METHODS))),
-        "base": draw(st.sampled_from(["SGD", *sorted(MANY_FLAGS), "SGD dampening weight_decay"])),
+        "method": draw(st.sampled_from(sorted(WITHOUT_MOMENTUM if base == "SGD" else METHODS))),
+        "base": base,
         "flatten": draw(st.booleans()),
         "fused": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**16)),
