@@ -194,6 +194,7 @@ def outcomes(record) -> dict[str, str]:
     return {name: outcome.verdict for name, outcome in record.outcomes.items()}
 
 
+@pytest.mark.exhaustive  # it waits
 def test_a_part_that_fails_or_hangs_stops_no_other(load, tmp_path, capsys):
     module = load("gpu")
     codes = {"fails": "print('words'); raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "passes": ""}
@@ -215,15 +216,16 @@ def test_a_part_that_fails_or_hangs_stops_no_other(load, tmp_path, capsys):
     assert "/no/such/tool" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive  # it waits
 def test_a_part_that_overruns_leaves_the_others_their_shares(load, tmp_path):
     module = load("gpu")
     parts = [python("import time; time.sleep(60)", name, alone=True, least=0.5) for name in "ab"]
     parts.append(python("print('12 passed in 1s')", "last", alone=True, least=0.5))
     to_run = module.turns(parts, 1)
     record = module.Record(to_run, FACTS, [], tmp_path)
-    end = time.monotonic() + 3.6
+    end = time.monotonic() + 9
     module.run_all(to_run, record, lambda to_come: module.share(end - time.monotonic(), to_come), dict(os.environ))
-    assert time.monotonic() < end + 2
+    assert time.monotonic() < end + 30, "a part had its 60 seconds"
     assert all(verdict.startswith("ran out of its") for verdict in list(outcomes(record).values())[:2])
     assert outcomes(record)["last"] == "passed"
 
@@ -248,6 +250,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.exhaustive  # it waits
 def test_who_runs_out_of_time_can_say_what_it_has_and_failures_stay_failures(load, tmp_path):
     module = load("gpu")
     to_run = [[python(INTERRUPTED.format(failed=name == "red"), name) for name in ("red", "green")]]
@@ -276,6 +279,7 @@ def test_results_are_on_disk_while_the_next_part_runs(load, tmp_path):
     assert rows[0]["says"] == "7 passed in 1s"
 
 
+@pytest.mark.exhaustive  # it waits
 def test_who_is_asked_to_stop_stops_its_parts_and_begins_no_other(load, tmp_path):
     module = load("gpu")
     to_run = module.turns([python("import time; time.sleep(60)", "a"), python("", "b", alone=True)], 1)

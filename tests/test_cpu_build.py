@@ -108,7 +108,7 @@ def test_every_file_has_the_flags_of_its_instruction_set_and_no_others(way, tmp_
 
 
 @on_x86
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_linker_has_no_choice_between_instruction_sets(tmp_path):
     # An inline function that two files define is a weak symbol in both, and the linker keeps either. And what a file does
     # when it is loaded, every processor does.

@@ -31,7 +31,7 @@ KERNELS = {
     **{"gram_kernel": (3, 3), "descend_kernel": (2, 1), "update_kernel": (4, 2)},
 }
 REGISTERS = 65536  # of a multiprocessor
-MORE = ("80", "100", "120")  # compute capabilities beside 9.0
+ARCHITECTURES = ("80", "90", "100", "120")  # compute capabilities, times ten
 OPERATIONS = re.compile(r"\b((?:LD|ST)[GL]?\b[.\w]*)")
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
@@ -94,7 +94,8 @@ def blocks_of(k: Kernel, architecture: str) -> int:
     return 3
 
 
-@pytest.mark.parametrize("architecture", ["90", *(pytest.param(a, marks=pytest.mark.exhaustive) for a in MORE)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(architecture, cubin, tmp_path):
     if f"sm_{architecture}" not in cubin.output(cubin.tool("nvcc"), "--list-gpu-code").split():
         pytest.skip(f"this nvcc does not know sm_{architecture}")

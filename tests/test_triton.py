@@ -142,7 +142,12 @@ LAYOUTS = [
 ]
 # The interpreter takes its time, and does the same to aligned memory: fp32 in every case, the others in turn.
 CASES_AND_LAYOUTS = [
-    pytest.param(*case, *layout.values, id="-".join((*case, str(layout.id))))
+    pytest.param(
+        *case,
+        *layout.values,
+        id="-".join((*case, str(layout.id))),
+        marks=[] if ON_GPU or (j == 0) == (k % 2 == 0) else pytest.mark.exhaustive,
+    )
     for k, case in enumerate(CASES)
     for j, layout in enumerate(LAYOUTS)
     if ON_GPU or j in (0, 1 + k % (len(LAYOUTS) - 1))
@@ -225,7 +230,13 @@ def test_repeated_runs_are_identical():
     assert_same_memory(*calls)
 
 
-@pytest.mark.parametrize("variant", VARIANTS["ascend"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, marks=[] if ON_GPU or k % 3 == 0 else pytest.mark.exhaustive)
+        for k, variant in enumerate(VARIANTS["ascend"])
+    ],
+)
 def test_one_launch_gives_the_bits_of_two(variant):
     one, two = (make("ascend", variant, sizes=(5, 0, 3 * CHUNK + 7, 40), absent=(1,)).to(DEVICE) for _ in range(2))
     norm_sq = run(one)
