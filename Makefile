@@ -21,7 +21,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo family test lint bench gpu gpu-build gpu-picture clean FORCE
+.PHONY: help build demo family test lint docs bench gpu gpu-build gpu-picture clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make family   the demo for every method of the family, on MNIST-1D: a table, and a picture in family.png"
 	@echo "make test     build, then run the tests; with ARGS='-m exhaustive' those that only CI needs"
 	@echo "make lint     style and types of the Python code, licence lines"
+	@echo "make docs     the site, in build/site; a broken link or reference stops it"
 	@echo "make bench    time the optimizer step against plain PyTorch: tables, and build/bench_*.csv and .png; with ARGS"
 	@echo "              SAM and F-SAM only"
 	@echo "make gpu      on a machine with a CUDA GPU: build, test, sanitize and time everything there, without a network"
@@ -70,8 +71,18 @@ lint: build/environment
 	@missing=$$(grep -L 'SPDX-License-Identifier: Apache-2.0' $(LICENSED)); \
 	test -z "$$missing" || { echo "no SPDX-License-Identifier: Apache-2.0 in:" $$missing >&2; exit 1; }
 
-LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) \
-	$(wildcard msam_kernels/*.py msam_kernels/*/*.py tests/*.py benchmarks/*.py examples/*.py)
+# An environment of its own: what draws the site has nothing to do with what is described.
+DOCS := build/docs-environment
+docs: $(DOCS)/done
+	NO_MKDOCS_2_WARNING=1 "$(DOCS)/bin/python" -m mkdocs build -q
+
+$(DOCS)/done: requirements-docs.txt
+	"$(PYTHON)" -m venv "$(DOCS)"
+	"$(DOCS)/bin/pip" install -q -r requirements-docs.txt
+	touch "$@"
+
+LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt requirements-docs.txt mkdocs.yml .ci/run $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) \
+	$(wildcard msam_kernels/*.py msam_kernels/*/*.py tests/*.py benchmarks/*.py examples/*.py docs/*.py)
 
 bench: build
 	"$(PY)" benchmarks/bench_step.py --csv build/bench_step.csv --plot build/bench_step.png $(ARGS)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from msam_kernels import flatness
+from msam_kernels import MicroBatchSAM, flatness, methods
 
 pytestmark = pytest.mark.host
 
@@ -23,26 +23,83 @@ CHOOSING = ROOT / "docs" / "choosing.md"
 MEASURED = ROOT / "benchmarks" / "results" / "cpu-zen4-2cores-rho.csv"
 
 
-def blocks_of(page: Path) -> list[str]:
-    found = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [textwrap.dedent(code) for _, code in found]
+#: On the line before a block that a CPU cannot run.
+NEEDS_GPU = "<!-- needs a GPU -->"
+BLOCK = re.compile(rf"^({NEEDS_GPU}\n)?( *)```python\n(.*?)^\2```", re.MULTILINE | re.DOTALL)
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text("utf-8")),
+]
 
 
-def test_the_code_of_choosing_runs(tmp_path, monkeypatch):
-    """One block after the other, with a model and a loader such as the reader has."""
-    pytest.importorskip("matplotlib").use("agg")
-    monkeypatch.chdir(tmp_path)
+class Model(nn.Sequential):
+    """The reader's: with a norm layer, dropout and a head."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
+
+    @property
+    def head(self) -> nn.Module:
+        return self[-1]
+
+
+def names_of_the_reader() -> dict[str, object]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
-    loader = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(5)]
-    names = {"torch": torch, "F": F, "model": model, "loader": loader}
-    blocks = blocks_of(CHOOSING)
-    assert len(blocks) == CHOOSING.read_text(encoding="utf-8").count("```python") > 2
-    for block in blocks:
-        exec(compile(block, str(CHOOSING), "exec"), names)
-    assert names["low"] < names["high"]
-    assert len(names["sweep"].losses) == 16
-    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    model = Model()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    loader = [(torch.randn(32, 6), torch.randint(3, (32,))) for _ in range(5)]
+    x, y = loader[0]
+    return {
+        **{"torch": torch, "F": F, "itertools": itertools, "clip_grad_norm_": nn.utils.clip_grad_norm_, "tqdm": iter},
+        **{"MicroBatchSAM": MicroBatchSAM, "methods": methods, "model": model, "base": base, "loader": loader},
+        **{"opt": MicroBatchSAM(base, model=model), "loss_fn": lambda x, y: F.cross_entropy(model(x), y)},
+        **{"x": x, "y": y, "epochs": 2, "correct": 0, "running": 0.0},
+    }
+
+
+def test_no_block_of_code_is_passed_by():
+    assert {page.name for page in PAGES} >= {
+        "README.md",
+        "index.md",
+        "choosing.md",
+        "family.md",
+        "faq.md",
+        "parallel.md",
+    }
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert len(BLOCK.findall(text)) == text.count("```python") == text.count(NEEDS_GPU) + len(runnable(page)), (
+            page.name
+        )
+
+
+def runnable(page: Path) -> list[str]:
+    return [textwrap.dedent(code) for gpu, _, code in BLOCK.findall(page.read_text("utf-8")) if not gpu]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_every_page_runs(page, tmp_path, monkeypatch):
+    """One block after the other, with a model and a loader such as the reader has."""
+    if page == CHOOSING:
+        pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    names = names_of_the_reader()
+    for gpu, _, code in BLOCK.findall(page.read_text("utf-8")):
+        compiled = compile(textwrap.dedent(code), str(page), "exec")
+        if not gpu:
+            exec(compiled, names)
+    if page == CHOOSING:
+        assert names["low"] < names["high"]
+        assert len(names["sweep"].losses) == 16
+        assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+    for page in pages:
+        links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text("utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
