@@ -152,7 +152,7 @@ class Case:
             ascents, descents = 5, [2 * (m == 1), *[3] * (m - 1)]
             descents[-1] += 2 * (m > 1)
         if method.kept and self.method != "LookSAM":
-            ascents += 4 * m - 1 + 3  # and off the weights
+            ascents += 1 if m == 1 and not passes_loop else 4 * m - 1 + 3  # in the update; or kept, and off the weights
         if passes_loop:
             total = ascents + sum(descents) + update
         else:

@@ -20,7 +20,7 @@ struct Place {
 
 // The lists of tensors of a call: data[list][segment], null where a parameter is absent. Where a list is of stacks, `sizes` has
 // the elements from one micro-batch to the next, by segment.
-constexpr int kLists = 2 + kVectors + kTerms;  // weights, out, stacks, terms
+constexpr int kLists = 2 + kVectors + kTerms;  // weights, out or ahead, stacks, terms
 struct Lists {
   void* const* data[kLists] = {};
   int count = 0;
@@ -122,6 +122,9 @@ struct Update : Descent {
   void* states[kStates] = {};
   float* step = nullptr;  // [segments + 1]
   const float* found_inf = nullptr;  // one element; where it is not 0 no row has a term
+  Place ahead;  // y of w + factor rates[group] (y - the combination), after the rule
+  const double* rates = nullptr;     // [groups]
+  double factor = 0;
 };
 
 }  // namespace msam

@@ -247,6 +247,24 @@ class Call {
     }
   }
 
+  // What is behind an update's term, where it has rates.
+  static TensorList split_ahead(TensorList& terms, const MaybeTensor& rates, at::ArrayRef<double> coefs,
+                                const MaybeTensor& shares) {
+    if (!rates) return {};
+    TORCH_CHECK(coefs.size() == kCoefficientColumns && !shares && terms.size() % 2 == 0,
+                "rates go with one term and one list more behind it, and no shares, got ", coefs.size() / kCoefficientColumns,
+                " coefficients for ", terms.size(), " tensors, shares ", shares ? "there" : "missing");
+    const TensorList ahead = terms.slice(terms.size() / 2);
+    terms = terms.slice(0, terms.size() / 2);
+    return ahead;
+  }
+  void shift(Update& a, TensorList ahead, const MaybeTensor& rates, double factor) {
+    if (!rates) return;
+    a.ahead = list(ahead, "terms", int64_t(ahead.size()));
+    a.rates = per_group(*rates, "rates", 1);
+    a.factor = factor;
+  }
+
  protected:
   // Without a table: what is like `shares`.
   explicit Call(const Tensor& shares) : table_(shares), dtype_(at::kDouble) {}

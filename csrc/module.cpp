@@ -197,6 +197,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             none("shares"));
   MSAM_DEFINE(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
             none("step"), arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"),
-            none("found_inf"), none("shares"));
+            none("found_inf"), none("shares"), none("rates"), arg("factor") = 0.0);
 #undef MSAM_DEFINE
 }

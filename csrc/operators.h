@@ -87,12 +87,14 @@ struct Operators {
   static void update(TensorList weights, TensorList states, TensorList terms, const Tensor& table, int64_t rule,
                      const Tensor& settings, const MaybeTensor& step, at::ArrayRef<double> coefs, TensorList sums,
                      int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved, const MaybeTensor& status,
-                     const MaybeTensor& found_inf, const MaybeTensor& shares) {
+                     const MaybeTensor& found_inf, const MaybeTensor& shares, const MaybeTensor& rates, double factor) {
     Device call(table, dtype_of(weights, {}, "weights"));
     Update a;
+    const TensorList ahead = call.split_ahead(terms, rates, coefs, shares);
     call.descent(a, weights, terms, coefs, sums, rescale, norm_sq, saved, status, shares);
     call.rule(a, states, rule, settings, step);
     a.found_inf = call.flag(found_inf, "found_inf");
+    call.shift(a, ahead, rates, factor);
     call.run(a);
   }
 

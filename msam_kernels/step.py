@@ -426,6 +426,7 @@ class Step:
         self._together: Descent | None = None  # of the latest micro-batches, where those ran at once
         self._kept = False  # whether any micro-batch has
         self._memories: list[tuple[Tensor, Tensor]] = []  # memories that change, and what they held before
+        self._ahead: Vectors | None = None  # ĝ, where the update makes the gap of it
         self._gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
 
     def __enter__(self) -> Step:
@@ -734,9 +735,9 @@ class Step:
             descent = self._reused(descent.terms[0])
         if rule is not None and at_once:
             mark_stepped(engine.base)
-            self.store.update(rule, engine.tables, engine.base.state, descent)
+            self.store.update(rule, engine.tables, engine.base.state, descent, ahead=self._ahead, factor=plan.after)
             self.perturbed = self.saves = False
-            if plan.after:
+            if plan.after and self._ahead is None:
                 engine.shift(descent.present, self._gap)
         else:
             if plan.reuses is not None:
@@ -765,17 +766,19 @@ class Step:
         vectors = [engine.collect(clear=clear), *self._held]
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
+        descent = Descent(*self._sums(products, self._norm_sq), self._norm_sq)
+        for vector, coefficient in self._terms(vectors):
+            descent.add(vector, coefficient.row(share))
         if plan.keeps:
             kept = Descent(sums=[] if products is None else [products])
             for vector, coefficient in zip(vectors, plan.keeps, strict=True):
                 kept.add(vector, coefficient.row(self.shares[i] if len(self.shares) > 1 else 1.0))
-            if plan.after and updates and len(self.shares) == 1:
-                self._keep_in_latest(vectors[0], vectors[1], kept)
-            else:
+            if not (plan.after and updates and len(self.shares) == 1):
                 self._keep(kept, begins=i == 0)
-        descent = Descent(*self._sums(products, self._norm_sq), self._norm_sq)
-        for vector, coefficient in self._terms(vectors):
-            descent.add(vector, coefficient.row(share))
+            elif descent.is_plain(vectors[1]) and not any(vector.absent for vector in vectors):
+                self._ahead = vectors[0]  # nothing has to be kept: the update makes the gap by itself
+            else:
+                self._keep_in_latest(vectors[0], vectors[1], kept)
         if self._mean is not None:
             # The first descent was kept as it is until there was a second.
             descent.add(self._mean, Coefficient().row(self.shares[0] if i == 1 else 1.0))

@@ -59,6 +59,10 @@ class Descent:
         self.terms.append(vector)
         self.coefs += row
 
+    def is_plain(self, vector: Vectors) -> bool:
+        """Whether it is that vector as it is."""
+        return len(self.terms) == 1 and self.terms[0] is vector and self.coefs == PLAIN and not self.sums
+
     @property
     def present(self) -> Vectors:
         """Some term's tensor where any has one; absent is what is absent from all."""
@@ -468,10 +472,14 @@ class Store:
             for g, rows in flat.rows_of_groups:
                 flat.backend.descend([], out, terms, rows, coefs=coefs, sums=[rates[g : g + 1], rates[-1:]])
 
-    def update(self, rule: Rule, tables: Tables, state: Any, descent: Descent, found_inf: Tensor | None = None) -> None:
+    def update(
+        self, rule: Rule, tables: Tables, state: Any, descent: Descent, found_inf: Tensor | None = None,
+        ahead: Vectors | None = None, factor: float = 0.0,
+    ) -> None:  # fmt: skip
         """The base optimizer's step on Σ cₖ xₖ, from what the weights were before they were perturbed.
 
-        Where ``found_inf`` is not 0, the weights come back and nothing else changes.
+        Where ``found_inf`` is not 0, the weights come back and nothing else changes. With ``ahead``, of which nothing is absent,
+        and a descent of one term, ``shift`` by ``factor`` and ahead − Σ cₖ xₖ in the same kernel, and with the same bits.
         """
         present = descent.present
         turns: list[tuple[int, Flat, tuple[int, ...], list[Tensor] | None]] = []
@@ -496,10 +504,12 @@ class Store:
                 options["step"] = flat.state["step"]
             if found_inf is not None:
                 options["found_inf"] = _moved(found_inf, flat.device)
+            if ahead is not None:
+                options.update(rates=tables.on("rates", flat.device), factor=factor)
             flat.backend.update(
                 flat.weights,
                 states,
-                descent.lists(f),
+                descent.lists(f) if ahead is None else joined([descent.lists(f), ahead.lists[f]]),
                 flat.table,
                 rule=rule.number,
                 settings=tables.on("settings", flat.device),

@@ -48,6 +48,7 @@ ABSENT = {
     "terms 1": (3, 4, 12),
     "terms 2": (3, 4, 8, 9),
     "terms 3": (3, 4, 9, 12),
+    "ahead": (3, 5),
     "stack 0": (3, 4, 9),
     "stack 1": (3, 4, 12),
     "stack 2": (3, 4, 8),
@@ -220,6 +221,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "sgd, mean": {**_SGD, "momentum": 0.9, "status": (PERTURBED,), "terms": (0.25, 0.3)},
         "sgd, nesterov, maximize": {**_SGD, "momentum": 0.9, "nesterov": 1.0, "maximize": 1.0},
         "sgd, everything": {**_SGD, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,), "found_inf": 0.0},
+        "sgd, shifted": {**_SGD, "momentum": 0.9, "ahead": -0.7},
+        "sgd, shifted, everything": {**_SGD, **_EVERYTHING, "norm_sq": (2.0,), "found_inf": 0.0, "ahead": 3.0},
+        "sgd, shifted, scaled, from perturbed": {**_SGD, "terms": (0.3,), "status": (PERTURBED,), "ahead": 0.4},
+        "sgd, shifted, not finite": {**_SGD, "momentum": 0.9, "norm_sq": (NAN,), "ahead": 0.4},
+        "sgd, shifted, skipped": {**_SGD, **_EVERYTHING, "unread": (0, "ahead"), "found_inf": 2.0, "ahead": 0.4},
+        "adam, shifted": {**_ADAM, "status": MIXED, "ahead": -0.2},
+        "adam, shifted, everything": {**_ADAM, **_EVERYTHING, "ahead": 0.3},
         "adam": {**_ADAM},
         "adam, first step": {**_ADAM, "step": 0, "status": MIXED},
         "adam, mean": {**_ADAM, "status": (PERTURBED,), "terms": (0.25, 0.3)},
@@ -601,6 +609,10 @@ class _Maker:
             self.put("step", torch.tensor([*map(float, steps), 0.0]))
         if "found_inf" in o:
             self.put("found_inf", torch.tensor(o["found_inf"]))
+        if "ahead" in o:
+            a["terms"] += self.tensors("ahead", 0.1, poisoned="ahead" in o.get("unread", ()))
+            self.put("rates", torch.tensor([-0.1 * (g + 1) for g in range(self.groups)], dtype=torch.float64))
+            a["factor"] = o["ahead"]
         if o["rule"] == SGD:
             a["states"] = [self.buffer("momentum_buffer", 0.1)] if "momentum" in o else []
         else:
@@ -638,7 +650,8 @@ def make(
             ``values``: what the last row of some holds; ``alias``: the term that ``out`` is, or "first", the first of them
             that is there, of a stack its first row; ``stack``: micro-batches of each tensor, ``stacked``: how many of the
             terms are such, with weights of their own, ``light``: 0 for most, ``poisoned``: NaN for the last; ``step``: of
-            all parameters, None for no such argument; ``found_inf``: its value.
+            all parameters, None for no such argument; ``found_inf``: its value; ``ahead``: the factor of what is behind the
+            term.
         sizes: elements of each parameter.
         flat: weights in one buffer, or listed.
         shift: elements by which all memory of parameters is misaligned.

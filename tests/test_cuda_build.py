@@ -28,7 +28,7 @@ STORAGE = ("float", "double", "msam::bf16", "msam::half")
 # Kernel -> variants, each for every storage type and for few and for many pointers; and those of stacks, for many alone.
 KERNELS = {
     **{"norm_kernel": (4, 4), "perturb_kernel": (4, 4), "ascend_kernel": (4, 4)},
-    **{"gram_kernel": (3, 3), "descend_kernel": (2, 1), "update_kernel": (4, 2)},
+    **{"gram_kernel": (3, 3), "descend_kernel": (2, 1), "update_kernel": (6, 2)},
 }
 REGISTERS = 65536  # of a multiprocessor
 ARCHITECTURES = ("80", "90", "100", "120")  # compute capabilities, times ten
@@ -81,8 +81,9 @@ def compiled(cubin, architecture: str, folder: Path) -> list[Kernel]:
 
 def blocks_of(k: Kernel, architecture: str) -> int:
     """Blocks of 256 threads that share a multiprocessor, at least: what the loads in flight of kernels.cuh take."""
-    adam = re.search(r"update_kernel<(\S+), \(msam::Rule\)1, (true|false)", k.name)
-    if adam and ("double" in k.name or int(architecture) >= 100 or (adam[2] == "true" and adam[1] != "float")):
+    adam = re.search(r"update_kernel<(\S+), \(msam::Rule\)1, (true|false), \S+, (true|false)", k.name)
+    more = adam and "true" in (adam[2], adam[3])  # terms, or what is behind them
+    if adam and ("double" in k.name or int(architecture) >= 100 or (more and adam[1] != "float")):
         return 2
     if re.search(r"update_kernel<\S+, \(msam::Rule\)\d, true, true", k.name):  # of stacks
         return 2

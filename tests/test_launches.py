@@ -28,7 +28,7 @@ EXPECTED = {
     "Bilateral SAM": ["ascend", "perturb", "gram", "update"],
     "Sparse SAM": ["ascend", "update"],
     "VaSSO": ["ascend", "update"],
-    "WSAM": ["ascend", "descend", "update", "descend"],  # of the gap, and by it
+    "WSAM": ["ascend", "update"],
     "Momentum-SAM": ["ascend", "update"],
     "F-SAM + Sparse + Stable": ["ascend", "gram", "update"],
 }

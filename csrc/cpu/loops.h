@@ -115,6 +115,16 @@ struct Out {
   }
 };
 
+// What they are once they have been stored.
+template <class S, class T>
+inline void as_stored(T* values, int n) {
+  if constexpr (!std::is_same_v<S, T>) {
+    alignas(64) S narrowed[kBlock];
+    narrow(values, narrowed, n);
+    widen(narrowed, values, n);
+  }
+}
+
 // In registers, where memcpy of a block would become an instruction that takes its time to begin.
 template <class S>
 inline void copy(const S* from, S* to, int64_t n, bool stream) {
@@ -694,7 +704,7 @@ void descend(const Descend& a, const Context& x, int64_t first, int64_t last) {
 
 // ---- update -----------------------------------------------------------------------------------------------------
 
-template <class S, class Rule, bool stream>
+template <class S, class Rule, bool stream, bool shifted>
 void update_row(const Update& a, const Context& x, const Chunk& c, const Terms<S>& terms, const S* start, S* weights) {
   using T = typename Arithmetic<S>::type;
   constexpr int kOwn = Rule::states;
@@ -702,6 +712,9 @@ void update_row(const Update& a, const Context& x, const Chunk& c, const Terms<S
   Ahead<S> ahead(x.large, {start});
   terms.add_to(ahead);
   for (int s = 0; s < kOwn; ++s) ahead.add(states[s] = at<S>(a.states[s], c));
+  const S* beyond = shifted ? at<S>(x, a.ahead, c) : nullptr;
+  const T rate = shifted ? T(a.factor * a.rates[c.group]) : 0;
+  if (shifted) ahead.add(beyond);
   const Rule rule(a.settings + c.group * a.columns, a.step ? int64_t(a.step[c.segment]) + 1 : 1);
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
@@ -725,18 +738,25 @@ void update_row(const Update& a, const Context& x, const Chunk& c, const Terms<S
       w_new[j] = value;
       for (int s = 0; s < kOwn; ++s) next[s][j] = state[s];
     });
+    if constexpr (shifted) {
+      const T factor = rate, *there = load(beyond + i, wt, n);  // the old weights are needed no more
+      alignas(64) T gap[kBlock];
+      for_elements(i, n, InCache(), [&](int j) { gap[j] = there[j] - g[j]; });
+      as_stored<S>(gap, n), as_stored<S>(w_new, n);
+      for_elements(i, n, InCache(), [&](int j) { w_new[j] = plus_weighted(w_new[j], gap[j], factor); });
+    }
     out.commit(n);
     for (int s = 0; s < kOwn; ++s) Out<false, S, T>{states[s] + i, after[s]}.commit(n);
   });
 }
 
-template <class S, bool stream>
+template <class S, bool stream, bool shifted>
 auto update_of(const Update& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   const double* row = a.settings + c.group * a.columns;
   if (a.rule == kSgd)
-    return row[kMomentum] != 0 ? update_row<S, Sgd<T, true>, stream> : update_row<S, Sgd<T, false>, stream>;
-  return row[kAmsgrad] != 0 ? update_row<S, Adam<T, true>, stream> : update_row<S, Adam<T, false>, stream>;
+    return row[kMomentum] != 0 ? update_row<S, Sgd<T, true>, stream, shifted> : update_row<S, Sgd<T, false>, stream, shifted>;
+  return row[kAmsgrad] != 0 ? update_row<S, Adam<T, true>, stream, shifted> : update_row<S, Adam<T, false>, stream, shifted>;
 }
 
 template <class S>
@@ -749,8 +769,10 @@ void update(const Update& a, const Context& x, int64_t first, int64_t last) {
     const bool stream = x.large && perturbed;  // weights that are read are in cache already
     const S* start = perturbed ? at<S>(a.saved, c) : weights;
     const Terms<S> terms(a, x, c);
-    if (terms.any)
-      (stream ? update_of<S, true>(a, c) : update_of<S, false>(a, c))(a, x, c, terms, start, weights);
+    if (terms.any && at<S>(x, a.ahead, c))
+      (stream ? update_of<S, true, true>(a, c) : update_of<S, false, true>(a, c))(a, x, c, terms, start, weights);
+    else if (terms.any)
+      (stream ? update_of<S, true, false>(a, c) : update_of<S, false, false>(a, c))(a, x, c, terms, start, weights);
     else if (perturbed)
       copy(start, weights, c.numel, stream);
     if (a.status) a.status[k] = kUntouched;

@@ -213,11 +213,14 @@ cudaError_t launch_descend(const Descend& args, const Lists& lists, cudaStream_t
 }
 
 cudaError_t launch_update(const Update& args, const Lists& lists, cudaStream_t stream) {
-  const auto kernel = [](const auto& p, auto s, auto sgd, auto combined) {
-    return stacked_or_not(p, [](auto stacked) {
+  const auto kernel = [&](const auto& p, auto s, auto sgd, auto combined) {
+    return stacked_or_not(p, [&](auto stacked) {
+      using P = std::decay_t<decltype(p)>;
       constexpr Rule rule = decltype(sgd)::value ? kSgd : kAdam;
-      constexpr bool stacks = decltype(stacked)::value;
-      return update_kernel<decltype(s), rule, stacks || decltype(combined)::value, stacks, std::decay_t<decltype(p)>>;
+      constexpr bool stacks = decltype(stacked)::value, several = stacks || decltype(combined)::value;
+      if constexpr (!several)
+        if (args.ahead) return update_kernel<decltype(s), rule, false, false, true, P>;
+      return update_kernel<decltype(s), rule, several, stacks, false, P>;
     });
   };
   return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.rule == kSgd, args.combination.count > 1);

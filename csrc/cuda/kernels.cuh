@@ -1006,29 +1006,77 @@ MSAM_DEVICE void apply_rule(const Adam<float, amsgrad>& rule, float (&w)[N], con
     w[j] = w[j] - rule.step_size * (ordinary ? quick_direction(rule, state[j][0], v[j]) : rule.direction(state[j][0], v[j]));
 }
 
+// What is taken off a row's weights after the rule's, where there is anything.
+template <class S, bool there>
+struct Shift {
+  template <class P>
+  MSAM_DEVICE Shift(const P&, const Chunk&) {}
+  template <int N>
+  struct In {};
+  MSAM_DEVICE uintptr_t addresses() const { return 0; }
+  template <int N>
+  MSAM_DEVICE void load(In<N>&, int) const {}
+  template <int N, class T>
+  MSAM_DEVICE void apply(const In<N>&, T (&)[N], const T (&)[N]) const {}
+};
+template <class S>
+struct Shift<S, true> {
+  using T = typename Traits<S>::T;
+  const S* from;  // null where it is absent
+  T rate;
+
+  template <class P>
+  MSAM_DEVICE Shift(const P& p, const Chunk& c)
+      : from(at<S>(p, p.args.ahead, c)), rate(T(p.args.factor * p.args.rates[c.group])) {}
+  template <int N>
+  struct In {
+    Pack<S, N> x;
+  };
+  MSAM_DEVICE uintptr_t addresses() const { return address(from); }
+  template <int N>
+  MSAM_DEVICE void load(In<N>& in, int i) const {
+    if (from) in.x = cuda::load<N>(from + i);
+  }
+  // Both parts as they would be stored.
+  template <int N>
+  MSAM_DEVICE void apply(const In<N>& in, T (&w)[N], const T (&g)[N]) const {
+    if (!from) return;
+    T gap[N];
+    Convert<S, N>::widen(in.x, gap);
+#pragma unroll
+    for (int j = 0; j < N; ++j) gap[j] = gap[j] - g[j];
+    Convert<S, N>::widen(Convert<S, N>::narrow(gap), gap);
+    Convert<S, N>::widen(Convert<S, N>::narrow(w), w);
+#pragma unroll
+    for (int j = 0; j < N; ++j) w[j] = plus_weighted(w[j], gap[j], rate);
+  }
+};
+
 // A rule with or without its option, momentum or amsgrad.
 template <class T, Rule rule, bool option>
 using Formula = std::conditional_t<rule == kSgd, Sgd<T, option>, Adam<T, option>>;
 
-template <class S_, Rule rule, bool option, bool combined, bool stacked>
+template <class S_, Rule rule, bool option, bool combined, bool stacked, bool shifted>
 struct UpdateOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = rule == kSgd && !combined ? 2 : 1, states = Formula<T, rule, option>::states;
+  static constexpr int kUnroll = rule == kSgd && !combined && !shifted ? 2 : 1, states = Formula<T, rule, option>::states;
   const S* base;
   S* weights;
   void* const* flat;  // the states; not as pointers of the row's own: registers are short
   int64_t offset;
   Gradient<S, combined, stacked> gradient;
+  Shift<S, shifted> shift;
   const Formula<T, rule, option>& formula;  // shared
 
   template <int N>
   struct In {
     Pack<S, N> w, state[kStates];
     typename Gradient<S, combined, stacked>::template In<N> g;
+    typename Shift<S, shifted>::template In<N> ahead;
   };
   MSAM_DEVICE uintptr_t addresses() const {
-    uintptr_t all = address(base) | address(weights) | gradient.addresses();
+    uintptr_t all = address(base) | address(weights) | gradient.addresses() | shift.addresses();
 #pragma unroll
     for (int v = 0; v < states; ++v) all |= address(state(v));
     return all;
@@ -1037,6 +1085,7 @@ struct UpdateOp {
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
+    shift.template load<N>(in.ahead, i);
 #pragma unroll
     for (int v = 0; v < states; ++v) in.state[v] = cuda::load<N>(state(v) + i);
     in.w = cuda::load<N>((base ? base : weights) + i);
@@ -1059,6 +1108,7 @@ struct UpdateOp {
       for (int j = 0; j < N; ++j) x[j] = one[j][v];
       store<N>(state(v) + i, Convert<S, N>::narrow(x));
     }
+    shift.template apply<N>(in.ahead, w, g);
     store<N>(weights + i, Convert<S, N>::narrow(w));
   }
 };
@@ -1074,11 +1124,12 @@ MSAM_DEVICE void draw_ticket(const Window<Update>& a, Shared& shared) {
 // Read where it is needed: a value that lives through a row's work takes a register of it.
 MSAM_DEVICE bool is_wanted(const Update& a) { return !a.found_inf || *a.found_inf == 0; }
 
-template <class S, Rule rule, bool option, bool combined, bool stacked, class P>
+template <class S, Rule rule, bool option, bool shifted, bool combined, bool stacked, class P>
 MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights,
                             const Gradient<S, combined, stacked>& gradient,
                             const Formula<typename Traits<S>::T, rule, option>& formula, Shared& shared) {
-  UpdateOp<S, rule, option, combined, stacked> op{base, weights, p.args.states, c.offset, gradient, formula};
+  UpdateOp<S, rule, option, combined, stacked, shifted> op{
+      base, weights, p.args.states, c.offset, gradient, Shift<S, shifted>(p, c), formula};
   walk(op, int(c.numel), [&] {
     __syncthreads();
     op.gradient.begin();
@@ -1099,8 +1150,8 @@ MSAM_DEVICE void count_steps(const P& p) {
   }
 }
 
-template <class S, Rule rule, bool combined, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined, stacked>)
+template <class S, Rule rule, bool combined, bool stacked, bool shifted, class P>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined || shifted, stacked>)
     update_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -1124,9 +1175,9 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined, sta
     if (threadIdx.x == kSecond) new (shared.constants) Made(settings, 1 + (a.step ? int64_t(a.step[c.segment]) : 0));
     const Made& formula = *reinterpret_cast<const Made*>(shared.constants);
     if (option && !missing)
-      update_row<S, rule, true, combined, stacked>(p, c, base, weights, gradient, formula, shared);
+      update_row<S, rule, true, shifted>(p, c, base, weights, gradient, formula, shared);
     else
-      update_row<S, rule, false, combined, stacked>(p, c, base, weights, gradient, formula, shared);
+      update_row<S, rule, false, shifted>(p, c, base, weights, gradient, formula, shared);
     settle(a, k, was, true);
   } else {
     if (was == kPerturbed) copy(at<S>(a.saved, c), at<S>(p, a.weights, c), int(c.numel));

@@ -85,7 +85,8 @@ _SCHEMAS = (
     f"descend(Tensor(a!)[] weights, Tensor(b!)[] out, Tensor[] terms, Tensor table, *, {_COMBINATION}, "
     "Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None, Tensor? shares=None) -> ()",
     "update(Tensor(a!)[] weights, Tensor(b!)[] states, Tensor[] terms, Tensor table, *, int rule, Tensor settings, "
-    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None, Tensor? found_inf=None, Tensor? shares=None) -> ()",
+    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None, Tensor? found_inf=None, Tensor? shares=None, "
+    "Tensor? rates=None, float factor=0.) -> ()",
 )
 OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 

@@ -106,6 +106,24 @@ def check_stacks(stack: int, **lists: Argument) -> None:
             check_stack(label, t, stack)
 
 
+def split_ahead(
+    terms: list[Tensor], rates: Tensor | None, count: int, shares: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """An update's terms, and what is behind them where it has ``rates``.
+
+    Raises:
+        RuntimeError: there is not one term, or there are stacks.
+    """
+    if rates is None:
+        return terms, []
+    if count != 1 or shares is not None or len(terms) % 2:
+        raise RuntimeError(
+            f"rates go with one term and one list more behind it, and no shares, got {count} coefficients for {len(terms)} "
+            f"tensors, shares {'missing' if shares is None else 'there'}"
+        )
+    return terms[: len(terms) // 2], terms[len(terms) // 2 :]
+
+
 def _dispatches(t: Tensor) -> bool:
     """Whether its class decides in Python what operators do, as those do that have no memory."""
     return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__

@@ -40,7 +40,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check, check_stack, check_stacks
+from .checks import check, check_stack, check_stacks, split_ahead
 
 EPS = 1e-12  # added to a norm that divides
 UNTOUCHED, SAVED, PERTURBED = 0, 1, 2  # values of ``status``
@@ -482,6 +482,8 @@ def update(
     status: Tensor | None = None,
     found_inf: Tensor | None = None,
     shares: Tensor | None = None,
+    rates: Tensor | None = None,
+    factor: float = 0.0,
 ) -> None:
     """One step of ``rule`` on Σ cₖ xₖ, for every row that has a term; ``status`` becomes UNTOUCHED in any case.
 
@@ -491,9 +493,13 @@ def update(
 
     Where ``found_inf`` is not 0 no row has a term: what is perturbed comes back, and nothing else changes. ``shares``: see
     ``descend``.
+
+    With ``rates``, float64 by group, ``terms`` are x and one list more, y: after the rule's step, of every parameter that is in
+    both, w ← w + factor·rates[group]·(y − c·x), of whose two parts each is first rounded as it would be stored.
     """
     numbers = {"settings": settings, "step": step, "sums": sums, "norm_sq": norm_sq, "status": status, "shares": shares}
-    check(table, weights=weights, states=states, terms=terms, saved=saved, found_inf=found_inf, **numbers)
+    check(table, weights=weights, states=states, terms=terms, saved=saved, found_inf=found_inf, rates=rates, **numbers)
+    terms, ahead = split_ahead(terms, rates, len(coefs) // len(COEFFICIENT), shares)
     lists, c = _terms(terms, shares, coefs, sums, rescale, norm_sq)
     if found_inf is not None and bool(found_inf != 0):
         lists, c = [], []
@@ -512,6 +518,11 @@ def update(
         else:
             count = None if step is None else step[row.segment]
             weight.copy_(one(_wide(start).clone(), g, [row.within(s) for s in states], rows[row.group], count))
+            x = row.of(ahead)
+            if x is not None:
+                assert rates is not None
+                gap = _wide((_wide(x) - g).to(weight.dtype))
+                weight.copy_(_wide(weight) + gap * (factor * rates[row.group]).to(gap.dtype))
             updated.add(row.segment)
         if status is not None:
             status[row.k] = UNTOUCHED

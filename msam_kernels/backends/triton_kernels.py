@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check, check_stack, check_values
+from .checks import check, check_stack, check_values, split_ahead
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 THREADS = tl.constexpr(256)  # of a program
@@ -846,9 +846,9 @@ def descend_kernel(
 
 @triton.jit
 def update_row(
-    w, start, xs, states, c, shares, micro_batches, bytes, settings, numel, there, S: tl.constexpr, T: tl.constexpr,
-    RULE: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    w, start, xs, states, ahead, rate, c, shares, micro_batches, bytes, settings, numel, there, S: tl.constexpr,
+    T: tl.constexpr, RULE: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr, STATES: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
@@ -863,6 +863,11 @@ def update_row(
             x, values = adam(before.to(T), g, values, settings, STATES)
         for k in tl.static_range(STATES):
             store(states[k], at, here, values[k], S, ALIGNED)
+        if SHIFTED:
+            moves = ahead != 0
+            gap = (load(ahead, at, here & moves, S, ALIGNED).to(T) - g).to(S).to(T)
+            stored = x.to(S).to(T)
+            x = tl.where(moves, stored + weighted(gap, rate), stored)
         store(w, at, here, tl.where(there, x.to(S), before), S, ALIGNED)
 
 
@@ -891,9 +896,10 @@ def update_kernel(
     table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, status: tl.int64,
     terms: tl.int64, segments: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
     norm_sq: tl.int64, norm_terms: tl.int64, shares: tl.int64, micro_batches: tl.int64, sizes: tl.int64, settings: tl.int64,
-    columns: tl.int64, step: tl.int64, found_inf: tl.int64, state0: tl.int64, state1: tl.int64, state2: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr, SUMS: tl.constexpr,
-    STATES: tl.constexpr, BLOCK: tl.constexpr,
+    columns: tl.int64, step: tl.int64, found_inf: tl.int64, aheads: tl.int64, rates: tl.int64, factor: tl.int64,
+    state0: tl.int64, state1: tl.int64, state2: tl.int64, S: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr,
+    COUNT: tl.constexpr, STACKS: tl.constexpr, SUMS: tl.constexpr, STATES: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = STACKS + COUNT
     c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, 0, T, COUNT, SUMS)
@@ -915,11 +921,15 @@ def update_kernel(
             numbers = adam_settings(row, number_of_step, T)
             kept = state0, state1, tl.where(numbers[3], state2, 0)  # nor has a group without amsgrad the third
         states = [in_flat(tl.where(there, state, 0), offset, S) for state in kept[:STATES]]
+        ahead, rate = w * 0, 0.0
+        if SHIFTED:
+            ahead = in_list(aheads, segment, begin, S)
+            rate = (number(factor, tl.float64) * tl.load(pointer(rates, tl.float64) + group)).to(T)
         for ALIGNED in tl.static_range(2):
-            if is_aligned(w | start | union(xs, ALL) | bytes | union(states, STATES) | numel) == ALIGNED:
+            if is_aligned(w | start | ahead | union(xs, ALL) | bytes | union(states, STATES) | numel) == ALIGNED:
                 update_row(
-                    w, start, xs, states, c, shares, micro_batches, bytes, numbers, numel, there, S, T, RULE, COUNT, STACKS,
-                    STATES,
+                    w, start, xs, states, ahead, rate, c, shares, micro_batches, bytes, numbers, numel, there, S, T, RULE, COUNT,
+                    STACKS, STATES, SHIFTED,
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
         store_status(status, k, UNTOUCHED, w != 0)
@@ -1418,7 +1428,7 @@ def update(
     weights: list[Tensor], states: list[Tensor], terms: list[Tensor], table: Tensor, *, rule: int, settings: Tensor,
     step: Tensor | None = None, coefs: list[float], sums: list[Tensor], rescale: int = -1, norm_sq: Tensor | None = None,
     saved: Tensor | None = None, status: Tensor | None = None, found_inf: Tensor | None = None,
-    shares: Tensor | None = None,
+    shares: Tensor | None = None, rates: Tensor | None = None, factor: float = 0.0,
 ) -> None:  # fmt: skip
     if rule not in RULES:
         raise RuntimeError(f"rule must be 0 (SGD) or 1 (Adam), got {rule}")
@@ -1427,8 +1437,11 @@ def update(
         raise RuntimeError(f"states must be {names} or those without the last, got {len(states)}")
     if states and step is None:
         raise RuntimeError("states need step, which is missing")
+    terms, ahead = split_ahead(terms, rates, len(coefs) // COEFFICIENT_COLUMNS.value, shares)
     call = _Call(table, weights=weights)
-    arguments, _, constants = _descent(call, weights, [], terms, coefs, sums, rescale, norm_sq, saved, status, shares)
+    arguments, ahead_at, constants = _descent(
+        call, weights, ahead, terms, coefs, sums, rescale, norm_sq, saved, status, shares
+    )
     settings_at, steps = call.plain("settings", settings, dim=2), call.plain("step", step, torch.float32)
     if settings.shape[1] < columns:
         raise RuntimeError(f"settings must have {columns} columns for this rule, got {settings.shape[1]}")
@@ -1440,6 +1453,7 @@ def update(
         raise RuntimeError(f"found_inf must have one element, got shape {list(found_inf.shape)}")
     kept = [call.dense(name, t) for name, t in zip(names, states, strict=False)]
     call.launch(
-        update_kernel, *arguments, settings_at, settings.shape[1], steps, found_inf_at, *kept, *(0,) * (3 - len(kept)),
-        RULE=rule, **constants, STATES=len(kept),
+        update_kernel, *arguments, settings_at, settings.shape[1], steps, found_inf_at, ahead_at,
+        call.plain("rates", rates), *_bits(factor), *kept, *(0,) * (3 - len(kept)),
+        RULE=rule, **constants, STATES=len(kept), SHIFTED=rates is not None,
     )  # fmt: skip
