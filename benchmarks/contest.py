@@ -61,6 +61,7 @@ FAMILY = {
     "LookSAM": Method("LookSAM", ascent=2, kept=True),
     "Bilateral SAM": Method("BilateralSAM", ascent=5, held=2, mixed=True),
     "GSAM": Method("GapSAM", ascent=2, held=1, mixed=True),
+    "LE-SAM": Method("LossEquatedSAM"),
     "VaSSO": Method("VaSSO", ascent=3),
     "WSAM": Method("WSAM", kept=True),
     "Momentum-SAM": Method("MomentumSAM"),
@@ -122,6 +123,7 @@ class Case:
             "LookSAM": {"k": PERIOD, "alpha": 0.7},
             "Bilateral SAM": {"rho_min": rho / 2},
             "GSAM": {"alpha": 0.4},
+            "LE-SAM": {"sigma": rho / 2},
             "VaSSO": {"theta": 0.4},
             "WSAM": {"gamma": 0.8},
         }.get(self.method, {})

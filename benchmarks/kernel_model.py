@@ -85,8 +85,14 @@ NORM = Entry(1, 0, "norm_kernel<S, false, false, false", 4, 1, 0, 1, True)
 # Without stacks: of what takes several micro-batches at once nothing was measured that a prediction could rest on.
 PERTURB, FRIENDLY = "perturb_kernel<S, false, false, false", "perturb_kernel<S, true, false, false"
 DESCEND, DESCEND_MORE = "descend_kernel<S, false, false", "descend_kernel<S, true, false"
-SGD, SGD_MORE = r"update_kernel<S, \(msam::Rule\)0, false, false, false", r"update_kernel<S, \(msam::Rule\)0, true, false, false"
-ADAM, ADAM_MORE = r"update_kernel<S, \(msam::Rule\)1, false, false, false", r"update_kernel<S, \(msam::Rule\)1, true, false, false"
+SGD, SGD_MORE = (
+    r"update_kernel<S, \(msam::Rule\)0, false, false, false",
+    r"update_kernel<S, \(msam::Rule\)0, true, false, false",
+)
+ADAM, ADAM_MORE = (
+    r"update_kernel<S, \(msam::Rule\)1, false, false, false",
+    r"update_kernel<S, \(msam::Rule\)1, true, false, false",
+)
 ENTRIES = {
     "norm": NORM,
     "norm, friendly": Entry(2, 0, "norm_kernel<S, true, false, false", 2, 2, 0, 1, True),

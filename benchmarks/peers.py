@@ -159,7 +159,7 @@ class Loop(Peer):
     base_options = {"foreach": False}
     methods = (
         *("SAM", "ASAM", "F-SAM", "Stable SAM", "Sparse SAM", "LookSAM", "Bilateral SAM", "GSAM"),
-        *("VaSSO", "WSAM", "Momentum-SAM", "SAM-ON"),
+        *("LE-SAM", "VaSSO", "WSAM", "Momentum-SAM", "SAM-ON"),
     )
 
     def __init__(self, base: Optimizer, **options):
@@ -201,7 +201,8 @@ class Loop(Peer):
             grads = self._without_ema(grads)
         if self.method == "VaSSO":
             grads = self._averaged(grads)
-        scale = self.rho / (_norm(grads) + EPS)
+        norm = _norm(grads) + EPS
+        scale = (self.sigma / norm).clamp(max=self.rho) / norm if self.method == "LE-SAM" else self.rho / norm
         if self.mask is None:
             yield from (g * scale for g in grads)
         else:

@@ -713,7 +713,16 @@ def test_bytes_of_a_step_are_those_of_the_contract(load):
     def passes(method, m=1, base="sgd", **options):
         return contest.Case("cnn", method, base, torch.float32, m).passes(**options)
 
-    one = {"SAM": 10, "ASAM": 11, "F-SAM": 13, "Stable SAM": 11, "Bilateral SAM": 17, "GSAM": 13, "LookSAM": 8.6}
+    one = {
+        "SAM": 10,
+        "ASAM": 11,
+        "F-SAM": 13,
+        "Stable SAM": 11,
+        "Bilateral SAM": 17,
+        "GSAM": 13,
+        "LookSAM": 8.6,
+        "LE-SAM": 10,
+    }
     one |= {"VaSSO": 13, "WSAM": 11, "Momentum-SAM": 10}
     assert {method: passes(method) for method in one} == one
     assert (passes("Momentum-SAM", 3), passes("Momentum-SAM", 3, passes_loop=True)) == (5 + 3 + 6, 5 + 3 + 5 + 5)
@@ -735,6 +744,7 @@ SETTINGS = {
     "LookSAM": {"k": 2, "alpha": 0.7},
     "Bilateral SAM": {"rho_min": 0.1},
     "GSAM": {"alpha": 0.4},
+    "LE-SAM": {"sigma": 0.9},
     "VaSSO": {"theta": 0.4},
     "WSAM": {"gamma": 0.8},
     "Momentum-SAM": {},
