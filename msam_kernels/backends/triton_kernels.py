@@ -928,8 +928,8 @@ def update_kernel(
         for ALIGNED in tl.static_range(2):
             if is_aligned(w | start | ahead | union(xs, ALL) | bytes | union(states, STATES) | numel) == ALIGNED:
                 update_row(
-                    w, start, xs, states, ahead, rate, c, shares, micro_batches, bytes, numbers, numel, there, S, T, RULE, COUNT,
-                    STACKS, STATES, SHIFTED,
+                    w, start, xs, states, ahead, rate, c, shares, micro_batches, bytes, numbers, numel, there, S, T, RULE,
+                    COUNT, STACKS, STATES, SHIFTED,
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
         store_status(status, k, UNTOUCHED, w != 0)
