@@ -479,7 +479,7 @@ class Store:
         """The base optimizer's step on Σ cₖ xₖ, from what the weights were before they were perturbed.
 
         Where ``found_inf`` is not 0, the weights come back and nothing else changes. With ``ahead``, of which nothing is
-        absent, and a descent of one term, ``shift`` by ``factor`` and ahead − Σ cₖ xₖ in the same kernel, and with the same bits.
+        absent, and a descent of one term, ``shift`` by ``factor`` and ahead − Σ cₖ xₖ in the same kernel, with the same bits.
         """
         present = descent.present
         turns: list[tuple[int, Flat, tuple[int, ...], list[Tensor] | None]] = []
