@@ -247,12 +247,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 CASES = [(operator, variant) for operator, variants in VARIANTS.items() for variant in variants]
-# Of a stack the ema is rounded after every micro-batch.
+# Of a stack the ema is rounded after every micro-batch, and an update before what goes off the weights after it.
 ROUNDED_ONCE = [
     (operator, variant)
     for operator, variant in CASES
     if "not finite" not in variant
     and not {"stack", "lmbda"} <= VARIANTS[operator][variant].keys()
+    and "ahead" not in VARIANTS[operator][variant]
     and VARIANTS[operator][variant].get("alias") != "row"
 ]
 # Variants that use most arguments.

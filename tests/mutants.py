@@ -139,6 +139,32 @@ MUTANTS = [
         "tests/test_methods.py -k 'same_tensor and WSAM and cpu'",
     ),
     Mutant(
+        "an update shifts what is not in both passes",
+        P + "step.py",
+        "descent.is_plain(vectors[1]) and not any(vector.absent for vector in vectors)",
+        "descent.is_plain(vectors[1])",
+        "tests/test_optimizer.py -k 'some_passes_only and cpu'",
+    ),
+    Mutant(
+        "an update's shift is not by the factor",
+        P + "store.py",
+        "flat.device), factor=factor)",
+        "flat.device), factor=1.0)",
+        GOLDEN,
+    ),
+    Mutant("a shift the other way", LOOPS, "there[j] - g[j]", "there[j] + g[j]", SPECIFIED, FLOAT),
+    Mutant(
+        "a shift of what is not rounded", LOOPS, "as_stored<S>(gap, n), as_stored<S>(w_new, n);", "", SPECIFIED_16, BF16
+    ),
+    Mutant(
+        "a shift of what is not rounded, on a GPU",
+        DEVICE,
+        "    Convert<S, N>::widen(Convert<S, N>::narrow(w), w);\n",
+        "",
+        EMULATED,
+    ),
+    Mutant("a shift of half, in Triton", B + "triton_kernels.py", "weighted(gap, rate)", "gap", TRITON),
+    Mutant(
         "maximised groups get the gap of others",
         P + "rules.py",
         "_number(lr) if maximizes else -_number(lr)",

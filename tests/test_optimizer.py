@@ -363,10 +363,12 @@ PRESENCE = {
 @pytest.mark.parametrize("way", ["passes", "train_step"])
 @pytest.mark.parametrize("name", ["SGD dampening weight_decay", "Adam everything", "RMSprop"])
 @pytest.mark.parametrize("presence", PRESENCE)
-@pytest.mark.parametrize("method", ["SAM", "F-SAM sigma=0.5 lmbda=0.6"])
-def test_a_parameter_may_get_a_gradient_in_some_passes_only(method, presence, name, way, backend):
+@pytest.mark.parametrize(
+    ("method", "micro_batches"), [("SAM", 2), ("F-SAM sigma=0.5 lmbda=0.6", 2), ("WSAM", 2), ("WSAM", 1)]
+)
+def test_a_parameter_may_get_a_gradient_in_some_passes_only(method, micro_batches, presence, name, way, backend):
     expected = Zoo(uses=PRESENCE[presence])
-    actual, ours, theirs = follow_the_plain_loops(expected, BASES[name], METHODS[method], 2, way, backend)
+    actual, ours, theirs = follow_the_plain_loops(expected, BASES[name], METHODS[method], micro_batches, way, backend)
     assert (actual.sometimes in ours.state) == (expected.sometimes in theirs.base.state)
 
 
