@@ -307,7 +307,7 @@ class CapturedStep:
         """Whether what the graph was warmed up or captured with is still there, at the same addresses."""
         opt, store = self._opt, self._opt.engine.store
         # Also brings tensors that were loaded into the state to where the graph reads them.
-        kept = fused_rule(opt.base_optimizer) is None or store.rebind(opt.state)
+        kept = fused_rule(opt.base_optimizer) is None or store.rebind(opt.base_optimizer.state)
         return kept and self._current_addresses() == graph.addresses
 
     def _current_addresses(self) -> object:
@@ -323,7 +323,9 @@ class CapturedStep:
         # And what the graph did by: which parameters are trained, whose buffers are held, how batches are split.
         trained = [p.requires_grad for p in engine.store.parameters()]
         if self._opt.method.full.momentum:
-            addresses += [t.data_ptr() for tensors in engine.store.momentum(self._opt.state).lists for t in tensors]
+            addresses += [
+                t.data_ptr() for tensors in engine.store.momentum(self._opt.base_optimizer.state).lists for t in tensors
+            ]
         return (
             engine.store.layout,
             engine.tables.names,

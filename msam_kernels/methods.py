@@ -139,6 +139,11 @@ class Plan:
         return 1 + max(v for v in range(3) if dot(0, v) <= max(used)) if used else 0
 
     @property
+    def remembers_v(self) -> bool:
+        """Whether "v" outlives the step."""
+        return bool(self.keeps) and not self.after
+
+    @property
     def kept(self) -> str:
         """The name of the memory that ``keeps`` adds to."""
         return "gap" if self.after else "v"

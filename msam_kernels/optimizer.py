@@ -208,11 +208,39 @@ class MicroBatchSAM(Optimizer):
         )
         this = ref(self.engine)
 
-        def keep_rho(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-            engine = this()
-            return None if engine is None else engine.radii.kept_in(state_dict, engine.steps)
+        left: dict[str, Any] = {}
+        loaded: list[dict[str, Any]] = []
 
-        self.base_optimizer.register_load_state_dict_pre_hook(keep_rho)
+        def show(base: Optimizer) -> None:
+            engine = this()
+            if engine is not None:
+                engine.check_restored("state_dict()")
+                left.update(checkpoint.show(engine))
+
+        def add(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            state_dict = checkpoint.saved(state_dict, dict(left))
+            left.clear()
+            return state_dict
+
+        def take_apart(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+            engine = this()
+            if engine is None:
+                return None
+            state_dict, own = checkpoint.apart(state_dict)
+            loaded.append(own)
+            return engine.radii.kept_in(state_dict, engine.steps)
+
+        def load(base: Optimizer) -> None:
+            engine = this()
+            if engine is not None and loaded:
+                checkpoint.load(engine, loaded[-1])
+            loaded.clear()
+
+        base = self.base_optimizer
+        base.register_state_dict_pre_hook(show)
+        base.register_state_dict_post_hook(add)
+        base.register_load_state_dict_pre_hook(take_apart)
+        base.register_load_state_dict_post_hook(load)
 
     method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
     enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
@@ -242,6 +270,8 @@ class MicroBatchSAM(Optimizer):
 
     @property
     def state(self) -> Any:
+        """The base optimizer's. Beside its own stands what the method keeps, up to date at every look: see ``checkpoint``."""
+        checkpoint.show(self.engine)
         return self.base_optimizer.state
 
     @state.setter
@@ -284,20 +314,20 @@ class MicroBatchSAM(Optimizer):
         return {
             **{name: getattr(self, name) for name in (*own, "method", "model", "enabled")},
             "schedules": engine.radii.schedules,
-            checkpoint.KEY: checkpoint.saved(engine),
+            checkpoint.KEY: checkpoint.show(engine),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" not in state:  # Optimizer.load_state_dict hands over what it loaded
             self.base_optimizer.__setstate__(state)
             return
-        own, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
+        left, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
         super().__setstate__({"parallel": False, "compile": False, **state})
         self._make_engine(method, model)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
-        checkpoint.load(self.engine, own)
+        checkpoint.load(self.engine, checkpoint.out_of_state(self.base_optimizer, left))
 
     def __repr__(self) -> str:
         split = f"micro_batch_size={self.micro_batch_size}"
@@ -309,7 +339,12 @@ class MicroBatchSAM(Optimizer):
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps.
+        """The base optimizer's state dict, which plain torch optimizers load, with what the method keeps among its entries.
+
+        That is ``state[p]["msam_ema"]``, ``["msam_v"]`` and ``["msam_mask"]``, and in each group "msam_steps" and
+        "msam_mask_step", where whatever saves an optimizer finds it; see ``docs/checkpoints.md``. What has no entry to stand
+        in, because the base optimizer has yet to begin that, is under "msam". The base optimizer's own ``state_dict`` has the
+        same.
 
         Raises:
             RuntimeError: the weights are perturbed, and would be saved as they are.
@@ -317,7 +352,8 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_restored("state_dict()")
         self.engine.take_in()
         self.engine.radii.take_schedules(self.steps)
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.saved(self.engine)}
+        left = checkpoint.show(self.engine)
+        return checkpoint.saved(super().state_dict(), left)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
@@ -335,8 +371,9 @@ class MicroBatchSAM(Optimizer):
 
         def last_hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check(state_dict, engine.store.parameters())  # the user's hooks may have changed it
-            checkpoint.take_in(engine, state_dict.get(checkpoint.KEY, {}))
-            loaded.update(state_dict)
+            state_dict, own = checkpoint.apart(state_dict)
+            checkpoint.take_in(engine, own)
+            loaded.update(own)
             return engine.radii.kept_in(state_dict, engine.steps)
 
         hook = self.register_load_state_dict_pre_hook(last_hook)
@@ -344,7 +381,7 @@ class MicroBatchSAM(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        checkpoint.load(engine, loaded.get(checkpoint.KEY, {}))
+        checkpoint.load(engine, loaded)
 
     # -- user's calls ---------------------------------------------------------------------------------------------------
 

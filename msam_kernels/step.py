@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,7 +20,20 @@ from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
-from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
+from .rules import (
+    MASK_STEP,
+    MOMENTA,
+    OURS,
+    RULES,
+    STEPS,
+    Radii,
+    Radius,
+    Rule,
+    Tables,
+    check_method,
+    fused_rule,
+    no_momentum,
+)
 from .store import PLAIN, Descent, Store
 
 
@@ -46,18 +60,31 @@ LEFT = "; a loop that may be left early is given up at the end of `with opt.pass
 RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
+def _in_groups(key: str) -> Any:
+    """A number that stands in every parameter group, where whoever saves or copies an optimizer finds it."""
+
+    def put(engine: Engine, value: int) -> None:
+        for group in engine.base.param_groups:
+            group[key] = value
+
+    return property(lambda engine: engine.base.param_groups[0].get(key, 0), put)
+
+
 class Engine:
     """Runs the steps of one optimizer.
 
     Attributes:
-        steps: taken so far.
+        steps: taken so far; in the groups as "msam_steps".
         enabled: whether the method takes part; without it the base optimizer works alone.
         step: the one under way, or None.
         norms_sq: of the latest step, by micro-batch: the terms of the direction's squared norm.
         latest: the plan of that step.
         v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
-        mask_step: the step at which the mask was first used.
+        mask_step: the step at which the mask was first used; in the groups as "msam_mask_step", where a method has one.
     """
+
+    steps: int = _in_groups(STEPS)
+    mask_step: int = _in_groups(MASK_STEP)
 
     def __init__(
         self,
@@ -74,8 +101,8 @@ class Engine:
         self.store = Store(base, flatten=flatten, backend=backend)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
-        self.steps, self.enabled = 0, True
-        self.v_step, self.mask_step = -1, 0
+        self.enabled = True
+        self.v_step = -1
         self.step: Step | None = None
         self.broken = False  # weights are perturbed that could not be brought back
         self.norms_sq: list[Tensor] = []
@@ -105,6 +132,9 @@ class Engine:
             if "rho" not in group:
                 group["rho"] = self.radii.default
                 put_there.add(g)
+        self.steps = self.steps  # also in groups that are new
+        if self.method.full.sparse is not None:
+            self.mask_step = self.mask_step
         self.radii.take_schedules(self.steps)
         self.tables.forget()
 
@@ -113,12 +143,15 @@ class Engine:
         groups = self.base.param_groups
         earlier = [groups[g] for g in RHO_OF_OURS.get(self.base, ()) if "rho" in groups[g]]
         radii = [group.pop("rho") for group in earlier]
+        counted = self.base in RHO_OF_OURS
         try:
             self.adopt()
         except BaseException:
             for group, rho in zip(earlier, radii, strict=True):
                 group["rho"] = rho
             raise
+        if counted:  # by that wrapper
+            self.steps = 0
 
     def take_in(self) -> None:
         """Notice groups that came by the base optimizer's ``add_param_group`` since the last look, and what was unfrozen.
@@ -279,8 +312,28 @@ class Engine:
 
     def update(self) -> None:
         """The base optimizer's step on the gradients that are there."""
+        if self._is_asked_for_state():
+            return self._begin_state()
         self.update_uncounted()
         self.count_step()
+
+    def _is_asked_for_state(self) -> bool:
+        """Whether this is how torch.distributed.checkpoint has an optimizer make its state: a step that is none.
+
+        There is no state yet, every gradient is 0, and so is every learning rate.
+        """
+        groups = self.base.param_groups
+        if self.base.state or any("lr" not in group or group["lr"] != 0 for group in groups):
+            return False
+        grads = [p.grad for p in self.store.parameters() if p.grad is not None]
+        return bool(grads) and not any(g.is_sparse or bool(g.any()) for g in grads)
+
+    def _begin_state(self) -> None:
+        rule = fused_rule(self.base)
+        if rule is None:
+            return self.update_uncounted()
+        self.refresh_settings(rule)
+        self.store.begin_state(rule, self.tables, self.base.state, self.collect(clear=False))
 
     def update_uncounted(self, found_inf: Tensor | None = None) -> None:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
@@ -333,11 +386,9 @@ class Engine:
         """
         state = self.base.state
         if not any(name in entry for entry in state.values() for name in MOMENTA):
-            kept = next(filter(None, state.values()), None)
-            if kept is not None:
-                raise ValueError(
-                    no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, sorted(kept)))}")
-                )
+            kept = sorted({name for entry in state.values() for name in entry if not str(name).startswith(OURS)})
+            if kept:
+                raise ValueError(no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, kept))}"))
         return self.store.momentum(state)
 
     def drop_before(self) -> None:
@@ -842,7 +893,9 @@ class Step:
     def _keep(self, descent: Descent, *, begins: bool) -> None:
         """The micro-batch's part of "v" or "gap", or that of several, which the first of a step ``begins`` anew."""
         engine, store, plan = self.engine, self.store, self.plan
-        memories = store.memory(plan.kept, 0.0)
+        memories = store.memory(plan.kept, math.nan if plan.remembers_v else 0.0)
+        for memory_of in memories:
+            memory_of.start()
         memory = Vectors([memory.parts for memory in memories])
         if self.adds_to_v and not self._kept:
             self._remember([t for m in memories for t in (m.buffer, m.terms, m.square)])
@@ -857,7 +910,7 @@ class Step:
     def _reused(self, mean: Vectors) -> Descent:
         """The step's mean gradient, and "v" with its coefficient."""
         assert self.plan.reuses is not None
-        memories = self.store.memory("v", 0.0)
+        memories = self.store.memory("v", math.nan)
         v = Vectors([memory.parts for memory in memories])
         descent = Descent(sums=[self.store.gram([mean]), self.store.squared(memories)])
         descent.add(mean, PLAIN)

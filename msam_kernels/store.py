@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -286,16 +287,24 @@ class Store:
 
     def has_v(self) -> bool:
         """Whether there is a "v" to reuse."""
-        return all("v" in flat.memories for flat in self.flats)
+        return all("v" in flat.memories and flat.memories["v"].started for flat in self.flats)
 
     def recall(self) -> Callable[[], None]:
         """What brings the methods' memories back to what they hold now."""
-        kept = [{name: memory.buffer.clone() for name, memory in flat.memories.items()} for flat in self.flats]
+        kept = [
+            {name: (memory.buffer.clone(), memory.started) for name, memory in flat.memories.items()}
+            for flat in self.flats
+        ]
 
         def back() -> None:
             for flat, buffers in zip(self.flats, kept, strict=True):
                 for name, memory in flat.memories.items():
-                    memory.buffer.copy_(buffers[name]) if name in buffers else memory.buffer.fill_(memory.begin)
+                    if name in buffers:
+                        memory.buffer.copy_(buffers[name][0])
+                        memory.started = buffers[name][1]
+                    else:
+                        memory.buffer.fill_(memory.begin)
+                        memory.started = not math.isnan(memory.begin)
 
         return back
 
@@ -505,6 +514,12 @@ class Store:
                 settings=tables.on("settings", flat.device),
                 **options,
             )
+
+    def begin_state(self, rule: Rule, tables: Tables, state: State, grads: Vectors) -> None:
+        """The base optimizer's state of whatever has a gradient, as its first step would find it."""
+        self.separate(state)
+        for flat, tensors in zip(self.flats, grads.lists, strict=True):
+            flat.bind(state, tables.names, rule.counts, flat.absent_from(tensors))
 
     def momentum(self, state: State) -> Vectors:
         """The base optimizer's momentum, as the kernels take it; absent where there is none, or the parameter is frozen."""

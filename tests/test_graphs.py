@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msam_kernels import MicroBatchSAM, _torch, buffers, capture, flat, methods
 from msam_kernels.capture import CapturedStep, CudaRecorder
-from plain import same_bits
+from plain import same_bits, without_ours
 
 pytestmark = pytest.mark.host  # each test says where its model is
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -1087,7 +1087,7 @@ def test_what_begins_after_the_warm_up_is_warmed_up_before_it_is_captured(change
     step(*data()), step(*data())  # the warm-up
     opt.enabled = True
     if change == "an average is dropped":
-        opt.load_state_dict({k: v for k, v in copy.deepcopy(opt.state_dict()).items() if k != "msam"})
+        opt.load_state_dict(without_ours(copy.deepcopy(opt.state_dict())))
     step(*data()), step(*data())
     assert recorder.captures == 0
     step(*data())
