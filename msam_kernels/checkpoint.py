@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from ._torch import versions_of
+from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat
 from .rules import MASK_STEP, OURS, RULES, STEPS, check_rho
 from .step import Engine
@@ -73,8 +76,7 @@ def _entries(engine: Engine) -> Callable[[int, Tensor], dict[str, Any] | None]:
         entry: dict[str, Any] | None = state.get(p)
         if entry:
             return entry
-        # SGD looks for its momentum, and not whether anything is there.
-        free = keeps_none if rule is None else type(base) is SGD or not rule.names(base.param_groups[g])
+        free = keeps_none if rule is None else not rule.names(base.param_groups[g])
         return state[p] if free else None
 
     return entry_of
@@ -120,7 +122,8 @@ def apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     first = groups[0] if groups else {}
     own = {**{name: first[key] for name, key in zip(_NUMBERS, (STEPS, MASK_STEP), strict=True) if key in first}, **own}
     index = {key: i for i, key in enumerate(key for group in groups for key in group.get("params", ()))}
-    entries, found = {}, {name: {} for name in _TENSORS}
+    entries: dict[Any, Any] = {}
+    found: dict[str, dict[Any, Any]] = {name: {} for name in _TENSORS}
     for key, entry in state_dict["state"].items():
         if isinstance(entry, dict) and any(isinstance(name, str) and name.startswith(OURS) for name in entry):
             for name in _TENSORS:
@@ -184,7 +187,10 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
     if not all(at in tensors["v"] or not flat.params[i].numel() for at, flat, i in places):
         tensors["v"] = {}  # of some parameters only, it is of no use
+    rule = RULES.get(type(engine.base))
     for flat in engine.store.flats:
+        if rule is not None and rule.counts:
+            flat.count_loaded(engine.base.state)
         mine = {i: at for at, other, i in places if other is flat}
         for name in _MEMORIES:
             there = {i: tensors[name][at] for i, at in mine.items() if at in tensors[name]}
@@ -258,3 +264,31 @@ def _check_entry(where: str, key: Any, entry: dict[str, Any], params: list[Tenso
                 f"state_dict has {name} of shape {tuple(value.shape)} for parameter {key}, whose shape is "
                 f"{tuple(shape)}: it was saved for another model"
             )
+
+
+# -- models --------------------------------------------------------------------------------------------------------------
+
+
+class _Refusal:
+    """A hook of ``module.state_dict()``, which would save perturbed weights. In a copy of the module it does nothing."""
+
+    def __init__(self, engine: Engine):
+        self._engine = ref(engine)
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        engine = self._engine()
+        if engine is not None:
+            engine.check_restored(f"{type(module).__name__}.state_dict()")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (slice,)  # any function of three arguments: a model's pickle is to need nothing of ours
+
+
+def watch(engine: Engine, model: nn.Module | None) -> list[RemovableHandle]:
+    """Refuse the model's state dicts while the weights are perturbed, and those of what it is a mere wrapper of."""
+    handles, refusal = [], _Refusal(engine)
+    while model is not None:
+        handles.append(model.register_state_dict_pre_hook(refusal))
+        children = [child for child in children_of(model) if child is not None]
+        model = children[0] if len(children) == 1 and not parameters_of(model) else None
+    return handles

@@ -575,6 +575,13 @@ class Flat:
         self.bind(state, names, "step" in self.state and not any("step" in n for n in names), absent)
         return True
 
+    def count_loaded(self, state: State) -> None:
+        """Of a rule that counts: what was loaded, into the very tensors that ``bind`` left or others, does not begin anew."""
+        if "step" in self.state:
+            loaded = [i for i, p in enumerate(self.params) if any((i, name) in self.views for name in state.get(p, ()))]
+            which = torch.tensor(loaded, dtype=torch.int64, device=self.device)
+            self.state["step"][which] = self.state["step"][which].clamp(min=1)
+
     def _state_buffer(self, name: str) -> Tensor:
         if name not in self.state:
             if name == "step":

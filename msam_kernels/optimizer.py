@@ -124,7 +124,8 @@ class MicroBatchSAM(Optimizer):
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
         model: if given, its buffers, e.g. BatchNorm's statistics or a codebook, change in the first pass of each micro-batch
-            only: after the others they are brought back from a copy, which is made in each step.
+            only: after the others they are brought back from a copy, which is made in each step. And its ``state_dict()``
+            refuses while the weights are perturbed.
         parallel: run the micro-batches of a ``train_step``, or of a captured one, in two parallel passes instead of one after
             the other, see ``docs/parallel.md``. True: all at once; a number: so many at once, where memory is short;
             "auto": whichever way is faster in the first steps, or sequentially with a warning where a model cannot. Needs
@@ -206,6 +207,7 @@ class MicroBatchSAM(Optimizer):
         self.engine = Engine(
             self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend
         )
+        self._watch = checkpoint.watch(self.engine, model)
         this = ref(self.engine)
 
         left: dict[str, Any] = {}
@@ -257,6 +259,9 @@ class MicroBatchSAM(Optimizer):
             check_model(model)
         self.engine.buffers.thaw()
         self.engine.buffers = Buffers(model)
+        for handle in self._watch:
+            handle.remove()
+        self._watch = checkpoint.watch(self.engine, model)
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 

@@ -543,7 +543,11 @@ def test_update_mask_leaves_everything_else(backend):
     opt = MicroBatchSAM(SGD(net.parameters(), lr=0.1), method=sparse(0.6), model=net, backend=backend)
     loss_of(net, *images()).backward()
     state = copy.deepcopy(net.state_dict())
-    grads, random_state, base = gradients(net), torch.get_rng_state(), copy.deepcopy(without_ours(opt.base_optimizer.state_dict()))
+    grads, random_state, base = (
+        gradients(net),
+        torch.get_rng_state(),
+        copy.deepcopy(without_ours(opt.base_optimizer.state_dict())),
+    )
     opt.update_mask(lambda x, y: loss_of(net, x, y), *images(5, seed=3))
     assert same_bits(net.state_dict().values(), state.values()), "weights and running statistics"
     assert same_bits(gradients(net), grads)
