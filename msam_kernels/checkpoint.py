@@ -42,6 +42,7 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
     left: dict[str, dict[int, Tensor]] = {}
     if store.is_capturing():
         return left
+    engine.units.bring_back()
     wanted = [name for name, keeps in (("ema", plan.lmbda is not None), ("v", plan.remembers_v)) if keeps]
     entry_of = _entries(engine)
     groups = [g for g, group in enumerate(engine.base.param_groups) for _ in group["params"]]
@@ -183,6 +184,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     if "mask_step" in own or engine.method.full.sparse is not None:
         engine.mask_step = own.get("mask_step", -1)
     places = _places(engine.store)
+    engine.units.bring_back()
+    engine.undo = None
     # Copies first: what is loaded may be a view of what begins anew.
     tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
     if not all(at in tensors["v"] or not flat.params[i].numel() for at, flat, i in places):

@@ -15,7 +15,7 @@ from . import batches, checkpoint, methods
 from ._checks import check_integer
 from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
-from .between import Between
+from .between import Between, scaled_by
 from .buffers import Buffers, check_model
 from .compiled import Compiled
 from .gradients import set_grads
@@ -411,7 +411,7 @@ class MicroBatchSAM(Optimizer):
         step = self.engine.step
         return None if step is None else step.turn
 
-    def passes(self, *batch: Any) -> Passes:
+    def passes(self, *batch: Any, scaler: torch.amp.GradScaler | None = None) -> Passes:
         """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
 
         ``batch``: tensors, or dicts, tuples and lists of them, that share dim 0. Several arguments are yielded as a tuple,
@@ -434,16 +434,33 @@ class MicroBatchSAM(Optimizer):
                 for i, (xb, yb) in numbered:
                     ...
 
+        Where a ``GradScaler`` scales the losses, name it, and the rest of its loop stays what it is::
+
+            for xb, yb in opt.passes(x, y, scaler=scaler):
+                scaler.scale(loss_fn(xb, yb)).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+
+        What methods remember and measure is then independent of the scale, and what they remembered in a loop whose step the
+        scaler skipped is forgotten; see ``docs/precision.md``.
+
         Raises:
             ValueError: tensors of different length, or more micro-batches than samples.
-            TypeError: something in ``batch`` that cannot be sliced.
-            RuntimeError: another loop is under way.
+            TypeError: something in ``batch`` that cannot be sliced, or ``scaler`` is no ``GradScaler``.
+            RuntimeError: another loop is under way; or in the loop, no loss was scaled by ``scaler``.
         """
         self.engine.check_idle("passes()")
         parts, shares = batches.split(batch, self.split)
-        return Passes(self.engine.passes(parts, shares, batches.renewal(parts[0])))
+        return Passes(self.engine.passes(parts, shares, batches.renewal(parts[0]), scaled_by(scaler, self)))
 
-    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
+    ) -> Any:
         """Update the weights.
 
         Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop.
@@ -452,8 +469,13 @@ class MicroBatchSAM(Optimizer):
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
         are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
         gradients are what they were. Until the step ends, gradients that closures leave are the optimizer's alone: it keeps
-        some, and may add to them. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
-        ``GradScaler``), use ``train_step`` with its ``scaler``, or ``passes``.
+        some, and may add to them.
+
+        Args:
+            closure: see above.
+            scaler: with closures, the ``GradScaler`` that scales their losses, ``scaler.scale(loss).backward()``; as in
+                ``train_step``. Without, ``scaler.step(opt)`` is the call.
+            max_grad_norm: as in ``train_step``. Without closures ``p.grad`` stays what it is.
 
         Returns:
             None, the closure's value at w, or for a sequence the detached mean of the values.
@@ -463,15 +485,22 @@ class MicroBatchSAM(Optimizer):
             ValueError: a number of closures other than ``num_micro_batches``. With ``micro_batch_size`` the caller splits
                 the batch, into any number.
         """
-        return self._profiled_step(closure) if has_listeners(self) else self.step_without_hooks(closure)
+        step = self._profiled_step if has_listeners(self) else self.step_without_hooks
+        if scaler is None and max_grad_norm is None:
+            return step(closure)
+        return step(closure, self.between(None, scaler, max_grad_norm))
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper costs more than a kernel: see has_listeners
 
-    def step_without_hooks(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None) -> Any:
+    def step_without_hooks(
+        self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None, between: Between | None = None
+    ) -> Any:
         """``step``, where nobody listens or the hooks have run."""
         self.engine.check_idle("step()")
         if closure is None:
-            return self.engine.update()
+            if between is not None and between.scaled is not None:
+                raise ValueError("step(scaler=...) is for closures; after a passes() loop call scaler.step(opt)")
+            return self.engine.update(None if between is None else between.max_grad_norm)
         closures: list[Callable[[], Any]] = [closure] if callable(closure) else list(closure)
         shares = closure.shares if isinstance(closure, MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
         wanted = self.num_micro_batches
@@ -483,6 +512,9 @@ class MicroBatchSAM(Optimizer):
             )
         if isinstance(closure, MicroBatches):
             values = self.run(closure) if closure.between is None else self._run_between(closure)
+        elif between is not None:
+            with between:
+                values = self.engine.run(closures, shares, between)
         else:
             values = self.engine.run(closures, shares)
         if callable(closure):
@@ -497,12 +529,13 @@ class MicroBatchSAM(Optimizer):
         *batch: Any,
         before_update: Callable[[], object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
     ) -> Tensor:
         """One whole step: ``loss_fn(*micro_batch)`` returns the mean loss of its micro-batch.
 
         ::
 
-            opt.train_step(loss_fn, x, y, before_update=lambda: clip_grad_norm_(model.parameters(), 1.0), scaler=scaler)
+            opt.train_step(loss_fn, x, y, max_grad_norm=1.0, scaler=scaler)
             scaler.update()
 
         Args:
@@ -512,21 +545,25 @@ class MicroBatchSAM(Optimizer):
                 as between a ``passes`` loop and ``step()``: it may clip, log or change gradients. The update is then a kernel
                 of its own, as there: it moves 2 times the parameters' memory more, 4 times with several micro-batches.
             scaler: scales the loss. Gradients are unscaled before ``before_update``; where one is not finite the update is
-                skipped on the device, without waiting for it: weights, state and step numbers are what they were, while
-                ``opt.steps`` and schedulers count on. ``scaler.update()`` is the caller's, after each step.
+                skipped on the device, without waiting for it: weights, state, what the method remembers and step numbers are
+                what they were, while ``opt.steps`` and schedulers count on. ``scaler.update()`` is the caller's, after each
+                step.
+            max_grad_norm: the mean gradient's L2 norm over all parameters, at most; > 0. As ``clip_grad_norm_`` before the
+                update, and before ``before_update``, but that where nobody else looks it costs one reading pass: the factor
+                is a coefficient of the update, as is what the scaler unscales by. A gradient that is not finite is NaN then.
 
         Returns:
             The detached mean loss at w over the whole batch, unscaled.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as ``passes``, or with ``scaler`` a method that depends on the length of
-                gradients (F-SAM), a base optimizer without a fused kernel, a ``scaler.update()`` that is due; weights and
-                gradients are what they were.
+            ValueError, TypeError, RuntimeError: as ``passes``, or with ``scaler`` a base optimizer without a fused kernel, a
+                ``scaler.update()`` that is due; weights and gradients are what they were.
         """
         self.engine.check_idle("train_step()")
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
-        loss: Tensor = self.step(self.micro_batches(loss_fn, batch, self.between(before_update, scaler)))
+        between = self.between(before_update, scaler, max_grad_norm)
+        loss: Tensor = self.step(self.micro_batches(loss_fn, batch, between))
         return loss
 
     @property
@@ -535,12 +572,17 @@ class MicroBatchSAM(Optimizer):
         return Split(self.num_micro_batches, self.micro_batch_size)
 
     def between(
-        self, before_update: Callable[[], object] | None, scaler: torch.amp.GradScaler | None
+        self,
+        before_update: Callable[[], object] | None,
+        scaler: torch.amp.GradScaler | None,
+        max_grad_norm: float | None,
     ) -> Between | None:
-        """What whole steps have before their update, if anything."""
-        if before_update is None and scaler is None:
+        """What steps have before their update, if anything."""
+        if before_update is None and scaler is None and max_grad_norm is None:
             return None
-        return Between(self, self.engine, before_update, scaler)
+        between = Between(self, self.engine, before_update, scaler, max_grad_norm)
+        empty = before_update is None and between.scaled is None and max_grad_norm is None
+        return None if empty else between
 
     def micro_batches(
         self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], between: Between | None = None
@@ -592,6 +634,7 @@ class MicroBatchSAM(Optimizer):
         warm_up: int = 3,
         before_update: Callable[[], object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
         other_shapes: Literal["eager", "capture", "error"] = "eager",
         generators: Sequence[torch.Generator] = (),
     ) -> CapturedStep:
@@ -623,8 +666,8 @@ class MicroBatchSAM(Optimizer):
             loss_fn: as in ``train_step``; it must do the same on the device each time, without looking at values.
             example_batch: as in ``train_step``; later batches have its structure and dtypes.
             warm_up: eager steps before the capture, >= 1.
-            before_update, scaler: as in ``train_step``. ``before_update`` becomes part of the graph: a value that it is to
-                show goes into a tensor that was there before, as in
+            before_update, scaler, max_grad_norm: as in ``train_step``. ``before_update`` becomes part of the graph: a value
+                that it is to show goes into a tensor that was there before, as in
                 ``lambda: norm.copy_(clip_grad_norm_(model.parameters(), 1.0))``. Call ``scaler.update()`` after each step.
             other_shapes: what a batch of other shapes, such as the last one of an epoch, is: an "eager" step, with the
                 result of ``train_step``; a "capture" of its own, with its own warm-up and memory; or an "error". One of fewer
@@ -635,8 +678,7 @@ class MicroBatchSAM(Optimizer):
             RuntimeError: the parameters are not all on one CUDA device.
             TypeError: ``loss_fn`` cannot be called, a hyper-parameter is a tensor on the GPU, or one of ``generators`` is
                 none of its device.
-            ValueError: no example batch, one that cannot be split, ``warm_up`` < 1, or another ``other_shapes``; and with
-                ``scaler`` a method that depends on the length of gradients.
+            ValueError: no example batch, one that cannot be split, ``warm_up`` < 1, or another ``other_shapes``.
         """
         self.engine.take_in()
         devices = sorted(map(str, self.engine.store.devices))
@@ -657,7 +699,7 @@ class MicroBatchSAM(Optimizer):
         from .capture import CapturedStep, CudaRecorder
 
         recorder = CudaRecorder(torch.device(devices[0]), generators)
-        between = self.between(before_update, scaler)
+        between = self.between(before_update, scaler, max_grad_norm)
         return CapturedStep(self, loss_fn, example_batch, recorder, warm_up, between, other_shapes)
 
     def update_hyper(self) -> None:
