@@ -575,7 +575,7 @@ class MicroBatchSAM(Optimizer):
         self,
         before_update: Callable[[], object] | None,
         scaler: torch.amp.GradScaler | None,
-        max_grad_norm: float | None,
+        max_grad_norm: float | None = None,
     ) -> Between | None:
         """What steps have before their update, if anything."""
         if before_update is None and scaler is None and max_grad_norm is None:

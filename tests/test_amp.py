@@ -259,16 +259,17 @@ def test_max_grad_norm_is_clipping_before_the_update(method, base, count, way, l
         assert all(p.grad is None for p in run.model.parameters())
 
 
+@pytest.mark.parametrize("limit", [0.05, 1e3], ids=["clips", "is long"])
 @pytest.mark.parametrize("base", BASES)
-def test_max_grad_norm_of_a_step_after_a_loop(base, backend):
+def test_max_grad_norm_of_a_step_after_a_loop(base, limit, backend):
     models = [mlp(F64), mlp(F64)]
     opts = [MicroBatchSAM(BASES[base](m.parameters()), 0.1, num_micro_batches=2, backend=backend) for m in models]
     for i in range(4):
         for model, opt in zip(models, opts, strict=True):
             for part in opt.passes(*batch(6, F64, seed=i)):
                 loss_of(model, *part).backward()
-        opts[0].step(max_grad_norm=0.05)
-        clip_grad_norm_(models[1].parameters(), 0.05)
+        opts[0].step(max_grad_norm=limit)
+        clip_grad_norm_(models[1].parameters(), limit)
         opts[1].step()
         for opt in opts:
             opt.zero_grad()
