@@ -344,8 +344,8 @@ class FriendlySAM(SAM):
     gradient starts its ema and is its d. With mSAM each micro-batch is F-SAM's batch: one ema, updated by every
     micro-batch in turn. State: one buffer of the size of the parameters.
 
-    Under a ``GradScaler`` that was not named (``passes(..., scaler=scaler)``) g and the ema carry the loss scale: after a change
-    of it the ema is off by that factor for about 1 / (1 - lmbda) micro-batches.
+    Under a ``GradScaler`` that ``passes(..., scaler=scaler)`` was not told of, g and the ema carry the loss scale: after a
+    change of that the ema is off by its factor for about 1 / (1 - lmbda) micro-batches.
 
     Repeated or full batches make d vanish, and what is left to normalise is noise: use F-SAM with real mini-batches.
 
@@ -580,8 +580,9 @@ class WSAM(SAM):
     rate of the parameter's group and the mean ĝ. Coupled: the base optimizer takes a·ĝ + (1 − a)·g.
 
     Decoupled, in a ``passes`` loop p.grad is g, which the caller may clip; ĝ − g stays what it was. It is unscaled where the
-    ``GradScaler`` is named, also to ``passes``; an overflow in ĝ alone then makes p.grad NaN, so that the scaler sees it. State, decoupled: one buffer of the size of the parameters in
-    ``passes`` loops, before an update of its own, and with several micro-batches; else none.
+    ``GradScaler`` is named, also to ``passes``; an overflow in ĝ alone then makes p.grad NaN, so that the scaler sees it.
+    State, decoupled: one buffer of the size of the parameters in ``passes`` loops, before an update of its own, and with
+    several micro-batches; else none.
 
     Args:
         gamma: weight of the sharpness, >= 0 and < 1; coupled, 0.5 is SAM.

@@ -445,6 +445,9 @@ class Engine:
         """The gradients of loops since the latest update are gone, and what those loops changed with them."""
         if self.undo is not None:
             self.undo.bring_back()
+            self.v_step = self.undo.v_step
+            if self.undo.mask_step is not None:
+                self.mask_step = self.undo.mask_step
             self.undo = None
 
     def count_step(self) -> None:
@@ -584,7 +587,8 @@ class Step:
         if plan.lmbda is not None:
             engine.units.bring_means()
         if self._scaled is not None and engine.undo is None:
-            engine.undo = Undo(engine, plan, chooses=self._scores is not None)
+            chooses = self._scores is not None
+            engine.undo = Undo(self.store, plan, chooses=chooses, v_step=engine.v_step, mask_step=engine.mask_step)
             self.began_undo = True
 
     def _remember(self, memories: Sequence[Tensor]) -> None:

@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._torch import Scaled
 from .backends.reference import PERTURBED
+from .flat import Flat, Memory
 from .methods import Plan
 from .store import Store, moved
-
-if TYPE_CHECKING:
-    from .flat import Flat, Memory
-    from .step import Engine
 
 
 class Units:
@@ -90,14 +86,15 @@ class Undo:
     """What a step changes that the update does not: memories and masks, to be brought back where the update is skipped.
 
     Args:
-        engine: whose.
+        store: whose.
         plan: of the step.
         chooses: whether the step may choose a mask.
+        v_step, mask_step: the engine's.
     """
 
-    def __init__(self, engine: Engine, plan: Plan, *, chooses: bool):
-        self._engine, store = engine, engine.store
-        self._numbers = engine.v_step, engine.mask_step
+    def __init__(self, store: Store, plan: Plan, *, chooses: bool, v_step: int, mask_step: int):
+        self._store = store
+        self.v_step, self.mask_step = v_step, mask_step if chooses else None
         names = [name for name, changes in (("ema", plan.lmbda is not None), ("v", plan.remembers_v)) if changes]
         self._memories: list[tuple[Flat, Memory, bool, list[Tensor]]] = []
         for name in names:
@@ -113,13 +110,10 @@ class Undo:
             for t, values in zip((memory.buffer, memory.terms, memory.square), before, strict=True):
                 t.copy_(values)
             memory.started = started
-        for flat, (mask, bits) in zip(self._engine.store.flats, self._masks, strict=False):
+        for flat, (mask, bits) in zip(self._store.flats, self._masks, strict=False):
             flat.mask = mask
             if mask is not None and bits is not None:
                 mask.copy_(bits)
-        self._engine.v_step = self._numbers[0]
-        if self._masks:
-            self._engine.mask_step = self._numbers[1]
 
     def bring_back_where(self, found_inf: Tensor) -> None:
         """The memories, where ``found_inf``, on the device, is not 0; else they are neither read nor written."""

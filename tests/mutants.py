@@ -695,8 +695,8 @@ MUTANTS = [
     ),
     Mutant(
         "a skipped step's mask stays chosen",
-        P + "units.py",
-        "self._engine.mask_step = self._numbers[1]",
+        P + "step.py",
+        "self.mask_step = self.undo.mask_step",
         "pass",
         "tests/test_amp.py -k 'overflow and passes and Sparse'",
     ),

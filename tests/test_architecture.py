@@ -48,7 +48,7 @@ MAY_KNOW = {
     "between": {"_checks", "_torch", "gradients", "rules", "step", "store"},
     "checkpoint": {"_torch", "flat", "rules", "step", "store"},
     "step": {"_torch", "buffers", "gradients", "masks", "methods", "parallel", "rules", "store", "units"},
-    "units": {"_torch", "backends.reference", "methods", "store"},
+    "units": {"_torch", "backends.reference", "flat", "methods", "store"},
     "parallel": {"_checks", "_torch", "batches", "compiled", "gradients", "store"},
     "compiled": {"_torch"},
     "masks": {"flat", "methods"},
