@@ -247,6 +247,11 @@ class Scaled:
         return note
 
     @property
+    def scale(self) -> Tensor | None:
+        """On the device; None before the first loss was scaled."""
+        return self.scaler._scale
+
+    @property
     def is_ready(self) -> bool:
         """Whether ``scaler.update()`` was called since the latest step."""
         return self._note["stage"] is OptState.READY

@@ -3,17 +3,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
+from ._checks import check_number
 from ._torch import Scaled
+from .gradients import Vectors
 from .rules import fused_rule
 from .step import Engine
+from .store import moved
+
+_NO_GRADIENT = "no parameter has a gradient for the scaler to look at: does the loss depend on the parameters?"
+
+
+def scaled_by(scaler: torch.amp.GradScaler | None, opt: torch.optim.Optimizer) -> Scaled | None:
+    """What a scaler notes of the optimizer; None where it scales nothing.
+
+    Raises:
+        TypeError: ``scaler`` is no ``GradScaler``.
+    """
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    return None if scaler is None or not scaler.is_enabled() else Scaled(scaler, opt)
 
 
 class Between:
@@ -22,11 +38,11 @@ class Between:
     Args:
         opt: whose step it is, as the scaler knows it.
         engine: that runs it.
-        before_update: see ``MicroBatchSAM.train_step``, as ``scaler``.
+        before_update: see ``MicroBatchSAM.train_step``, as ``scaler`` and ``max_grad_norm``.
 
     Raises:
         TypeError: ``before_update`` cannot be called, or ``scaler`` is no ``GradScaler``.
-        ValueError: the method keeps a mean of gradients, which would be in units of the scale.
+        ValueError: ``max_grad_norm`` is no number > 0.
     """
 
     def __init__(
@@ -35,43 +51,30 @@ class Between:
         engine: Engine,
         before_update: Callable[[], object] | None,
         scaler: torch.amp.GradScaler | None,
+        max_grad_norm: float | None = None,
     ):
         if before_update is not None and not callable(before_update):
             raise TypeError(
                 "before_update must be a function without arguments, e.g. "
                 f"lambda: clip_grad_norm_(model.parameters(), 1.0), got {before_update!r}"
             )
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm, 0, above=True)
         self._opt, self._engine, self._before_update = opt, engine, before_update
-        self._scaled = None if scaler is None or not scaler.is_enabled() else Scaled(scaler, opt)
+        self.max_grad_norm = max_grad_norm
+        self.scaled = scaled_by(scaler, opt)
         #: What the latest step found, by device.
         self.found_infs: dict[torch.device, Tensor] = {}
-        self._check_method()
 
-    def _check_method(self) -> None:
-        method = self._engine.method
-        if self._scaled is None:
-            return
-        for depends, what in (
-            (method.full.lmbda is not None, "keeps a mean of gradients"),
-            (method.full.budget != math.inf, "sets its radius by the length of gradients"),
-        ):
-            if depends:
-                raise ValueError(
-                    f"{method} {what}, which with a GradScaler would be in units of a scale that changes: train in bf16, "
-                    "which needs no scaler, or with another method"
-                )
-        if method.full.after:
-            raise ValueError(
-                f"{method} takes a step of its own by gradients that a GradScaler has scaled: give it decoupled=False, or "
-                "train in bf16, which needs no scaler"
-            )
+    @property
+    def is_unseen(self) -> bool:
+        """Whether nobody is to see the mean gradient in ``p.grad``: the update then unscales and clips what it reads."""
+        return self._before_update is None
 
     @property
     def scale(self) -> Callable[[Tensor], Tensor] | None:
         """What makes of a loss the one that is differentiated."""
-        return None if self._scaled is None else self._scaled.scaler.scale
+        return None if self.scaled is None else self.scaled.scaler.scale
 
     def __enter__(self) -> None:
         """Before anything is changed.
@@ -79,8 +82,7 @@ class Between:
         Raises:
             RuntimeError: ``scaler.update()`` is due, or the base optimizer's own step would have to be skipped.
         """
-        self._check_method()
-        if self._scaled is None:
+        if self.scaled is None:
             return
         base = self._engine.base
         if fused_rule(base) is None:
@@ -89,36 +91,45 @@ class Between:
                 "whose step is a fused kernel (SGD, Adam or AdamW without hooks, capturable and differentiable), or a "
                 "passes() loop with scaler.step(opt)"
             )
-        if not self._scaled.is_ready:
+        if not self.scaled.is_ready:
             raise RuntimeError(
                 "another step of this optimizer before scaler.update(): call it once after every step, as after scaler.step()"
             )
 
     def __call__(self) -> Tensor | None:
-        """Unscale ``p.grad``, then the user's turn; what was found, for the update."""
+        """Unscale ``p.grad``, clip it, then the user's turn; what was found, for the update."""
         found_inf = None
-        if self._scaled is not None:
-            self._scaled.scaler.unscale_(self._opt)
-            self.found_infs = self._scaled.found_infs
+        if self.scaled is not None:
+            self.scaled.scaler.unscale_(self._opt)
+            self.found_infs = self.scaled.found_infs
             if not self.found_infs:
-                raise RuntimeError(
-                    "no parameter has a gradient for the scaler to look at: does the loss depend on the parameters?"
-                )
+                raise RuntimeError(_NO_GRADIENT)
             device = self._engine.store.device
             for found in self.found_infs.values():
-                found = found.to(device, non_blocking=device.type != "cpu")
+                found = moved(found, device)
                 found_inf = found if found_inf is None else found_inf + found
+        if self.max_grad_norm is not None:
+            clip_grad_norm_(self._engine.store.parameters(), self.max_grad_norm)
         if self._before_update is not None:
             self._before_update()
         return found_inf
 
+    def note(self, found_inf: Tensor, mean: Vectors) -> Tensor | None:
+        """Where nobody sees ``p.grad``: what was found in the mean gradient, for the update where a scaler asks."""
+        if self.scaled is None:
+            return None
+        if mean.absent == sum(len(flat.params) for flat in self._engine.store.flats):
+            raise RuntimeError(_NO_GRADIENT)
+        self.found_infs = {found_inf.device: found_inf}
+        return found_inf
+
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
-        if self._scaled is not None and kind is None:
-            self._scaled.has_stepped(self.found_infs)
+        if self.scaled is not None and kind is None:
+            self.scaled.has_stepped(self.found_infs)
         else:
             self.forget()
 
     def forget(self) -> None:
         """The step did not take place."""
-        if self._scaled is not None:
-            self._scaled.forget()
+        if self.scaled is not None:
+            self.scaled.forget()

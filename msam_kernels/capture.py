@@ -134,6 +134,7 @@ class _Graph:
     achieved: list[list[Tensor]] = field(default_factory=list)  # by flat, see there
     norms_sq: list[Tensor] = field(default_factory=list)
     found_infs: dict[torch.device, Tensor] = field(default_factory=dict)
+    units: Any = None
 
 
 class CapturedStep:
@@ -222,6 +223,8 @@ class CapturedStep:
             graph.eager_steps += 1
             graph.addresses = self._current_addresses()
             return loss
+        if self._between is None or self._between.scaled is None:
+            engine.units.bring_back()
         with self._between or nullcontext():
             if graph.replay is None:
                 self._capture(graph, inputs)
@@ -295,7 +298,7 @@ class CapturedStep:
             raise
         finally:
             engine.steps = steps
-        graph.loss = outputs[0]
+        graph.loss, graph.units = outputs[0], engine.units.now
         graph.norms_sq = outputs[1 : 1 + len(engine.norms_sq)]
         graph.achieved = [list(flat.achieved) for flat in flats]
         if self._between is not None:
@@ -307,12 +310,12 @@ class CapturedStep:
         """Whether what the graph was warmed up or captured with is still there, at the same addresses."""
         opt, store = self._opt, self._opt.engine.store
         # Also brings tensors that were loaded into the state to where the graph reads them.
-        kept = fused_rule(opt.base_optimizer) is None or store.rebind(opt.state)
+        kept = fused_rule(opt.base_optimizer) is None or store.rebind(opt.base_optimizer.state)
         return kept and self._current_addresses() == graph.addresses
 
     def _current_addresses(self) -> object:
         engine = self._opt.engine
-        tensors = engine.tables.tensors()
+        tensors = engine.tables.tensors() + engine.units.tensors()
         for flat in engine.store.flats:
             tensors += [t for t in (flat.saved, flat.mask) if t is not None]
             tensors += [memory.buffer for memory in flat.memories.values()]
@@ -323,7 +326,9 @@ class CapturedStep:
         # And what the graph did by: which parameters are trained, whose buffers are held, how batches are split.
         trained = [p.requires_grad for p in engine.store.parameters()]
         if self._opt.method.full.momentum:
-            addresses += [t.data_ptr() for tensors in engine.store.momentum(self._opt.state).lists for t in tensors]
+            addresses += [
+                t.data_ptr() for tensors in engine.store.momentum(self._opt.base_optimizer.state).lists for t in tensors
+            ]
         return (
             engine.store.layout,
             engine.tables.names,
@@ -346,7 +351,7 @@ def _replay(opt: MicroBatchSAM, graph: _Graph) -> Tensor:
         increment_version(flat.params)
         flat.achieved[: len(rows)] = rows
     forget_casts()  # of the weights as they were
-    engine.norms_sq, engine.latest = graph.norms_sq, graph.plan
+    engine.norms_sq, engine.latest, engine.units.now = graph.norms_sq, graph.plan, graph.units
     engine.steps += 1
     mark_stepped(opt)
     mark_stepped(opt.base_optimizer)

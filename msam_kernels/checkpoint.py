@@ -1,38 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods remember, in and out of state dicts. The base optimizer's state is torch's business."""
+"""What methods remember, in and out of state dicts: entries of the base optimizer's ``state``, beside that optimizer's own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+from weakref import ref
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat
-from .rules import check_rho
+from .rules import MASK_STEP, OURS, RULES, STEPS, check_rho
 from .step import Engine
 from .store import Store
 
-KEY = "msam"  # where it stands in a state dict
-MEMORIES = {"ema": math.nan, "v": 0.0}  # by name, what they begin as
-_TENSORS = (*MEMORIES, "mask")  # by parameter, counted over all groups
+#: Where older files have all of it, and newer ones what has no entry to stand in.
+KEY = "msam"
+_MEMORIES = ("ema", "v")
+_TENSORS = (*_MEMORIES, "mask")  # by parameter, counted over all groups
 _NUMBERS = ("steps", "mask_step")
 
 
-def saved(engine: Engine) -> dict[str, Any]:
-    """``{"steps": …, "ema": {parameter: tensor}, …}``: of the methods' memories what has begun."""
-    kept: dict[str, dict[int, Tensor]] = {name: {} for name in _TENSORS}
-    for name in MEMORIES:
-        if name == "v" and not engine.store.has_v():  # of some parameters only, it is of no use
-            continue
-        kept[name] = _begun(engine.store, name)
-    for at, flat, i in _places(engine.store):
-        if flat.mask is not None:
-            kept["mask"][at] = flat.mask_of(i)
-    own: dict[str, Any] = {"steps": engine.steps}
-    if kept["mask"]:
-        own["mask_step"] = engine.mask_step
-    return {**own, **{name: tensors for name, tensors in kept.items() if tensors}}
+def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
+    """Bring ``state[p]["msam_ema"]``, ``["msam_v"]`` and ``["msam_mask"]`` up to date, what the method keeps of each parameter.
+
+    Memories are views, shaped like the parameter, and NaN where nothing has begun; masks are bools. Names are there from the
+    first step of the base optimizer on, whether or not anything has begun, so that who loads in place finds them all.
+
+    An entry that the base optimizer has yet to begin stays empty: torch's begin those that are.
+
+    Returns:
+        By name and parameter, what has begun and has no entry.
+    """
+    store, plan = engine.store, engine.method.full
+    left: dict[str, dict[int, Tensor]] = {}
+    if store.is_capturing():
+        return left
+    engine.units.bring_back()
+    wanted = [name for name, keeps in (("ema", plan.lmbda is not None), ("v", plan.remembers_v)) if keeps]
+    entry_of = _entries(engine)
+    groups = [g for g, group in enumerate(engine.base.param_groups) for _ in group["params"]]
+    for at, flat, i in _places(store):
+        names = [*wanted, *(name for name in _MEMORIES if name in flat.memories and name not in wanted)]
+        masked = plan.sparse is not None or flat.mask is not None
+        entry = entry_of(groups[at], flat.params[i]) if names or masked else None
+        for name in names:
+            there = flat.memories.get(name)
+            if entry is not None:
+                old = entry.get(OURS + name)
+                buffer = flat.memory(name, math.nan).buffer
+                entry[OURS + name] = old if flat.is_part(buffer, i, old) else flat.alias(buffer, i)
+            elif there is not None and _has_begun(part := flat.alias(there.buffer, i)):
+                left.setdefault(name, {})[at] = part
+        if masked and entry is not None:
+            entry[OURS + "mask"] = _bits(flat)[i]
+        elif flat.mask is not None:
+            left.setdefault("mask", {})[at] = _bits(flat)[i]
+    if plan.sparse is not None and any(flat.mask is None for flat in store.flats):
+        engine.mask_step = -1
+    return left
+
+
+def _entries(engine: Engine) -> Callable[[int, Tensor], dict[str, Any] | None]:
+    """What finds the entry of a parameter of a group; None where the base optimizer has yet to begin it."""
+    base, state, rule = engine.base, engine.base.state, RULES.get(type(engine.base))
+    # It has had its chance to begin any.
+    keeps_none = engine.steps > 0 and all(name.startswith(OURS) for entry in state.values() for name in entry)
+
+    def entry_of(g: int, p: Tensor) -> dict[str, Any] | None:
+        entry: dict[str, Any] | None = state.get(p)
+        if entry:
+            return entry
+        free = keeps_none if rule is None else not rule.names(base.param_groups[g])
+        return state[p] if free else None
+
+    return entry_of
+
+
+def _bits(flat: Flat) -> list[Tensor]:
+    """The flat's mask by parameter, as bools; nothing is set where there is none."""
+    version = -1 if flat.mask is None else versions_of([flat.mask])[0]
+    known, bits = flat.shown
+    if known != (id(flat.mask), version):
+        if flat.mask is None:
+            bits = [torch.zeros_like(p, dtype=torch.bool, requires_grad=False) for p in flat.params]
+        else:
+            bits = list(map(flat.mask_of, range(len(flat.params))))
+        flat.shown = (id(flat.mask), version), bits
+    return bits
 
 
 def _places(store: Store) -> list[tuple[int, Flat, int]]:
@@ -40,20 +101,74 @@ def _places(store: Store) -> list[tuple[int, Flat, int]]:
     return [(at, *place) for at, place in enumerate(store.places()) if place is not None]
 
 
-def _begun(store: Store, name: str) -> dict[int, Tensor]:
-    """Of every parameter of which that memory holds anything: its number, and a view, which the caller may re-point."""
-    views: dict[tuple[int, int], Tensor] = {}
-    for flat in store.flats:
-        memory = flat.memories.get(name)
-        if memory is not None:
-            pairs = enumerate(zip(memory.begun(flat), flat.parts(memory.buffer), strict=True))
-            views.update({(id(flat), i): part for i, (begun, part) in pairs if begun})
-    return {at: views[id(flat), i] for at, flat, i in _places(store) if (id(flat), i) in views}
+def _has_begun(memory: Tensor) -> bool:
+    """Whether a parameter's part of a memory holds anything."""
+    return memory.numel() > 0 and not bool(memory[(0,) * memory.dim()].isnan())
+
+
+def saved(state_dict: dict[str, Any], left: dict[str, dict[int, Tensor]]) -> dict[str, Any]:
+    """``state_dict``, and in it what ``show`` found no entry for."""
+    return {**state_dict, KEY: left} if left else state_dict
+
+
+def apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state dict without what is ours of its entries, and that: ``{"steps": …, "ema": {parameter: tensor}, …}``.
+
+    Numbers are those of older files, or what stands in the groups.
+    """
+    own = state_dict.get(KEY, {})
+    if not isinstance(own, dict):
+        return state_dict, {KEY: own}  # to be refused
+    groups = state_dict["param_groups"]
+    first = groups[0] if groups else {}
+    own = {**{name: first[key] for name, key in zip(_NUMBERS, (STEPS, MASK_STEP), strict=True) if key in first}, **own}
+    index = {key: i for i, key in enumerate(key for group in groups for key in group.get("params", ()))}
+    entries: dict[Any, Any] = {}
+    found: dict[str, dict[Any, Any]] = {name: {} for name in _TENSORS}
+    for key, entry in state_dict["state"].items():
+        if isinstance(entry, dict) and any(isinstance(name, str) and name.startswith(OURS) for name in entry):
+            for name in _TENSORS:
+                if OURS + name in entry:
+                    found[name][index.get(key, key)] = entry[OURS + name]
+            entry = {n: t for n, t in entry.items() if not (isinstance(n, str) and n.startswith(OURS))}
+            if not entry:
+                continue
+        entries[key] = entry
+    for name, tensors in found.items():
+        if tensors and isinstance(own.get(name, {}), dict):
+            own[name] = {**tensors, **own.get(name, {})}
+    return {**{k: v for k, v in state_dict.items() if k != KEY}, "state": entries}, own
+
+
+def out_of_state(base: Optimizer, left: dict[str, Any]) -> dict[str, Any]:
+    """The same, out of the state of an optimizer that was copied or unpickled."""
+    params = [p for group in base.param_groups for p in group["params"]]
+    entries = {i: base.state[p] for i, p in enumerate(params) if base.state.get(p)}
+    groups = [{**group, "params": range(len(params))} for group in base.param_groups[:1]]
+    own = apart({"state": entries, "param_groups": groups, KEY: left})[1]
+    for p in params:
+        entry = base.state.get(p, {})
+        for name in [name for name in entry if name.startswith(OURS)]:
+            del entry[name]
+        if p in base.state and not entry:
+            del base.state[p]
+    return own
+
+
+def _begun(own: dict[str, Any]) -> dict[str, Any]:
+    """``own`` without what has not begun."""
+    begun = dict(own)
+    for name in _MEMORIES:
+        begun[name] = {at: t for at, t in own.get(name, {}).items() if _has_begun(t)}
+    if own.get("mask_step", 0) < 0:
+        begun["mask"] = {}
+    return begun
 
 
 def take_in(engine: Engine, own: dict[str, Any]) -> None:
     """Parameters of which something was saved are trained, even where they are frozen by now."""
     engine.take_in()
+    own = _begun(own)
     kept = {at for name in _TENSORS for at in own.get(name, {})}
     pairs = zip(engine.store.parameters(), engine.store.places(), strict=True)
     frozen = [p for at, (p, place) in enumerate(pairs) if place is None and at in kept]
@@ -62,23 +177,33 @@ def take_in(engine: Engine, own: dict[str, Any]) -> None:
 
 
 def load(engine: Engine, own: dict[str, Any]) -> None:
-    """What ``saved`` returned; what it does not hold begins anew."""
+    """What ``apart`` returned; what it does not hold begins anew."""
     take_in(engine, own)
-    engine.steps, engine.mask_step, engine.v_step = own.get("steps", 0), own.get("mask_step", 0), -1
+    own = _begun(own)
+    engine.steps, engine.v_step = own.get("steps", 0), -1
+    if "mask_step" in own or engine.method.full.sparse is not None:
+        engine.mask_step = own.get("mask_step", -1)
     places = _places(engine.store)
+    engine.units.bring_back()
+    engine.undo = None
     # Copies first: what is loaded may be a view of what begins anew.
     tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
-    if not all(at in tensors["v"] for at, _, _ in places):
-        tensors["v"] = {}
+    if not all(at in tensors["v"] or not flat.params[i].numel() for at, flat, i in places):
+        tensors["v"] = {}  # of some parameters only, it is of no use
+    rule = RULES.get(type(engine.base))
     for flat in engine.store.flats:
+        if rule is not None and rule.counts:
+            flat.count_loaded(engine.base.state)
         mine = {i: at for at, other, i in places if other is flat}
-        for name, begin in MEMORIES.items():
+        for name in _MEMORIES:
             there = {i: tensors[name][at] for i, at in mine.items() if at in tensors[name]}
             if not there:
                 flat.memories.pop(name, None)
                 continue
-            memory = flat.memory(name, begin)
-            memory.buffer.fill_(begin)
+            memory = flat.memory(name, math.nan)
+            memory.buffer.fill_(memory.begin)
+            if name == "v":
+                memory.start()
             for i, values in there.items():
                 memory.parts[i].copy_(values)
             if name == "v":
@@ -87,7 +212,7 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
         flat.mask = None
         if len(masks) == len(flat.params):
             for i, bits in masks.items():
-                flat.set_mask(i, bits)
+                flat.set_mask(i, bits != 0)
 
 
 def check(state_dict: Any, params: list[Tensor]) -> None:
@@ -101,16 +226,17 @@ def check(state_dict: Any, params: list[Tensor]) -> None:
             "state_dict must be what opt.state_dict() returns, with 'state' and 'param_groups', got "
             f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__}"
         )
-    own = state_dict.get(KEY, {})
-    kept = [own.get(name, {}) if isinstance(own, dict) else None for name in _TENSORS]
+    state_dict, own = apart(state_dict)
+    kept = [own.get(name, {}) if KEY not in own else None for name in _TENSORS]
     if not all(isinstance(t, dict) and all(isinstance(v, Tensor) for v in t.values()) for t in kept):
         raise ValueError(
             f"state_dict[{KEY!r}] must be a dict whose {', '.join(map(repr, _TENSORS))} hold tensors by parameter, "
-            f"got {own!r}"
+            f"got {own.get(KEY, own)!r}"
         )
     for name in _NUMBERS:
-        if type(own.get(name, 0)) is not int or own.get(name, 0) < 0:
-            raise ValueError(f"state_dict[{KEY!r}][{name!r}] must be an integer >= 0, got {own[name]!r}")
+        least = -1 if name == "mask_step" else 0
+        if type(own.get(name, 0)) is not int or own.get(name, 0) < least:
+            raise ValueError(f"{name!r} in state_dict must be an integer >= {least}, got {own[name]!r}")
     for i, group in enumerate(state_dict["param_groups"]):
         if "params" not in group:
             raise ValueError(f"state_dict has no 'params' in group {i}: it was not made by an optimizer")
@@ -141,3 +267,31 @@ def _check_entry(where: str, key: Any, entry: dict[str, Any], params: list[Tenso
                 f"state_dict has {name} of shape {tuple(value.shape)} for parameter {key}, whose shape is "
                 f"{tuple(shape)}: it was saved for another model"
             )
+
+
+# -- models --------------------------------------------------------------------------------------------------------------
+
+
+class _Refusal:
+    """A hook of ``module.state_dict()``, which would save perturbed weights. In a copy of the module it does nothing."""
+
+    def __init__(self, engine: Engine):
+        self._engine = ref(engine)
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        engine = self._engine()
+        if engine is not None:
+            engine.check_restored(f"{type(module).__name__}.state_dict()")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (slice,)  # any function of three arguments: a model's pickle is to need nothing of ours
+
+
+def watch(engine: Engine, model: nn.Module | None) -> list[RemovableHandle]:
+    """Refuse the model's state dicts while the weights are perturbed, and those of what it is a mere wrapper of."""
+    handles, refusal = [], _Refusal(engine)
+    while model is not None:
+        handles.append(model.register_state_dict_pre_hook(refusal))
+        children = [child for child in children_of(model) if child is not None]
+        model = children[0] if len(children) == 1 and not parameters_of(model) else None
+    return handles

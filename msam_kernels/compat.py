@@ -115,7 +115,13 @@ class SAM(MicroBatchSAM):
             self._note_what_is_left()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
+    ) -> Any:
         """Both steps; ``closure`` runs forward and backward. A sequence of closures is ``MicroBatchSAM.step``'s.
 
         Where ``p.grad`` has gradients of this step, they are those at w: the closure runs once, at w + e, and leaves its
@@ -128,16 +134,23 @@ class SAM(MicroBatchSAM):
 
         Raises:
             RuntimeError: without a closure.
+            ValueError: ``scaler`` or ``max_grad_norm`` where ``p.grad`` has gradients of this step.
         """
         if closure is None:
             raise RuntimeError(
                 "SAM.step needs a closure that runs forward and backward; or call first_step, second_step"
             )
+        between = self.between(None, scaler, max_grad_norm)
         if not callable(closure):
-            return self.step_without_hooks(closure)  # they have run: torch wraps this method
+            return self.step_without_hooks(closure, between)  # they have run: torch wraps this method
         self.engine.check_idle("step()")
         if not self._has_gradients_of_this_step():
-            return self.step_without_hooks(closure)
+            return self.step_without_hooks(closure, between)
+        if between is not None:
+            raise ValueError(
+                "scaler and max_grad_norm are for steps whose closure runs at w too, and p.grad has gradients of this step: "
+                "call zero_grad() before, or clip between second_step's passes yourself"
+            )
         self.first_step(zero_grad=True)
         try:
             with torch.enable_grad():

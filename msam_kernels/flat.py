@@ -139,10 +139,11 @@ class Memory:
         parts: the same by parameter.
         terms: float64 ``[K]``, the terms of its squared norm, where a kernel has written them.
         square: the same, or their sum if they are many.
+        started: whether it has been added to, if it is one that is.
     """
 
     def __init__(self, flat: Flat, begin: float):
-        self.begin = begin
+        self.begin, self.started = begin, not math.isnan(begin)
         self.buffer = flat.new_buffer().fill_(begin) if begin else flat.new_buffer()
         self.parts = flat.parts(self.buffer)
         self.terms = torch.zeros(flat.rows, dtype=torch.float64, device=flat.device)
@@ -159,14 +160,11 @@ class Memory:
             sums = [self.terms, self._one]
             flat.backend.descend([], [self.square], [self._one], self._row, coefs=first, sums=sums)
 
-    def begun(self, flat: Flat) -> list[bool]:
-        """By parameter: whether it holds anything. One that begins as NaN has begun where it is a number."""
-        if not math.isnan(self.begin):
-            return [True] * len(flat.params)
-        filled = [i for i, p in enumerate(flat.params) if p.numel()]
-        first = torch.tensor([flat.offsets[i] for i in filled], dtype=torch.int64, device=flat.device)
-        begun = dict(zip(filled, (~self.buffer[first].isnan()).tolist(), strict=True))
-        return [begun.get(i, False) for i in range(len(flat.params))]
+    def start(self) -> None:
+        """From now on sums are added to it: numbers, where it began as NaN."""
+        if not self.started:
+            self.buffer.zero_()
+            self.started = True
 
 
 class Flat:
@@ -191,6 +189,7 @@ class Flat:
         state: the base optimizer's, by its names.
         views: parts of ``state``, by parameter and name: what ``bind`` left in the base optimizer's.
         absent: stands in a list for a parameter that is absent from it.
+        shown: the mask by parameter, as bools, and of which mask they are.
     """
 
     def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool, backend: Backend):
@@ -232,6 +231,7 @@ class Flat:
         self.saved: Tensor | None = None
         self.memories: dict[str, Memory] = {}
         self.mask: Tensor | None = None
+        self.shown: tuple[object, list[Tensor]] = (None, [])
         self._stack: Tensor | None = None
         self.state: dict[str, Tensor] = {}
         self.views: dict[tuple[int, str], Tensor] = {}
@@ -286,6 +286,14 @@ class Flat:
     def alias(self, buffer: Tensor, i: int) -> Tensor:
         """A parameter's part of a flat buffer, in its shape and memory order."""
         return _alias(buffer, self.offsets[i], self.params[i])
+
+    def is_part(self, buffer: Tensor, i: int, t: Any) -> bool:
+        """Whether ``t`` is what ``alias`` returns."""
+        p = self.params[i]
+        if not isinstance(t, Tensor) or t.dtype != self.dtype or t.device != self.device or t.shape != p.shape:
+            return False
+        place = buffer.data_ptr() + self.offsets[i] * buffer.element_size()
+        return not p.numel() or (t.data_ptr() == place and t.stride() == p.stride())
 
     def parts(self, buffer: Tensor) -> list[Tensor]:
         """The same of every parameter, in the memory order that it had at the last look."""
@@ -566,6 +574,13 @@ class Flat:
                 return False
         self.bind(state, names, "step" in self.state and not any("step" in n for n in names), absent)
         return True
+
+    def count_loaded(self, state: State) -> None:
+        """Of a rule that counts: what was loaded, into the very tensors that ``bind`` left or others, does not begin anew."""
+        if "step" in self.state:
+            loaded = [i for i, p in enumerate(self.params) if any((i, name) in self.views for name in state.get(p, ()))]
+            which = torch.tensor(loaded, dtype=torch.int64, device=self.device)
+            self.state["step"][which] = self.state["step"][which].clamp(min=1)
 
     def _state_buffer(self, name: str) -> Tensor:
         if name not in self.state:

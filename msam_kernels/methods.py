@@ -139,6 +139,11 @@ class Plan:
         return 1 + max(v for v in range(3) if dot(0, v) <= max(used)) if used else 0
 
     @property
+    def remembers_v(self) -> bool:
+        """Whether "v" outlives the step."""
+        return bool(self.keeps) and not self.after
+
+    @property
     def kept(self) -> str:
         """The name of the memory that ``keeps`` adds to."""
         return "gap" if self.after else "v"
@@ -309,8 +314,8 @@ class LossEquatedSAM(SAM):
 
     To first order e raises the loss by sigma, whatever the gradient's length. rho, of the group, is the most that ‖e‖ may be:
     where gradients vanish rho_t would grow without end. rho_t is made where the norm is, on the device. With other methods ‖g‖
-    is the norm of their direction, as ASAM's ‖T·g‖; the other side of Bilateral SAM keeps its rho_min. ``train_step``
-    refuses a ``GradScaler``, and none of your own belongs around ``passes``: a scaled gradient has another length.
+    is the norm of their direction, as ASAM's ‖T·g‖; the other side of Bilateral SAM keeps its rho_min. A
+    ``GradScaler`` has to be named, also to ``passes``: a scaled gradient has another length.
 
     Args:
         sigma: the rise, >= 0, in units of the loss that is differentiated; a number or a function of the step. The authors let
@@ -339,8 +344,8 @@ class FriendlySAM(SAM):
     gradient starts its ema and is its d. With mSAM each micro-batch is F-SAM's batch: one ema, updated by every
     micro-batch in turn. State: one buffer of the size of the parameters.
 
-    Under a ``GradScaler`` g and the ema carry the loss scale: after a change of scale the ema is off by that factor for
-    about 1 / (1 - lmbda) micro-batches.
+    Under a ``GradScaler`` that ``passes(..., scaler=scaler)`` was not told of, g and the ema carry the loss scale: after a
+    change of that the ema is off by its factor for about 1 / (1 - lmbda) micro-batches.
 
     Repeated or full batches make d vanish, and what is left to normalise is noise: use F-SAM with real mini-batches.
 
@@ -574,9 +579,10 @@ class WSAM(SAM):
     Decoupled: the base optimizer takes g, the mean gradient at w, and after its step w ← w − lr·a·(ĝ − g), with the learning
     rate of the parameter's group and the mean ĝ. Coupled: the base optimizer takes a·ĝ + (1 − a)·g.
 
-    Decoupled, in a ``passes`` loop p.grad is g, which the caller may clip; ĝ − g stays what it was. What it is multiplied
-    with is not unscaled by a ``GradScaler``: coupled only. State, decoupled: one buffer of the size of the parameters in
-    ``passes`` loops, before an update of its own, and with several micro-batches; else none.
+    Decoupled, in a ``passes`` loop p.grad is g, which the caller may clip; ĝ − g stays what it was. It is unscaled where the
+    ``GradScaler`` is named, also to ``passes``; an overflow in ĝ alone then makes p.grad NaN, so that the scaler sees it.
+    State, decoupled: one buffer of the size of the parameters in ``passes`` loops, before an update of its own, and with
+    several micro-batches; else none.
 
     Args:
         gamma: weight of the sharpness, >= 0 and < 1; coupled, 0.5 is SAM.

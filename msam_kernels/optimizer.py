@@ -15,7 +15,7 @@ from . import batches, checkpoint, methods
 from ._checks import check_integer
 from ._torch import LIKE_NEW, has_listeners, leave_to_eager, profiler_enabled
 from .batches import MicroBatches, Split
-from .between import Between
+from .between import Between, scaled_by
 from .buffers import Buffers, check_model
 from .compiled import Compiled
 from .gradients import set_grads
@@ -124,7 +124,8 @@ class MicroBatchSAM(Optimizer):
         micro_batch_size: instead of ``num_micro_batches``, the samples per part; the last may be smaller.
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
         model: if given, its buffers, e.g. BatchNorm's statistics or a codebook, change in the first pass of each micro-batch
-            only: after the others they are brought back from a copy, which is made in each step.
+            only: after the others they are brought back from a copy, which is made in each step. And its ``state_dict()``
+            refuses while the weights are perturbed.
         parallel: run the micro-batches of a ``train_step``, or of a captured one, in two parallel passes instead of one after
             the other, see ``docs/parallel.md``. True: all at once; a number: so many at once, where memory is short;
             "auto": whichever way is faster in the first steps, or sequentially with a warning where a model cannot. Needs
@@ -206,13 +207,42 @@ class MicroBatchSAM(Optimizer):
         self.engine = Engine(
             self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend
         )
+        self._watch = checkpoint.watch(self.engine, model)
         this = ref(self.engine)
 
-        def keep_rho(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-            engine = this()
-            return None if engine is None else engine.radii.kept_in(state_dict, engine.steps)
+        left: dict[str, Any] = {}
+        loaded: list[dict[str, Any]] = []
 
-        self.base_optimizer.register_load_state_dict_pre_hook(keep_rho)
+        def show(base: Optimizer) -> None:
+            engine = this()
+            if engine is not None:
+                engine.check_restored("state_dict()")
+                left.update(checkpoint.show(engine))
+
+        def add(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            state_dict = checkpoint.saved(state_dict, dict(left))
+            left.clear()
+            return state_dict
+
+        def take_apart(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+            engine = this()
+            if engine is None:
+                return None
+            state_dict, own = checkpoint.apart(state_dict)
+            loaded.append(own)
+            return engine.radii.kept_in(state_dict, engine.steps)
+
+        def load(base: Optimizer) -> None:
+            engine = this()
+            if engine is not None and loaded:
+                checkpoint.load(engine, loaded[-1])
+            loaded.clear()
+
+        base = self.base_optimizer
+        base.register_state_dict_pre_hook(show)
+        base.register_state_dict_post_hook(add)
+        base.register_load_state_dict_pre_hook(take_apart)
+        base.register_load_state_dict_post_hook(load)
 
     method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
     enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
@@ -229,6 +259,9 @@ class MicroBatchSAM(Optimizer):
             check_model(model)
         self.engine.buffers.thaw()
         self.engine.buffers = Buffers(model)
+        for handle in self._watch:
+            handle.remove()
+        self._watch = checkpoint.watch(self.engine, model)
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 
@@ -242,6 +275,8 @@ class MicroBatchSAM(Optimizer):
 
     @property
     def state(self) -> Any:
+        """The base optimizer's. Beside its own stands what the method keeps, up to date at every look: see ``checkpoint``."""
+        checkpoint.show(self.engine)
         return self.base_optimizer.state
 
     @state.setter
@@ -284,20 +319,20 @@ class MicroBatchSAM(Optimizer):
         return {
             **{name: getattr(self, name) for name in (*own, "method", "model", "enabled")},
             "schedules": engine.radii.schedules,
-            checkpoint.KEY: checkpoint.saved(engine),
+            checkpoint.KEY: checkpoint.show(engine),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" not in state:  # Optimizer.load_state_dict hands over what it loaded
             self.base_optimizer.__setstate__(state)
             return
-        own, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
+        left, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
         super().__setstate__({"parallel": False, "compile": False, **state})
         self._make_engine(method, model)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
-        checkpoint.load(self.engine, own)
+        checkpoint.load(self.engine, checkpoint.out_of_state(self.base_optimizer, left))
 
     def __repr__(self) -> str:
         split = f"micro_batch_size={self.micro_batch_size}"
@@ -309,7 +344,12 @@ class MicroBatchSAM(Optimizer):
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps.
+        """The base optimizer's state dict, which plain torch optimizers load, with what the method keeps among its entries.
+
+        That is ``state[p]["msam_ema"]``, ``["msam_v"]`` and ``["msam_mask"]``, and in each group "msam_steps" and
+        "msam_mask_step", where whatever saves an optimizer finds it; see ``docs/checkpoints.md``. What has no entry to stand
+        in, because the base optimizer has yet to begin that, is under "msam". The base optimizer's own ``state_dict`` has the
+        same.
 
         Raises:
             RuntimeError: the weights are perturbed, and would be saved as they are.
@@ -317,7 +357,8 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_restored("state_dict()")
         self.engine.take_in()
         self.engine.radii.take_schedules(self.steps)
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.saved(self.engine)}
+        left = checkpoint.show(self.engine)
+        return checkpoint.saved(super().state_dict(), left)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
@@ -335,8 +376,9 @@ class MicroBatchSAM(Optimizer):
 
         def last_hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check(state_dict, engine.store.parameters())  # the user's hooks may have changed it
-            checkpoint.take_in(engine, state_dict.get(checkpoint.KEY, {}))
-            loaded.update(state_dict)
+            state_dict, own = checkpoint.apart(state_dict)
+            checkpoint.take_in(engine, own)
+            loaded.update(own)
             return engine.radii.kept_in(state_dict, engine.steps)
 
         hook = self.register_load_state_dict_pre_hook(last_hook)
@@ -344,7 +386,7 @@ class MicroBatchSAM(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        checkpoint.load(engine, loaded.get(checkpoint.KEY, {}))
+        checkpoint.load(engine, loaded)
 
     # -- user's calls ---------------------------------------------------------------------------------------------------
 
@@ -369,7 +411,7 @@ class MicroBatchSAM(Optimizer):
         step = self.engine.step
         return None if step is None else step.turn
 
-    def passes(self, *batch: Any) -> Passes:
+    def passes(self, *batch: Any, scaler: torch.amp.GradScaler | None = None) -> Passes:
         """The loop of one step: yields each micro-batch as often as the method needs, for a forward and a backward.
 
         ``batch``: tensors, or dicts, tuples and lists of them, that share dim 0. Several arguments are yielded as a tuple,
@@ -392,16 +434,33 @@ class MicroBatchSAM(Optimizer):
                 for i, (xb, yb) in numbered:
                     ...
 
+        Where a ``GradScaler`` scales the losses, name it, and the rest of its loop stays what it is::
+
+            for xb, yb in opt.passes(x, y, scaler=scaler):
+                scaler.scale(loss_fn(xb, yb)).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+
+        What methods remember and measure is then independent of the scale, and what they remembered in a loop whose step the
+        scaler skipped is forgotten; see ``docs/precision.md``.
+
         Raises:
             ValueError: tensors of different length, or more micro-batches than samples.
-            TypeError: something in ``batch`` that cannot be sliced.
-            RuntimeError: another loop is under way.
+            TypeError: something in ``batch`` that cannot be sliced, or ``scaler`` is no ``GradScaler``.
+            RuntimeError: another loop is under way; or in the loop, no loss was scaled by ``scaler``.
         """
         self.engine.check_idle("passes()")
         parts, shares = batches.split(batch, self.split)
-        return Passes(self.engine.passes(parts, shares, batches.renewal(parts[0])))
+        return Passes(self.engine.passes(parts, shares, batches.renewal(parts[0]), scaled_by(scaler, self)))
 
-    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
+    ) -> Any:
         """Update the weights.
 
         Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop.
@@ -410,8 +469,13 @@ class MicroBatchSAM(Optimizer):
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
         are one kernel. ``p.grad`` from before takes no part and is None afterwards; if a closure raises, weights and
         gradients are what they were. Until the step ends, gradients that closures leave are the optimizer's alone: it keeps
-        some, and may add to them. Nothing looks at the gradient before the update: where it can overflow (fp16 with a
-        ``GradScaler``), use ``train_step`` with its ``scaler``, or ``passes``.
+        some, and may add to them.
+
+        Args:
+            closure: see above.
+            scaler: with closures, the ``GradScaler`` that scales their losses, ``scaler.scale(loss).backward()``; as in
+                ``train_step``. Without, ``scaler.step(opt)`` is the call.
+            max_grad_norm: as in ``train_step``. Without closures ``p.grad`` stays what it is.
 
         Returns:
             None, the closure's value at w, or for a sequence the detached mean of the values.
@@ -421,15 +485,22 @@ class MicroBatchSAM(Optimizer):
             ValueError: a number of closures other than ``num_micro_batches``. With ``micro_batch_size`` the caller splits
                 the batch, into any number.
         """
-        return self._profiled_step(closure) if has_listeners(self) else self.step_without_hooks(closure)
+        step = self._profiled_step if has_listeners(self) else self.step_without_hooks
+        if scaler is None and max_grad_norm is None:
+            return step(closure)
+        return step(closure, self.between(None, scaler, max_grad_norm))
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper costs more than a kernel: see has_listeners
 
-    def step_without_hooks(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None) -> Any:
+    def step_without_hooks(
+        self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None, between: Between | None = None
+    ) -> Any:
         """``step``, where nobody listens or the hooks have run."""
         self.engine.check_idle("step()")
         if closure is None:
-            return self.engine.update()
+            if between is not None and between.scaled is not None:
+                raise ValueError("step(scaler=...) is for closures; after a passes() loop call scaler.step(opt)")
+            return self.engine.update(None if between is None else between.max_grad_norm)
         closures: list[Callable[[], Any]] = [closure] if callable(closure) else list(closure)
         shares = closure.shares if isinstance(closure, MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
         wanted = self.num_micro_batches
@@ -441,6 +512,9 @@ class MicroBatchSAM(Optimizer):
             )
         if isinstance(closure, MicroBatches):
             values = self.run(closure) if closure.between is None else self._run_between(closure)
+        elif between is not None:
+            with between:
+                values = self.engine.run(closures, shares, between)
         else:
             values = self.engine.run(closures, shares)
         if callable(closure):
@@ -455,12 +529,13 @@ class MicroBatchSAM(Optimizer):
         *batch: Any,
         before_update: Callable[[], object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
     ) -> Tensor:
         """One whole step: ``loss_fn(*micro_batch)`` returns the mean loss of its micro-batch.
 
         ::
 
-            opt.train_step(loss_fn, x, y, before_update=lambda: clip_grad_norm_(model.parameters(), 1.0), scaler=scaler)
+            opt.train_step(loss_fn, x, y, max_grad_norm=1.0, scaler=scaler)
             scaler.update()
 
         Args:
@@ -470,21 +545,25 @@ class MicroBatchSAM(Optimizer):
                 as between a ``passes`` loop and ``step()``: it may clip, log or change gradients. The update is then a kernel
                 of its own, as there: it moves 2 times the parameters' memory more, 4 times with several micro-batches.
             scaler: scales the loss. Gradients are unscaled before ``before_update``; where one is not finite the update is
-                skipped on the device, without waiting for it: weights, state and step numbers are what they were, while
-                ``opt.steps`` and schedulers count on. ``scaler.update()`` is the caller's, after each step.
+                skipped on the device, without waiting for it: weights, state, what the method remembers and step numbers are
+                what they were, while ``opt.steps`` and schedulers count on. ``scaler.update()`` is the caller's, after each
+                step.
+            max_grad_norm: the mean gradient's L2 norm over all parameters, at most; > 0. As ``clip_grad_norm_`` before the
+                update, and before ``before_update``, but that where nobody else looks it costs one reading pass: the factor
+                is a coefficient of the update, as is what the scaler unscales by. A gradient that is not finite is NaN then.
 
         Returns:
             The detached mean loss at w over the whole batch, unscaled.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as ``passes``, or with ``scaler`` a method that depends on the length of
-                gradients (F-SAM), a base optimizer without a fused kernel, a ``scaler.update()`` that is due; weights and
-                gradients are what they were.
+            ValueError, TypeError, RuntimeError: as ``passes``, or with ``scaler`` a base optimizer without a fused kernel, a
+                ``scaler.update()`` that is due; weights and gradients are what they were.
         """
         self.engine.check_idle("train_step()")
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
-        loss: Tensor = self.step(self.micro_batches(loss_fn, batch, self.between(before_update, scaler)))
+        between = self.between(before_update, scaler, max_grad_norm)
+        loss: Tensor = self.step(self.micro_batches(loss_fn, batch, between))
         return loss
 
     @property
@@ -493,12 +572,17 @@ class MicroBatchSAM(Optimizer):
         return Split(self.num_micro_batches, self.micro_batch_size)
 
     def between(
-        self, before_update: Callable[[], object] | None, scaler: torch.amp.GradScaler | None
+        self,
+        before_update: Callable[[], object] | None,
+        scaler: torch.amp.GradScaler | None,
+        max_grad_norm: float | None = None,
     ) -> Between | None:
-        """What whole steps have before their update, if anything."""
-        if before_update is None and scaler is None:
+        """What steps have before their update, if anything."""
+        if before_update is None and scaler is None and max_grad_norm is None:
             return None
-        return Between(self, self.engine, before_update, scaler)
+        between = Between(self, self.engine, before_update, scaler, max_grad_norm)
+        empty = before_update is None and between.scaled is None and max_grad_norm is None
+        return None if empty else between
 
     def micro_batches(
         self, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], between: Between | None = None
@@ -550,6 +634,7 @@ class MicroBatchSAM(Optimizer):
         warm_up: int = 3,
         before_update: Callable[[], object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
         other_shapes: Literal["eager", "capture", "error"] = "eager",
         generators: Sequence[torch.Generator] = (),
     ) -> CapturedStep:
@@ -581,8 +666,8 @@ class MicroBatchSAM(Optimizer):
             loss_fn: as in ``train_step``; it must do the same on the device each time, without looking at values.
             example_batch: as in ``train_step``; later batches have its structure and dtypes.
             warm_up: eager steps before the capture, >= 1.
-            before_update, scaler: as in ``train_step``. ``before_update`` becomes part of the graph: a value that it is to
-                show goes into a tensor that was there before, as in
+            before_update, scaler, max_grad_norm: as in ``train_step``. ``before_update`` becomes part of the graph: a value
+                that it is to show goes into a tensor that was there before, as in
                 ``lambda: norm.copy_(clip_grad_norm_(model.parameters(), 1.0))``. Call ``scaler.update()`` after each step.
             other_shapes: what a batch of other shapes, such as the last one of an epoch, is: an "eager" step, with the
                 result of ``train_step``; a "capture" of its own, with its own warm-up and memory; or an "error". One of fewer
@@ -593,8 +678,7 @@ class MicroBatchSAM(Optimizer):
             RuntimeError: the parameters are not all on one CUDA device.
             TypeError: ``loss_fn`` cannot be called, a hyper-parameter is a tensor on the GPU, or one of ``generators`` is
                 none of its device.
-            ValueError: no example batch, one that cannot be split, ``warm_up`` < 1, or another ``other_shapes``; and with
-                ``scaler`` a method that depends on the length of gradients.
+            ValueError: no example batch, one that cannot be split, ``warm_up`` < 1, or another ``other_shapes``.
         """
         self.engine.take_in()
         devices = sorted(map(str, self.engine.store.devices))
@@ -615,7 +699,7 @@ class MicroBatchSAM(Optimizer):
         from .capture import CapturedStep, CudaRecorder
 
         recorder = CudaRecorder(torch.device(devices[0]), generators)
-        between = self.between(before_update, scaler)
+        between = self.between(before_update, scaler, max_grad_norm)
         return CapturedStep(self, loss_fn, example_batch, recorder, warm_up, between, other_shapes)
 
     def update_hyper(self) -> None:

@@ -20,6 +20,8 @@ from .methods import SAM, Plan
 Group = dict[str, Any]
 Radius = float | Callable[[int], float]
 MOMENTA = ("momentum_buffer", "exp_avg")  # names of a mean of gradients in the state of torch's optimizers
+OURS = "msam_"  # how every name begins that we put into a base optimizer's groups or state
+STEPS, MASK_STEP = OURS + "steps", OURS + "mask_step"  # in every group: see ``Engine``
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ class Tables:
         self._said: dict[str, object] = {}
         self._on: dict[tuple[str, torch.device], Tensor] = {}
         self.names: tuple[tuple[str, ...], ...] = ()
+        self.scale: Tensor | None = None  # of the step's gradients, where a budget is to be in their units
 
     def refresh_radii(
         self, plan: Plan, steps: int, devices: Iterable[torch.device], changed: Callable[[], None]
@@ -279,7 +282,10 @@ class Tables:
         self._said.clear()
 
     def on(self, name: str, device: torch.device) -> Tensor:
-        return self._on[name, device]
+        table = self._on[name, device]
+        if name != "radii" or self.scale is None:
+            return table
+        return torch.cat([table[:, :1], table[:, 1:] * self.scale.to(device, non_blocking=device.type != "cpu")], 1)
 
     def tensors(self) -> list[Tensor]:
         return list(self._on.values())

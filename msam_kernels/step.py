@@ -3,24 +3,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from . import masks
-from ._torch import forget_casts, mark_stepped
+from ._torch import Scaled, forget_casts, mark_stepped
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
-from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
-from .store import PLAIN, Descent, Store
+from .rules import (
+    MASK_STEP,
+    MOMENTA,
+    OURS,
+    RULES,
+    STEPS,
+    Radii,
+    Radius,
+    Rule,
+    Tables,
+    check_method,
+    fused_rule,
+    no_momentum,
+)
+from .store import PLAIN, Descent, Store, moved
+from .units import Undo, Units
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class Stats:
     Momentum-SAM, whose micro-batches share one perturbation, has one entry.
 
     Attributes:
-        grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64; of scaled losses in units of their scale.
+        grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64; without the loss scale of a ``scaler`` that was given.
         perturbation_norm: ‖e‖ as it arrived in the stored weights, float64. In 16 bits it can fall far short of rho.
         nonfinite: True where the ascent gradient was not finite, so that nothing was perturbed.
     """
@@ -40,24 +56,57 @@ class Stats:
     nonfinite: Tensor
 
 
+class Between(Protocol):
+    """What comes between the last pass of a whole step and its update, see ``between``.
+
+    Attributes:
+        scaled: the scaler of the losses, or None.
+        max_grad_norm: how long the mean gradient may be; None: as long as it is.
+        is_unseen: whether nobody is to see the mean gradient in ``p.grad``.
+    """
+
+    scaled: Scaled | None
+    max_grad_norm: float | None
+
+    @property
+    def is_unseen(self) -> bool: ...
+
+    def __call__(self) -> Tensor | None: ...
+
+    def note(self, found_inf: Tensor, mean: Vectors) -> Tensor | None: ...
+
+
 #: For a loop that was left early, which its iterator does not learn while somebody holds it.
 LEFT = "; a loop that may be left early is given up at the end of `with opt.passes(...) as parts:`"
 #: By base optimizer: the groups whose rho a wrapper put there.
 RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
+def _in_groups(key: str) -> Any:
+    """A number that stands in every parameter group, where whoever saves or copies an optimizer finds it."""
+
+    def put(engine: Engine, value: int) -> None:
+        for group in engine.base.param_groups:
+            group[key] = value
+
+    return property(lambda engine: engine.base.param_groups[0].get(key, 0), put)
+
+
 class Engine:
     """Runs the steps of one optimizer.
 
     Attributes:
-        steps: taken so far.
+        steps: taken so far; in the groups as "msam_steps".
         enabled: whether the method takes part; without it the base optimizer works alone.
         step: the one under way, or None.
         norms_sq: of the latest step, by micro-batch: the terms of the direction's squared norm.
         latest: the plan of that step.
         v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
-        mask_step: the step at which the mask was first used.
+        mask_step: the step at which the mask was first used; in the groups as "msam_mask_step", where a method has one.
     """
+
+    steps: int = _in_groups(STEPS)
+    mask_step: int = _in_groups(MASK_STEP)
 
     def __init__(
         self,
@@ -74,9 +123,11 @@ class Engine:
         self.store = Store(base, flatten=flatten, backend=backend)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
-        self.steps, self.enabled = 0, True
-        self.v_step, self.mask_step = -1, 0
+        self.units = Units(self.store)
+        self.enabled = True
+        self.v_step = -1
         self.step: Step | None = None
+        self.undo: Undo | None = None  # of a loop whose update is still to come, and may be skipped
         self.broken = False  # weights are perturbed that could not be brought back
         self.norms_sq: list[Tensor] = []
         self.latest = BASE
@@ -105,6 +156,9 @@ class Engine:
             if "rho" not in group:
                 group["rho"] = self.radii.default
                 put_there.add(g)
+        self.steps = self.steps  # also in groups that are new
+        if self.method.full.sparse is not None:
+            self.mask_step = self.mask_step
         self.radii.take_schedules(self.steps)
         self.tables.forget()
 
@@ -113,12 +167,15 @@ class Engine:
         groups = self.base.param_groups
         earlier = [groups[g] for g in RHO_OF_OURS.get(self.base, ()) if "rho" in groups[g]]
         radii = [group.pop("rho") for group in earlier]
+        counted = self.base in RHO_OF_OURS
         try:
             self.adopt()
         except BaseException:
             for group, rho in zip(earlier, radii, strict=True):
                 group["rho"] = rho
             raise
+        if counted:  # by that wrapper
+            self.steps = 0
 
     def take_in(self) -> None:
         """Notice groups that came by the base optimizer's ``add_param_group`` since the last look, and what was unfrozen.
@@ -188,7 +245,10 @@ class Engine:
             sum((t.sum().to(device) for flat in flats for t in flat.achieved[i : i + 1]), norms_sq.new_zeros(()))
             for i in range(len(self.norms_sq))
         ]
-        return Stats(norms_sq.sqrt() / self.latest.times, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
+        length = norms_sq.sqrt() / self.latest.times
+        if self.units.scale is not None and not self.latest.momentum:
+            length = length / self.units.scale
+        return Stats(length, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
 
     # -- Sparse SAM -------------------------------------------------------------------------------------------------------
 
@@ -240,11 +300,15 @@ class Engine:
     # -- steps ------------------------------------------------------------------------------------------------------------
 
     def passes(
-        self, parts: list[Any], shares: list[float], renewed: Callable[[Any], Any] | None
+        self,
+        parts: list[Any],
+        shares: list[float],
+        renewed: Callable[[Any], Any] | None,
+        scaled: Scaled | None = None,
     ) -> Generator[Any, None, None]:
         """The loop of one step without the update: each micro-batch as often as the plan says, renewed for each pass."""
         self.check_idle("passes()")
-        with self.begin(shares) as step:
+        with self.begin(shares, scaled) as step:
             step.adds_to_v = step.had_gradients and self.v_step == self.steps
             for _, part in step.turns(parts):
                 yield part if renewed is None else renewed(part)
@@ -255,7 +319,7 @@ class Engine:
         self,
         closures: Sequence[Callable[[], Any]],
         shares: list[float],
-        between: Callable[[], Tensor | None] | None = None,
+        between: Between | None = None,
         passes: ParallelPasses | None = None,
     ) -> list[Any]:
         """One whole step; what the closures returned at w.
@@ -265,7 +329,8 @@ class Engine:
             passes: what runs the closures' losses at once, instead of them.
         """
         values = []
-        with self.begin(shares) as step:
+        self.skipped()  # gradients of before take no part
+        with self.begin(shares, None if between is None else between.scaled) as step:
             if passes is not None:
                 values = step.together(passes)
             else:
@@ -277,12 +342,32 @@ class Engine:
         self.count_step()
         return values
 
-    def update(self) -> None:
-        """The base optimizer's step on the gradients that are there."""
-        self.update_uncounted()
+    def update(self, most: float | None = None) -> None:
+        """The base optimizer's step on the gradients that are there, as if no longer than ``most``."""
+        if self._is_asked_for_state():
+            return self._begin_state()
+        self.update_uncounted(most=most)
         self.count_step()
 
-    def update_uncounted(self, found_inf: Tensor | None = None) -> None:
+    def _is_asked_for_state(self) -> bool:
+        """Whether this is how torch.distributed.checkpoint has an optimizer make its state: a step that is none.
+
+        There is no state yet, every gradient is 0, and so is every learning rate.
+        """
+        groups = self.base.param_groups
+        if self.base.state or any("lr" not in group or group["lr"] != 0 for group in groups):
+            return False
+        grads = [p.grad for p in self.store.parameters() if p.grad is not None]
+        return bool(grads) and not any(g.is_sparse or bool(g.any()) for g in grads)
+
+    def _begin_state(self) -> None:
+        rule = fused_rule(self.base)
+        if rule is None:
+            return self.update_uncounted()
+        self.refresh_settings(rule)
+        self.store.begin_state(rule, self.tables, self.base.state, self.collect(clear=False))
+
+    def update_uncounted(self, found_inf: Tensor | None = None, most: float | None = None) -> None:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
         rule = fused_rule(self.base)
         grads = self.collect(clear=False) if rule is not None else None
@@ -290,17 +375,22 @@ class Engine:
             self.follow()
         self.refresh_settings(rule)
         if rule is None or grads is None:
+            if most is not None:
+                clip_grad_norm_(self.store.parameters(), most)
             self.base.step()
         else:
-            descent = Descent()
-            descent.add(grads, PLAIN)
+            if most is None:
+                descent = Descent()
+                descent.add(grads, PLAIN)
+            else:
+                descent, _ = self.store.limited(grads, None, None, most)
             mark_stepped(self.base)
             self.store.update(rule, self.tables, self.base.state, descent, found_inf)
         if self.method.full.after and self.v_step == self.steps:
-            self.shift(self.collect(clear=False))
+            self.shift(self.collect(clear=False), found_inf=found_inf)
         forget_casts()
 
-    def shift(self, stepped: Vectors, gap: Vectors | None = None) -> None:
+    def shift(self, stepped: Vectors, gap: Vectors | None = None, found_inf: Tensor | None = None) -> None:
         """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights.
 
         ``stepped``: gradients that it took; where these are absent the weights stay.
@@ -308,11 +398,16 @@ class Engine:
         if gap is None:
             gap = Vectors([memory.parts for memory in self.store.memory("gap", 0.0)])
             self.v_step = -1
-        self.store.shift(gap.present(stepped), self.method.full.after, self.tables)
+        scale = self.units.scale
+        if scale is not None and found_inf is not None:
+            scale = torch.where(moved(found_inf, scale.device) != 0, math.inf, scale)
+        self.store.shift(gap.present(stepped), self.method.full.after, self.tables, scale)
 
-    def begin(self, shares: list[float], *, clear: bool = True) -> Step:
-        """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
+    def begin(self, shares: list[float], scaled: Scaled | None = None, *, clear: bool = True) -> Step:
+        """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone. ``scaled``: what its losses are."""
         had_gradients = self.follow()
+        if not had_gradients:
+            self.skipped()
         self._refresh_radii()
         plan = self.plan()
         if plan is not BASE:
@@ -322,7 +417,7 @@ class Engine:
         if scores is not None:
             self.store.check_not_capturing("the mask")
         self.norms_sq, self.latest = [], plan
-        self.step = Step(self, plan, shares, scores, clear=clear, had_gradients=had_gradients)
+        self.step = Step(self, plan, shares, scores, clear=clear, had_gradients=had_gradients, scaled=scaled)
         return self.step
 
     def momentum(self) -> Vectors:
@@ -333,11 +428,9 @@ class Engine:
         """
         state = self.base.state
         if not any(name in entry for entry in state.values() for name in MOMENTA):
-            kept = next(filter(None, state.values()), None)
-            if kept is not None:
-                raise ValueError(
-                    no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, sorted(kept)))}")
-                )
+            kept = sorted({name for entry in state.values() for name in entry if not str(name).startswith(OURS)})
+            if kept:
+                raise ValueError(no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, kept))}"))
         return self.store.momentum(state)
 
     def drop_before(self) -> None:
@@ -345,9 +438,20 @@ class Engine:
         if self.step is not None:
             self.step.drop_before()
         else:
+            self.skipped()
             self.v_step = -1
 
+    def skipped(self) -> None:
+        """The gradients of loops since the latest update are gone, and what those loops changed with them."""
+        if self.undo is not None:
+            self.undo.bring_back()
+            self.v_step = self.undo.v_step
+            if self.undo.mask_step is not None:
+                self.mask_step = self.undo.mask_step
+            self.undo = None
+
     def count_step(self) -> None:
+        self.undo = None
         if not self.store.is_capturing():  # what is captured has not run
             self.steps += 1
 
@@ -371,6 +475,8 @@ class Engine:
         if step is not None:
             step.give_back_grads(values=ran)
             step.give_back_memories()
+            if step.began_undo and ran:
+                self.skipped()
             self.store.drop_grads_of_others()
             if step.chose_mask:
                 for flat in self.store.flats:
@@ -399,6 +505,7 @@ class Step:
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
             None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
+        began_undo: whether what may have to be undone is this step's alone.
     """
 
     def __init__(
@@ -410,7 +517,10 @@ class Step:
         *,
         clear: bool,
         had_gradients: bool,
+        scaled: Scaled | None = None,
     ):
+        self._scaled, self._has_looked = scaled, False
+        self.began_undo = False
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.clear = clear
         self.perturbed = self.saves = False
@@ -467,6 +577,21 @@ class Step:
             return
         self.store.set_grads([list(map(_written, before, own)) if values else before for before, own in self.aside])
 
+    def _look_at_scale(self) -> None:
+        """Before the step's first gradients are read: by now a loss was scaled."""
+        if self._has_looked:
+            return
+        self._has_looked = True
+        engine, plan = self.engine, self.plan
+        engine.units.read(self._scaled)
+        engine.tables.scale = engine.units.scale if plan.budget != math.inf else None
+        if plan.lmbda is not None:
+            engine.units.bring_means()
+        if self._scaled is not None and engine.undo is None:
+            chooses = self._scores is not None
+            engine.undo = Undo(self.store, plan, chooses=chooses, v_step=engine.v_step, mask_step=engine.mask_step)
+            self.began_undo = True
+
     def _remember(self, memories: Sequence[Tensor]) -> None:
         """What they hold is there again if the step is given up."""
         if not self.store.is_capturing():
@@ -521,6 +646,7 @@ class Step:
             for which in passes.turns:
                 self._i, self.turn, norm_sq = which[-1], 0, None
                 losses, *vectors = self._run(passes, which, None)
+                self._look_at_scale()
                 self._check_any(vectors[0])
                 values += losses
                 if plan.climbs:
@@ -578,6 +704,7 @@ class Step:
             sums = [] if products is None else [products]
             kept = Descent(stacks=vectors[: len(plan.keeps)], shares=store.weigh(shares, coefs, sums, -1, None))
             self._keep(kept, begins=which.start == 0)
+        norm_sq = self._seen(norm_sq, vectors[0], len(which))
         sums, rescale = self._sums(products, norm_sq)
         terms = list(self._terms(vectors))
         coefs = [number for _, coefficient in terms for number in coefficient.row()]
@@ -613,6 +740,7 @@ class Step:
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         engine, store, plan = self.engine, self.store, self.plan
+        self._look_at_scale()
         grads = engine.collect(clear=self.clear)
         self._check_any(grads)
         if plan.holds:
@@ -671,12 +799,13 @@ class Step:
     def scores(self) -> masks.Scores:
         return self._scores or []
 
-    def conclude(self) -> None:
+    def conclude(self, found_inf: Tensor | None = None) -> None:
         """After the last pass, and what is the user's: what may fail comes before what cannot be undone."""
         engine, sparse = self.engine, self.plan.sparse
         if self._scores is None or sparse is None:
             return
-        if not all(bool(terms.sum().isfinite()) for terms in engine.norms_sq):
+        skipped = found_inf is not None and bool(found_inf != 0)
+        if skipped or not all(bool(terms.sum().isfinite()) for terms in engine.norms_sq):
             if self.chose_mask:  # it was made of gradients that were not finite
                 for flat in self.store.flats:
                     flat.mask = None
@@ -712,15 +841,19 @@ class Step:
             self._descend(before.filled(self._mean), both, last=True, weights=False)
         self._put_into_grads()
 
-    def update(self, between: Callable[[], Tensor | None] | None = None) -> None:
+    def update(self, between: Between | None = None) -> None:
         """The last descent and the base optimizer's step, in one kernel where that is possible.
 
         ``between``: called after the descent and before the step, with the weights at w and the mean descent gradient in
-        ``p.grad``, as after a ``passes`` loop. What it returns is ``found_inf`` of the update.
+        ``p.grad``, as after a ``passes`` loop. What it returns is ``found_inf`` of the update. If nobody is to see
+        ``p.grad``, it only tells what the update is limited by.
         """
         engine, plan = self.engine, self.plan
         rule = fused_rule(engine.base)
         engine.refresh_settings(rule)
+        self._look_at_scale()
+        if rule is not None and between is not None and between.is_unseen:
+            return self._update_limited(rule, between)
         at_once = rule is not None and between is None
         if between is None:
             self.conclude()
@@ -748,11 +881,43 @@ class Step:
             found_inf = None
             if between is not None:
                 found_inf = between()
-                self.conclude()
+                self.conclude(found_inf)
             engine.update_uncounted(found_inf)
+            self._undo_where(found_inf)
             if self.clear:
                 self.store.set_grads(None)
         forget_casts()
+
+    def _update_limited(self, rule: Rule, between: Between) -> None:
+        """The mean gradient without its scale, and no longer than it may be, which takes one look at it before the update."""
+        engine, plan, store = self.engine, self.plan, self.store
+        descent = self._descent(clear=self.clear)
+        norm_sq = descent.norm_sq
+        if descent.coefs == PLAIN and not descent.sums and descent.shares is None and plan.reuses is None:
+            mean = descent.terms[0]
+        else:
+            self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
+            assert self._mean is not None
+            mean, norm_sq = self._mean, None
+            if plan.reuses is not None:
+                self._descend(mean, self._reused(mean), last=True, weights=False)
+        limited, not_finite = store.limited(mean, norm_sq, engine.units.scale, between.max_grad_norm)
+        found_inf = between.note(not_finite, mean)
+        self.conclude(found_inf)
+        mark_stepped(engine.base)
+        store.update(rule, engine.tables, engine.base.state, limited, found_inf)
+        self.perturbed = self.saves = False
+        if plan.after:
+            engine.shift(limited.present, self._gap, found_inf)
+        self._undo_where(found_inf)
+        if self.clear:
+            store.set_grads(None)
+        forget_casts()
+
+    def _undo_where(self, found_inf: Tensor | None) -> None:
+        if self.engine.undo is not None and found_inf is not None:
+            self.engine.undo.bring_back_where(found_inf)
+        self.engine.undo = None
 
     def _descent(self, *, clear: bool, updates: bool = False) -> Descent:
         """p.grad is the micro-batch's last gradient: what the plan makes of it and of what is held, and of the mean so far.
@@ -766,7 +931,8 @@ class Step:
         vectors = [engine.collect(clear=clear), *self._held]
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
-        descent = Descent(*self._sums(products, self._norm_sq), self._norm_sq)
+        norm_sq = self._seen(self._norm_sq, vectors[0])
+        descent = Descent(*self._sums(products, norm_sq), norm_sq)
         for vector, coefficient in self._terms(vectors):
             descent.add(vector, coefficient.row(share))
         if plan.keeps:
@@ -775,7 +941,7 @@ class Step:
                 kept.add(vector, coefficient.row(self.shares[i] if len(self.shares) > 1 else 1.0))
             if not (plan.after and updates and len(self.shares) == 1):
                 self._keep(kept, begins=i == 0)
-            elif descent.is_plain(vectors[1]) and not any(vector.absent for vector in vectors):
+            elif self._scaled is None and descent.is_plain(vectors[1]) and not any(vector.absent for vector in vectors):
                 self._ahead = vectors[0]  # nothing has to be kept: the update makes the gap by itself
             else:
                 self._keep_in_latest(vectors[0], vectors[1], kept)
@@ -785,6 +951,15 @@ class Step:
         self._held = []
         self._norm_sq = None
         return descent
+
+    def _seen(self, norm_sq: Tensor | None, latest: Vectors, stack: int | None = None) -> Tensor | None:
+        """The terms that make a descent NaN where they are not finite.
+
+        Decoupled WSAM's last gradient is no term of what a scaler looks at: its norm is one of these then.
+        """
+        if self._scaled is None or not self.plan.after or norm_sq is None:
+            return norm_sq
+        return torch.cat([norm_sq, self.store.gram([latest], stack).sum(-1)], -1)
 
     def _sums(self, products: Tensor | None, norm_sq: Tensor | None) -> tuple[list[Tensor], int]:
         """What the coefficients of the plan's descent depend on, and which of the sums is the length that it is given."""
@@ -845,7 +1020,9 @@ class Step:
     def _keep(self, descent: Descent, *, begins: bool) -> None:
         """The micro-batch's part of "v" or "gap", or that of several, which the first of a step ``begins`` anew."""
         engine, store, plan = self.engine, self.store, self.plan
-        memories = store.memory(plan.kept, 0.0)
+        memories = store.memory(plan.kept, math.nan if plan.remembers_v else 0.0)
+        for memory_of in memories:
+            memory_of.start()
         memory = Vectors([memory.parts for memory in memories])
         if self.adds_to_v and not self._kept:
             self._remember([t for m in memories for t in (m.buffer, m.terms, m.square)])
@@ -860,7 +1037,7 @@ class Step:
     def _reused(self, mean: Vectors) -> Descent:
         """The step's mean gradient, and "v" with its coefficient."""
         assert self.plan.reuses is not None
-        memories = self.store.memory("v", 0.0)
+        memories = self.store.memory("v", math.nan)
         v = Vectors([memory.parts for memory in memories])
         descent = Descent(sums=[self.store.gram([mean]), self.store.squared(memories)])
         descent.add(mean, PLAIN)

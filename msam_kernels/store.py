@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ from .rules import MOMENTA, Rule, Tables
 
 #: A vector as it is.
 PLAIN = Coefficient().row()
+#: Of a vector that counts the first sum, divided by the second.
+RATIO = Coefficient(0.0, 1.0, p=0, q=1, eps=0.0).row()
 #: The number of a flat, the flat, and its parameters that are left out.
 Part = tuple[int, Flat, list[int]]
 #: By flat: memory for copies of the weights, one for each of several micro-batches; None where nothing is perturbed.
@@ -80,14 +83,14 @@ class Descent:
     def on(self, device: torch.device) -> dict[str, Any]:
         """Arguments of the operators on that device."""
         if self.shares is not None:
-            return {"coefs": self.coefs, "sums": [], "shares": _moved(self.shares, device)}
+            return {"coefs": self.coefs, "sums": [], "shares": moved(self.shares, device)}
         if self.norm_sq is None and not self.sums:
             return {"coefs": self.coefs, "sums": []}
         return {
             "coefs": self.coefs,
-            "sums": [_moved(t, device) for t in self.sums],
+            "sums": [moved(t, device) for t in self.sums],
             "rescale": self.rescale,
-            "norm_sq": None if self.norm_sq is None else _moved(self.norm_sq, device),
+            "norm_sq": None if self.norm_sq is None else moved(self.norm_sq, device),
         }
 
 
@@ -290,16 +293,24 @@ class Store:
 
     def has_v(self) -> bool:
         """Whether there is a "v" to reuse."""
-        return all("v" in flat.memories for flat in self.flats)
+        return all("v" in flat.memories and flat.memories["v"].started for flat in self.flats)
 
     def recall(self) -> Callable[[], None]:
         """What brings the methods' memories back to what they hold now."""
-        kept = [{name: memory.buffer.clone() for name, memory in flat.memories.items()} for flat in self.flats]
+        kept = [
+            {name: (memory.buffer.clone(), memory.started) for name, memory in flat.memories.items()}
+            for flat in self.flats
+        ]
 
         def back() -> None:
             for flat, buffers in zip(self.flats, kept, strict=True):
                 for name, memory in flat.memories.items():
-                    memory.buffer.copy_(buffers[name]) if name in buffers else memory.buffer.fill_(memory.begin)
+                    if name in buffers:
+                        memory.buffer.copy_(buffers[name][0])
+                        memory.started = buffers[name][1]
+                    else:
+                        memory.buffer.fill_(memory.begin)
+                        memory.started = not math.isnan(memory.begin)
 
         return back
 
@@ -388,7 +399,7 @@ class Store:
         for f, flat, left in self.parts(plan.only):
             weights, options = self._perturbation(f, flat, plan, tables, radii, which, renew, into)
             g = _chosen(grads, f, flat, left)
-            flat.backend.perturb(weights, g, flat.table, norm_sq=_moved(norm_sq, flat.device), **options)
+            flat.backend.perturb(weights, g, flat.table, norm_sq=moved(norm_sq, flat.device), **options)
 
     @staticmethod
     def _perturbation(
@@ -463,14 +474,56 @@ class Store:
             if memories:
                 memories[f].add_up(flat)
 
-    def shift(self, vector: Vectors, factor: float, tables: Tables) -> None:
-        """w ← w − factor·lr·vector, with the learning rate of the parameter's group; nothing of what is absent."""
+    def shift(self, vector: Vectors, factor: float, tables: Tables, scale: Tensor | None = None) -> None:
+        """w ← w − factor·lr·vector, with the learning rate of the parameter's group; nothing of what is absent.
+
+        ``scale``: float64 ``[1]``, that of the vector; where it is infinite nothing changes.
+        """
         coefs = [*PLAIN, *Coefficient(0.0, factor, p=0, q=1, eps=0.0).row()]
         weights = Vectors([[p.detach() for p in params] for params in self._lists]).present(vector)
         for flat, out, tensors in zip(self.flats, weights.lists, vector.lists, strict=True):
             rates, terms = tables.on("rates", flat.device), joined([out, tensors])
+            per = rates[-1:] if scale is None else moved(scale, flat.device)
             for g, rows in flat.rows_of_groups:
-                flat.backend.descend([], out, terms, rows, coefs=coefs, sums=[rates[g : g + 1], rates[-1:]])
+                flat.backend.descend([], out, terms, rows, coefs=coefs, sums=[rates[g : g + 1], per])
+
+    def multiply(self, name: str, factor: Tensor) -> None:
+        """A memory times ``factor``, float64 ``[1]``; where that is 1 it is neither read nor written."""
+        for flat in self.flats:
+            memory = flat.memories.get(name)
+            if memory is None:
+                continue
+            factor, table = moved(factor, flat.device), flat.table
+            if factor.device.type == "cpu":
+                if factor == 1:
+                    continue
+            else:
+                table = table.clone()
+                table[:, 3] *= factor != 1  # no row has elements where it is 1, which the host does not know
+            sums = [factor, torch.ones_like(factor)]
+            flat.backend.descend([], memory.parts, memory.parts, table, coefs=RATIO, sums=sums)
+
+    def limited(
+        self, vector: Vectors, norm_sq: Tensor | None, scale: Tensor | None, most: float | None
+    ) -> tuple[Descent, Tensor]:
+        """``vector`` without its scale, and where it is longer than ``most`` as long as that: (that, whether it is not finite).
+
+        Its norm is what one reading pass costs; the factor becomes a coefficient. As ``clip_grad_norm_``: most / (norm + 1e-6).
+
+        Args:
+            norm_sq: terms of the ascent's, which has to be finite too.
+            scale: float64 ``[1]``.
+        """
+        square = self.gram([vector]).sum(-1)
+        finite = square.isfinite() if norm_sq is None else square.isfinite() & norm_sq.sum().isfinite()
+        length, factor = square.sqrt(), torch.ones_like(square)
+        if scale is not None:
+            length, factor = length / scale, factor / scale
+        if most is not None:
+            factor = factor * (most / (length + 1e-6)).clamp(max=1)
+        descent = Descent(sums=[torch.where(finite, factor, math.nan), torch.ones_like(factor)], norm_sq=norm_sq)
+        descent.add(vector, RATIO)
+        return descent, (~finite).float().sum()
 
     def update(
         self, rule: Rule, tables: Tables, state: Any, descent: Descent, found_inf: Tensor | None = None,
@@ -503,7 +556,7 @@ class Store:
             if states:
                 options["step"] = flat.state["step"]
             if found_inf is not None:
-                options["found_inf"] = _moved(found_inf, flat.device)
+                options["found_inf"] = moved(found_inf, flat.device)
             if ahead is not None:
                 options.update(rates=tables.on("rates", flat.device), factor=factor)
             flat.backend.update(
@@ -515,6 +568,12 @@ class Store:
                 settings=tables.on("settings", flat.device),
                 **options,
             )
+
+    def begin_state(self, rule: Rule, tables: Tables, state: State, grads: Vectors) -> None:
+        """The base optimizer's state of whatever has a gradient, as its first step would find it."""
+        self.separate(state)
+        for flat, tensors in zip(self.flats, grads.lists, strict=True):
+            flat.bind(state, tables.names, rule.counts, flat.absent_from(tensors))
 
     def momentum(self, state: State) -> Vectors:
         """The base optimizer's momentum, as the kernels take it; absent where there is none, or the parameter is frozen."""
@@ -582,7 +641,7 @@ class Store:
             return parts[0]
         if not parts:
             return torch.zeros(0, dtype=torch.float64)
-        return torch.cat([_moved(t, self.device) for t in parts], -1)
+        return torch.cat([moved(t, self.device) for t in parts], -1)
 
 
 def _chosen(grads: Vectors, f: int, flat: Flat, left: list[int]) -> Tensors:
@@ -605,7 +664,7 @@ def _direction(flat: Flat, plan: Plan) -> dict[str, Any]:
     return direction
 
 
-def _moved(t: Tensor, device: torch.device) -> Tensor:
+def moved(t: Tensor, device: torch.device) -> Tensor:
     if t.device == device:
         return t
     # A copy to the CPU that does not block returns before the values are there.

@@ -495,3 +495,24 @@ def saved_size(thing: Any) -> int:
     file = io.BytesIO()
     torch.save(thing, file)
     return len(file.getvalue())
+
+
+def remembered(opt, name):
+    """What a state dict holds of the method's "ema", "v" or "mask", by parameter: of what has begun."""
+    saved = opt if isinstance(opt, dict) else opt.state_dict()
+    kept = {i: entry[f"msam_{name}"] for i, entry in saved["state"].items() if f"msam_{name}" in entry}
+    kept |= saved.get("msam", {}).get(name, {})
+    if name == "mask":
+        return kept if saved["param_groups"][0].get("msam_mask_step", 0) >= 0 else {}
+    return {i: t for i, t in sorted(kept.items()) if t.numel() and not t.isnan().all()}
+
+
+def without_ours(state_dict):
+    """A state dict as a plain optimizer writes it."""
+
+    def plain(entry):
+        return {k: v for k, v in entry.items() if not k.startswith("msam_")}
+
+    state = {i: plain(entry) for i, entry in state_dict["state"].items()}
+    groups = [plain(group) for group in state_dict["param_groups"]]
+    return {"state": {i: entry for i, entry in state.items() if entry}, "param_groups": groups}

@@ -45,9 +45,10 @@ MAY_KNOW = {
             "step",
         )
     },
-    "between": {"_torch", "rules", "step"},
-    "checkpoint": {"flat", "rules", "step", "store"},
-    "step": {"_torch", "buffers", "gradients", "masks", "methods", "parallel", "rules", "store"},
+    "between": {"_checks", "_torch", "gradients", "rules", "step", "store"},
+    "checkpoint": {"_torch", "flat", "rules", "step", "store"},
+    "step": {"_torch", "buffers", "gradients", "masks", "methods", "parallel", "rules", "store", "units"},
+    "units": {"_torch", "backends.reference", "flat", "methods", "store"},
     "parallel": {"_checks", "_torch", "batches", "compiled", "gradients", "store"},
     "compiled": {"_torch"},
     "masks": {"flat", "methods"},

@@ -102,6 +102,25 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
         assert [link for link in links if not (page.parent / link).exists()] == [], page.name
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
+@pytest.mark.parametrize("page", ["checkpoints", "precision"])
+def test_the_code_of_a_page_runs(page, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), method=methods.FriendlySAM())
+    loader = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(3)]
+    scaler = torch.amp.GradScaler("cpu")
+    for x, y in loader:
+        opt.train_step(lambda x, y: F.cross_entropy(model(x), y), x, y)
+    names = dict(torch=torch, F=F, model=model, opt=opt, loader=loader, scaler=scaler, device="cpu", folder=tmp_path)
+    blocks = blocks_of(ROOT / "docs" / f"{page}.md")
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    assert opt.steps == 3 + 3 * (page == "precision")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from plain import (
     images,
     loss_of,
     mlp,
+    remembered,
     same_bits,
     saved_size,
     split,
@@ -333,7 +334,7 @@ def test_a_parameter_that_is_re_pointed_is_taken_back_with_its_state(method, way
         assert_close(actual, expected)
         if method == "F-SAM":
             for i, p in enumerate(expected.parameters()):
-                torch.testing.assert_close(ours.state_dict()["msam"]["ema"][i], theirs.ema[p], rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(remembered(ours, "ema")[i], theirs.ema[p], rtol=1e-10, atol=1e-12)
         for p, q in zip(actual.parameters(), expected.parameters(), strict=True):
             for key, value in theirs.base.state[q].items():
                 torch.testing.assert_close(ours.state[p][key], value, rtol=1e-10, atol=1e-12)
@@ -402,7 +403,7 @@ def test_what_is_kept_is_saved_and_loaded_rightly_where_no_step_came_after_the_c
     name = {"F-SAM": "ema", "LookSAM k=2": "v", "Sparse SAM": "mask"}[method]
 
     def kept():
-        return [t.clone() for t in opt.state_dict()["msam"][name].values()]
+        return [t.clone() for t in remembered(opt, name).values()]
 
     WAYS["train_step"](opt, model, images())
     expected = kept()
@@ -410,7 +411,7 @@ def test_what_is_kept_is_saved_and_loaded_rightly_where_no_step_came_after_the_c
     model.to(memory_format=torch.channels_last)
     assert all(map(torch.equal, kept(), expected))
     state = opt.state_dict()
-    state["msam"] = {**state["msam"], name: {i: t.flip(0) for i, t in enumerate(expected)}}
+    state["state"] = {i: {**state["state"][i], f"msam_{name}": t.flip(0)} for i, t in enumerate(expected)}
     opt.load_state_dict(state)
     assert all(map(torch.equal, kept(), [t.flip(0) for t in expected]))
     for seed in range(2):

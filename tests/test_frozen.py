@@ -21,6 +21,7 @@ from plain import (
     closure_of,
     loss_of,
     mlp,
+    remembered,
     same_bits,
     split,
     step_with_train_step,
@@ -132,8 +133,7 @@ def test_frozen_weights_cost_nothing(method, base, backend):
     assert [p.data_ptr() for p in big.parameters()] == addresses
     assert [p._version for p in big.parameters()] == versions
     assert all(p not in opt.state for p in big.parameters())
-    own = opt.state_dict()["msam"]
-    assert all({0, 1}.isdisjoint(tensors) for tensors in own.values() if isinstance(tensors, dict))
+    assert all({0, 1}.isdisjoint(remembered(opt, name)) for name in ("ema", "v", "mask"))
 
 
 # What a method remembers of the others goes on; of LookSAM's direction and of a mask see below.
@@ -198,7 +198,7 @@ def test_a_mask_is_of_what_is_trained(backend):
     assert [m.shape for m in shown] == [p.shape for p in model.parameters()]
     assert [int(m.sum()) for m in shown[:2]] == [0, 0]
     assert sum(int(m.sum()) for m in shown) == 6  # of the 12 that are trained
-    assert sorted(opt.state_dict()["msam"]["mask"]) == [2, 3]
+    assert sorted(remembered(opt, "mask")) == [2, 3]
     opt.mask = [torch.ones_like(m) for m in shown]
     assert [bool(m.all()) for m in opt.mask] == [False, False, True, True]
     opt.update_mask(lambda x, y: loss_of(model, x, y), *batch(3))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
-from plain import random_numbers
+from plain import random_numbers, remembered
 
 LR, MOMENTUM, RHO = 0.1, 0.9, 0.1
 TOLERANCE = {"rtol": 0, "atol": 1e-12}
@@ -541,7 +541,7 @@ def test_the_ema_of_friendly_sam_starts_as_the_first_gradient_and_then_averages_
     raw = [curvature * (w - x) for x in batch]  # every micro-batch's first gradient is at the step's weights
     step_with_passes(problem, batch, 3)
     expected = 0.9 * (0.9 * raw[0] + 0.1 * raw[1]) + 0.1 * raw[2]
-    torch.testing.assert_close(problem.opt.state_dict()["msam"]["ema"][0], expected, **TOLERANCE)
+    torch.testing.assert_close(remembered(problem.opt, "ema")[0], expected, **TOLERANCE)
 
 
 @given(

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msam_kernels import MicroBatchSAM, _torch, buffers, capture, flat, methods
 from msam_kernels.capture import CapturedStep, CudaRecorder
-from plain import same_bits
+from plain import same_bits, without_ours
 
 pytestmark = pytest.mark.host  # each test says where its model is
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -77,6 +77,7 @@ class Recorder:
             memories = [t for memory in part.memories.values() for t in (memory.buffer, memory.square)]
             kept = (part.saved, part.mask, part.status, *memories, *part.state.values())
             tensors += [t for t in kept if t is not None]
+        tensors += self.opt.engine.units.tensors()
         before = [t.clone() for t in tensors]
         try:
             with torch.random.fork_rng(devices=[]):
@@ -135,9 +136,11 @@ def setup(base="SGD", method="SAM", count=2, device="cpu", frozen=False, **paral
     return model, opt, lambda x, y: F.cross_entropy(model(x), y)
 
 
-def captured(opt, model, loss_fn, *example, warm_up=2, before_update=None, scaler=None, other_shapes="eager"):
+def captured(
+    opt, model, loss_fn, *example, warm_up=2, before_update=None, scaler=None, max_grad_norm=None, other_shapes="eager"
+):
     """The captured step, and its recorder."""
-    between = opt.between(before_update, scaler)
+    between = opt.between(before_update, scaler, max_grad_norm)
     recorder = Recorder(model, opt, between)
     return CapturedStep(opt, loss_fn, example, recorder, warm_up, between, other_shapes), recorder
 
@@ -389,6 +392,12 @@ def with_scaler(device, clips=False, **options):
     return training
 
 
+def with_scaler_and_limit(device):
+    training = with_scaler(device)
+    training.options["max_grad_norm"] = 0.05
+    return training
+
+
 def with_half_precision(device):
     """Scaled, as it has to be, and clipped."""
     training = with_scaler(device, clips=True, dtype=torch.float32)
@@ -409,6 +418,9 @@ REAL = {
     "a scaler": with_scaler,
     "a scaler, AdamW, one micro-batch": lambda device: with_scaler(device, base="AdamW", count=1),
     "a scaler and clipping": lambda device: with_scaler(device, clips=True),
+    "a scaler and max_grad_norm": with_scaler_and_limit,
+    "a scaler, F-SAM": lambda device: with_scaler(device, method="F-SAM"),
+    "a scaler, decoupled WSAM": lambda device: with_scaler(device, method="WSAM"),
     "fp16 autocast, a scaler and clipping": with_half_precision,
 }
 
@@ -1087,7 +1099,7 @@ def test_what_begins_after_the_warm_up_is_warmed_up_before_it_is_captured(change
     step(*data()), step(*data())  # the warm-up
     opt.enabled = True
     if change == "an average is dropped":
-        opt.load_state_dict({k: v for k, v in copy.deepcopy(opt.state_dict()).items() if k != "msam"})
+        opt.load_state_dict(without_ours(copy.deepcopy(opt.state_dict())))
     step(*data()), step(*data())
     assert recorder.captures == 0
     step(*data())

@@ -27,9 +27,11 @@ from plain import (
     loss_of,
     mlp,
     random_numbers,
+    remembered,
     same_bits,
     through_a_file,
     weights,
+    without_ours,
 )
 
 NAN, INF = math.nan, math.inf
@@ -425,7 +427,7 @@ def test_a_parameter_in_another_memory_order_keeps_its_mask(backend):
     for order in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):
         model.channels_last.data = model.channels_last.data.contiguous(memory_format=order)
         assert equal(opt.mask, bits)
-        assert equal(list(opt.state_dict()["msam"]["mask"].values()), of_the_trained(opt, bits))
+        assert equal(list(remembered(opt, "mask").values()), of_the_trained(opt, bits))
         WAYS["train_step"](opt, model, images())
         WAYS["train_step"](stays, same, images())
         assert equal(opt.mask, bits)
@@ -541,12 +543,16 @@ def test_update_mask_leaves_everything_else(backend):
     opt = MicroBatchSAM(SGD(net.parameters(), lr=0.1), method=sparse(0.6), model=net, backend=backend)
     loss_of(net, *images()).backward()
     state = copy.deepcopy(net.state_dict())
-    grads, random_state, base = gradients(net), torch.get_rng_state(), copy.deepcopy(opt.base_optimizer.state_dict())
+    grads, random_state, base = (
+        gradients(net),
+        torch.get_rng_state(),
+        copy.deepcopy(without_ours(opt.base_optimizer.state_dict())),
+    )
     opt.update_mask(lambda x, y: loss_of(net, x, y), *images(5, seed=3))
     assert same_bits(net.state_dict().values(), state.values()), "weights and running statistics"
     assert same_bits(gradients(net), grads)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert opt.base_optimizer.state_dict() == base
+    assert without_ours(opt.base_optimizer.state_dict()) == base
     assert opt.steps == 0
     assert opt.engine.step is None
     loss_of(net, *images()).backward()
@@ -791,13 +797,13 @@ def test_a_dynamic_mask_goes_on_alike_where_a_group_was_added(backend):
 
 def test_a_state_dict_holds_bools_by_parameter(backend):
     model, opt = mlp_optimizer(sparse(0.5, update_every=2), backend)
-    assert "mask" not in opt.state_dict()["msam"]
+    assert not remembered(opt, "mask")
     masks_of_steps(opt, model, 5)
-    own = opt.state_dict()["msam"]
-    assert equal(list(own["mask"].values()), opt.mask)
-    assert all(m.dtype == torch.bool for m in own["mask"].values())
-    assert own["mask_step"] == 4
-    opt.load_state_dict({k: v for k, v in opt.state_dict().items() if k != "msam"})
+    own = remembered(opt, "mask")
+    assert equal(list(own.values()), opt.mask)
+    assert all(m.dtype == torch.bool for m in own.values())
+    assert opt.state_dict()["param_groups"][0]["msam_mask_step"] == 4
+    opt.load_state_dict(without_ours(opt.state_dict()))
     assert opt.mask is None, "what is not there begins anew"
 
 
@@ -808,8 +814,8 @@ def test_a_state_dict_holds_bools_by_parameter(backend):
         ({"mask": {9: torch.ones(2, dtype=torch.bool)}}, "mask of parameter 9, the optimizer has 4 parameters"),
         ({"mask": [True]}, "hold tensors by parameter"),
         ({"mask": {0: torch.tensor(True)}}, r"mask of shape \(\) for parameter 0, whose shape is"),
-        ({"mask_step": -1}, "'mask_step'] must be an integer >= 0, got -1"),
-        ({"mask_step": 1.5}, "'mask_step'] must be an integer >= 0, got 1.5"),
+        ({"mask_step": -2}, "'mask_step' in state_dict must be an integer >= -1, got -2"),
+        ({"mask_step": 1.5}, "'mask_step' in state_dict must be an integer >= -1, got 1.5"),
     ],
     ids=["shape", "parameter", "list", "no shape", "negative step", "no step"],
 )
@@ -818,7 +824,7 @@ def test_a_wrong_mask_in_a_state_dict_is_refused(change, message):
     masks_of_steps(opt, model, 2)
     old, before = opt.mask, weights(model)
     state = opt.state_dict()
-    state["msam"] = {**state["msam"], **change}
+    state["msam"] = {"mask": dict(enumerate(old)), "mask_step": 0, **change}
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(state)
     assert equal(opt.mask, old)
@@ -834,7 +840,7 @@ def test_a_mask_of_another_method_is_not_used(backend):
     for forget in (False, True):
         other, theirs = mlp_optimizer(methods.SAM(), backend)
         other.load_state_dict(now)
-        theirs.load_state_dict({k: v for k, v in state.items() if not (forget and k == "msam")})
+        theirs.load_state_dict(without_ours(state) if forget else state)
         for seed in range(2):
             theirs.train_step(lambda x, y, other=other: loss_of(other, x, y), *batch(6, F64, seed))
         trained.append(list(other.parameters()))
@@ -874,7 +880,7 @@ def test_a_mask_of_some_of_the_parameters_is_not_taken(backend):
     model, opt = mlp_optimizer(methods.SparseSAM(update_every=None), backend)
     opt.mask = [torch.ones(p.shape, dtype=torch.bool) for p in model.parameters()]
     saved = opt.state_dict()
-    del saved["msam"]["mask"][0]
+    del saved["msam"]["mask"][0]  # no step has begun an entry
     opt.load_state_dict(saved)
     assert opt.mask is None
     with pytest.raises(RuntimeError, match="has no mask yet"):

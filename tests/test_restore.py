@@ -29,6 +29,7 @@ from plain import (
     loss_of,
     mlp,
     random_numbers,
+    remembered,
     same_bits,
     split,
     step_with_passes,
@@ -731,7 +732,7 @@ def test_an_interrupted_average_of_f_sam_stays_finite_and_goes_on(backend):
     )
     for stop in range(4):
         by_break(opt, model, batch(6), stop)
-    assert all(t.isfinite().all() for t in opt.state_dict()["msam"]["ema"].values())
+    assert all(t.isfinite().all() for t in remembered(opt, "ema").values())
     run_to_the_end(opt, model, batch(6))
 
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scale that a ``GradScaler`` gives gradients, and what a step that it may still skip has changed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._torch import Scaled
+from .backends.reference import PERTURBED
+from .flat import Flat, Memory
+from .methods import Plan
+from .store import Store, moved
+
+
+class Units:
+    """Gradients of a scaled loss are in units of the scale, and so is a mean of them while it is worked with.
+
+    Nothing waits for the device: the scale is read there. Its tensors stay at their addresses, where captured graphs find them.
+
+    Attributes:
+        scale: float64 ``[1]``, that of the latest step; None where its loss was not scaled.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+        self.scale: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._of_means: Tensor | None = None  # None: those of the loss
+        self._scaled_means = False
+
+    def read(self, scaled: Scaled | None) -> None:
+        """Whose gradients are about to be looked at.
+
+        Raises:
+            RuntimeError: the scaler has not scaled any loss yet.
+        """
+        self.scale = None
+        if scaled is None:
+            return
+        scale = scaled.scale
+        if scale is None:
+            raise RuntimeError(
+                "scaler= was given, but no loss was scaled: scaler.scale(loss).backward() in every pass of the loop"
+            )
+        if self._scale is None or self._scale.device != self._store.device:
+            self._store.check_not_capturing("the loss scale")
+            self._scale = torch.ones(1, dtype=torch.float64, device=self._store.device)
+            self._of_means = torch.ones_like(self._scale)
+        self._scale.copy_(scale.reshape(1), non_blocking=True)
+        self.scale = self._scale
+
+    @property
+    def now(self) -> tuple[Tensor | None, bool]:
+        """What the host knows, which a graph that is replayed leaves as it was captured."""
+        return self.scale, self._scaled_means
+
+    @now.setter
+    def now(self, units: tuple[Tensor | None, bool]) -> None:
+        self.scale, scaled_means = units
+        self._scaled_means = self._scaled_means or scaled_means
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self._scale, self._of_means) if t is not None]
+
+    def bring_means(self) -> None:
+        """Means of gradients into the units of the gradients of this step; they are only touched where these are others."""
+        if self._of_means is None or (self.scale is None and not self._scaled_means):
+            return
+        to = torch.ones_like(self._of_means) if self.scale is None else self.scale
+        self._store.multiply("ema", to / self._of_means)
+        self._of_means.copy_(to)
+        self._scaled_means = self.scale is not None
+
+    def bring_back(self) -> None:
+        """Means of gradients into the units of the loss, for whoever looks at them between steps."""
+        if self._scaled_means:
+            scale, self.scale = self.scale, None
+            self.bring_means()
+            self.scale = scale
+
+
+class Undo:
+    """What a step changes that the update does not: memories and masks, to be brought back where the update is skipped.
+
+    Args:
+        store: whose.
+        plan: of the step.
+        chooses: whether the step may choose a mask.
+        v_step, mask_step: the engine's.
+    """
+
+    def __init__(self, store: Store, plan: Plan, *, chooses: bool, v_step: int, mask_step: int):
+        self._store = store
+        self.v_step, self.mask_step = v_step, mask_step if chooses else None
+        names = [name for name, changes in (("ema", plan.lmbda is not None), ("v", plan.remembers_v)) if changes]
+        self._memories: list[tuple[Flat, Memory, bool, list[Tensor]]] = []
+        for name in names:
+            for flat, memory in zip(store.flats, store.memory(name, math.nan), strict=True):
+                before = [t.clone() for t in (memory.buffer, memory.terms, memory.square)]
+                self._memories.append((flat, memory, memory.started, before))
+        masks = [flat.mask for flat in store.flats] if chooses else []
+        self._masks = [(mask, None if mask is None else mask.clone()) for mask in masks]
+
+    def bring_back(self) -> None:
+        """The step was skipped."""
+        for _, memory, started, before in self._memories:
+            for t, values in zip((memory.buffer, memory.terms, memory.square), before, strict=True):
+                t.copy_(values)
+            memory.started = started
+        for flat, (mask, bits) in zip(self._store.flats, self._masks, strict=False):
+            flat.mask = mask
+            if mask is not None and bits is not None:
+                mask.copy_(bits)
+
+    def bring_back_where(self, found_inf: Tensor) -> None:
+        """The memories, where ``found_inf``, on the device, is not 0; else they are neither read nor written."""
+        for flat, memory, _, (buffer, *sums) in self._memories:
+            skipped = moved(found_inf, flat.device) != 0
+            status = (skipped.to(torch.uint8) * PERTURBED).expand(flat.rows).contiguous()
+            flat.backend.descend([memory.buffer], [], [], flat.table, coefs=[], sums=[], saved=buffer, status=status)
+            for t, values in zip((memory.terms, memory.square), sums, strict=True):
+                t.copy_(torch.where(skipped, values, t))

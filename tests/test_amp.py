@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ``GradScaler`` whose scale changes and whose steps overflow, and ``max_grad_norm``: against runs that know of neither."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, AdamW, RMSprop
+
+import msam_kernels
+from msam_kernels import MicroBatchSAM
+from plain import DEVICE, METHODS, batch, loss_of, mlp, remembered, same_bits, weights
+
+F64 = torch.float64
+BASES = {
+    "SGD": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda p: AdamW(p, lr=0.01),
+    "RMSprop": lambda p: RMSprop(p, lr=0.01),  # has no kernel
+}
+#: By step, the passes whose loss overflows, of all micro-batches' in turn: ascents are even, where there is one other pass.
+OVERFLOWS = {2: {0}, 4: {1}, 5: {0, 1}, 8: {2}, 9: {3}, 12: {5}, 14: set(range(12))}
+#: By step, what somebody multiplies the scale by before it; an overflow halves it, two good steps double it. Powers of two:
+#: by others torch divides in fp32.
+CHANGES = {3: 4.0, 7: 1 / 16, 13: 8.0}
+
+
+class Run:
+    """A model in training with a scaler, in one of the ways there are; ``clip`` for a norm that every step exceeds."""
+
+    def __init__(self, method, base="SGD", count=1, way="passes", backend="auto", clip=None, seed=0, **options):
+        self.model = mlp(F64, seed=seed)
+        self.way, self.clip = way, clip
+        base = BASES[base](self.model.parameters())
+        method = METHODS.get(method, method)
+        if way == "parallel":
+            options = {"model": self.model, "parallel": True}
+        self.opt = MicroBatchSAM(base, 0.1, method=method, num_micro_batches=count, backend=backend, **options)
+        self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10, growth_interval=2)
+        self.scaler.scale(torch.ones((), device=DEVICE))  # which makes its scale
+        self.calls = 0
+
+    def loss_fn(self, bad):
+        def loss(x, y):
+            self.calls += 1
+            factor = math.inf if self.calls - 1 in bad else 1.0
+            return loss_of(self.model, x, y) * factor
+
+        return loss
+
+    def step(self, i, bad=frozenset()):
+        """Whether it was taken."""
+        self.calls, opt, scaler = 0, self.opt, self.scaler
+        x, y = batch(6, F64, seed=i)
+        loss = self.loss_fn(bad)
+        limit = {} if self.clip is None else {"max_grad_norm": self.clip}
+        scale = scaler.get_scale()
+        steps, scaled = opt.steps, lambda *part: scaler.scale(loss(*part)).backward()
+        if self.way == "passes":
+            for part in opt.passes(x, y, scaler=scaler):
+                scaled(*part)
+            if self.clip is not None:
+                scaler.unscale_(opt)
+            scaler.step(opt, **limit)
+            opt.zero_grad()
+        elif self.way == "closures":
+            parts = list(zip(x.chunk(opt.num_micro_batches), y.chunk(opt.num_micro_batches), strict=True))
+            opt.step([lambda part=part: scaled(*part) for part in parts], scaler=scaler, **limit)
+        else:
+            opt.train_step(loss, x, y, scaler=scaler, **limit)
+        taken = bad.isdisjoint(range(self.calls))
+        scaler.update()
+        assert taken or scaler.get_scale() == scale / 2
+        if not taken and self.way != "passes":
+            opt.steps = steps  # the host does not wait to know
+        return taken
+
+    def everything(self):
+        kept = [t for name in ("ema", "mask") for t in remembered(self.opt, name).values()]
+        state = [v for p in self.model.parameters() for k, v in self.opt.state[p].items() if not k.startswith("msam")]
+        return [t.detach().clone() for t in (*self.model.parameters(), *map(torch.as_tensor, state), *kept)]
+
+
+def plain_step(model, opt, i, clip=None):
+    x, y = batch(6, F64, seed=i)
+    for part in opt.passes(x, y):
+        loss_of(model, *part).backward()
+    if clip is not None:
+        clip_grad_norm_(model.parameters(), clip)
+    opt.step()
+    opt.zero_grad()
+
+
+WAYS = ("passes", "train_step", "closures", "parallel")
+
+
+def rows(short):
+    found = []
+    for row in itertools.product(METHODS, BASES, (1, 3), WAYS):
+        method, base, count, way = row
+        if (base == "RMSprop" and (way != "passes" or METHODS[method].full.momentum)) or (
+            way == "parallel" and count == 1
+        ):
+            continue
+        found.append(pytest.param(*row, marks=() if short(*row) else pytest.mark.exhaustive))
+    return found
+
+
+def is_short(method, base, count, way):
+    kept = method in ("F-SAM", "LookSAM k=2", "Sparse SAM", "WSAM", "VaSSO", "LE-SAM")
+    return (base, count, way) == ("SGD", 3, "passes") or (kept and (base, count, way) == ("AdamW", 3, "train_step"))
+
+
+@pytest.mark.parametrize(("method", "base", "count", "way"), rows(is_short))
+def test_steps_that_overflow_have_not_been(method, base, count, way, backend):
+    """The scripted run: whatever the scale is, and whichever passes overflow, it is that of the good steps alone."""
+    run = Run(method, base, count, way, backend)
+    model = mlp(F64)
+    opt = MicroBatchSAM(
+        BASES[base](model.parameters()), 0.1, method=METHODS[method], num_micro_batches=count, backend=backend
+    )
+    good = 0
+    for i in range(17):
+        if i in CHANGES:
+            run.scaler.update(run.scaler.get_scale() * CHANGES[i])
+        before = run.everything()
+        if run.step(i, OVERFLOWS.get(i, frozenset())):
+            plain_step(model, opt, i)
+            good += 1
+        else:
+            assert same_bits(run.everything()[: len(before)], before), f"step {i}"
+        assert run.opt.steps == opt.steps == good
+        for p, q in zip(weights(run.model), weights(model), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9 if "Look" in method else 1e-10)
+    assert 10 <= good < 17
+    for name in ("ema", "mask"):
+        for a, b in zip(remembered(run.opt, name).values(), remembered(opt, name).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["passes", "train_step"])
+@pytest.mark.parametrize("method", ["SAM", "ASAM", "F-SAM", "VaSSO", "LE-SAM", "Momentum-SAM"])
+def test_norms_are_those_of_unscaled_gradients(method, way, backend):
+    run, (model, opt) = Run(method, count=3, way=way, backend=backend), (mlp(F64), None)
+    opt = MicroBatchSAM(BASES["SGD"](model.parameters()), 0.1, method=METHODS[method], num_micro_batches=3)
+    for i in range(4):
+        run.scaler.update(
+            2.0 ** (5 * i) if way == "passes" else 3.0 ** (3 * i)
+        )  # by others than two torch divides in fp32
+        assert run.step(i)
+        plain_step(model, opt, i)
+        for name in ("grad_norm", "perturbation_norm"):
+            torch.testing.assert_close(getattr(run.opt.stats, name), getattr(opt.stats, name), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["F-SAM", "VaSSO", "F-SAM + Sparse + Stable"])
+def test_what_is_remembered_is_saved_without_the_scale_and_bits_do_not_depend_on_who_looks(method, backend):
+    """Also where training goes on without a scaler, or with another scale."""
+    straight, looked = (Run(method, count=2, backend=backend) for _ in range(2))
+    for i in range(4):
+        straight.step(i), looked.step(i)
+        saved = copy.deepcopy(looked.opt.state_dict())
+    model = mlp(F64)
+    opt = MicroBatchSAM(BASES["SGD"](model.parameters()), 0.1, method=METHODS[method], num_micro_batches=2)
+    for i in range(4):
+        plain_step(model, opt, i)
+    for a, b in zip(remembered(saved, "ema").values(), remembered(opt, "ema").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert same_bits(weights(straight.model), weights(looked.model))
+
+    resumed = Run(method, count=2, backend=backend, seed=5)
+    resumed.model.load_state_dict(looked.model.state_dict())
+    resumed.opt.load_state_dict(saved)
+    resumed.scaler.load_state_dict(looked.scaler.state_dict())
+    for i in range(4, 7):
+        straight.step(i), resumed.step(i)
+    assert same_bits(weights(straight.model), weights(resumed.model))
+    plain_step(straight.model, straight.opt, 7)
+    for i in range(4, 8):
+        plain_step(model, opt, i)
+    for p, q in zip(weights(straight.model), weights(model), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("drop", ["the optimizer's zero_grad", "the model's zero_grad", "zeros"])
+def test_a_skipped_loop_is_told_from_one_that_is_accumulated(drop, backend):
+    """Two loops a step: the second adds to the first. Where the step was skipped, both are forgotten."""
+    run, model = Run("F-SAM", backend=backend), mlp(F64)
+    opt = MicroBatchSAM(BASES["SGD"](model.parameters()), 0.1, method=METHODS["F-SAM"], backend=backend)
+    for i in range(6):
+        x, y = batch(6, F64, seed=i)
+        for half, bad in ((0, False), (1, i in (1, 3))):
+            for part in run.opt.passes(x[half::2], y[half::2], scaler=run.scaler):
+                run.scaler.scale(loss_of(run.model, *part) * (math.inf if bad and run.opt.pass_index else 1)).backward()
+            for part in () if i in (1, 3) else opt.passes(x[half::2], y[half::2]):
+                loss_of(model, *part).backward()
+        run.scaler.step(run.opt)
+        run.scaler.update()
+        if i not in (1, 3):
+            opt.step()
+        for m, o in ((run.model, run.opt), (model, opt)):
+            if drop == "the model's zero_grad":
+                m.zero_grad()
+            else:
+                o.zero_grad(set_to_none=drop != "zeros")
+        for p, q in zip(weights(run.model), weights(model), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+def test_a_loop_without_any_scaled_loss_says_so_and_changes_nothing(backend):
+    run = Run("F-SAM", backend=backend)
+    before = weights(run.model)
+    with pytest.raises(RuntimeError, match=r"no loss was scaled: scaler\.scale\(loss\)\.backward\(\)"):
+        for part in run.opt.passes(*batch(6, F64), scaler=torch.amp.GradScaler(DEVICE.type)):
+            loss_of(run.model, *part).backward()
+    assert same_bits(weights(run.model), before)
+    with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler, got int"):
+        run.opt.passes(*batch(6, F64), scaler=1)
+    off = torch.amp.GradScaler(DEVICE.type, enabled=False)
+    for part in run.opt.passes(*batch(6, F64), scaler=off):
+        loss_of(run.model, *part).backward()
+    with pytest.raises(ValueError, match=r"scaler=\.\.\.\) is for closures; .* call scaler\.step\(opt\)"):
+        run.opt.step(scaler=run.scaler)
+    assert run.opt.stats.grad_norm > 0
+
+
+# ---- max_grad_norm ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "scaled"),
+    [
+        pytest.param(0.05, True, id="clips"),
+        pytest.param(0.05, False, id="clips what is not scaled", marks=pytest.mark.exhaustive),
+        pytest.param(1e3, True, id="is long", marks=pytest.mark.exhaustive),
+        pytest.param(1e3, False, id="is long, and nothing is scaled", marks=pytest.mark.exhaustive),
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "base", "count", "way"),
+    rows(lambda method, base, count, way: way == "train_step" and base == "SGD" and (count == 3 or method == "SAM")),
+)
+def test_max_grad_norm_is_clipping_before_the_update(method, base, count, way, limit, scaled, backend):
+    if way == "passes" and scaled and base == "RMSprop":
+        pytest.skip("scaler.step")
+    run = Run(method, base, count, way, backend, clip=limit)
+    run.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10, enabled=scaled)
+    model = mlp(F64)
+    opt = MicroBatchSAM(BASES[base](model.parameters()), 0.1, method=METHODS[method], num_micro_batches=count)
+    for i in range(4):
+        assert run.step(i)
+        plain_step(model, opt, i, clip=limit)
+        for p, q in zip(weights(run.model), weights(model), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+        assert all(p.grad is None for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("limit", [0.05, 1e3], ids=["clips", "is long"])
+@pytest.mark.parametrize("base", BASES)
+def test_max_grad_norm_of_a_step_after_a_loop(base, limit, backend):
+    models = [mlp(F64), mlp(F64)]
+    opts = [MicroBatchSAM(BASES[base](m.parameters()), 0.1, num_micro_batches=2, backend=backend) for m in models]
+    for i in range(4):
+        for model, opt in zip(models, opts, strict=True):
+            for part in opt.passes(*batch(6, F64, seed=i)):
+                loss_of(model, *part).backward()
+        opts[0].step(max_grad_norm=limit)
+        clip_grad_norm_(models[1].parameters(), limit)
+        opts[1].step()
+        for opt in opts:
+            opt.zero_grad()
+        for p, q in zip(weights(models[0]), weights(models[1]), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_max_grad_norm_comes_before_what_the_user_does(backend):
+    model = mlp(F64)
+    opt = MicroBatchSAM(BASES["SGD"](model.parameters()), 0.1, num_micro_batches=2, backend=backend)
+    seen = []
+    opt.train_step(
+        lambda x, y: loss_of(model, x, y),
+        *batch(6, F64),
+        max_grad_norm=0.05,
+        before_update=lambda: seen.append(clip_grad_norm_(model.parameters(), 1.0)),
+    )
+    torch.testing.assert_close(seen[0], torch.tensor(0.05, dtype=F64), rtol=1e-4, atol=0, check_device=False)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.inf, "1"])
+def test_a_wrong_max_grad_norm_is_refused(limit):
+    model = mlp(F64)
+    opt = MicroBatchSAM(BASES["SGD"](model.parameters()), 0.1)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"max_grad_norm must be a finite number > 0"):
+        opt.train_step(lambda x, y: loss_of(model, x, y), *batch(6, F64), max_grad_norm=limit)
+    assert same_bits(weights(model), before)
+
+
+def test_a_gradient_that_is_not_finite_is_not_clipped_into_one_that_is(backend):
+    model = mlp(F64)
+    opt = MicroBatchSAM(BASES["SGD"](model.parameters()), 0.1, backend=backend)
+    opt.train_step(lambda x, y: loss_of(model, x, y) * math.inf, *batch(6, F64), max_grad_norm=1.0)
+    assert all(p.isnan().all() for p in model.parameters())
+
+
+def test_the_drop_in_takes_both_where_its_closure_runs_twice():
+    results = []
+    for scaled in (False, True):
+        model = mlp(F64)
+        opt = msam_kernels.SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+        scaler = torch.amp.GradScaler(DEVICE.type, enabled=scaled)
+
+        def closure(model=model, scaler=scaler):
+            scaler.scale(loss_of(model, *batch(6, F64))).backward()
+
+        opt.step(closure, scaler=scaler, max_grad_norm=0.05)
+        scaler.update()
+        results.append(weights(model))
+        loss_of(model, *batch(6, F64)).backward()
+        with pytest.raises(ValueError, match=r"p\.grad has gradients of this step"):
+            opt.step(closure, max_grad_norm=0.05)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
