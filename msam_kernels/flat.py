@@ -293,6 +293,11 @@ class Flat:
         likes = [torch.empty_strided(*order, dtype=self.dtype, device="meta") for order in orders]
         return [_alias(buffer, offset, like) for offset, like in zip(self.offsets, likes, strict=True)]
 
+    @staticmethod
+    def rounded(n: int, dtype: torch.dtype) -> int:
+        """So many elements, up to where the next parameter would begin."""
+        return _round_up(n, ALIGNMENT // dtype.itemsize)
+
     @property
     def rows_of_groups(self) -> list[tuple[int, Tensor]]:
         """The rows of the table by group."""

@@ -20,6 +20,7 @@ from .buffers import Buffers, check_model
 from .compiled import Compiled
 from .gradients import set_grads
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
+from .ranks import Ascent, Ranks
 from .rules import Radius, check_method, check_rho, rho_at
 from .step import Engine, Stats
 
@@ -156,6 +157,7 @@ class MicroBatchSAM(Optimizer):
         micro_batch_size: int | None = None,
         method: methods.SAM | None = None,
         model: nn.Module | None = None,
+        ascent: Ascent = "global",
         parallel: Parallel = False,
         compile: bool = False,
         flatten: bool = True,
@@ -183,7 +185,8 @@ class MicroBatchSAM(Optimizer):
                 check_integer(name, count, 1)
         if model is not None:
             check_model(model)
-        check_parallel(parallel, model, compile)
+        check_parallel(parallel, model, compile, ascent)
+        Ranks(ascent, model).check()
         check_rho(rho_at(rho, 0))
         for group in base_optimizer.param_groups:
             check_rho(rho_at(group.get("rho", rho), 0))
@@ -195,16 +198,22 @@ class MicroBatchSAM(Optimizer):
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
         self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
-        self._make_engine(method, model)
+        self._make_engine(method, model, ascent)
         self.engine.take_over()
 
-    def _make_engine(self, method: methods.SAM, model: nn.Module | None) -> None:
+    def _make_engine(self, method: methods.SAM, model: nn.Module | None, ascent: Ascent) -> None:
         leave_to_eager(__package__)
         self._auto = Auto()
         self._compiled: Compiled | None = None
         #: What runs the steps, for modules of this package.
         self.engine = Engine(
-            self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend
+            self.base_optimizer,
+            method,
+            model,
+            self.defaults["rho"],
+            flatten=self.flatten,
+            backend=self.backend,
+            ascent=ascent,
         )
         this = ref(self.engine)
 
@@ -227,8 +236,15 @@ class MicroBatchSAM(Optimizer):
     def model(self, model: nn.Module | None) -> None:
         if model is not None:
             check_model(model)
+        ranks = Ranks(self.ascent, model)
+        ranks.check()
         self.engine.buffers.thaw()
-        self.engine.buffers = Buffers(model)
+        self.engine.buffers, self.engine.ranks = Buffers(model), ranks
+
+    @property
+    def ascent(self) -> Ascent:
+        """Whose gradients the perturbation is made of."""
+        return self.engine.ranks.ascent
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 
@@ -282,7 +298,7 @@ class MicroBatchSAM(Optimizer):
             "backend",
         )
         return {
-            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled")},
+            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled", "ascent")},
             "schedules": engine.radii.schedules,
             checkpoint.KEY: checkpoint.saved(engine),
         }
@@ -293,8 +309,9 @@ class MicroBatchSAM(Optimizer):
             return
         own, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
+        ascent = state.pop("ascent", "global")
         super().__setstate__({"parallel": False, "compile": False, **state})
-        self._make_engine(method, model)
+        self._make_engine(method, model, ascent)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
         checkpoint.load(self.engine, own)
@@ -304,6 +321,7 @@ class MicroBatchSAM(Optimizer):
         if self.micro_batch_size is None:
             split = f"num_micro_batches={self.num_micro_batches}"
         base = "\n  ".join(repr(self.base_optimizer).splitlines())
+        split += f", ascent={self.ascent!r}" if self.ascent != "global" else ""
         split += f", parallel={self.parallel!r}" if self.parallel else ""
         split += ", compile=True" if self.compile else ""
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"

@@ -61,7 +61,7 @@ SEQUENTIAL = "train it sequentially, with parallel=False"
 Parallel = bool | int | Literal["auto"]
 
 
-def check_parallel(parallel: Any, model: nn.Module | None, compile: Any = False) -> None:
+def check_parallel(parallel: Any, model: nn.Module | None, compile: Any = False, ascent: Any = "") -> None:
     """Refuse what says no way.
 
     Raises:
@@ -77,6 +77,11 @@ def check_parallel(parallel: Any, model: nn.Module | None, compile: Any = False)
     if compile and not parallel:
         raise ValueError(
             "compile=True is for parallel passes: give parallel=True, or what else it may be, and model too"
+        )
+    if parallel and not isinstance(ascent, str):
+        raise ValueError(
+            f"parallel={parallel!r} runs the micro-batches of this rank, each with a perturbation of its own: ascent must be "
+            f"'local' for that, or parallel=False, got {ascent!r}"
         )
     if parallel and model is None:
         raise ValueError(
@@ -494,7 +499,9 @@ class ParallelPasses:
         index = {id(p): k for k, p in enumerate(p for flat in self._store.flats for p in flat.params)}
         self._places = [[] for _ in index]
         for prefix, module in modules_of(self._model):
-            if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            # One that is to reduce must see every pass: with an ascent of each rank's own it is not.
+            reduces = isinstance(module, nn.parallel.DistributedDataParallel) and module.require_backward_grad_sync
+            if reduces or isinstance(module, nn.DataParallel):
                 raise Refused(f"{self._named(module)} must see every pass: {SEQUENTIAL}")
             if has_backward_hooks(module):
                 raise Refused(f"{self._named(module)} has backward hooks, which would not run: {SEQUENTIAL}")

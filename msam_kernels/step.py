@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import masks
-from ._torch import forget_casts, mark_stepped
+from ._torch import forget_casts, mark_stepped, versions_of
+from .batches import MicroBatches
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
+from .ranks import USE, Ascent, Ranks
 from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
 from .store import PLAIN, Descent, Store
 
@@ -57,6 +59,9 @@ class Engine:
         latest: the plan of that step.
         v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
         mask_step: the step at which the mask was first used.
+        ranks: whose gradients are averaged.
+        unreduced: whether ``p.grad`` holds what earlier loops of the step left there without DDP's all-reduce.
+        v_synced: whether DDP had reduced what "v" is made of; None where that does not matter.
     """
 
     def __init__(
@@ -68,9 +73,13 @@ class Engine:
         *,
         flatten: bool,
         backend: str,
+        ascent: Ascent = "global",
     ):
         self.base, self.method = base, method
         self.buffers = Buffers(model)
+        self.ranks = Ranks(ascent, model)
+        self.unreduced = False
+        self.v_synced: bool | None = None
         self.store = Store(base, flatten=flatten, backend=backend)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
@@ -220,16 +229,17 @@ class Engine:
         Raises:
             ValueError: a gradient is not finite; the old mask is kept.
         """
-        self.step = Step(self, BASE, [1.0], [], clear=True, had_gradients=self.prepare())
+        self.step = Step(self, BASE, [1.0], [], None, clear=True, had_gradients=self.prepare())
         with self.step as step:
             for closure in closures:
                 self.buffers.freeze()
                 call(closure)
                 self.buffers.thaw()
                 step.add_scores(self.collect(clear=True))
-            if not all(bool(t.isfinite().all()) for tensors in step.scores for t in tensors):
+            scores = step.scores
+            if not all(bool(t.isfinite().all()) for tensors in scores for t in tensors):
                 raise ValueError("a gradient of the samples is not finite, and says nothing of the weights: use others")
-            self.choose_mask(step.scores, sparse, self.steps)
+            self.choose_mask(scores, sparse, self.steps)
             self.restore()
 
     def keep_mask(self) -> None:
@@ -244,7 +254,7 @@ class Engine:
     ) -> Generator[Any, None, None]:
         """The loop of one step without the update: each micro-batch as often as the plan says, renewed for each pass."""
         self.check_idle("passes()")
-        with self.begin(shares) as step:
+        with self.begin(shares, parts=parts, accumulates=True) as step:
             step.adds_to_v = step.had_gradients and self.v_step == self.steps
             for _, part in step.turns(parts):
                 yield part if renewed is None else renewed(part)
@@ -265,7 +275,8 @@ class Engine:
             passes: what runs the closures' losses at once, instead of them.
         """
         values = []
-        with self.begin(shares) as step:
+        parts = closures.parts if isinstance(closures, MicroBatches) else None
+        with self.begin(shares, parts=parts) as step:
             if passes is not None:
                 values = step.together(passes)
             else:
@@ -310,8 +321,10 @@ class Engine:
             self.v_step = -1
         self.store.shift(gap.present(stepped), self.method.full.after, self.tables)
 
-    def begin(self, shares: list[float], *, clear: bool = True) -> Step:
-        """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone."""
+    def begin(
+        self, shares: list[float], *, parts: Sequence[Any] | None = None, clear: bool = True, accumulates: bool = False
+    ) -> Step:
+        """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone. ``accumulates``: see ``Step``."""
         had_gradients = self.follow()
         self._refresh_radii()
         plan = self.plan()
@@ -322,7 +335,9 @@ class Engine:
         if scores is not None:
             self.store.check_not_capturing("the mask")
         self.norms_sq, self.latest = [], plan
-        self.step = Step(self, plan, shares, scores, clear=clear, had_gradients=had_gradients)
+        self.step = Step(
+            self, plan, shares, scores, parts, clear=clear, had_gradients=had_gradients, accumulates=accumulates
+        )
         return self.step
 
     def momentum(self) -> Vectors:
@@ -346,8 +361,10 @@ class Engine:
             self.step.drop_before()
         else:
             self.v_step = -1
+            self.unreduced = False
 
     def count_step(self) -> None:
+        self.unreduced = False
         if not self.store.is_capturing():  # what is captured has not run
             self.steps += 1
 
@@ -355,6 +372,7 @@ class Engine:
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         step = self.step
+        self.ranks.release()
         error: Exception | None = None
         ran = not self.store.is_capturing()  # what is captured never ran: nothing has other values than before
         try:
@@ -399,6 +417,7 @@ class Step:
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
             None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
+        accumulates: whether it adds to the gradients that were there before.
     """
 
     def __init__(
@@ -407,11 +426,14 @@ class Step:
         plan: Plan,
         shares: list[float],
         scores: list[list[Tensor]] | None,
+        parts: Sequence[Any] | None,
         *,
         clear: bool,
         had_gradients: bool,
+        accumulates: bool = False,
     ):
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
+        self.ranks, self._parts, self.accumulates = engine.ranks, parts, accumulates
         self.clear = clear
         self.perturbed = self.saves = False
         self.chose_mask, self.had_gradients = False, had_gradients
@@ -427,9 +449,17 @@ class Step:
         self._kept = False  # whether any micro-batch has
         self._memories: list[tuple[Tensor, Tensor]] = []  # memories that change, and what they held before
         self._gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
+        self._synced: list[bool] = []  # by pass, where it is known: whether DDP has reduced it
+        self._descended: list[bool] = []  # the same by micro-batch, of the last pass
+        self._lacking: list[tuple[int, ...]] = []  # by flat: parameters without a gradient in the latest ascent
+        self._handed: list[tuple[Tensor, Tensor, int]] = []  # parameters, what they were handed over, and its version
+        self._hands_mean = False
 
     def __enter__(self) -> Step:
         try:
+            self.ranks.hold_back()
+            self.ranks.count(self.store, self._parts)
+            self._check_accumulation()
             if not self.had_gradients:
                 self.aside = [([], [])] * len(self.store.flats)
                 return self
@@ -449,6 +479,7 @@ class Step:
         if kind is not None:
             self.engine.restore()
         else:
+            self.ranks.release()
             self.engine.step = None
 
     def drop_before(self) -> None:
@@ -456,6 +487,8 @@ class Step:
         self.adds_to_v = self.had_gradients = False  # v is of gradients that are gone
         if self.aside is not None:
             self.aside = [([], []) for _ in self.store.flats]
+        if self._handed:
+            self._hand_over()
 
     def give_back_grads(self, *, values: bool) -> None:
         """What was set aside is in ``p.grad`` again: the same values, in the same tensors where these can be written to.
@@ -488,19 +521,22 @@ class Step:
         self._lean()
         for i, part in enumerate(parts):
             self._i, self.turn = i, 0
+            if not plan.climbs:
+                self._hand_over()
             yield 0, part
-            self.check_current()
+            self._after_pass()
             if plan.climbs:
                 self.ascend()
                 buffers.freeze()
+                self._hand_over()
                 yield 1, part
-                self.check_current()
+                self._after_pass()
                 buffers.thaw()
             if plan.opposite is not None and plan.perturbs:
                 self._cross()
                 buffers.freeze()
                 yield 2, part
-                self.check_current()
+                self._after_pass()
                 buffers.thaw()
             if i + 1 < len(parts):
                 self._accumulate()
@@ -591,6 +627,104 @@ class Step:
         if self.engine.step is not self:
             raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
 
+    # -- other ranks ------------------------------------------------------------------------------------------------------
+
+    def _check_accumulation(self) -> None:
+        """Refuse to add to gradients of which nobody can tell whether they are of all ranks, where that makes a difference."""
+        ranks = self.ranks
+        if self.accumulates and self.had_gradients and self.plan.combines and ranks.is_several and not ranks.is_known:
+            raise RuntimeError(
+                f"{self.engine.method} adds to gradients that are there already, and with several ranks it has to know whether "
+                "these were reduced: give model=, the DistributedDataParallel module (or the model, if there is none)"
+            )
+
+    def _after_pass(self) -> None:
+        """Refuse gradients of which DDP has reduced some and not others, where these are combined: ranks would part."""
+        self.check_current()
+        engine, plan, synced = self.engine, self.plan, self.ranks.synchronised
+        is_last = self._i + 1 == len(self.shares) and self.turn == (1 if plan.opposite is None else 2) * plan.climbs
+        if self._handed and is_last:
+            self._check_handed()
+        if synced is None:
+            return
+        wrong = ""
+        if plan.combines and not all(before == synced for before in self._synced):
+            wrong = "combines the gradients of its passes, of which DistributedDataParallel reduced only some"
+        elif plan.combines and synced and engine.unreduced and self.accumulates and self.had_gradients:
+            wrong = "adds to gradients of earlier loops, which DistributedDataParallel has not reduced and will not"
+        elif plan.after and not synced:
+            wrong = "takes a step by gradients of its own, which nobody reduces in no_sync"
+        elif plan.reuses is not None and engine.v_synced is not None and engine.v_synced != synced:
+            wrong = "reuses a direction that was made with no_sync and without"
+        if wrong:
+            raise RuntimeError(f"{engine.method} {wrong}: ranks would part. Synchronise all passes or none, or {USE}")
+        self._synced.append(synced)
+        if is_last or (plan.climbs and self.turn == (1 if plan.opposite is None else 2)):
+            self._descended.append(synced)
+        if is_last and self.accumulates:
+            engine.unreduced = (engine.unreduced and self.had_gradients) or not all(self._synced)
+
+    def _hand_over(self) -> None:
+        """Right before the last pass: what DDP has not reduced into ``p.grad``, to which the pass adds, and which it reduces.
+
+        That are the gradients of before the step, the mean so far, and NaN where an ascent was not finite on this rank.
+        """
+        self._handed, self._hands_mean = [], False
+        ranks, plan, last = self.ranks, self.plan, self._i + 1 == len(self.shares)
+        if not last or ranks.own or plan.combines or plan.opposite is not None or not ranks.is_several:
+            return
+        before = self._before() if self.accumulates and self.had_gradients else None
+        mean = self._mean if not all(self._descended) else None
+        marks = bool(self._lacking)
+        if before is None and mean is None and not marks:
+            return
+        share, descent = self.shares[-1], Descent(norm_sq=self._norm_sq)
+        if before is not None:
+            descent.add(before, Coefficient().row(1 / share))
+        if mean is not None:
+            descent.add(mean, Coefficient().row((self.shares[0] if self._i == 1 else 1.0) / share))
+        if marks:
+            zeros = [
+                [flat.absent if i in lacking else torch.zeros_like(p) for i, p in enumerate(flat.params)]
+                for flat, lacking in zip(self.store.flats, self._lacking, strict=True)
+            ]
+            descent.add(Vectors(zeros, sum(map(len, self._lacking))), PLAIN)
+        present = descent.present
+        lists = [
+            [t if t is flat.absent else torch.empty_like(t) for t in tensors]
+            for flat, tensors in zip(self.store.flats, present.lists, strict=True)
+        ]
+        out = Vectors(lists, present.absent)
+        self.store.descend(out, descent, weights=False)
+        grads = self.store.optionals(out)
+        self.store.set_grads(grads)
+        pairs = [
+            pair for flat, ts in zip(self.store.flats, grads, strict=True) for pair in zip(flat.params, ts, strict=True)
+        ]
+        self._handed = [(p, t, versions_of([t])[0]) for p, t in pairs if t is not None]
+        self._hands_mean = mean is not None
+
+    def _check_handed(self) -> None:
+        if any(p.grad is not t and versions_of([t]) == [version] for p, t, version in self._handed):
+            raise RuntimeError(
+                "gradients were cleared in the last pass of the loop, where DistributedDataParallel was to reduce those of "
+                "before: clear them by opt.zero_grad(), after opt.step()"
+            )
+        if self._hands_mean:
+            self._mean = None
+
+    def _shared_mean(self, before: Vectors | None = None) -> None:
+        """The mean, with ``before`` added, and what the micro-batches keep: those of all ranks."""
+        assert self._mean is not None
+        store, ranks = self.store, self.ranks
+        self._mean = ranks.mean(store, self._mean, before)
+        if self.plan.keeps:
+            memories = store.memory(self.plan.kept, 0.0)
+            descent = Descent()
+            kept = Vectors([memory.parts for memory in memories])
+            descent.add(ranks.mean(store, kept, plain=self.adds_to_v), PLAIN)
+            store.descend(kept, descent, weights=False, memories=None if self.plan.after else memories)
+
     def follow(self) -> None:
         """Bring the gradients of earlier passes into the memory order that their parameters have by now."""
         store = self.store
@@ -612,8 +746,10 @@ class Step:
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         engine, store, plan = self.engine, self.store, self.plan
-        grads = engine.collect(clear=self.clear)
+        grads = self._collect(clear=self.clear)
         self._check_any(grads)
+        if self.ranks.synchronised is False:
+            self._lacking = [flat.absent_from(ts) for flat, ts in zip(store.flats, grads.lists, strict=True)]
         if plan.holds:
             self._hold(grads)
         self._look_at(grads, needed=plan.takes_held)
@@ -623,6 +759,13 @@ class Step:
         engine.norms_sq.append(self._norm_sq)
         forget_casts()
 
+    def _collect(self, *, clear: bool) -> Vectors:
+        """The gradients of a pass; where ranks share the perturbation their mean, as far as it is combined with others."""
+        grads, plan = self.engine.collect(clear=clear), self.plan
+        if self.ranks.inner is not None and plan.climbs and (self.turn == 0 or plan.combines):
+            return self.ranks.mean_within(self.store, grads, self._i)
+        return grads
+
     def _look_at(self, grads: Vectors, *, needed: bool) -> None:
         """What a mask is chosen by, from gradients at w. ``needed``: what becomes of them otherwise is not to be changed."""
         if self._scores is None:
@@ -631,12 +774,12 @@ class Step:
         self.add_scores(grads, needed=needed)
         if any(flat.mask is None for flat in self.store.flats):
             assert sparse is not None
-            engine.choose_mask(self._scores, sparse, engine.steps)
+            engine.choose_mask(self.scores, sparse, engine.steps)
             self.chose_mask = True
 
     def _cross(self) -> None:
         """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
-        grads = self.engine.collect(clear=True)
+        grads = self._collect(clear=True)
         at_w = self._held[0]
         self._hold(grads)
         assert self._norm_sq is not None
@@ -668,19 +811,20 @@ class Step:
 
     @property
     def scores(self) -> masks.Scores:
-        return self._scores or []
+        scores = self._scores or []
+        return self.ranks.scores(self.store, scores) if self.ranks.own else scores
 
     def conclude(self) -> None:
         """After the last pass, and what is the user's: what may fail comes before what cannot be undone."""
         engine, sparse = self.engine, self.plan.sparse
         if self._scores is None or sparse is None:
             return
-        if not all(bool(terms.sum().isfinite()) for terms in engine.norms_sq):
+        if not self.ranks.agreed(self.store, all(bool(terms.sum().isfinite()) for terms in engine.norms_sq)):
             if self.chose_mask:  # it was made of gradients that were not finite
                 for flat in self.store.flats:
                     flat.mask = None
         elif engine.mask_is_due(sparse):
-            engine.choose_mask(self._scores, sparse, engine.steps + 1)
+            engine.choose_mask(self.scores, sparse, engine.steps + 1)
 
     # -- descent ----------------------------------------------------------------------------------------------------------
 
@@ -692,14 +836,20 @@ class Step:
     def end_in_grads(self) -> None:
         """The last descent: weights back, the mean added to the gradients of before the step, as ``backward()`` would."""
         descent = self._descent(clear=False)  # most gradients are going to be where they are
-        before = self._before() if self.had_gradients else None
-        single = len(self.shares) == 1
-        if before is not None and single and self.plan.reuses is None:
+        before = self._before() if self.had_gradients and not self._handed else None
+        single, shared = len(self.shares) == 1, self.ranks.own and self.ranks.reduces
+        if before is not None and single and self.plan.reuses is None and not shared:
             descent.add(before, PLAIN)
             self._descend(self._into(descent, before, whole=False), descent, last=True)
             before = None
         else:
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
+        if shared and self.plan.reuses is not None and before is not None:  # which has been made of v's already
+            before = self.ranks.mean(self.store, before, plain=True)
+            self._shared_mean()
+        elif shared:
+            self._shared_mean(before)
+            before = None
         if self.plan.reuses is not None:
             assert self._mean is not None
             self._descend(self._mean, self._reused(self._mean), last=True, weights=False)
@@ -717,16 +867,23 @@ class Step:
         ``between``: called after the descent and before the step, with the weights at w and the mean descent gradient in
         ``p.grad``, as after a ``passes`` loop. What it returns is ``found_inf`` of the update.
         """
-        engine, plan = self.engine, self.plan
+        engine, plan, ranks = self.engine, self.plan, self.ranks
+        if ranks.synchronised is False:
+            raise RuntimeError(
+                "this step updates at once, and DistributedDataParallel was told not to reduce its gradients (no_sync): ranks "
+                f"would part. Leave no_sync out, or {USE}; or use a passes() loop, and reduce p.grad yourself"
+            )
         rule = fused_rule(engine.base)
         engine.refresh_settings(rule)
-        at_once = rule is not None and between is None
+        at_once = rule is not None and between is None and not ranks.own
         if between is None:
             self.conclude()
         descent = self._descent(clear=self.clear, updates=at_once)
         of_one = self._mean is None and descent.shares is None
         if not at_once or (plan.reuses is not None and not of_one):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
+            if ranks.own:
+                self._shared_mean()
             assert self._mean is not None
             descent = Descent()
             descent.add(self._mean, PLAIN)
@@ -758,11 +915,11 @@ class Step:
 
         Afterwards nothing is held, and with ``clear`` p.grad is None. ``updates``: it goes into an update right away.
         """
-        engine, store, plan, i = self.engine, self.store, self.plan, self._i
+        store, plan, i = self.store, self.plan, self._i
         if self._together is not None:
             together, self._together = self._together, None
             return together
-        vectors = [engine.collect(clear=clear), *self._held]
+        vectors = [self._collect(clear=clear), *self._held]
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         if plan.keeps:
@@ -853,6 +1010,7 @@ class Step:
         store.descend(memory, descent, weights=False, memories=None if plan.after else memories)
         if self._i + 1 == len(self.shares):
             engine.v_step = engine.steps
+            engine.v_synced = self._synced[-1] if self._synced else None
 
     def _reused(self, mean: Vectors) -> Descent:
         """The step's mean gradient, and "v" with its coefficient."""
