@@ -534,7 +534,7 @@ class MicroBatchSAM(Optimizer):
         engine, parallel, model = self.engine, self.parallel, self.engine.buffers.model
         if not parallel or len(whole) == 1:
             return engine.run(whole, whole.shares, whole.between)
-        check_parallel(parallel, model, self.compile)
+        check_parallel(parallel, model, self.compile, self.ascent)
         assert model is not None
         if not self.compile:
             self._compiled = None
@@ -545,7 +545,7 @@ class MicroBatchSAM(Optimizer):
         engine.follow()
 
         def at_once() -> list[Any]:
-            passes = ParallelPasses(model, engine.store, whole, most, self._compiled)
+            passes = ParallelPasses(model, engine.store, whole, most, self._compiled, engine.ranks.own)
             return engine.run(whole, whole.shares, whole.between, passes)
 
         if parallel != "auto":

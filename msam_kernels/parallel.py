@@ -457,14 +457,22 @@ class ParallelPasses:
         whole: the micro-batches.
         most: run at once, at most.
         compiled: what computes the losses, instead of the model as it is written.
+        held_back: whether a DistributedDataParallel is not to reduce: one that is must see every pass.
 
     Raises:
         Refused: something in the model, or of its parameters, needs the passes one by one.
     """
 
     def __init__(
-        self, model: nn.Module, store: Store, whole: MicroBatches, most: int, compiled: Compiled | None = None
+        self,
+        model: nn.Module,
+        store: Store,
+        whole: MicroBatches,
+        most: int,
+        compiled: Compiled | None = None,
+        held_back: bool = False,
     ):
+        self._held_back = held_back
         self._model, self._store, self._whole, self._compiled = model, store, whole, compiled
         self._leaves, (self._spec, *others) = zip(*(tree_flatten(part) for part in whole.parts), strict=True)
         if any(spec != self._spec for spec in others):
@@ -499,8 +507,7 @@ class ParallelPasses:
         index = {id(p): k for k, p in enumerate(p for flat in self._store.flats for p in flat.params)}
         self._places = [[] for _ in index]
         for prefix, module in modules_of(self._model):
-            # One that is to reduce must see every pass: with an ascent of each rank's own it is not.
-            reduces = isinstance(module, nn.parallel.DistributedDataParallel) and module.require_backward_grad_sync
+            reduces = isinstance(module, nn.parallel.DistributedDataParallel) and not self._held_back
             if reduces or isinstance(module, nn.DataParallel):
                 raise Refused(f"{self._named(module)} must see every pass: {SEQUENTIAL}")
             if has_backward_hooks(module):

@@ -204,3 +204,13 @@ def check_table(cases: Sequence[Case], ranks: list[list[dict[str, Any]]]) -> Non
 
 def test_local_ascents_equal_one_process_over_all_micro_batches(tmp_path):
     check_table(EVERY, on_ranks(2, tmp_path, train, EVERY))
+
+
+def test_other_ways_and_shares_equal_one_process_too(tmp_path):
+    check_table(OTHERS, on_ranks(2, tmp_path, train, OTHERS))
+
+
+@pytest.mark.exhaustive
+def test_four_ranks_equal_one_process(tmp_path):
+    cases = EVERY + [case._replace(sizes=case.sizes and (12, 5, 3, 8)) for case in OTHERS]
+    check_table(cases, on_ranks(4, tmp_path, train, cases))
