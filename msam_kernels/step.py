@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import masks
-from ._torch import forget_casts, mark_stepped, versions_of
+from ._torch import forget_casts, is_shared, mark_stepped, versions_of
 from .batches import MicroBatches
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
@@ -705,7 +705,9 @@ class Step:
         self._hands_mean = mean is not None
 
     def _check_handed(self) -> None:
-        if any(p.grad is not t and versions_of([t]) == [version] for p, t, version in self._handed):
+        """Refuse gradients to which the pass has not added. Those in DDP's buckets, which it may fill before, are none."""
+        cleared = [p for p, t, version in self._handed if p.grad is not t and versions_of([t]) == [version]]
+        if any(p.grad is None or not is_shared(p.grad) for p in cleared):
             raise RuntimeError(
                 "gradients were cleared in the last pass of the loop, where DistributedDataParallel was to reduce those of "
                 "before: clear them by opt.zero_grad(), after opt.step()"
