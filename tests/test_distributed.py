@@ -349,3 +349,276 @@ def test_gradients_that_others_accumulate_are_reduced_once_or_refused(tmp_path):
             assert off(result, accumulated_plainly(key)) <= 1e-10, key
     combining = {name for name, method in METHODS.items() if method.full.combines}
     assert refused == {key for key in first if key.split(", ")[0] in combining and "global" in key}
+
+
+# ---- one at a time ---------------------------------------------------------------------------------------------------
+
+BAD = {"ascent": 0, "descent": 1}  # the pass whose loss overflows, on one rank
+
+
+def of_all(tensors: Sequence[Tensor]) -> bool:
+    """Whether they are the same bits on all ranks."""
+    mine = torch.cat([t.detach().reshape(-1).double() for t in tensors])
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, mine)
+    return same_bits(theirs, [mine] * len(theirs))
+
+
+def wrapped(method: methods.SAM, ascent: Any = "local", base: Callable = BASES["SGD"], **options: Any):
+    model = mlp(FLOAT64)
+    ddp = DDP(model)
+    return model, ddp, MicroBatchSAM(base(model.parameters()), method=method, model=ddp, ascent=ascent, **options)
+
+
+def overflows_on_one_rank(rank: int) -> Iterator[str]:
+    """With a scaler: the step is skipped everywhere, and the scale is the same."""
+    for name, method in METHODS.items():
+        if method.full.after:  # it takes a step by gradients that a scaler does not see
+            continue
+        for bad, turn in BAD.items():
+            for way in ("passes", "train_step"):
+                model, ddp, opt = wrapped(method, num_micro_batches=2)
+                scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+                if way == "train_step" and (method.full.lmbda or name == "LE-SAM"):
+                    continue  # with a scaler these are refused
+                for step in range(4):
+                    data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
+                    before = weights(model)
+                    fails = step == 2 and rank == 1
+
+                    def loss(x: Tensor, y: Tensor) -> Tensor:
+                        factor = float("inf") if fails and (opt.pass_index or 0) == turn * method.full.climbs else 1.0
+                        return loss_of(ddp, x, y) * factor
+
+                    if way == "train_step":
+                        opt.train_step(loss, *data, scaler=scaler)
+                    else:
+                        for part in opt.passes(*data):
+                            scaler.scale(loss(*part)).backward()
+                        scaler.step(opt)
+                        opt.zero_grad()
+                    scaler.update()
+                    where = f"{name}, {way}, overflow in the {bad}, step {step}"
+                    if not of_all([*model.parameters(), torch.tensor(scaler.get_scale())]):
+                        yield f"{where}: ranks part"
+                    looks = "LookSAM" not in name or turn == 0
+                    if step == 2 and looks and same_bits(model.parameters(), before) != (scaler.get_scale() < 4.0):
+                        yield f"{where}: not skipped alike"
+                    if step == 2 and looks and scaler.get_scale() == 4.0:
+                        yield f"{where}: not noticed"
+
+
+def without_a_gradient(rank: int) -> Iterator[str]:
+    """Parameters that one rank uses, and that nobody does."""
+    for name, method in METHODS.items():
+        for count in (1, 2):
+            modules = nn.ModuleDict({"all": nn.Linear(3, 2), "one": nn.Linear(3, 2), "none": nn.Linear(3, 2)}).double()
+            with torch.no_grad():
+                for k, p in enumerate(modules.parameters()):
+                    p.copy_(torch.arange(p.numel(), dtype=FLOAT64).view_as(p) * 0.1 - 0.03 * k)
+
+            class Net(nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.parts = modules
+
+                def forward(self, x: Tensor) -> Tensor:
+                    return self.parts["all"](x) + (self.parts["one"](x) if rank == 1 else 0)
+
+            ddp = DDP(Net(), find_unused_parameters=True)
+            base = SGD(ddp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+            opt = MicroBatchSAM(base, method=method, model=ddp, ascent="local", num_micro_batches=count)
+            start = {key: weights(m) for key, m in modules.items()}
+            for step in range(4):
+                data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
+                WAYS[("passes", "train_step")[step % 2]](opt, ddp, data)
+                if not of_all(list(modules.parameters())):
+                    yield f"{name}: ranks part in step {step}"
+            moved = {key: not same_bits(m.parameters(), start[key]) for key, m in modules.items()}
+            if moved != {"all": True, "one": True, "none": False}:
+                yield f"{name}: moved {moved}"
+
+
+def some_passes_without_a_reduction(rank: int) -> Iterator[str]:
+    """The ascent in no_sync: right where gradients are not combined, also if one rank's overflows; else refused."""
+    for name, method in METHODS.items():
+        for overflow in (False, True):
+            model, ddp, opt = wrapped(method, "global", num_micro_batches=2)
+            before, refused = weights(model), ""
+            try:
+                for step in range(3):
+                    data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
+                    for x, y in opt.passes(*data):
+                        with ddp.no_sync() if opt.pass_index == 0 and method.full.climbs else contextlib.nullcontext():
+                            bad = overflow and step == 1 and rank == 1 and opt.pass_index == 0
+                            (loss_of(ddp, x, y) * (float("nan") if bad else 1.0)).backward()
+                    if overflow and step == 1 and all(p.grad.isfinite().all() for p in model.parameters()):
+                        yield f"{name}: the overflow does not show on rank {rank}"
+                    opt.step()
+                    opt.zero_grad()
+            except RuntimeError as error:
+                refused = str(error)
+            dist.barrier()
+            if bool(refused) != (method.full.combines and method.full.climbs):
+                yield f"{name}: {refused or 'not refused'}"
+            if refused and not (same_bits(model.parameters(), before) and "ranks would part" in refused):
+                yield f"{name}: refused too late: {refused}"
+            if not of_all(list(model.parameters())):
+                yield f"{name}: ranks part, overflow: {overflow}"
+
+
+def only_the_last_descent_reduced(rank: int) -> Iterator[str]:
+    """All passes but the last in no_sync: what the others left is reduced with it."""
+    for name in ("SAM", "ASAM", "LE-SAM", "Stable SAM"):
+        model, ddp, opt = wrapped(METHODS[name], "global", num_micro_batches=3)
+        theirs = mlp(FLOAT64)
+        plain = PlainSAM(BASES["SGD"](theirs.parameters()), method=METHODS[name])
+        try:
+            for step in range(3):
+                each = split(batch(12, FLOAT64, seed=step), (6, 6))
+                for k, (x, y) in enumerate(opt.passes(*each[rank])):
+                    with ddp.no_sync() if k < 5 else contextlib.nullcontext():
+                        loss_of(ddp, x, y).backward()
+                opt.step()
+                opt.zero_grad()
+                plain.step([closure_of(theirs, part) for data in each for part in split(data, (2, 2, 2))])
+        except RuntimeError as error:
+            if name != "Stable SAM" or "ranks would part" not in str(error):
+                yield f"{name}: {error}"
+            continue
+        finally:
+            dist.barrier()
+        if name == "Stable SAM" or off(weights(model), weights(theirs)) > 1e-10 or not of_all(list(model.parameters())):
+            yield f"{name}: off by {off(weights(model), weights(theirs))}"
+
+
+def given_up(rank: int) -> Iterator[str]:
+    """A loop that is left gives weights, gradients and the module's flags back; DDP then works as before."""
+    for name, method in METHODS.items():
+        for ascent in ("local", "global"):
+            model, ddp, opt = wrapped(method, ascent, num_micro_batches=1)
+            data = split(batch(8, FLOAT64), (4, 4))[rank]
+            if ascent == "local" or not method.full.combines:  # gradients that were there before
+                with ddp.no_sync():
+                    for x, y in opt.passes(*data):
+                        loss_of(ddp, x, y).backward()
+            held, before = weights(model), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+            flags = ddp.require_backward_grad_sync, ddp.require_forward_param_sync
+            for x, y in opt.passes(*data):
+                loss_of(ddp, x, y).backward()
+                if opt.pass_index == method.full.climbs:
+                    break
+            if not same_bits(model.parameters(), held):
+                yield f"{name}, {ascent}: weights"
+            if not same_bits([p.grad for p in model.parameters()], before):
+                yield f"{name}, {ascent}: gradients"
+            if ascent == "local" and (ddp.require_backward_grad_sync, ddp.require_forward_param_sync) != flags:
+                yield f"{name}, {ascent}: flags"
+            opt.zero_grad()
+            loss_of(ddp, *data).backward()
+            if not of_all([p.grad for p in model.parameters()]):
+                yield f"{name}, {ascent}: DistributedDataParallel does not reduce any more"
+
+
+def refusals(rank: int) -> Iterator[str]:
+    def refuses(words: str, kind: type[Exception], f: Callable[[], Any]) -> Iterator[str]:
+        try:
+            f()
+        except kind as error:
+            if words not in str(error):
+                yield f"{words}: {error}"
+        else:
+            yield f"{words}: not refused"
+
+    model, ddp, opt = wrapped(methods.SAM(), "global")
+    data = split(batch(8, FLOAT64), (4, 4))[rank]
+    before = weights(model)
+
+    def in_no_sync() -> None:
+        with ddp.no_sync():
+            opt.train_step(lambda x, y: loss_of(ddp, x, y), *data)
+
+    yield from refuses("updates at once", RuntimeError, in_no_sync)
+    if not same_bits(model.parameters(), before):
+        yield "weights"
+    base = SGD(model.parameters(), lr=0.1)
+    yield from refuses("needs model=", ValueError, lambda: MicroBatchSAM(base, ascent="local"))
+    yield from refuses("needs model=", ValueError, lambda: MicroBatchSAM(base, ascent="local", model=model))
+    yield from refuses("'global', 'local'", ValueError, lambda: MicroBatchSAM(base, ascent="own", model=ddp))
+    yield from refuses("process group", TypeError, lambda: MicroBatchSAM(base, ascent=3, model=ddp))
+    group = dist.group.WORLD
+    yield from refuses("parallel=", ValueError, lambda: MicroBatchSAM(base, ascent=group, model=ddp, parallel=True))
+    model, ddp, opt = wrapped(methods.SAM())
+
+    def other_model() -> None:
+        opt.model = model
+
+    yield from refuses("needs model=", ValueError, other_model)
+    # The body of a loop that clears what is to be reduced with its last pass.
+    model, ddp, opt = wrapped(methods.SAM(), "global")
+
+    def clears() -> None:
+        for sync in (False, True):
+            with contextlib.nullcontext() if sync else ddp.no_sync():
+                for x, y in opt.passes(*data):
+                    model.zero_grad()
+                    loss_of(ddp, x, y).backward()
+
+    yield from refuses("were cleared", RuntimeError, clears)
+
+
+def clipped_and_copied(rank: int) -> Iterator[str]:
+    """Clipping sees the gradient of all ranks; a copy and a pickle keep the ascent."""
+    for way in ("passes", "train_step"):
+        model, ddp, opt = wrapped(methods.FriendlySAM(), num_micro_batches=2)
+        seen: list[Tensor] = []
+        for step in range(3):
+            data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
+
+            def clip(model: nn.Module = model) -> None:
+                seen.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+
+            if way == "train_step":
+                opt.train_step(lambda x, y: loss_of(ddp, x, y), *data, before_update=clip)  # noqa: B023
+            else:
+                for x, y in opt.passes(*data):
+                    loss_of(ddp, x, y).backward()
+                clip()
+                opt.step()
+                opt.zero_grad()
+        if not of_all(seen) or not of_all(list(model.parameters())):
+            yield f"{way}: norms {seen}"
+    if copy.deepcopy(opt).ascent != "local" or "ascent='local'" not in repr(opt):
+        yield "the copy"
+
+
+def masks_by_samples(rank: int) -> Iterator[str]:
+    model, ddp, opt = wrapped(methods.SparseSAM(update_every=None))
+    data = split(batch(9, FLOAT64), (6, 3))[rank]
+    opt.update_mask(lambda x, y: loss_of(ddp, x, y), *data)
+    assert opt.mask is not None
+    if not of_all(opt.mask):
+        yield "masks part"
+    plain = PlainSAM(SGD(model.parameters(), lr=0.1), method=methods.SparseSAM())
+    plain.scores = {p: torch.zeros_like(p) for p in model.parameters()}
+    for x, y in split(batch(9, FLOAT64), [1] * 9):
+        for p, g in plain._backward(list(model.parameters()), closure_of(model, (x, y))).items():
+            plain.scores[p] += g.square()
+    plain._choose_mask(model.parameters(), 0)
+    if not same_bits([m.byte() for m in opt.mask], [plain.mask[p].byte() for p in model.parameters()]):
+        yield "not the mask of all samples"
+
+
+SCENARIOS = [
+    overflows_on_one_rank, without_a_gradient, some_passes_without_a_reduction, only_the_last_descent_reduced, given_up,
+    refusals, clipped_and_copied, masks_by_samples,
+]  # fmt: skip
+
+
+def play(rank: int) -> dict[str, list[str]]:
+    return {scenario.__name__: list(scenario(rank)) for scenario in SCENARIOS}
+
+
+def test_scenarios(tmp_path):
+    for complaints in on_ranks(2, tmp_path, play):
+        assert complaints == {scenario.__name__: [] for scenario in SCENARIOS}
