@@ -335,7 +335,13 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_restored("state_dict()")
         self.engine.take_in()
         self.engine.radii.take_schedules(self.steps)
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.saved(self.engine)}
+        own = self.base_optimizer.state_dict() if self._base_saves_itself else {}
+        return {**super().state_dict(), **own, checkpoint.KEY: checkpoint.saved(self.engine)}
+
+    @property
+    def _base_saves_itself(self) -> bool:
+        """Whether the base optimizer has a state dict of its own, as ``ZeroRedundancyOptimizer`` has: its state is no dict."""
+        return type(self.base_optimizer).state_dict is not Optimizer.state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
@@ -359,7 +365,11 @@ class MicroBatchSAM(Optimizer):
 
         hook = self.register_load_state_dict_pre_hook(last_hook)
         try:
-            super().load_state_dict(state_dict)
+            if self._base_saves_itself:
+                last_hook(self, state_dict)
+                self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != checkpoint.KEY})
+            else:
+                super().load_state_dict(state_dict)
         finally:
             hook.remove()
         checkpoint.load(engine, loaded.get(checkpoint.KEY, {}))

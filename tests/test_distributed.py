@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import itertools
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from msam_kernels import MicroBatchSAM, methods
+from msam_kernels import MicroBatchSAM, checkpoint, methods
 from plain import METHODS, WAYS, PlainSAM, batch, closure_of, loss_of, mlp, same_bits, split, weights
 
 pytestmark = [
@@ -122,7 +124,8 @@ IN_GROUPS = [
 #: Of each method every way, though not all of them with each other.
 SHORT = [
     *(Case(method, *ways[i % 2]) for i, method in enumerate(METHODS) for ways in (
-        [(1, "SGD"), (4, "AdamW")], [(4, "SGD", "train_step"), (1, "AdamW", "train_step")], [(4, "AdamW", "closures"), (4, "SGD")],
+        [(1, "SGD"), (4, "AdamW")], [(4, "SGD", "train_step"), (1, "AdamW", "train_step")],
+        [(4, "AdamW", "closures"), (4, "SGD")],
     )),
     *OTHERS[2 * len(METHODS) : 3 * len(METHODS)],
     *(Case(method, 2, sizes=(12, 5), way=("passes", "train_step")[i % 2]) for i, method in enumerate(METHODS)),
@@ -306,21 +309,21 @@ def accumulate(rank: int) -> dict[str, Any]:
 LOOKS_AT_LOOPS = {"LookSAM k=2", "Sparse SAM", "F-SAM + Sparse + Stable"}
 
 
-def accumulated_plainly(key: str) -> list[Tensor]:
+def accumulated_plainly(key: str, loops: int = 3) -> list[Tensor]:
     name, ascent, _, count = key.split(", ")
     model, m = mlp(FLOAT64), int(count[2:])
     theirs = PlainRanks(BASES["SGD"](model.parameters()), method=METHODS[name], world=2)
     for step in range(3):
-        whole = [batch(8, FLOAT64, seed=100 * step + k) for k in range(3)]
+        whole = [batch(8, FLOAT64, seed=100 * step + k) for k in range(loops)]
         each = [[part for data in whole for part in split(split(data, (4, 4))[r], [4 // m] * m)] for r in range(2)]
-        shares = [1 / (2 * m)] * (6 * m)
+        shares = [1 / (2 * m)] * (2 * loops * m)
         if ascent == "global":  # the last loop's perturbation is that of both ranks
             last = [
                 tuple(map(torch.cat, zip(*both, strict=True))) for both in zip(each[0][-m:], each[1][-m:], strict=True)
             ]
             each, shares = [each[0][:-m] + last, each[1][:-m]], shares[: 2 * m] + [1 / m] * m + shares[: 2 * m]
         parts = each[0] + each[1]
-        theirs.step([scaled_closure(model, part, 1 / 3) for part in parts], shares)
+        theirs.step([scaled_closure(model, part, 1 / loops) for part in parts], shares)
     return weights(model)
 
 
@@ -384,11 +387,10 @@ def overflows_on_one_rank(rank: int) -> Iterator[str]:
                 for step in range(4):
                     data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
                     before = weights(model)
-                    fails = step == 2 and rank == 1
+                    bad_pass = turn * method.full.climbs if step == 2 and rank == 1 else None
 
-                    def loss(x: Tensor, y: Tensor) -> Tensor:
-                        factor = float("inf") if fails and (opt.pass_index or 0) == turn * method.full.climbs else 1.0
-                        return loss_of(ddp, x, y) * factor
+                    def loss(x, y, opt=opt, ddp=ddp, bad_pass=bad_pass):
+                        return loss_of(ddp, x, y) * (float("inf") if opt.pass_index == bad_pass else 1.0)
 
                     if way == "train_step":
                         opt.train_step(loss, *data, scaler=scaler)
@@ -418,14 +420,12 @@ def without_a_gradient(rank: int) -> Iterator[str]:
                     p.copy_(torch.arange(p.numel(), dtype=FLOAT64).view_as(p) * 0.1 - 0.03 * k)
 
             class Net(nn.Module):
-                def __init__(self) -> None:
-                    super().__init__()
-                    self.parts = modules
-
                 def forward(self, x: Tensor) -> Tensor:
                     return self.parts["all"](x) + (self.parts["one"](x) if rank == 1 else 0)
 
-            ddp = DDP(Net(), find_unused_parameters=True)
+            net = Net()
+            net.parts = modules
+            ddp = DDP(net, find_unused_parameters=True)
             base = SGD(ddp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
             opt = MicroBatchSAM(base, method=method, model=ddp, ascent="local", num_micro_batches=count)
             start = {key: weights(m) for key, m in modules.items()}
@@ -575,7 +575,7 @@ def clipped_and_copied(rank: int) -> Iterator[str]:
         for step in range(3):
             data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
 
-            def clip(model: nn.Module = model) -> None:
+            def clip(model: nn.Module = model, seen: list[Tensor] = seen) -> None:
                 seen.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
 
             if way == "train_step":
@@ -609,9 +609,40 @@ def masks_by_samples(rank: int) -> Iterator[str]:
         yield "not the mask of all samples"
 
 
+def zero(rank: int) -> Iterator[str]:
+    """ZeroRedundancyOptimizer as the base: trains as its optimizer, and its own state dict brings it back."""
+    ZeroRedundancyOptimizer = importlib.import_module("torch.distributed.optim").ZeroRedundancyOptimizer
+    for views in (False, True):
+        for ascent in ("global", "local"):
+            first = wrapped(methods.FriendlySAM(), ascent, BASES["AdamW"], num_micro_batches=2)
+            sharded = partial(ZeroRedundancyOptimizer, optimizer_class=AdamW, parameters_as_bucket_view=views, lr=0.02)
+            model, ddp, opt = wrapped(methods.FriendlySAM(), ascent, sharded, num_micro_batches=2)
+            trio = [first, (model, ddp, opt)]
+            for step in range(6):
+                data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
+                for _, module, optimizer in trio:
+                    WAYS[("passes", "train_step")[step % 2]](optimizer, module, data)
+                if step == 2:
+                    opt.base_optimizer.consolidate_state_dict(0)
+                    files = [opt.state_dict() if rank == 0 else None]
+                    dist.broadcast_object_list(files)
+                    if len(files[0]["state"]) != 4:
+                        yield f"views {views}, {ascent}: state of {len(files[0]['state'])} parameters"
+                    trio.append(wrapped(methods.FriendlySAM(), ascent, sharded, num_micro_batches=2))
+                    with torch.no_grad():
+                        for p, q in zip(trio[2][0].parameters(), model.parameters(), strict=True):
+                            p.copy_(q)
+                    mine = {"msam": checkpoint.saved(opt.engine)}  # the mean gradient is this rank's own
+                    trio[2][2].load_state_dict(copy.deepcopy({**files[0], **mine}))  # torch loads without a copy
+            if off(weights(model), weights(first[0])) > 1e-14 or not of_all(list(model.parameters())):
+                yield f"views {views}, {ascent}: off by {off(weights(model), weights(first[0]))}"
+            if not same_bits(model.parameters(), trio[2][0].parameters()):
+                yield f"views {views}, {ascent}: the state dict does not bring it back"
+
+
 SCENARIOS = [
     overflows_on_one_rank, without_a_gradient, some_passes_without_a_reduction, only_the_last_descent_reduced, given_up,
-    refusals, clipped_and_copied, masks_by_samples,
+    refusals, clipped_and_copied, masks_by_samples, zero,
 ]  # fmt: skip
 
 
@@ -622,3 +653,80 @@ def play(rank: int) -> dict[str, list[str]]:
 def test_scenarios(tmp_path):
     for complaints in on_ranks(2, tmp_path, play):
         assert complaints == {scenario.__name__: [] for scenario in SCENARIOS}
+
+
+# ---- a rank that dies ------------------------------------------------------------------------------------------------
+
+
+def train_until(rank: int, folder: str, begin: int, end: int, dies: int | None) -> list[list[Tensor]]:
+    """All methods side by side, from a checkpoint of each rank where there is to be one; the weights at the end."""
+    trained = {}
+    for name, method in METHODS.items():
+        for base in BASES:
+            model, ddp, opt = wrapped(method, base=BASES[base], num_micro_batches=2)
+            trained[name, base] = model, ddp, opt
+            if begin:
+                saved = torch.load(Path(folder, f"{name} {base} {begin} {rank}.pt"), weights_only=True)
+                model.load_state_dict(saved["model"])
+                opt.load_state_dict(saved["opt"])
+    for step in range(begin, end):
+        for i, ((name, base), (model, ddp, opt)) in enumerate(trained.items()):
+            data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
+            for k, part in enumerate(opt.passes(*data)):
+                if dies == step and rank == 1 and i == len(trained) // 2 and k == 1:  # at w + e
+                    os.kill(os.getpid(), signal.SIGKILL)
+                loss_of(ddp, *part).backward()
+            opt.step()
+            opt.zero_grad()
+            if dies is not None:
+                saved = {"model": model.state_dict(), "opt": opt.state_dict()}
+                torch.save(saved, Path(folder, f"{name} {base} {step + 1} {rank}.pt"))
+    return [weights(model) for model, _, _ in trained.values()]
+
+
+def resume(rank: int, folder: str) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    return train_until(rank, folder, 3, 6, None), train_until(rank, folder, 0, 6, None)
+
+
+def test_a_job_whose_rank_was_killed_in_a_perturbed_pass_goes_on_from_its_checkpoint(tmp_path):
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        on_ranks(2, tmp_path / "killed", train_until, str(tmp_path), 0, 6, 3)
+    results = on_ranks(2, tmp_path / "resumed", resume, str(tmp_path))
+    assert all(map(same_bits, results[0][1], results[1][1]))
+    for resumed, uninterrupted in results:
+        for case, mine, theirs in zip(itertools.product(METHODS, BASES), resumed, uninterrupted, strict=True):
+            assert same_bits(mine, theirs), case
+
+
+# ---- Accelerate ------------------------------------------------------------------------------------------------------
+
+
+def accumulate_by_accelerate(rank: int) -> dict[str, Any]:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=4)
+    out: dict[str, Any] = {}
+    for name in METHODS:
+        model = mlp(FLOAT64)
+        ddp = accelerator.prepare(model)
+        opt = MicroBatchSAM(BASES["SGD"](model.parameters()), method=METHODS[name], model=ddp, ascent="local")
+        for step in range(3):
+            for k in range(4):
+                x, y = split(batch(8, FLOAT64, seed=100 * step + k), (4, 4))[rank]
+                with accelerator.accumulate(ddp):
+                    for _ in opt.passes():
+                        accelerator.backward(loss_of(ddp, x, y))
+                    if accelerator.sync_gradients:
+                        opt.step()
+                        opt.zero_grad()
+        out[name] = type(ddp).__name__, weights(model)
+    return out
+
+
+def test_accelerate_accumulates(tmp_path):
+    pytest.importorskip("accelerate")
+    first, second = on_ranks(2, tmp_path, accumulate_by_accelerate)
+    for name, (kind, result) in first.items():
+        assert kind == "DistributedDataParallel"
+        assert same_bits(result, second[name][1]), name
+        if name not in LOOKS_AT_LOOPS:
+            assert off(result, accumulated_plainly(f"{name}, local, known, m=1", loops=4)) <= 1e-10, name
