@@ -126,6 +126,10 @@ class MicroBatchSAM(Optimizer):
         method: how the perturbation is made, see ``msam_kernels.methods``. Default ``methods.SAM()``.
         model: if given, its buffers, e.g. BatchNorm's statistics or a codebook, change in the first pass of each micro-batch
             only: after the others they are brought back from a copy, which is made in each step.
+        ascent: with several processes, whose gradients a perturbation is made of. "global": as DistributedDataParallel
+            reduces them in every pass. "local": each rank's own (mSAM over ranks); no pass synchronises, and one all-reduce
+            averages the descent at the end of the step. A process group: those of its ranks. The last two need ``model``, the
+            DistributedDataParallel module. See ``docs/distributed.md``.
         parallel: run the micro-batches of a ``train_step``, or of a captured one, in two parallel passes instead of one after
             the other, see ``docs/parallel.md``. True: all at once; a number: so many at once, where memory is short;
             "auto": whichever way is faster in the first steps, or sequentially with a warning where a model cannot. Needs

@@ -384,10 +384,11 @@ def overflows_on_one_rank(rank: int) -> Iterator[str]:
                 scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
                 if way == "train_step" and (method.full.lmbda or name == "LE-SAM"):
                     continue  # with a scaler these are refused
-                for step in range(4):
+                fails = 3 if method.full.sparse else 2  # at the end of which a mask would be chosen
+                for step in range(5):
                     data = split(batch(8, FLOAT64, seed=step), (4, 4))[rank]
                     before = weights(model)
-                    bad_pass = turn * method.full.climbs if step == 2 and rank == 1 else None
+                    bad_pass = turn * method.full.climbs if step == fails and rank == 1 else None
 
                     def loss(x, y, opt=opt, ddp=ddp, bad_pass=bad_pass):
                         return loss_of(ddp, x, y) * (float("inf") if opt.pass_index == bad_pass else 1.0)
@@ -401,12 +402,12 @@ def overflows_on_one_rank(rank: int) -> Iterator[str]:
                         opt.zero_grad()
                     scaler.update()
                     where = f"{name}, {way}, overflow in the {bad}, step {step}"
-                    if not of_all([*model.parameters(), torch.tensor(scaler.get_scale())]):
+                    if not of_all([*model.parameters(), torch.tensor(scaler.get_scale()), *(opt.mask or [])]):
                         yield f"{where}: ranks part"
                     looks = "LookSAM" not in name or turn == 0
-                    if step == 2 and looks and same_bits(model.parameters(), before) != (scaler.get_scale() < 4.0):
+                    if step == fails and looks and same_bits(model.parameters(), before) != (scaler.get_scale() < 4.0):
                         yield f"{where}: not skipped alike"
-                    if step == 2 and looks and scaler.get_scale() == 4.0:
+                    if step == fails and looks and scaler.get_scale() == 4.0:
                         yield f"{where}: not noticed"
 
 
@@ -640,9 +641,45 @@ def zero(rank: int) -> Iterator[str]:
                 yield f"views {views}, {ascent}: the state dict does not bring it back"
 
 
+def captured_steps(rank: int) -> Iterator[str]:
+    """As CUDA graphs hold them, of which a recorder stands in for those of a GPU: messages come in every replay."""
+    graphs = importlib.import_module("test_graphs")
+    for name, method in METHODS.items():
+        for parallel in (False, True):
+            options = {"num_micro_batches": 2, "parallel": parallel}
+            (model, ddp, opt), (other, plain_ddp, plain) = (wrapped(method, **options) for _ in range(2))
+            data = split(batch(8, FLOAT64), (4, 4))[rank]
+            step, recorder = graphs.captured(opt, model, lambda x, y, ddp=ddp: loss_of(ddp, x, y), *data)
+            for k in range(8 if method.full.sparse else 5):
+                data = split(batch(8, FLOAT64, seed=k), (4, 4))[rank]
+                step(*data)
+                plain.train_step(lambda x, y, ddp=plain_ddp: loss_of(ddp, x, y), *data)
+                if not same_bits(model.parameters(), other.parameters()) or not of_all(list(model.parameters())):
+                    yield f"{name}, parallel {parallel}: step {k}"
+            if not recorder.replays:
+                yield f"{name}: no replay"
+
+
+def statistics(rank: int) -> Iterator[str]:
+    """Each rank's own during steps; the first forward after them takes rank 0's, as DistributedDataParallel does."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    ddp = DDP(model)
+    opt = MicroBatchSAM(SGD(ddp.parameters(), lr=0.1), model=ddp, ascent="local", num_micro_batches=2)
+    for step in range(3):
+        WAYS["passes"](opt, ddp, split(batch(8, FLOAT64, seed=step), (4, 4))[rank])
+    mean = model[1].running_mean
+    if of_all([mean]) or not of_all(list(model.parameters())):
+        yield "statistics were sent, or weights were not"
+    ddp.eval()
+    with torch.no_grad():
+        ddp(batch(4, FLOAT64)[0])
+    if not of_all([mean]):
+        yield "the forward after the steps does not take rank 0's"
+
+
 SCENARIOS = [
     overflows_on_one_rank, without_a_gradient, some_passes_without_a_reduction, only_the_last_descent_reduced, given_up,
-    refusals, clipped_and_copied, masks_by_samples, zero,
+    refusals, clipped_and_copied, masks_by_samples, zero, captured_steps, statistics,
 ]  # fmt: skip
 
 
