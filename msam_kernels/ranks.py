@@ -34,11 +34,13 @@ class Ranks:
     Attributes:
         ascent: see ``MicroBatchSAM``.
         own: whether the passes do not synchronise, and the optimizer itself averages at their end.
+        is_known: whether the model is there, in which a DistributedDataParallel would be found.
         reduces: of the step under way, whether that happens at its end: not inside of somebody's ``no_sync``.
     """
 
     def __init__(self, ascent: Ascent, model: nn.Module | None):
         self.ascent, self.own, self.reduces = ascent, ascent != "global", True
+        self.is_known = model is not None
         self._ddps = [] if model is None else [module for module in model.modules() if isinstance(module, DDP)]
         self._before: list[tuple[Any, bool, bool]] = []  # what the modules were told before the step
         self._counts: list[tuple[Tensor, Tensor, dist.Work]] = []  # samples: own, all, and the message under way
@@ -84,10 +86,6 @@ class Ranks:
         if self.own or not self._ddps or not self.is_several:
             return None
         return all(module.require_forward_param_sync for module in self._ddps)
-
-    @property
-    def is_known(self) -> bool:
-        return bool(self._ddps)
 
     def hold_back(self) -> None:
         """From now on no pass synchronises, if each rank is to perturb by its own gradients."""

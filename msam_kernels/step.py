@@ -434,6 +434,7 @@ class Step:
     ):
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.ranks, self._parts, self.accumulates = engine.ranks, parts, accumulates
+        self._several = self.ranks.own or self.ranks.is_several
         self.clear = clear
         self.perturbed = self.saves = False
         self.chose_mask, self.had_gradients = False, had_gradients
@@ -457,9 +458,10 @@ class Step:
 
     def __enter__(self) -> Step:
         try:
-            self.ranks.hold_back()
-            self.ranks.count(self.store, self._parts)
-            self._check_accumulation()
+            if self._several:
+                self.ranks.hold_back()
+                self.ranks.count(self.store, self._parts)
+                self._check_accumulation()
             if not self.had_gradients:
                 self.aside = [([], [])] * len(self.store.flats)
                 return self
@@ -641,6 +643,8 @@ class Step:
     def _after_pass(self) -> None:
         """Refuse gradients of which DDP has reduced some and not others, where these are combined: ranks would part."""
         self.check_current()
+        if not self._several:
+            return
         engine, plan, synced = self.engine, self.plan, self.ranks.synchronised
         is_last = self._i + 1 == len(self.shares) and self.turn == (1 if plan.opposite is None else 2) * plan.climbs
         if self._handed and is_last:
@@ -669,9 +673,11 @@ class Step:
 
         That are the gradients of before the step, the mean so far, and NaN where an ascent was not finite on this rank.
         """
+        if not self._several:
+            return
         self._handed, self._hands_mean = [], False
-        ranks, plan, last = self.ranks, self.plan, self._i + 1 == len(self.shares)
-        if not last or ranks.own or plan.combines or plan.opposite is not None or not ranks.is_several:
+        plan, last = self.plan, self._i + 1 == len(self.shares)
+        if not last or self.ranks.own or plan.combines:
             return
         before = self._before() if self.accumulates and self.had_gradients else None
         mean = self._mean if not all(self._descended) else None
@@ -750,7 +756,7 @@ class Step:
         engine, store, plan = self.engine, self.store, self.plan
         grads = self._collect(clear=self.clear)
         self._check_any(grads)
-        if self.ranks.synchronised is False:
+        if self._several and self.ranks.synchronised is False:
             self._lacking = [flat.absent_from(ts) for flat, ts in zip(store.flats, grads.lists, strict=True)]
         if plan.holds:
             self._hold(grads)
