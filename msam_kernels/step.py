@@ -451,7 +451,6 @@ class Step:
         self._memories: list[tuple[Tensor, Tensor]] = []  # memories that change, and what they held before
         self._gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
         self._synced: list[bool] = []  # by pass, where it is known: whether DDP has reduced it
-        self._descended: list[bool] = []  # the same by micro-batch, of the last pass
         self._lacking: list[tuple[int, ...]] = []  # by flat: parameters without a gradient in the latest ascent
         self._handed: list[tuple[Tensor, Tensor, int]] = []  # parameters, what they were handed over, and its version
         self._hands_mean = False
@@ -663,8 +662,6 @@ class Step:
         if wrong:
             raise RuntimeError(f"{engine.method} {wrong}: ranks would part. Synchronise all passes or none, or {USE}")
         self._synced.append(synced)
-        if is_last or (plan.climbs and self.turn == (1 if plan.opposite is None else 2)):
-            self._descended.append(synced)
         if is_last and self.accumulates:
             engine.unreduced = (engine.unreduced and self.had_gradients) or not all(self._synced)
 
@@ -680,7 +677,7 @@ class Step:
         if not last or self.ranks.own or plan.combines:
             return
         before = self._before() if self.accumulates and self.had_gradients else None
-        mean = self._mean if not all(self._descended) else None
+        mean = self._mean if not all(self._synced) else None
         marks = bool(self._lacking)
         if before is None and mean is None and not marks:
             return
