@@ -48,6 +48,7 @@ __all__ = [
     "has_listeners",
     "inductor",
     "is_lazy",
+    "is_of_fsdp",
     "is_recompile_limit",
     "is_shared",
     "leave_mode",
@@ -80,6 +81,11 @@ def has_listeners(optimizer: torch.optim.Optimizer) -> bool:
     return bool(
         profiler_enabled() or any(step_hooks(optimizer)) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     )
+
+
+def is_of_fsdp(p: Tensor) -> bool:
+    """Whether it is a part of FullyShardedDataParallel's flat parameter, which it marks so."""
+    return bool(getattr(p, "_fsdp_flattened", False))
 
 
 def is_shared(grad: Tensor) -> bool:

@@ -142,6 +142,18 @@ def _is_container(value: Any) -> bool:
     )
 
 
+def samples_of(parts: Sequence[Any]) -> list[int] | None:
+    """How many samples each micro-batch has: what its tensors share in dim 0. 0 where they share nothing; None of no batch."""
+    if parts[0] is None:
+        return None
+    counts = []
+    for part in parts:
+        leaves = [leaf for leaf in tree_flatten(part)[0] if leaf is not None]
+        lengths = {0 if _why_not(leaf) else leaf.shape[0] for leaf in leaves}
+        counts.append(lengths.pop() if len(lengths) == 1 else 0)
+    return counts
+
+
 def renewal(part: Any) -> Callable[[Any], Any] | None:
     """What makes of such a micro-batch the one that a pass gets; None where it has no containers that a pass could change."""
     if part is None or isinstance(part, Tensor):  # the usual cases first, without the cost of a copy

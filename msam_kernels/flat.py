@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.utils.dlpack import from_dlpack
 
+from ._torch import is_of_fsdp
 from .backends import Backend
 from .backends.checks import lost_memory, span
 from .gradients import has_layout, holds, memory_layout, regular_values
@@ -95,6 +96,11 @@ def check_parameters(named: Sequence[tuple[str, Tensor]], left: Sequence[tuple[s
             come.
     """
     for name, p in named:
+        if is_of_fsdp(p):
+            raise TypeError(
+                f"{name} belongs to FullyShardedDataParallel (FSDP1): each rank holds a part of it, and would perturb by a "
+                "norm of its own. Use DistributedDataParallel, or ZeroRedundancyOptimizer as the base optimizer for less memory"
+            )
         if is_lazy(p):
             raise ValueError(
                 f"{name} has neither shape nor values yet, as in nn.LazyLinear: run a forward pass, then make the optimizer"
@@ -300,6 +306,11 @@ class Flat:
         orders = zip(self._shapes, self._strides, strict=True)
         likes = [torch.empty_strided(*order, dtype=self.dtype, device="meta") for order in orders]
         return [_alias(buffer, offset, like) for offset, like in zip(self.offsets, likes, strict=True)]
+
+    @staticmethod
+    def rounded(n: int, dtype: torch.dtype) -> int:
+        """So many elements, up to where the next parameter would begin."""
+        return _round_up(n, ALIGNMENT // dtype.itemsize)
 
     @property
     def rows_of_groups(self) -> list[tuple[int, Tensor]]:

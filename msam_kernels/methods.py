@@ -121,6 +121,11 @@ class Plan:
         return self.is_plain and self.only is None
 
     @property
+    def combines(self) -> bool:
+        """Whether the descent is made of more than the last gradients as they are: all must then be the same ranks'."""
+        return bool(self.holds or self.keeps or self.rescale or self.reuses)
+
+    @property
     def takes_held(self) -> bool:
         """Whether the first vector of the descent, in whose memory the mean comes to be, is one that is held."""
         return bool(self.holds) and not (self.descent[0].a or self.descent[0].b)

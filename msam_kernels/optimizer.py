@@ -20,6 +20,7 @@ from .buffers import Buffers, check_model
 from .compiled import Compiled
 from .gradients import set_grads
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
+from .ranks import Ascent, Ranks
 from .rules import Radius, check_method, check_rho, rho_at
 from .step import Engine, Stats
 
@@ -126,6 +127,10 @@ class MicroBatchSAM(Optimizer):
         model: if given, its buffers, e.g. BatchNorm's statistics or a codebook, change in the first pass of each micro-batch
             only: after the others they are brought back from a copy, which is made in each step. And its ``state_dict()``
             refuses while the weights are perturbed.
+        ascent: with several processes, whose gradients a perturbation is made of. "global": as DistributedDataParallel
+            reduces them in every pass. "local": each rank's own (mSAM over ranks); no pass synchronises, and one all-reduce
+            averages the descent at the end of the step. A process group: those of its ranks. The last two need ``model``, the
+            DistributedDataParallel module. See ``docs/distributed.md``.
         parallel: run the micro-batches of a ``train_step``, or of a captured one, in two parallel passes instead of one after
             the other, see ``docs/parallel.md``. True: all at once; a number: so many at once, where memory is short;
             "auto": whichever way is faster in the first steps, or sequentially with a warning where a model cannot. Needs
@@ -157,6 +162,7 @@ class MicroBatchSAM(Optimizer):
         micro_batch_size: int | None = None,
         method: methods.SAM | None = None,
         model: nn.Module | None = None,
+        ascent: Ascent = "global",
         parallel: Parallel = False,
         compile: bool = False,
         flatten: bool = True,
@@ -184,7 +190,8 @@ class MicroBatchSAM(Optimizer):
                 check_integer(name, count, 1)
         if model is not None:
             check_model(model)
-        check_parallel(parallel, model, compile)
+        check_parallel(parallel, model, compile, ascent)
+        Ranks(ascent, model).check()
         check_rho(rho_at(rho, 0))
         for group in base_optimizer.param_groups:
             check_rho(rho_at(group.get("rho", rho), 0))
@@ -196,16 +203,22 @@ class MicroBatchSAM(Optimizer):
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
         self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
-        self._make_engine(method, model)
+        self._make_engine(method, model, ascent)
         self.engine.take_over()
 
-    def _make_engine(self, method: methods.SAM, model: nn.Module | None) -> None:
+    def _make_engine(self, method: methods.SAM, model: nn.Module | None, ascent: Ascent) -> None:
         leave_to_eager(__package__)
         self._auto = Auto()
         self._compiled: Compiled | None = None
         #: What runs the steps, for modules of this package.
         self.engine = Engine(
-            self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend
+            self.base_optimizer,
+            method,
+            model,
+            self.defaults["rho"],
+            flatten=self.flatten,
+            backend=self.backend,
+            ascent=ascent,
         )
         self._watch = checkpoint.watch(self.engine, model)
         this = ref(self.engine)
@@ -257,11 +270,18 @@ class MicroBatchSAM(Optimizer):
     def model(self, model: nn.Module | None) -> None:
         if model is not None:
             check_model(model)
+        ranks = Ranks(self.ascent, model)
+        ranks.check()
         self.engine.buffers.thaw()
-        self.engine.buffers = Buffers(model)
+        self.engine.buffers, self.engine.ranks = Buffers(model), ranks
         for handle in self._watch:
             handle.remove()
         self._watch = checkpoint.watch(self.engine, model)
+
+    @property
+    def ascent(self) -> Ascent:
+        """Whose gradients the perturbation is made of."""
+        return self.engine.ranks.ascent
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 
@@ -317,7 +337,7 @@ class MicroBatchSAM(Optimizer):
             "backend",
         )
         return {
-            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled")},
+            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled", "ascent")},
             "schedules": engine.radii.schedules,
             checkpoint.KEY: checkpoint.show(engine),
         }
@@ -328,8 +348,9 @@ class MicroBatchSAM(Optimizer):
             return
         left, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
+        ascent = state.pop("ascent", "global")
         super().__setstate__({"parallel": False, "compile": False, **state})
-        self._make_engine(method, model)
+        self._make_engine(method, model, ascent)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
         checkpoint.load(self.engine, checkpoint.out_of_state(self.base_optimizer, left))
@@ -339,6 +360,7 @@ class MicroBatchSAM(Optimizer):
         if self.micro_batch_size is None:
             split = f"num_micro_batches={self.num_micro_batches}"
         base = "\n  ".join(repr(self.base_optimizer).splitlines())
+        split += f", ascent={self.ascent!r}" if self.ascent != "global" else ""
         split += f", parallel={self.parallel!r}" if self.parallel else ""
         split += ", compile=True" if self.compile else ""
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
@@ -358,7 +380,13 @@ class MicroBatchSAM(Optimizer):
         self.engine.take_in()
         self.engine.radii.take_schedules(self.steps)
         left = checkpoint.show(self.engine)
-        return checkpoint.saved(super().state_dict(), left)
+        own = self.base_optimizer.state_dict() if self._base_saves_itself else {}
+        return checkpoint.saved({**super().state_dict(), **own}, left)
+
+    @property
+    def _base_saves_itself(self) -> bool:
+        """Whether the base optimizer has a state dict of its own, as ``ZeroRedundancyOptimizer`` has: its state is no dict."""
+        return type(self.base_optimizer).state_dict is not Optimizer.state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
@@ -383,7 +411,11 @@ class MicroBatchSAM(Optimizer):
 
         hook = self.register_load_state_dict_pre_hook(last_hook)
         try:
-            super().load_state_dict(state_dict)
+            if self._base_saves_itself:
+                last_hook(self, state_dict)
+                self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != checkpoint.KEY})
+            else:
+                super().load_state_dict(state_dict)
         finally:
             hook.remove()
         checkpoint.load(engine, loaded)
@@ -600,7 +632,7 @@ class MicroBatchSAM(Optimizer):
         engine, parallel, model = self.engine, self.parallel, self.engine.buffers.model
         if not parallel or len(whole) == 1:
             return engine.run(whole, whole.shares, whole.between)
-        check_parallel(parallel, model, self.compile)
+        check_parallel(parallel, model, self.compile, self.ascent)
         assert model is not None
         if not self.compile:
             self._compiled = None
@@ -611,7 +643,7 @@ class MicroBatchSAM(Optimizer):
         engine.follow()
 
         def at_once() -> list[Any]:
-            passes = ParallelPasses(model, engine.store, whole, most, self._compiled)
+            passes = ParallelPasses(model, engine.store, whole, most, self._compiled, engine.ranks.own)
             return engine.run(whole, whole.shares, whole.between, passes)
 
         if parallel != "auto":

@@ -61,7 +61,7 @@ SEQUENTIAL = "train it sequentially, with parallel=False"
 Parallel = bool | int | Literal["auto"]
 
 
-def check_parallel(parallel: Any, model: nn.Module | None, compile: Any = False) -> None:
+def check_parallel(parallel: Any, model: nn.Module | None, compile: Any = False, ascent: Any = "") -> None:
     """Refuse what says no way.
 
     Raises:
@@ -77,6 +77,11 @@ def check_parallel(parallel: Any, model: nn.Module | None, compile: Any = False)
     if compile and not parallel:
         raise ValueError(
             "compile=True is for parallel passes: give parallel=True, or what else it may be, and model too"
+        )
+    if parallel and not isinstance(ascent, str):
+        raise ValueError(
+            f"parallel={parallel!r} runs the micro-batches of this rank, each with a perturbation of its own: ascent must be "
+            f"'local' for that, or parallel=False, got {ascent!r}"
         )
     if parallel and model is None:
         raise ValueError(
@@ -452,14 +457,22 @@ class ParallelPasses:
         whole: the micro-batches.
         most: run at once, at most.
         compiled: what computes the losses, instead of the model as it is written.
+        held_back: whether a DistributedDataParallel is not to reduce: one that is must see every pass.
 
     Raises:
         Refused: something in the model, or of its parameters, needs the passes one by one.
     """
 
     def __init__(
-        self, model: nn.Module, store: Store, whole: MicroBatches, most: int, compiled: Compiled | None = None
+        self,
+        model: nn.Module,
+        store: Store,
+        whole: MicroBatches,
+        most: int,
+        compiled: Compiled | None = None,
+        held_back: bool = False,
     ):
+        self._held_back = held_back
         self._model, self._store, self._whole, self._compiled = model, store, whole, compiled
         self._leaves, (self._spec, *others) = zip(*(tree_flatten(part) for part in whole.parts), strict=True)
         if any(spec != self._spec for spec in others):
@@ -494,7 +507,8 @@ class ParallelPasses:
         index = {id(p): k for k, p in enumerate(p for flat in self._store.flats for p in flat.params)}
         self._places = [[] for _ in index]
         for prefix, module in modules_of(self._model):
-            if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            reduces = isinstance(module, nn.parallel.DistributedDataParallel) and not self._held_back
+            if reduces or isinstance(module, nn.DataParallel):
                 raise Refused(f"{self._named(module)} must see every pass: {SEQUENTIAL}")
             if has_backward_hooks(module):
                 raise Refused(f"{self._named(module)} has backward hooks, which would not run: {SEQUENTIAL}")

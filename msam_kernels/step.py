@@ -16,11 +16,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from . import masks
-from ._torch import Scaled, forget_casts, mark_stepped
+from ._torch import Scaled, forget_casts, is_shared, mark_stepped, versions_of
+from .batches import MicroBatches
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
+from .ranks import USE, Ascent, Ranks
 from .rules import (
     MASK_STEP,
     MOMENTA,
@@ -103,6 +105,9 @@ class Engine:
         latest: the plan of that step.
         v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
         mask_step: the step at which the mask was first used; in the groups as "msam_mask_step", where a method has one.
+        ranks: whose gradients are averaged.
+        unreduced: whether ``p.grad`` holds what earlier loops of the step left there without DDP's all-reduce.
+        v_synced: whether DDP had reduced what "v" is made of; None where that does not matter.
     """
 
     steps: int = _in_groups(STEPS)
@@ -117,9 +122,13 @@ class Engine:
         *,
         flatten: bool,
         backend: str,
+        ascent: Ascent = "global",
     ):
         self.base, self.method = base, method
         self.buffers = Buffers(model)
+        self.ranks = Ranks(ascent, model)
+        self.unreduced = False
+        self.v_synced: bool | None = None
         self.store = Store(base, flatten=flatten, backend=backend)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
@@ -280,16 +289,17 @@ class Engine:
         Raises:
             ValueError: a gradient is not finite; the old mask is kept.
         """
-        self.step = Step(self, BASE, [1.0], [], clear=True, had_gradients=self.prepare())
+        self.step = Step(self, BASE, [1.0], [], None, clear=True, had_gradients=self.prepare())
         with self.step as step:
             for closure in closures:
                 self.buffers.freeze()
                 call(closure)
                 self.buffers.thaw()
                 step.add_scores(self.collect(clear=True))
-            if not all(bool(t.isfinite().all()) for tensors in step.scores for t in tensors):
+            scores = step.scores
+            if not all(bool(t.isfinite().all()) for tensors in scores for t in tensors):
                 raise ValueError("a gradient of the samples is not finite, and says nothing of the weights: use others")
-            self.choose_mask(step.scores, sparse, self.steps)
+            self.choose_mask(scores, sparse, self.steps)
             self.restore()
 
     def keep_mask(self) -> None:
@@ -308,7 +318,7 @@ class Engine:
     ) -> Generator[Any, None, None]:
         """The loop of one step without the update: each micro-batch as often as the plan says, renewed for each pass."""
         self.check_idle("passes()")
-        with self.begin(shares, scaled) as step:
+        with self.begin(shares, scaled, parts=parts, accumulates=True) as step:
             step.adds_to_v = step.had_gradients and self.v_step == self.steps
             for _, part in step.turns(parts):
                 yield part if renewed is None else renewed(part)
@@ -330,7 +340,8 @@ class Engine:
         """
         values = []
         self.skipped()  # gradients of before take no part
-        with self.begin(shares, None if between is None else between.scaled) as step:
+        parts = closures.parts if isinstance(closures, MicroBatches) else None
+        with self.begin(shares, None if between is None else between.scaled, parts=parts) as step:
             if passes is not None:
                 values = step.together(passes)
             else:
@@ -403,8 +414,22 @@ class Engine:
             scale = torch.where(moved(found_inf, scale.device) != 0, math.inf, scale)
         self.store.shift(gap.present(stepped), self.method.full.after, self.tables, scale)
 
-    def begin(self, shares: list[float], scaled: Scaled | None = None, *, clear: bool = True) -> Step:
-        """A step of so many micro-batches. ``clear``: ``p.grad`` is the step's alone. ``scaled``: what its losses are."""
+    def begin(
+        self,
+        shares: list[float],
+        scaled: Scaled | None = None,
+        *,
+        parts: Sequence[Any] | None = None,
+        clear: bool = True,
+        accumulates: bool = False,
+    ) -> Step:
+        """A step of so many micro-batches.
+
+        Args:
+            scaled: what its losses are.
+            clear: ``p.grad`` is the step's alone.
+            accumulates: see ``Step``.
+        """
         had_gradients = self.follow()
         if not had_gradients:
             self.skipped()
@@ -417,7 +442,9 @@ class Engine:
         if scores is not None:
             self.store.check_not_capturing("the mask")
         self.norms_sq, self.latest = [], plan
-        self.step = Step(self, plan, shares, scores, clear=clear, had_gradients=had_gradients, scaled=scaled)
+        self.step = Step(
+            self, plan, shares, scores, parts, clear=clear, had_gradients=had_gradients, scaled=scaled, accumulates=accumulates
+        )
         return self.step
 
     def momentum(self) -> Vectors:
@@ -440,6 +467,7 @@ class Engine:
         else:
             self.skipped()
             self.v_step = -1
+            self.unreduced = False
 
     def skipped(self) -> None:
         """The gradients of loops since the latest update are gone, and what those loops changed with them."""
@@ -452,6 +480,7 @@ class Engine:
 
     def count_step(self) -> None:
         self.undo = None
+        self.unreduced = False
         if not self.store.is_capturing():  # what is captured has not run
             self.steps += 1
 
@@ -459,6 +488,7 @@ class Engine:
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         step = self.step
+        self.ranks.release()
         error: Exception | None = None
         ran = not self.store.is_capturing()  # what is captured never ran: nothing has other values than before
         try:
@@ -506,6 +536,7 @@ class Step:
             None as long as they are in ``p.grad``.
         adds_to_v: whether an earlier loop of the same optimizer step has begun "v".
         began_undo: whether what may have to be undone is this step's alone.
+        accumulates: whether it adds to the gradients that were there before.
     """
 
     def __init__(
@@ -514,14 +545,18 @@ class Step:
         plan: Plan,
         shares: list[float],
         scores: list[list[Tensor]] | None,
+        parts: Sequence[Any] | None,
         *,
         clear: bool,
         had_gradients: bool,
         scaled: Scaled | None = None,
+        accumulates: bool = False,
     ):
         self._scaled, self._has_looked = scaled, False
         self.began_undo = False
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
+        self.ranks, self._parts, self.accumulates = engine.ranks, parts, accumulates
+        self._several = self.ranks.own or self.ranks.is_several
         self.clear = clear
         self.perturbed = self.saves = False
         self.chose_mask, self.had_gradients = False, had_gradients
@@ -538,9 +573,17 @@ class Step:
         self._memories: list[tuple[Tensor, Tensor]] = []  # memories that change, and what they held before
         self._ahead: Vectors | None = None  # ĝ, where the update makes the gap of it
         self._gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
+        self._synced: list[bool] = []  # by pass, where it is known: whether DDP has reduced it
+        self._lacking: list[tuple[int, ...]] = []  # by flat: parameters without a gradient in the latest ascent
+        self._handed: list[tuple[Tensor, Tensor, int]] = []  # parameters, what they were handed over, and its version
+        self._hands_mean = False
 
     def __enter__(self) -> Step:
         try:
+            if self._several:
+                self.ranks.hold_back()
+                self.ranks.count(self.store, self._parts)
+                self._check_accumulation()
             if not self.had_gradients:
                 self.aside = [([], [])] * len(self.store.flats)
                 return self
@@ -560,6 +603,7 @@ class Step:
         if kind is not None:
             self.engine.restore()
         else:
+            self.ranks.release()
             self.engine.step = None
 
     def drop_before(self) -> None:
@@ -567,6 +611,8 @@ class Step:
         self.adds_to_v = self.had_gradients = False  # v is of gradients that are gone
         if self.aside is not None:
             self.aside = [([], []) for _ in self.store.flats]
+        if self._handed:
+            self._hand_over()
 
     def give_back_grads(self, *, values: bool) -> None:
         """What was set aside is in ``p.grad`` again: the same values, in the same tensors where these can be written to.
@@ -614,19 +660,22 @@ class Step:
         self._lean()
         for i, part in enumerate(parts):
             self._i, self.turn = i, 0
+            if not plan.climbs:
+                self._hand_over()
             yield 0, part
-            self.check_current()
+            self._after_pass()
             if plan.climbs:
                 self.ascend()
                 buffers.freeze()
+                self._hand_over()
                 yield 1, part
-                self.check_current()
+                self._after_pass()
                 buffers.thaw()
             if plan.opposite is not None and plan.perturbs:
                 self._cross()
                 buffers.freeze()
                 yield 2, part
-                self.check_current()
+                self._after_pass()
                 buffers.thaw()
             if i + 1 < len(parts):
                 self._accumulate()
@@ -719,6 +768,108 @@ class Step:
         if self.engine.step is not self:
             raise RuntimeError("this passes() loop was given up by opt.restore(): start a new one")
 
+    # -- other ranks ------------------------------------------------------------------------------------------------------
+
+    def _check_accumulation(self) -> None:
+        """Refuse to add to gradients of which nobody can tell whether they are of all ranks, where that makes a difference."""
+        ranks = self.ranks
+        if self.accumulates and self.had_gradients and self.plan.combines and ranks.is_several and not ranks.is_known:
+            raise RuntimeError(
+                f"{self.engine.method} adds to gradients that are there already, and with several ranks it has to know whether "
+                "these were reduced: give model=, the DistributedDataParallel module (or the model, if there is none)"
+            )
+
+    def _after_pass(self) -> None:
+        """Refuse gradients of which DDP has reduced some and not others, where these are combined: ranks would part."""
+        self.check_current()
+        if not self._several:
+            return
+        engine, plan, synced = self.engine, self.plan, self.ranks.synchronised
+        is_last = self._i + 1 == len(self.shares) and self.turn == (1 if plan.opposite is None else 2) * plan.climbs
+        if self._handed and is_last:
+            self._check_handed()
+        if synced is None:
+            return
+        wrong = ""
+        if plan.combines and not all(before == synced for before in self._synced):
+            wrong = "combines the gradients of its passes, of which DistributedDataParallel reduced only some"
+        elif plan.combines and synced and engine.unreduced and self.accumulates and self.had_gradients:
+            wrong = "adds to gradients of earlier loops, which DistributedDataParallel has not reduced and will not"
+        elif plan.after and not synced:
+            wrong = "takes a step by gradients of its own, which nobody reduces in no_sync"
+        elif plan.reuses is not None and engine.v_synced is not None and engine.v_synced != synced:
+            wrong = "reuses a direction that was made with no_sync and without"
+        if wrong:
+            raise RuntimeError(f"{engine.method} {wrong}: ranks would part. Synchronise all passes or none, or {USE}")
+        self._synced.append(synced)
+        if is_last and self.accumulates:
+            engine.unreduced = (engine.unreduced and self.had_gradients) or not all(self._synced)
+
+    def _hand_over(self) -> None:
+        """Right before the last pass: what DDP has not reduced into ``p.grad``, to which the pass adds, and which it reduces.
+
+        That are the gradients of before the step, the mean so far, and NaN where an ascent was not finite on this rank.
+        """
+        if not self._several:
+            return
+        self._handed, self._hands_mean = [], False
+        plan, last = self.plan, self._i + 1 == len(self.shares)
+        if not last or self.ranks.own or plan.combines:
+            return
+        before = self._before() if self.accumulates and self.had_gradients else None
+        mean = self._mean if not all(self._synced) else None
+        marks = bool(self._lacking)
+        if before is None and mean is None and not marks:
+            return
+        share, descent = self.shares[-1], Descent(norm_sq=self._norm_sq)
+        if before is not None:
+            descent.add(before, Coefficient().row(1 / share))
+        if mean is not None:
+            descent.add(mean, Coefficient().row((self.shares[0] if self._i == 1 else 1.0) / share))
+        if marks:
+            zeros = [
+                [flat.absent if i in lacking else torch.zeros_like(p) for i, p in enumerate(flat.params)]
+                for flat, lacking in zip(self.store.flats, self._lacking, strict=True)
+            ]
+            descent.add(Vectors(zeros, sum(map(len, self._lacking))), PLAIN)
+        present = descent.present
+        lists = [
+            [t if t is flat.absent else torch.empty_like(t) for t in tensors]
+            for flat, tensors in zip(self.store.flats, present.lists, strict=True)
+        ]
+        out = Vectors(lists, present.absent)
+        self.store.descend(out, descent, weights=False)
+        grads = self.store.optionals(out)
+        self.store.set_grads(grads)
+        pairs = [
+            pair for flat, ts in zip(self.store.flats, grads, strict=True) for pair in zip(flat.params, ts, strict=True)
+        ]
+        self._handed = [(p, t, versions_of([t])[0]) for p, t in pairs if t is not None]
+        self._hands_mean = mean is not None
+
+    def _check_handed(self) -> None:
+        """Refuse gradients to which the pass has not added. Those in DDP's buckets, which it may fill before, are none."""
+        cleared = [p for p, t, version in self._handed if p.grad is not t and versions_of([t]) == [version]]
+        if any(p.grad is None or not is_shared(p.grad) for p in cleared):
+            raise RuntimeError(
+                "gradients were cleared in the last pass of the loop, where DistributedDataParallel was to reduce those of "
+                "before: clear them by opt.zero_grad(), after opt.step()"
+            )
+        if self._hands_mean:
+            self._mean = None
+
+    def _shared_mean(self, before: Vectors | None = None) -> None:
+        """The mean, with ``before`` added, and what the micro-batches keep: those of all ranks."""
+        assert self._mean is not None
+        store, ranks = self.store, self.ranks
+        self._mean = ranks.mean(store, self._mean, before)
+        if self.plan.keeps:
+            memories = store.memory(self.plan.kept, 0.0)
+            descent = Descent()
+            kept = Vectors([memory.parts for memory in memories])
+            descent.add(ranks.mean(store, kept, plain=self.adds_to_v), PLAIN)
+            store.descend(kept, descent, weights=False, memories=None if self.plan.after else memories)
+
     def follow(self) -> None:
         """Bring the gradients of earlier passes into the memory order that their parameters have by now."""
         store = self.store
@@ -741,8 +892,10 @@ class Step:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         engine, store, plan = self.engine, self.store, self.plan
         self._look_at_scale()
-        grads = engine.collect(clear=self.clear)
+        grads = self._collect(clear=self.clear)
         self._check_any(grads)
+        if self._several and self.ranks.synchronised is False:
+            self._lacking = [flat.absent_from(ts) for flat, ts in zip(store.flats, grads.lists, strict=True)]
         if plan.holds:
             self._hold(grads)
         self._look_at(grads, needed=plan.takes_held)
@@ -752,6 +905,13 @@ class Step:
         engine.norms_sq.append(self._norm_sq)
         forget_casts()
 
+    def _collect(self, *, clear: bool) -> Vectors:
+        """The gradients of a pass; where ranks share the perturbation their mean, as far as it is combined with others."""
+        grads, plan = self.engine.collect(clear=clear), self.plan
+        if self.ranks.inner is not None and plan.climbs and (self.turn == 0 or plan.combines):
+            return self.ranks.mean_within(self.store, grads, self._i)
+        return grads
+
     def _look_at(self, grads: Vectors, *, needed: bool) -> None:
         """What a mask is chosen by, from gradients at w. ``needed``: what becomes of them otherwise is not to be changed."""
         if self._scores is None:
@@ -760,12 +920,12 @@ class Step:
         self.add_scores(grads, needed=needed)
         if any(flat.mask is None for flat in self.store.flats):
             assert sparse is not None
-            engine.choose_mask(self._scores, sparse, engine.steps)
+            engine.choose_mask(self.scores, sparse, engine.steps)
             self.chose_mask = True
 
     def _cross(self) -> None:
         """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
-        grads = self.engine.collect(clear=True)
+        grads = self._collect(clear=True)
         at_w = self._held[0]
         self._hold(grads)
         assert self._norm_sq is not None
@@ -797,7 +957,8 @@ class Step:
 
     @property
     def scores(self) -> masks.Scores:
-        return self._scores or []
+        scores = self._scores or []
+        return self.ranks.scores(self.store, scores) if self.ranks.own else scores
 
     def conclude(self, found_inf: Tensor | None = None) -> None:
         """After the last pass, and what is the user's: what may fail comes before what cannot be undone."""
@@ -805,12 +966,13 @@ class Step:
         if self._scores is None or sparse is None:
             return
         skipped = found_inf is not None and bool(found_inf != 0)
-        if skipped or not all(bool(terms.sum().isfinite()) for terms in engine.norms_sq):
+        finite = not skipped and all(bool(terms.sum().isfinite()) for terms in engine.norms_sq)
+        if not self.ranks.agreed(self.store, finite):
             if self.chose_mask:  # it was made of gradients that were not finite
                 for flat in self.store.flats:
                     flat.mask = None
         elif engine.mask_is_due(sparse):
-            engine.choose_mask(self._scores, sparse, engine.steps + 1)
+            engine.choose_mask(self.scores, sparse, engine.steps + 1)
 
     # -- descent ----------------------------------------------------------------------------------------------------------
 
@@ -822,14 +984,20 @@ class Step:
     def end_in_grads(self) -> None:
         """The last descent: weights back, the mean added to the gradients of before the step, as ``backward()`` would."""
         descent = self._descent(clear=False)  # most gradients are going to be where they are
-        before = self._before() if self.had_gradients else None
-        single = len(self.shares) == 1
-        if before is not None and single and self.plan.reuses is None:
+        before = self._before() if self.had_gradients and not self._handed else None
+        single, shared = len(self.shares) == 1, self.ranks.own and self.ranks.reduces
+        if before is not None and single and self.plan.reuses is None and not shared:
             descent.add(before, PLAIN)
             self._descend(self._into(descent, before, whole=False), descent, last=True)
             before = None
         else:
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
+        if shared and self.plan.reuses is not None and before is not None:  # which has been made of v's already
+            before = self.ranks.mean(self.store, before, plain=True)
+            self._shared_mean()
+        elif shared:
+            self._shared_mean(before)
+            before = None
         if self.plan.reuses is not None:
             assert self._mean is not None
             self._descend(self._mean, self._reused(self._mean), last=True, weights=False)
@@ -848,19 +1016,26 @@ class Step:
         ``p.grad``, as after a ``passes`` loop. What it returns is ``found_inf`` of the update. If nobody is to see
         ``p.grad``, it only tells what the update is limited by.
         """
-        engine, plan = self.engine, self.plan
+        engine, plan, ranks = self.engine, self.plan, self.ranks
+        if ranks.synchronised is False:
+            raise RuntimeError(
+                "this step updates at once, and DistributedDataParallel was told not to reduce its gradients (no_sync): ranks "
+                f"would part. Leave no_sync out, or {USE}; or use a passes() loop, and reduce p.grad yourself"
+            )
         rule = fused_rule(engine.base)
         engine.refresh_settings(rule)
         self._look_at_scale()
-        if rule is not None and between is not None and between.is_unseen:
+        if rule is not None and between is not None and between.is_unseen and not ranks.own:
             return self._update_limited(rule, between)
-        at_once = rule is not None and between is None
+        at_once = rule is not None and between is None and not ranks.own
         if between is None:
             self.conclude()
         descent = self._descent(clear=self.clear, updates=at_once)
         of_one = self._mean is None and descent.shares is None
         if not at_once or (plan.reuses is not None and not of_one):
             self._descend(self._into(descent, self._mean, whole=False), descent, last=True)
+            if ranks.own:
+                self._shared_mean()
             assert self._mean is not None
             descent = Descent()
             descent.add(self._mean, PLAIN)
@@ -924,11 +1099,11 @@ class Step:
 
         Afterwards nothing is held, and with ``clear`` p.grad is None. ``updates``: it goes into an update right away.
         """
-        engine, store, plan, i = self.engine, self.store, self.plan, self._i
+        store, plan, i = self.store, self.plan, self._i
         if self._together is not None:
             together, self._together = self._together, None
             return together
-        vectors = [engine.collect(clear=clear), *self._held]
+        vectors = [self._collect(clear=clear), *self._held]
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         norm_sq = self._seen(self._norm_sq, vectors[0])
@@ -1033,6 +1208,7 @@ class Step:
         store.descend(memory, descent, weights=False, memories=None if plan.after else memories)
         if self._i + 1 == len(self.shares):
             engine.v_step = engine.steps
+            engine.v_synced = self._synced[-1] if self._synced else None
 
     def _reused(self, mean: Vectors) -> Descent:
         """The step's mean gradient, and "v" with its coefficient."""

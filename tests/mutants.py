@@ -49,6 +49,10 @@ FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf1
 LOOPS_OVER_PARAMETERS, PARAMETERS = "csrc/parameters.cpp", ("parameters",)
 LOOPS, DEVICE = "csrc/cpu/loops.h", "csrc/cuda/kernels.cuh"
 TRITON = "tests/test_triton.py -k 'bits_of_the_specification'"
+OWN_ASCENTS, SCENARIOS, ACCUMULATED = (
+    f"tests/test_distributed.py -m 'not exhaustive' -k {name}"
+    for name in ("own_ascents", "scenarios", "others_accumulate")
+)
 P, B = "msam_kernels/", "msam_kernels/backends/"
 
 MUTANTS = [
@@ -1446,6 +1450,87 @@ MUTANTS = [
         "if (false)",
         KERNELS,
         OPERATORS,
+    ),
+    # -- ranks
+    Mutant(
+        "DDP is not held back",
+        P + "ranks.py",
+        "module.require_backward_grad_sync = module.require_forward_param_sync = False",
+        "module.require_forward_param_sync = False",
+        OWN_ASCENTS,
+    ),
+    Mutant(
+        "ranks count equally",
+        P + "ranks.py",
+        "torch.where(known, mine[place], 1.0)",
+        "mine[place] * 0 + 1",
+        OWN_ASCENTS,
+    ),
+    Mutant("v is each rank's own", P + "step.py", "if self.plan.keeps:", "if False:", OWN_ASCENTS),
+    Mutant("masks by own scores", P + "ranks.py", "dist.all_reduce(squares, group=self.all)", "pass", OWN_ASCENTS),
+    Mutant(
+        "a group shares the ascent alone",
+        P + "step.py",
+        "(self.turn == 0 or plan.combines)",
+        "self.turn == 0",
+        OWN_ASCENTS,
+    ),
+    Mutant(
+        "flags stay as they were in the step",
+        P + "ranks.py",
+        "before, self._before = self._before, []\n",
+        "before, self._before = [], []\n",
+        SCENARIOS,
+    ),
+    Mutant("a gradient of other ranks is dropped", P + "ranks.py", "if not there[i]:", "if True:", SCENARIOS),
+    Mutant("what nobody has is zero", P + "ranks.py", "if not there[i]:", "if False:", SCENARIOS),
+    Mutant(
+        "an ascent's overflow is one rank's", P + "step.py", "marks = bool(self._lacking)", "marks = False", SCENARIOS
+    ),
+    Mutant(
+        "train_step in no_sync",
+        P + "step.py",
+        "        if ranks.synchronised is False:\n",
+        "        if False:\n",
+        SCENARIOS,
+    ),
+    Mutant(
+        "mixed synchronisation is taken",
+        P + "step.py",
+        "plan.combines and not all(before == synced for before in self._synced)",
+        "False",
+        SCENARIOS,
+    ),
+    Mutant(
+        "the state of a base with its own dict is lost",
+        P + "optimizer.py",
+        "**own, checkpoint",
+        "checkpoint",
+        SCENARIOS,
+    ),
+    Mutant(
+        "what is handed over is not scaled",
+        P + "step.py",
+        "descent.add(before, Coefficient().row(1 / share))",
+        "descent.add(before, PLAIN)",
+        ACCUMULATED,
+    ),
+    Mutant(
+        "a loop in no_sync averages",
+        P + "ranks.py",
+        "self.reduces = all(reduces for _, reduces, _ in self._before)",
+        "self.reduces = True",
+        ACCUMULATED,
+    ),
+    Mutant(
+        "accumulated gradients are combined", P + "step.py", "synced and engine.unreduced and", "False and", ACCUMULATED
+    ),
+    Mutant(
+        "FSDP1 is taken",
+        P + "_torch.py",
+        'bool(getattr(p, "_fsdp_flattened", False))',
+        "False",
+        "tests/test_holders.py -k fsdp",
     ),
     # -- the CUDA kernels, emulated
     Mutant(

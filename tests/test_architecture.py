@@ -41,19 +41,21 @@ MAY_KNOW = {
             "gradients",
             "methods",
             "parallel",
+            "ranks",
             "rules",
             "step",
         )
     },
     "between": {"_checks", "_torch", "gradients", "rules", "step", "store"},
     "checkpoint": {"_torch", "flat", "rules", "step", "store"},
-    "step": {"_torch", "buffers", "gradients", "masks", "methods", "parallel", "rules", "store", "units"},
+    "step": {"_torch", "batches", "buffers", "gradients", "masks", "methods", "parallel", "ranks", "rules", "store", "units"},
     "units": {"_torch", "backends.reference", "flat", "methods", "store"},
+    "ranks": {"batches", "flat", "gradients", "methods", "store"},
     "parallel": {"_checks", "_torch", "batches", "compiled", "gradients", "store"},
     "compiled": {"_torch"},
     "masks": {"flat", "methods"},
     "store": {"backends", "flat", "gradients", "methods", "rules"},
-    "flat": {"backends", "backends.checks", "backends.reference", "gradients"},
+    "flat": {"_torch", "backends", "backends.checks", "backends.reference", "gradients"},
     "gradients": {"_torch", "backends", "backends.checks"},
     "rules": {"_checks", "_torch", "backends.reference", "methods"},
     "methods": {"_checks", "backends.reference"},
@@ -292,7 +294,7 @@ def test_the_search_for_private_names_leaves_alone(source):
 # Names that parameters have where an object of ours is handed over.
 OF_OURS = {
     *("backend", "buffers", "descent", "engine", "evaluations", "flat", "flats", "graph", "memories", "memory"),
-    *("method", "opt", "plan", "radii", "recorder", "rule", "sparse", "split", "step", "store", "tables"),
+    *("method", "opt", "plan", "radii", "ranks", "recorder", "rule", "sparse", "split", "step", "store", "tables"),
     *("vector", "vectors"),
 }
 

@@ -307,17 +307,11 @@ def test_who_keeps_their_memory_follows_where_they_stay(flatten):
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning", "ignore:.*FSDP:FutureWarning")
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("original", [True, False], ids=["original parameters", "its flat vector"])
-def test_the_flat_vector_of_fsdp_stays_what_its_modules_use(original):
+def test_the_flat_vector_of_fsdp_is_refused_and_stays_what_its_modules_use(original):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = mlp(FLOAT64)
-    expected = copy.deepcopy(model)
-    sharded = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
-    theirs = PlainSAM(SGD(expected.parameters(), lr=0.1, momentum=0.9), 0.1)
-    ours = MicroBatchSAM(SGD(sharded.parameters(), lr=0.1, momentum=0.9), 0.1, num_micro_batches=2)
-    for step in range(3):
-        data = batch(6, FLOAT64, seed=step)
-        WAYS["passes"](ours, sharded, data)
-        theirs.step([closure_of(expected, part) for part in split(data, [3, 3])])
-    with FullyShardedDataParallel.summon_full_params(sharded):
-        assert_close(model, expected)
+    sharded = FullyShardedDataParallel(mlp(FLOAT64), use_orig_params=original, device_id=torch.device("cpu"))
+    before = [p.data_ptr() for p in sharded.parameters()]
+    with pytest.raises(TypeError, match="FSDP1"):
+        MicroBatchSAM(SGD(sharded.parameters(), lr=0.1, momentum=0.9), 0.1)
+    assert [p.data_ptr() for p in sharded.parameters()] == before

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Ranks``: whose gradients a step averages, where several processes train one model with DistributedDataParallel.
+
+What is summed over ranks goes in one message for every device and dtype, in which each parameter also says whether it has a
+gradient at all: who lacks one learns there whether another rank has it, and what is absent everywhere stays absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .batches import samples_of
+from .flat import Flat
+from .gradients import Vectors
+from .methods import Coefficient
+from .store import Descent, Store
+
+DDP = nn.parallel.DistributedDataParallel
+#: ``MicroBatchSAM``'s argument: "global", "local" or a process group.
+Ascent: TypeAlias = 'Literal["global", "local"] | dist.ProcessGroup'
+#: The quotient of two sums.
+_SHARE = Coefficient(0.0, 1.0, p=0, q=1, eps=0.0).row()
+USE = 'use ascent="local", which reduces once and by itself'
+
+
+class Ranks:
+    """Whose gradients make the perturbation, and how those of all ranks come together.
+
+    Attributes:
+        ascent: see ``MicroBatchSAM``.
+        own: whether the passes do not synchronise, and the optimizer itself averages at their end.
+        is_known: whether the model is there, in which a DistributedDataParallel would be found.
+        reduces: of the step under way, whether that happens at its end: not inside of somebody's ``no_sync``.
+    """
+
+    def __init__(self, ascent: Ascent, model: nn.Module | None):
+        self.ascent, self.own, self.reduces = ascent, ascent != "global", True
+        self.is_known = model is not None
+        self._ddps = [] if model is None else [module for module in model.modules() if isinstance(module, DDP)]
+        self._before: list[tuple[Any, bool, bool]] = []  # what the modules were told before the step
+        self._counts: list[tuple[Tensor, Tensor, dist.Work]] = []  # samples: own, all, and the message under way
+        self._samples: dict[tuple[float, ...], Tensor] = {}  # on the device, for good: graphs read them
+
+    def check(self) -> None:
+        """Refuse an ascent that cannot be.
+
+        Raises:
+            TypeError, ValueError: the value, and what it may be.
+            RuntimeError: ``torch.distributed`` is not initialised.
+        """
+        ascent = self.ascent
+        if not self.own:
+            return
+        if isinstance(ascent, str):
+            if ascent != "local":
+                raise ValueError(f"ascent must be 'global', 'local' or a process group, got {ascent!r}")
+        elif not dist.is_available() or not isinstance(ascent, dist.ProcessGroup):
+            raise TypeError(
+                f"ascent must be 'global', 'local' or the torch.distributed process group that this rank is in, got {ascent!r}"
+            )
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                f"ascent={ascent!r} averages over ranks, and torch.distributed is not initialised: call init_process_group "
+                "first, as under torchrun, or leave ascent out"
+            )
+        if not self._ddps:
+            raise ValueError(
+                f"ascent={ascent!r} needs model=, the DistributedDataParallel module, whose all-reduces it holds back"
+            )
+
+    # -- what DistributedDataParallel does by itself ------------------------------------------------------------------------
+
+    @property
+    def is_several(self) -> bool:
+        """Whether there may be other ranks that train the same model."""
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    @property
+    def synchronised(self) -> bool | None:
+        """Whether the latest pass was reduced by DistributedDataParallel; None where that is not known or does not matter."""
+        if self.own or not self._ddps or not self.is_several:
+            return None
+        return all(module.require_forward_param_sync for module in self._ddps)
+
+    def hold_back(self) -> None:
+        """From now on no pass synchronises, if each rank is to perturb by its own gradients."""
+        if not self.own:
+            return
+        self.check()
+        self._before = [(m, m.require_backward_grad_sync, m.require_forward_param_sync) for m in self._ddps]
+        self.reduces = all(reduces for _, reduces, _ in self._before)
+        for module in self._ddps:
+            module.require_backward_grad_sync = module.require_forward_param_sync = False
+
+    def release(self) -> None:
+        """What ``hold_back`` changed is as it was."""
+        before, self._before = self._before, []
+        for module, backward, forward in before:
+            module.require_backward_grad_sync, module.require_forward_param_sync = backward, forward
+
+    # -- who counts how much -------------------------------------------------------------------------------------------------
+
+    @property
+    def all(self) -> Any:
+        """The group of all ranks."""
+        return self._ddps[0].process_group
+
+    @property
+    def inner(self) -> Any:
+        """The group within which the perturbation is shared; None where each rank has its own."""
+        return self.ascent if self.own and self.ascent != "local" else None
+
+    def count(self, store: Store, parts: Sequence[Any] | None) -> None:
+        """Begin to add up the samples of all ranks; nobody waits for it here. ``parts``: the micro-batches of a batch."""
+        self._counts = []
+        if not self.own:
+            return
+        counts = None if parts is None else samples_of(parts)
+        if counts is None:
+            return
+        groups = [(self.all, [float(sum(counts))])]
+        if self.inner is not None:
+            groups.append((self.inner, list(map(float, counts))))
+        for group, numbers in groups:
+            numbers.append(float(all(counts)))  # of a batch whose samples cannot be counted there are 0
+            mine = self._samples.get(tuple(numbers))
+            if mine is None:
+                store.check_not_capturing("the number of samples")
+                mine = torch.tensor(numbers, dtype=torch.float64, device=store.device)
+                self._samples[tuple(numbers)] = mine
+            summed = mine.clone()
+            self._counts.append((mine, summed, dist.all_reduce(summed, group=group, async_op=True)))
+
+    def _share(self, group: Any, i: int | None) -> tuple[list[Tensor], list[float]]:
+        """What this rank's gradient counts in the mean of a group: sums, and a coefficient of them.
+
+        ``i``: of which micro-batch; None: of the whole step.
+        """
+        size = dist.get_world_size(group)
+        if not self._counts:
+            return [], Coefficient().row(1 / size)
+        mine, summed, work = self._counts[0 if i is None else 1]
+        work.wait()
+        place = slice(0, 1) if i is None else slice(i, i + 1)
+        known = summed[-1:] == size
+        sums = [torch.where(known, mine[place], 1.0), torch.where(known, summed[place], float(size))]
+        return sums, _SHARE
+
+    # -- messages ------------------------------------------------------------------------------------------------------------
+
+    def mean(self, store: Store, vector: Vectors, before: Vectors | None = None, *, plain: bool = False) -> Vectors:
+        """The mean of a vector over all ranks, weighted by their samples. ``before``: what is added to it.
+
+        ``plain``, and with ``before``, ranks count equally: what came together in several loops is of other samples too.
+        """
+        sums, row = self._share(self.all, None)
+        if plain or before is not None:
+            sums, row = [], Coefficient().row(1 / dist.get_world_size(self.all))
+        descent = Descent(sums)
+        descent.add(vector, row)
+        if before is not None:
+            descent.add(before, row)
+        return summed(store, descent, self.all)
+
+    def mean_within(self, store: Store, vector: Vectors, i: int) -> Vectors:
+        """The mean of micro-batch i's gradient over the ranks that share the perturbation."""
+        sums, row = self._share(self.inner, i)
+        descent = Descent(sums)
+        descent.add(vector, row)
+        return summed(store, descent, self.inner)
+
+    def scores(self, store: Store, scores: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """The roots of the summed squares of what the ranks have, in memory of their own; zeros where nobody has any."""
+        out = []
+        for flat, tensors in zip(store.flats, scores, strict=True):
+            squares = torch.zeros(flat.size, dtype=torch.float64, device=flat.device)
+            places = [
+                squares.as_strided(p.size(), p.stride(), at) for p, at in zip(flat.params, flat.offsets, strict=True)
+            ]
+            for place, t in zip(places, tensors, strict=True):
+                if t.numel():
+                    place.copy_(t).square_()
+            dist.all_reduce(squares, group=self.all)
+            roots = squares.sqrt_().to(flat.dtype)
+            out.append([
+                roots.as_strided(p.size(), p.stride(), at) for p, at in zip(flat.params, flat.offsets, strict=True)
+            ])  # fmt: skip
+        return out
+
+    def agreed(self, store: Store, fine: bool) -> bool:
+        """Whether it is so on all ranks. The host waits."""
+        if not self.own:
+            return fine
+        t = torch.tensor(float(not fine), device=store.device)
+        dist.all_reduce(t, group=self.all)
+        return not bool(t)
+
+
+@torch.no_grad()
+def summed(store: Store, descent: Descent, group: Any) -> Vectors:
+    """Σ cₖ xₖ, summed over the ranks of a group, in memory of its own: ``[flat | flag by parameter | next flat | …]``."""
+    present = descent.present
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Flat]]] = {}
+    for f, flat in enumerate(store.flats):
+        kinds.setdefault((flat.device, flat.dtype), []).append((f, flat))
+    lists: list[list[Tensor]] = [[] for _ in store.flats]
+    flags: list[Tensor] = [torch.empty(0)] * len(store.flats)
+    for (device, dtype), members in kinds.items():
+        message = _message(sum(_length(flat) for _, flat in members), device, dtype)
+        begin = 0
+        for f, flat in members:
+            lists[f] = flat.parts(message[begin : begin + flat.size])
+            flags[f] = message[begin + flat.size : begin + _length(flat)]
+            begin += _length(flat)
+            flat.backend.descend([], lists[f], descent.lists(f), flat.table, **descent.on(device))
+            flags[f].fill_(1.0)
+            for i in flat.absent_from(present.lists[f]):
+                flags[f][i] = 0.0
+        dist.all_reduce(message, group=group)
+    if not present.absent:
+        return Vectors(lists)
+    if store.is_capturing():
+        raise RuntimeError(
+            "a parameter without a gradient in a step that is being captured: whether another rank has one cannot be looked "
+            "at there; use train_step, or freeze the parameter on all ranks"
+        )
+    absent = 0
+    for f, flat in enumerate(store.flats):
+        missing = flat.absent_from(present.lists[f])
+        if missing:
+            there = flags[f].tolist()
+            for i in missing:
+                if not there[i]:
+                    lists[f][i], absent = flat.absent, absent + 1
+    return Vectors(lists, absent)
+
+
+def _length(flat: Flat) -> int:
+    """Of a flat's part of a message, which begins aligned as the flat does."""
+    return flat.size + flat.rounded(len(flat.params), flat.dtype)
+
+
+@torch.inference_mode(False)
+def _message(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.empty(numel, dtype=dtype, device=device)
