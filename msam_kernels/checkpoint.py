@@ -16,7 +16,7 @@ from .store import Store
 KEY = "msam"  # where it stands in a state dict
 MEMORIES = {"ema": math.nan, "v": 0.0}  # by name, what they begin as
 _TENSORS = (*MEMORIES, "mask")  # by parameter, counted over all groups
-_NUMBERS = ("steps", "mask_step")
+_NUMBERS = ("steps", "mask_step", "seed")
 
 
 def saved(engine: Engine) -> dict[str, Any]:
@@ -30,6 +30,8 @@ def saved(engine: Engine) -> dict[str, Any]:
         if flat.mask is not None:
             kept["mask"][at] = flat.mask_of(i)
     own: dict[str, Any] = {"steps": engine.steps}
+    if engine.store.seed is not None:
+        own["seed"] = engine.store.seed
     if kept["mask"]:
         own["mask_step"] = engine.mask_step
     return {**own, **{name: tensors for name, tensors in kept.items() if tensors}}
@@ -65,6 +67,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     """What ``saved`` returned; what it does not hold begins anew."""
     take_in(engine, own)
     engine.steps, engine.mask_step, engine.v_step = own.get("steps", 0), own.get("mask_step", 0), -1
+    if engine.store.seed is not None:
+        engine.store.seed = own.get("seed", engine.store.seed)
     places = _places(engine.store)
     # Copies first: what is loaded may be a view of what begins anew.
     tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
