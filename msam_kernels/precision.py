@@ -53,7 +53,7 @@ class Watch:
         self._event: Any = None  # after which it is there
 
     def note(self, sums: Tensor) -> None:
-        """``sums``: float64 ``[3]``, see ``Engine.achieved``."""
+        """``sums``: float64 ``[3]``, see ``Store.achieved``."""
         if self.is_over or self._copied is not None:
             return
         if sums.device.type == "cpu":
