@@ -506,9 +506,12 @@ def load_noise(noise, segment, begin, draw):
     """What a row's random bits depend on: the seed in two parts, the parameter's number, the step, the draw; and its first
     element."""
     row = pointer(noise, tl.int64)
-    seed, own = tl.load(row), row + NOISE_COLUMNS * (1 + segment)
-    words = seed.to(tl.uint32), (seed >> 32).to(tl.uint32), tl.load(own).to(tl.uint32), tl.load(row + 1).to(tl.uint32)
-    return (*words, draw.to(tl.uint32)), tl.load(own + 1) + begin
+    seed, step, own = tl.load(row), tl.load(row + 1), row + NOISE_COLUMNS * (1 + segment)
+    number, first = tl.load(own), tl.load(own + 1)
+    words = (
+        seed.to(tl.uint32), (seed >> 32).to(tl.uint32), number.to(tl.uint32), step.to(tl.uint32), draw.to(tl.uint32),
+    )  # fmt: skip
+    return words, first + begin
 
 
 @triton.jit
@@ -524,7 +527,8 @@ def of_noise(noise, segment, begin, draw, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def halves(word):
-    return word & 0xFFFF, word >> 16
+    """The lower, then the upper, in a new last dimension."""
+    return tl.join(word & 0xFFFF, word >> 16)
 
 
 @triton.jit
@@ -535,11 +539,7 @@ def draws(words, at, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
         calls = at // DRAWS + tl.arange(0, BLOCK // DRAWS)
         zeros = tl.zeros([BLOCK // DRAWS], tl.uint32)
         c0, c1, c2, c3 = philox(calls.to(tl.uint32), zeros + number, zeros + step, zeros + draw, key0, key1)
-        # The k-th of eight is entry (k // 4, k // 2 % 2, k % 2).
-        first, last = tl.join(*halves(c0)), tl.join(*halves(c1))
-        third, fourth = tl.join(*halves(c2)), tl.join(*halves(c3))
-        # join adds the last dimension: [calls, half, word, pair of words]
-        joined = tl.join(tl.join(first, last), tl.join(third, fourth))
+        joined = tl.join(tl.join(halves(c0), halves(c1)), tl.join(halves(c2), halves(c3)))  # [calls, half, word, pair]
         random = tl.reshape(tl.permute(joined, (0, 3, 2, 1)), [BLOCK])
     else:
         k = at + tl.arange(0, BLOCK)
@@ -547,8 +547,7 @@ def draws(words, at, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
         c0, c1, c2, c3 = philox((k // DRAWS).to(tl.uint32), zeros + number, zeros + step, zeros + draw, key0, key1)
         k = k % DRAWS
         word = tl.where(k < 4, tl.where(k < 2, c0, c1), tl.where(k < 6, c2, c3))
-        low, high = halves(word)
-        random = tl.where(k % 2 == 0, low, high)
+        random = tl.where(k % 2 == 0, word & 0xFFFF, word >> 16)
     return random
 
 
