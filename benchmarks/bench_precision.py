@@ -29,7 +29,7 @@ from measure import Results, number, print_table, size
 
 from msam_kernels import MicroBatchSAM, methods
 
-TASKS = {"resnet18": Task(ResNet, images(3, 32, 32), 64), "gpt": Task(Transformer, text(1000, 64), 16)}
+TASKS = {"resnet18": Task(ResNet, images(3, 32, 32), 32), "gpt": Task(Transformer, text(1000, 64), 8)}
 METHODS = {"SAM": (methods.SAM(), 0.05), "ASAM": (methods.AdaptiveSAM(), 0.5)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [("fp32", "nearest"), *((dtype, rounding) for dtype in ("bf16", "fp16") for rounding in ("nearest", "stochastic"))]
@@ -59,8 +59,8 @@ def perturbed_once(task: Task, method: str, dtype: str, rounding: str, seed: int
         "cosine": product / (arrived_sq * asked_sq) ** 0.5 if arrived_sq else 0.0,
         "along": float(opt.stats.along),
         "moved": sum(moved) / sum(p.numel() for p in model.parameters()),
-        "loss": float(losses[0]),
-        "rise": float(losses[1] - losses[0]),
+        "loss": losses[0].item(),
+        "rise": (losses[1] - losses[0]).item(),
     }
 
 

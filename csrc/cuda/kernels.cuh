@@ -68,8 +68,10 @@ constexpr int kFewer = 0;
 #endif
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
+// 16-bit storage keeps three sums of a perturbation, and where it rounds at random the words of the generator.
 template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked>
-constexpr int kPerturbBlocks = stacked ? 2 : kBlocks<S> - (friendly && sizeof(S) == 2 && (kFewer || adaptive));
+constexpr int kPerturbBlocks = stacked ? (friendly && adaptive && stochastic ? 1 : 2)
+                                       : kBlocks<S> - (sizeof(S) == 2 && (friendly || (stochastic && kFewer)));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
 template <class S, bool combined, bool stacked>
@@ -483,26 +485,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) norm_kernel(const __grid
 
 // The sums of a perturbation, see kAchieved: of which no coefficient is made.
 template <class S>
-struct Achieved {  // 16 bits
+struct Achieved {  // 16 bits: products of fp32 values are exact, and registers short
   static constexpr int kCount = kAchieved;
-  Products<float> arrived;
-  double along = 0, asked = 0;
+  double sums[kCount] = {};
 
-  MSAM_DEVICE void add(int j, float e, float wanted) {
-    arrived.add(j, e, e);
-    along = fma(double(e), double(wanted), along), asked = fma(double(wanted), double(wanted), asked);
+  MSAM_DEVICE void add(int, float e, float asked) {
+    sums[0] = fma(double(e), double(e), sums[0]);
+    sums[1] = fma(double(e), double(asked), sums[1]);
+    sums[2] = fma(double(asked), double(asked), sums[2]);
   }
-  MSAM_DEVICE Sum<double, false> total(int r) const {
-    return r == 0 ? arrived.total() : Sum<double, false>{r == 1 ? along : asked};
-  }
+  MSAM_DEVICE Sum<double, false> total(int r) const { return {sums[r]}; }
 };
 template <class T>
 struct AchievedAlone {
   static constexpr int kCount = 1;
-  Products<T, false> arrived;
+  Products<T, false> sum;
 
-  MSAM_DEVICE void add(int j, T e, T) { arrived.add(j, e, e); }
-  MSAM_DEVICE Sum<double, false> total(int) const { return arrived.total(); }
+  MSAM_DEVICE void add(int j, T e, T) { sum.add(j, e, e); }
+  MSAM_DEVICE Sum<double, false> total(int) const { return sum.total(); }
 };
 template <>
 struct Achieved<float> : AchievedAlone<float> {};
