@@ -26,13 +26,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure
 from bench_train import ResNet, Task, Transformer, images, text
 from measure import Results, number, print_table, size
-
 from msam_kernels import MicroBatchSAM, methods
 
-TASKS = {"resnet18": Task(ResNet, images(3, 32, 32), 32), "gpt": Task(Transformer, text(1000, 64), 8)}
+TASKS = {"resnet18": Task(ResNet, images(3, 32, 32), 8), "gpt": Task(Transformer, text(1000, 64), 8)}
 METHODS = {"SAM": (methods.SAM(), 0.05), "ASAM": (methods.AdaptiveSAM(), 0.5)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CASES = [("fp32", "nearest"), *((dtype, rounding) for dtype in ("bf16", "fp16") for rounding in ("nearest", "stochastic"))]
+CASES = [
+    ("fp32", "nearest"),
+    *((dtype, rounding) for dtype in ("bf16", "fp16") for rounding in ("nearest", "stochastic")),
+]
 SEEDS = 3  # of random rounding, whose means are told
 
 
@@ -76,7 +78,13 @@ def measure_all(results: Results, names: Sequence[str]) -> None:
                 seeds = range(SEEDS if rounding == "stochastic" else 1)
                 each = [perturbed_once(TASKS[name], method, dtype, rounding, seed) for seed in seeds]
                 mean = {key: sum(one[key] for one in each) / len(each) for key in each[0]}
-                case = {"model": name, "method": method, "rho": METHODS[method][1], "weights": dtype, "rounding": rounding}
+                case = {
+                    "model": name,
+                    "method": method,
+                    "rho": METHODS[method][1],
+                    "weights": dtype,
+                    "rounding": rounding,
+                }
                 results.add(**case, seeds=len(each), **mean)
 
 
@@ -86,7 +94,8 @@ def print_results(results: Results) -> None:
         print(f"\n{name}, {size(rows[0]['parameters'])} parameters, loss {rows[0]['loss']:.3f}")
         table = [
             (
-                f"{row['method']}, rho {row['rho']:g}, {row['weights']}" + f", {row['rounding']}" * (row["weights"] != "fp32"),
+                f"{row['method']}, rho {row['rho']:g}, {row['weights']}"
+                + f", {row['rounding']}" * (row["weights"] != "fp32"),
                 *(number(row[key]) for key in ("length", "cosine", "along")),
                 f"{row['moved']:.1%}",
                 f"{row['rise']:.4f}",

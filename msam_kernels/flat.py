@@ -30,6 +30,7 @@ CHUNK = 16384
 GPU_CHUNK_BYTES = 16384
 FEW_TERMS = 1024  # of a sum, at most, that every block of a GPU's kernel adds up by itself
 ALIGNMENT = 128  # bytes
+SUMS = reference.ACHIEVED  # of a perturbation of 16-bit weights, see there
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -232,7 +233,7 @@ class Flat:
         else:
             self._close_gaps(range(len(params)))
         self._remember()
-        self.sums = (reference.ACHIEVED, self.rows) if is_short(self.dtype) else (self.rows,)
+        self.sums = (SUMS, self.rows) if is_short(self.dtype) else (self.rows,)
         self.noise: Tensor | None = None
         self._head: tuple[int, int] | None = None  # as it stands there
         self.saved: Tensor | None = None

@@ -215,7 +215,13 @@ class MicroBatchSAM(Optimizer):
         self._compiled: Compiled | None = None
         #: What runs the steps, for modules of this package.
         self.engine = Engine(
-            self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend, seed=seed
+            self.base_optimizer,
+            method,
+            model,
+            self.defaults["rho"],
+            flatten=self.flatten,
+            backend=self.backend,
+            seed=seed,
         )
         this = ref(self.engine)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from .backends import get_backend, reference
-from .flat import Flat, Memory, State, check_parameters
+from .backends import get_backend
+from .flat import SUMS, Flat, Memory, State, check_parameters
 from .gradients import (
     Optionals,
     Tensors,
@@ -382,7 +382,7 @@ class Store:
 
         float64 ``[micro_batches, 3]``. In fp32 and fp64 the three are one number.
         """
-        each = torch.zeros(micro_batches, reference.ACHIEVED, dtype=torch.float64, device=self.device)
+        each = torch.zeros(micro_batches, SUMS, dtype=torch.float64, device=self.device)
         for _, flat, _ in self.parts(only):
             for i, terms in enumerate(flat.achieved[:micro_batches]):
                 each[i] += terms.sum(-1).to(self.device)
@@ -406,7 +406,13 @@ class Store:
         return [flat.stack(n) if f in perturbed else None for f, flat in enumerate(self.flats)]
 
     def cross(
-        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, which: int | range, into: Copies | None = None
+        self,
+        grads: Vectors,
+        plan: Plan,
+        tables: Tables,
+        norm_sq: Tensor,
+        which: int | range,
+        into: Copies | None = None,
     ) -> None:
         """Perturb the weights to the other side, or write that to ``into``. What arrives there is not recorded."""
         self._perturb(grads, plan, tables, norm_sq, "opposite", which, True, into)

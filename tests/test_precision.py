@@ -50,7 +50,9 @@ def test_the_generator_gives_the_published_words(rounds, given, words):
 class One:
     """One parameter that is perturbed by exactly ``e``, of the storage type, with as many elements as ``w``."""
 
-    def __init__(self, w: Tensor, e: Tensor, *, seed: int = 0, step: int = 0, number: int = 0, first: int = 0, chunk: int = 100):
+    def __init__(
+        self, w: Tensor, e: Tensor, *, seed: int = 0, step: int = 0, number: int = 0, first: int = 0, chunk: int = 100
+    ):
         self.dtype, self.device = w.dtype, w.device
         self.table = table((len(w),), 2, chunk=chunk)[0].to(self.device)
         self.w, self.grads = w.clone(), [e.clone()]
@@ -131,7 +133,11 @@ def test_the_mean_over_many_numbers_and_seeds_is_what_was_asked_for(dtype, backe
 def test_every_share_of_the_distance_has_its_probability():
     """All 2^16 random numbers once: of k/256 of the distance, 256·k round away from zero. Exactly."""
     random = torch.arange(65536)
-    for dtype, spacing, start in ((torch.bfloat16, 2.0**-7, 1.0), (torch.float16, 2.0**-10, 1.0), (torch.float16, 2.0**-24, 2.0**-20)):
+    for dtype, spacing, start in (
+        (torch.bfloat16, 2.0**-7, 1.0),
+        (torch.float16, 2.0**-10, 1.0),
+        (torch.float16, 2.0**-24, 2.0**-20),
+    ):
         for k in (0, 1, 77, 128, 255):
             for sign in (1, -1):
                 x = torch.full((65536,), sign * (start + spacing * k / 256), dtype=torch.float32)
@@ -234,12 +240,32 @@ def test_opcheck_accepts_random_rounding(operator, variant):
 
 
 BAD = {
-    "noise of fp32 weights": (torch.float32, {"noise": torch.zeros(4, 2).long()}, "noise is for weights of 16 bits, got .*loat"),
-    "noise without the parameters": (torch.bfloat16, {"noise": torch.zeros(1, 2).long()}, r"noise must have a row .* got shape \[1, 2\]"),
-    "noise of another width": (torch.bfloat16, {"noise": torch.zeros(4, 3).long()}, r"noise must have a row of 2 .*\[4, 3\]"),
-    "a draw of more than 32 bits": (torch.bfloat16, {"draw": 1 << 32}, "draw must be a number of 32 bits, got 4294967296"),
+    "noise of fp32 weights": (
+        torch.float32,
+        {"noise": torch.zeros(4, 2).long()},
+        "noise is for weights of 16 bits, got .*loat",
+    ),
+    "noise without the parameters": (
+        torch.bfloat16,
+        {"noise": torch.zeros(1, 2).long()},
+        r"noise must have a row .* got shape \[1, 2\]",
+    ),
+    "noise of another width": (
+        torch.bfloat16,
+        {"noise": torch.zeros(4, 3).long()},
+        r"noise must have a row of 2 .*\[4, 3\]",
+    ),
+    "a draw of more than 32 bits": (
+        torch.bfloat16,
+        {"draw": 1 << 32},
+        "draw must be a number of 32 bits, got 4294967296",
+    ),
     "one sum of 16-bit weights": (torch.bfloat16, {"achieved_sq": torch.zeros(3).double()}, "achieved_sq"),
-    "two sums of 16-bit weights": (torch.bfloat16, {"achieved_sq": torch.zeros(2, 3).double()}, r"must have 3 sums .*\[2, 3\]"),
+    "two sums of 16-bit weights": (
+        torch.bfloat16,
+        {"achieved_sq": torch.zeros(2, 3).double()},
+        r"must have 3 sums .*\[2, 3\]",
+    ),
 }
 
 
@@ -322,7 +348,9 @@ def test_a_step_that_is_given_up_and_repeated_draws_the_same(backend):
 
 @each_short
 def test_the_same_seed_trains_alike_in_every_layout_and_way_and_on_every_backend(dtype, backend):
-    def trained(backend: str = "reference", flatten: bool = True, way: str = "train_step", **options: Any) -> list[Tensor]:
+    def trained(
+        backend: str = "reference", flatten: bool = True, way: str = "train_step", **options: Any
+    ) -> list[Tensor]:
         model = short_mlp(dtype)
         opt = optimizer(model, backend, flatten=flatten, **options)
         for seed in range(3):
@@ -489,6 +517,7 @@ def test_the_watch_on_a_gpu_looks_when_the_numbers_are_there(monkeypatch):
             return self.done
 
     numbers = torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64)
+
     class OnGpu:  # as much of a tensor as is asked for
         device, shape, dtype = SimpleNamespace(type="cuda"), numbers.shape, numbers.dtype
 

@@ -310,7 +310,9 @@ def perturb(
         change = torch.where(finite & (after != w), after - w, 0.0).double()  # inf - inf is NaN
         if weight.itemsize == 2:
             asked = torch.where(moves, e, 0.0).double()
-            achieved_sq[:, row.k] = torch.stack([(change * change).sum(), (change * asked).sum(), (asked * asked).sum()])
+            achieved_sq[:, row.k] = torch.stack(
+                [(change * change).sum(), (change * asked).sum(), (asked * asked).sum()]
+            )
         else:
             achieved_sq[row.k] = change.square().sum()
 

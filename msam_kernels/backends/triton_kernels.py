@@ -149,7 +149,7 @@ def at_random(x, random, S: tl.constexpr):
     """fp32 as one of its neighbours in the storage type, by 16 random bits in uint32."""
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    if S == tl.bfloat16:
+    if S.fp_mantissa_width == 7:  # bf16
         out = (magnitude + tl.where(magnitude >= 0x7F7F0000, 0x8000, random)) >> 16
         out = tl.where(magnitude > 0x7F800000, 0x7FC0, out)
     else:
@@ -503,8 +503,7 @@ def picked_by(mask, offset, i, lanes, here):
 
 @triton.jit
 def load_noise(noise, segment, begin, draw):
-    """What a row's random bits depend on: the seed in two parts, the parameter's number, the step, the draw; and its first
-    element."""
+    """The seed in two parts, the parameter's number, the step and the draw; and the row's first element."""
     row = pointer(noise, tl.int64)
     seed, step, own = tl.load(row), tl.load(row + 1), row + NOISE_COLUMNS * (1 + segment)
     number, first = tl.load(own), tl.load(own + 1)
@@ -552,6 +551,15 @@ def draws(words, at, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def rounded_to(
+    x, words, at, S: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    if not STOCHASTIC:
+        return x.to(S)
+    return at_random(x, draws(words, at, BLOCK, ALIGNED), S)
+
+
+@triton.jit
 def perturb_row(
     w, g, saved, ema, mask, offset, numel, status, finite, renew, numbers, words, first, achieved, rows,
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
@@ -577,10 +585,7 @@ def perturb_row(
             picked = picked & picked_by(mask, offset, i, lanes, here)
         before = stored.to(T)
         e = perturbation(before, d, scale, eta, ADAPTIVE)
-        if STOCHASTIC:
-            rounded = at_random(before + e, draws(words, first + i, BLOCK, ALIGNED), S)
-        else:
-            rounded = (before + e).to(S)
+        rounded = rounded_to(before + e, words, first + i, S, STOCHASTIC, BLOCK, ALIGNED)
         result = tl.where(picked, rounded, stored)
         store(w, at, here & (picked | (status == PERTURBED)), result, S, ALIGNED)
         after = result.to(T)
@@ -724,8 +729,8 @@ def ascend_kernel(
         tl.debug_barrier()
         perturb_by_program(
             program - half, half, first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, stride, grads,
-            sizes, saved, status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY,
-            ADAPTIVE, MASKED, STOCHASTIC, STACKED, BLOCK,
+            sizes, saved, status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, T,
+            FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, STACKED, BLOCK,
         )  # fmt: skip
         if tl.atomic_add(count, 1, sem="relaxed") % 65536 == 2 * half - 1:
             tl.store(count, 0)
@@ -1054,7 +1059,8 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     if platform == "cuda" and kernel.__name__ in REGISTERS:
         limits = [REGISTERS[kernel.__name__], *(n for option, n in MORE_REGISTERS.items() if constants.get(option))]
         limits += [128] if constants.get("STATES") == 3 or constants.get("COUNT") == TERMS else []
-        limits += [80] if kernel.__name__ == "ascend_kernel" and constants["S"].primitive_bitwidth == 16 else []
+        if kernel.__name__ in ("perturb_kernel", "ascend_kernel") and constants["S"].primitive_bitwidth == 16:
+            limits.append(128 if constants["FRIENDLY"] and (constants["STOCHASTIC"] or constants["ADAPTIVE"]) else 80)
         limits += [255] if constants["T"] == tl.float64 else []  # beyond 128 there is one program in any case
         found["maxnreg"] = max(limits)
     return found
