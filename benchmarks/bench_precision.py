@@ -6,8 +6,8 @@
 
 Weights have 16 bits, or 32 for comparison; forward and backward compute in fp32, so that nothing but the rounding of w + e
 differs. Of each perturbation, e as it arrived against e as it was asked for: the ratio of the lengths, the cosine, ``along``
-(the product of the two), how many entries move, and how far the loss rises. The radius is SAM's usual one; ASAM's is ten times
-as large, as its authors have it. Data are random, and the same for all.
+(the product of the two), how many entries move, and how far the loss rises. The radius is SAM's usual one; ASAM's ten times
+as large, as its authors have it, and the same. Data are random, and the same for all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from measure import Results, number, print_table, size
 from msam_kernels import MicroBatchSAM, methods
 
 TASKS = {"resnet18": Task(ResNet, images(3, 32, 32), 8), "gpt": Task(Transformer, text(1000, 64), 8)}
-METHODS = {"SAM": (methods.SAM(), 0.05), "ASAM": (methods.AdaptiveSAM(), 0.5)}
+METHODS = {("SAM", 0.05): methods.SAM(), ("ASAM", 0.5): methods.AdaptiveSAM(), ("ASAM", 0.05): methods.AdaptiveSAM()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [
     ("fp32", "nearest"),
@@ -38,16 +38,15 @@ CASES = [
 SEEDS = 3  # of random rounding, whose means are told
 
 
-def perturbed_once(task: Task, method: str, dtype: str, rounding: str, seed: int) -> dict[str, float]:
+def perturbed_once(task: Task, method: tuple[str, float], dtype: str, rounding: str, seed: int) -> dict[str, float]:
     """One ascent."""
     torch.manual_seed(0)
     model = task.make()
     x, y = task.data(task.samples, torch.device("cpu"))
     for p in model.parameters():  # the same point for all: that of the fewest bits
         p.data = p.detach().to(torch.bfloat16).to(DTYPES[dtype])
-    kind, rho = METHODS[method]
     options = {"rounding": rounding, "seed": seed} if rounding == "stochastic" else {}
-    opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho, method=kind, **options)
+    opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1), method[1], method=METHODS[method], **options)
     losses, points = [], []
     for _ in opt.passes():
         points.append([p.detach().float().clone() for p in model.parameters()])
@@ -80,8 +79,8 @@ def measure_all(results: Results, names: Sequence[str]) -> None:
                 mean = {key: sum(one[key] for one in each) / len(each) for key in each[0]}
                 case = {
                     "model": name,
-                    "method": method,
-                    "rho": METHODS[method][1],
+                    "method": method[0],
+                    "rho": method[1],
                     "weights": dtype,
                     "rounding": rounding,
                 }

@@ -514,7 +514,7 @@ template <class S_, bool friendly, bool adaptive, bool stochastic>
 struct PerturbOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = sizeof(S) == 2 && friendly && adaptive ? 1 : 2;  // what the registers hold
+  static constexpr int kUnroll = sizeof(S) == 2 && friendly && (adaptive || kFewer) ? 1 : 2;  // what the registers hold
   S* weights;
   const S* base;  // what they begin with, null where they hold it
   const S *grads, *ema;
