@@ -87,9 +87,9 @@ def blocks_of(k: Kernel, architecture: str) -> int:
         return 2
     if re.search(r"update_kernel<\S+, \(msam::Rule\)\d, true, true", k.name):  # of stacks
         return 2
-    most = re.search(r"(perturb|ascend)_kernel<\S+, true, true, true, (true|false)", k.name)
-    if most:  # F-SAM and ASAM together, rounded at random
-        return 1 if most[2] == "true" else 2
+    most = re.search(r"(perturb|ascend)_kernel<\S+, true, (true|false), true, (true|false)", k.name)
+    if most and (most[2] == "true" or int(architecture) >= 100):  # F-SAM, mostly with ASAM, rounded at random
+        return 1 if most[3] == "true" else 2
     if re.search(r"(perturb|ascend)_kernel<\S+, \S+, \S+, \S+, true", k.name):  # of stacks
         return 2
     # From there on a kernel takes more registers, and the sums of fp64 hold twice the numbers.

@@ -6,7 +6,9 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -539,3 +541,39 @@ def test_the_watch_on_a_gpu_looks_when_the_numbers_are_there(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch.look()
+
+
+# ---- beyond 2^31 elements ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.host
+@pytest.mark.usefixtures("extension")
+@pytest.mark.timeout(3000)
+def test_a_parameter_of_more_than_2_31_elements_trains():
+    """Weights, gradient and saved weights are 13 GB. e is 1/113 of the distance of two numbers, and arrives all the same."""
+    meminfo = Path("/proc/meminfo")
+    available = re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    if available is None or int(available[1]) << 10 < 16 << 30:
+        pytest.skip("needs 16 GB of free memory")
+    n = 2**31 + 5
+    p = nn.Parameter(torch.full((n,), 0.02, dtype=torch.bfloat16))
+    w = float(p.data[0])
+    opt = MicroBatchSAM(SGD([p], lr=0.5), flatten=False, rounding="stochastic", seed=1)
+    perturbed: list[Tensor] = []
+    for _ in opt.passes():
+        perturbed = [part.clone() for part in (p.data[: 1 << 24], p.data[-(1 << 24) :])]  # of the last pass, at w + e
+        p.grad = None
+        p.grad = torch.full((n,), 0.25, dtype=torch.bfloat16)
+    e, spacing = 0.05 / math.sqrt(n), 2.0**-13
+    for part in perturbed:
+        share = float((part != w).double().mean())
+        assert set(part.unique().tolist()) == {w, w + spacing}
+        assert share == pytest.approx(e / spacing, abs=5 * math.sqrt(e / spacing / len(part)))
+    assert not torch.equal(*perturbed)
+    assert float(opt.stats.along) == pytest.approx(1, abs=5 * math.sqrt(spacing / e / n))
+    assert all(bool((part == w).all()) for part in p.data.split(1 << 26))
+    opt.step()
+    stepped = torch.tensor(w - 0.5 * 0.25).to(torch.bfloat16)
+    assert all(bool((part == stepped).all()) for part in p.data.split(1 << 26))
