@@ -21,7 +21,7 @@ from cases import DTYPES, Call, assert_same_bits, assert_same_memory, make, tabl
 from msam_kernels import MicroBatchSAM, backends, methods
 from msam_kernels.backends import reference
 from msam_kernels.precision import Watch
-from plain import batch, loss_of, mlp, same_bits, weights
+from plain import DEVICE, batch, loss_of, mlp, random_numbers, same_bits, weights
 
 SHORT = {name: dtype for name, dtype in DTYPES.items() if dtype.itemsize == 2}
 each_short = pytest.mark.parametrize("dtype", SHORT.values(), ids=SHORT)
@@ -56,7 +56,7 @@ class One:
         self, w: Tensor, e: Tensor, *, seed: int = 0, step: int = 0, number: int = 0, first: int = 0, chunk: int = 100
     ):
         self.dtype, self.device = w.dtype, w.device
-        self.table = table((len(w),), 2, chunk=chunk)[0].to(self.device)
+        self.table = table((len(w),), 2, chunk=chunk)[0].to(w.device)
         self.w, self.grads = w.clone(), [e.clone()]
         self.noise = torch.tensor([[seed, step], [number, first]], device=self.device)
         rows = len(self.table)
@@ -74,8 +74,8 @@ class One:
         return self.w
 
 
-def kernels_of(backend: str, device: str = "cpu"):
-    return backends.get_backend(backend, torch.device(device))
+def kernels_of(backend: str):
+    return backends.get_backend(backend, DEVICE)
 
 
 def test_an_elements_bits_are_halves_of_published_words(backend):
@@ -186,7 +186,7 @@ def test_kernels_keep_what_is_no_ordinary_number(dtype, backend):
 
 
 def noisy(**options: Any) -> One:
-    generator = torch.Generator().manual_seed(1)
+    generator = random_numbers(1)
     w = torch.randn(1000, generator=generator).to(torch.bfloat16)
     return One(w, torch.randn(1000, generator=generator).to(torch.bfloat16) / 500, **options)
 
