@@ -1429,7 +1429,7 @@ MUTANTS = [
         P + "store.py",
         'OPPOSITE if radii == "opposite" else 0',
         "0",
-        "tests/test_precision.py -k every_pass",
+        "tests/test_precision.py -k two_sides",
     ),
     Mutant(
         "random rounding: every loop of a step draws the same",

@@ -333,6 +333,20 @@ def test_every_pass_of_every_step_has_numbers_of_its_own_and_weights_come_back(b
         assert not any(torch.equal(one, other) for other in seen[:i]), i
 
 
+def test_the_two_sides_of_bilateral_sam_have_different_numbers(backend):
+    """By the same ones no weight would move to either side: up where they are large, down where they are small."""
+    p = nn.Parameter(torch.full((1000,), 1.5, dtype=torch.bfloat16))
+    rho = 0.25 * 2.0**-7 * math.sqrt(1000)
+    method = methods.BilateralSAM(rho_min=rho)
+    opt = MicroBatchSAM(SGD([p], lr=0.1), rho=rho, method=method, rounding="stochastic", seed=5, backend=backend)
+    moved = []
+    for _ in opt.passes():
+        moved.append(p.detach() != 1.5)
+        p.grad = torch.ones_like(p)
+    _, up, down = moved
+    assert 0 < int((up & down).sum()) < int(up.sum())
+
+
 def test_a_step_that_is_given_up_and_repeated_draws_the_same(backend):
     model = short_mlp()
     opt = optimizer(model, backend)
