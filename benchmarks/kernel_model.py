@@ -83,7 +83,7 @@ class Entry:
 
 NORM = Entry(1, 0, "norm_kernel<S, false, false, false", 4, 1, 0, 1, True)
 # Without stacks: of what takes several micro-batches at once nothing was measured that a prediction could rest on.
-PERTURB, FRIENDLY = "perturb_kernel<S, false, false, false", "perturb_kernel<S, true, false, false"
+PERTURB, FRIENDLY = (f"perturb_kernel<S, {friendly}, false, false, false" for friendly in ("false", "true"))
 DESCEND, DESCEND_MORE = "descend_kernel<S, false, false", "descend_kernel<S, true, false"
 SGD, SGD_MORE = (
     r"update_kernel<S, \(msam::Rule\)0, false, false, false",
@@ -102,7 +102,7 @@ ENTRIES = {
     "perturb to the other side": Entry(2, 1, PERTURB, 2, 2, 3),
     "perturb, first, friendly": Entry(3, 3, FRIENDLY, 2, 3, 4),
     "perturb, later, friendly": Entry(3, 2, FRIENDLY, 2, 3, 4),
-    "perturb, first, adaptive": Entry(2, 2, "perturb_kernel<S, false, true, false", 2, 2, 3),
+    "perturb, first, adaptive": Entry(2, 2, "perturb_kernel<S, false, true, false, false", 2, 2, 3),
     "perturb, first, masked": Entry(2, 2, PERTURB, 2, 2, 3),
     "gram of two": Entry(2, 0, "gram_kernel<S, 2, false", 2, 2, 0, 1, True),
     "gram of three": Entry(3, 0, "gram_kernel<S, 3, false", 1, 3, 0, 1, True),

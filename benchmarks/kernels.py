@@ -73,7 +73,7 @@ class Kernels:
             options["norm_sq"] = self.norm_sq
         else:
             options = {"arrived": self.flat.arrived} | options
-        achieved_sq = torch.empty(self.flat.rows, dtype=torch.float64, device=self.flat.device)
+        achieved_sq = torch.empty(self.flat.sums, dtype=torch.float64, device=self.flat.device)
         options |= {"radii": self.radii, "saved": self.saved, "achieved_sq": achieved_sq}
         operator = getattr(self.k, name)
         return From(state, lambda status: operator(self.w, self.grads, self.table, status=status, **options), self.flat)
@@ -92,7 +92,7 @@ class Kernels:
     def ascend_stack(self, **options) -> Call:
         """w + e of several micro-batches, beside w."""
         copies = torch.zeros(STACK, self.flat.size, dtype=self.flat.dtype, device=self.flat.device)
-        achieved_sq = torch.empty(STACK, self.flat.rows, dtype=torch.float64, device=self.flat.device)
+        achieved_sq = torch.empty(STACK, *self.flat.sums, dtype=torch.float64, device=self.flat.device)
         options |= {"radii": self.radii, "saved": self.w[0], "achieved_sq": achieved_sq, "arrived": self.flat.arrived}
         grads = self.stacks()
         return Call(lambda: self.k.ascend([copies], grads, self.table, stack=STACK, **options))

@@ -44,6 +44,13 @@ struct Sums {
   int64_t rows = 0, terms = 0;
 };
 
+// Sums of a perturbation by row: ||e||^2 as it was stored; of 16 bits beside it the product with e before rounding, and that
+// one's ||e||^2.
+constexpr int kAchieved = 3;
+inline int achieved_of(Storage storage) {
+  return storage == Storage::kBFloat16 || storage == Storage::kHalf ? kAchieved : 1;
+}
+
 // Doubles that a term of a sum takes.
 inline int parts_of(Storage storage) { return storage == Storage::kDouble ? kParts<kCareful<double>> : 1; }
 
@@ -74,7 +81,9 @@ struct Perturb : Norm {
   uint8_t* status = nullptr;       // [rows]
   void* copies = nullptr;          // of a stack: where w + e of micro-batch 0 goes; the weights, w, are only read
   int64_t stride = 0;              // from one to the next
-  double* achieved_sq = nullptr;   // [rows] of each
+  double* achieved_sq = nullptr;   // [rows] of each, or [kAchieved, rows]
+  const int64_t* noise = nullptr;  // [1 + segments, kNoiseColumns]; null where w + e is rounded to nearest
+  uint32_t draw = 0;               // of the first micro-batch
   const uint8_t* mask = nullptr;   // a bit for every element of a flat buffer
   void* ema_out = nullptr;         // null where the EMA is only read
   Number lmbda, one_minus_lmbda;

@@ -134,6 +134,24 @@ class Call {
     TORCH_CHECK(t->numel() >= bytes, "mask has ", t->numel(), " bytes, the table reaches ", bytes);
     return t->const_data_ptr<uint8_t>();
   }
+  // A sum by row, or several.
+  double* achieved(const Tensor& t, int sums, std::optional<int64_t> stack) const {
+    if (sums == 1) return per_row<double>(t, "achieved_sq", stack);
+    check_plain(t, {"achieved_sq"}, at::kDouble, device(), stack ? 3 : 2);
+    TORCH_CHECK(t.size(-2) == sums && t.size(-1) == rows(), "achieved_sq of 16-bit weights must have ", sums,
+                " sums for every row of the table, ", rows(), ", got shape ", t.sizes());
+    if (stack) check_stack(t, {"achieved_sq"}, *stack);
+    return t.mutable_data_ptr<double>();
+  }
+  const int64_t* noise(const MaybeTensor& t, Storage storage) const {
+    if (!t) return nullptr;
+    TORCH_CHECK(achieved_of(storage) > 1, "noise is for weights of 16 bits, got ", dtype_, ", where w + e is not rounded");
+    check_plain(*t, {"noise"}, at::kLong, device(), 2);
+    const int64_t least = std::max(lists_.segments, reach_.segments) + 1;
+    TORCH_CHECK(t->size(1) == kNoiseColumns && t->size(0) >= least, "noise must have a row of ", kNoiseColumns,
+                " numbers, and one for each parameter, ", least, " in all, got shape ", t->sizes());
+    return t->const_data_ptr<int64_t>();
+  }
   // One row, or one number, per group.
   const double* per_group(const Tensor& t, const char* name, int64_t dim) const {
     check_plain(t, {name}, at::kDouble, device(), dim);
@@ -165,7 +183,8 @@ class Call {
   // And what w + e is made of, but for the norm.
   void perturbation(Perturb& a, TensorList weights_, TensorList grads, const Tensor& radii, const Tensor& saved,
                     const Tensor& achieved_sq, const MaybeTensor& status, const MaybeTensor& ema, const MaybeTensor& mask_,
-                    double sigma, MaybeDouble lmbda, MaybeDouble eta, std::optional<int64_t> stack) {
+                    const MaybeTensor& noise_, int64_t draw, double sigma, MaybeDouble lmbda, MaybeDouble eta,
+                    std::optional<int64_t> stack) {
     TORCH_CHECK(!weights_.empty() && !grads.empty(), "a perturbation needs weights and grads, and one of the lists is empty");
     TORCH_CHECK(status.has_value() != stack.has_value(), "status says how it stands with weights that are perturbed in place, "
                 "and stack that they are copies: give one of them");
@@ -185,8 +204,11 @@ class Call {
     }
     a.radii = per_group(radii, "radii", 2);
     TORCH_CHECK(radii.size(1) == kRadiusColumns, "radii must have ", kRadiusColumns, " columns, got ", radii.size(1));
-    a.achieved_sq = per_row<double>(achieved_sq, "achieved_sq", stack);
+    a.achieved_sq = achieved(achieved_sq, achieved_of(a.storage), stack);
     a.mask = mask(mask_);
+    a.noise = noise(noise_, a.storage);
+    TORCH_CHECK(draw >= 0 && draw <= UINT32_MAX, "draw must be a number of 32 bits, got ", draw);
+    a.draw = uint32_t(draw);
     a.ema_out = lmbda && ema ? flat(ema, {"ema"}) : nullptr;
     a.lmbda = lmbda.value_or(0);
     a.one_minus_lmbda = 1 - lmbda.value_or(0);

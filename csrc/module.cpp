@@ -185,11 +185,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   MSAM_DEFINE(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"),
             none("stack"));
   MSAM_DEFINE(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
-            arg("achieved_sq"), none("status"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"),
-            none("stack"));
+            arg("achieved_sq"), none("status"), none("ema"), none("mask"), none("noise"), arg("draw") = 0, arg("sigma") = 0.0,
+            none("lmbda"), none("eta"), none("stack"));
   MSAM_DEFINE(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("achieved_sq"),
-            none("status"), none("arrived"), none("ema"), none("mask"), arg("sigma") = 0.0, none("lmbda"), none("eta"),
-            none("stack"));
+            none("status"), none("arrived"), none("ema"), none("mask"), none("noise"), arg("draw") = 0, arg("sigma") = 0.0,
+            none("lmbda"), none("eta"), none("stack"));
   MSAM_DEFINE(gram, arg("terms"), arg("table"), kw_only, arg("count"), none("stack"));
   MSAM_DEFINE(weigh, arg("shares"), kw_only, arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"));
   MSAM_DEFINE(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),

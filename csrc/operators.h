@@ -29,10 +29,12 @@ struct Operators {
 
   static void perturb(TensorList weights, TensorList grads, const Tensor& table, const Tensor& norm_sq, const Tensor& radii,
                       const Tensor& saved, const Tensor& achieved_sq, const MaybeTensor& status, const MaybeTensor& ema,
-                      const MaybeTensor& mask, double sigma, MaybeDouble lmbda, MaybeDouble eta, Stack stack) {
+                      const MaybeTensor& mask, const MaybeTensor& noise, int64_t draw, double sigma, MaybeDouble lmbda,
+                      MaybeDouble eta, Stack stack) {
     Device call(table, dtype_of(weights, {}, "weights"));
     Perturb a;
-    call.perturbation(a, weights, grads, radii, saved, achieved_sq, status, ema, mask, sigma, lmbda, eta, stack);
+    call.perturbation(a, weights, grads, radii, saved, achieved_sq, status, ema, mask, noise, draw,
+                      sigma, lmbda, eta, stack);
     a.norm_sq = call.sums(norm_sq, {"norm_sq"}, stack);
     TORCH_CHECK(a.norm_sq.rows == 1, "norm_sq must be one row, got ", a.norm_sq.rows);
     call.run(a);
@@ -40,11 +42,12 @@ struct Operators {
 
   static Tensor ascend(TensorList weights, TensorList grads, const Tensor& table, const Tensor& radii, const Tensor& saved,
                        const Tensor& achieved_sq, const MaybeTensor& status, const MaybeTensor& arrived,
-                       const MaybeTensor& ema, const MaybeTensor& mask, double sigma, MaybeDouble lmbda, MaybeDouble eta,
-                       Stack stack) {
+                       const MaybeTensor& ema, const MaybeTensor& mask, const MaybeTensor& noise, int64_t draw,
+                       double sigma, MaybeDouble lmbda, MaybeDouble eta, Stack stack) {
     Device call(table, dtype_of(weights, {}, "weights"));
     Perturb a;
-    call.perturbation(a, weights, grads, radii, saved, achieved_sq, status, ema, mask, sigma, lmbda, eta, stack);
+    call.perturbation(a, weights, grads, radii, saved, achieved_sq, status, ema, mask, noise, draw,
+                      sigma, lmbda, eta, stack);
     a.arrived = call.counter(arrived, "arrived");
     return call.ascend(a, stack.has_value());
   }

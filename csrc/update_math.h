@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define MSAM_FN __host__ __device__ __forceinline__
@@ -133,14 +134,82 @@ MSAM_FN T stretch(T w, T eta) {
   return (w < 0 ? -w : w) + eta;
 }
 
-// w + e with e = scale d, or scale T_w^2 d when adaptive.
+// e = scale d, or scale T_w^2 d when adaptive.
 template <class T>
-MSAM_FN T perturbed(T w, T d, T scale, T eta, bool adaptive) {
+MSAM_FN T perturbation(T w, T d, T scale, T eta, bool adaptive) {
   if (adaptive) {
     const T t = stretch(w, eta);
     d = t * t * d;
   }
-  return w + d * scale;
+  return d * scale;
+}
+
+// ---- rounding to 16 bits at random ------------------------------------------------------------------------------------
+
+MSAM_FN float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+MSAM_FN uint32_t float_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, sizeof u);
+  return u;
+}
+
+// Philox4x32 of 7 rounds, the fewest that pass all of TestU01's BigCrush (Salmon et al., "Parallel random numbers: as easy as
+// 1, 2, 3", SC 2011). T has numbers of 32 bits in places of 64: uint64_t, or the compiler's vector of them, which times(x,
+// constant) multiplies.
+template <class T, class Times>
+MSAM_FN void philox(T (&c)[4], uint32_t key0, uint32_t key1, Times&& times) {
+  constexpr uint64_t kLow = 0xffffffff;
+  for (int round = 0; round < 7; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
+    const T a = times(c[0], 0xD2511F53), b = times(c[2], 0xCD9E8D57), one = c[1], three = c[3];
+    c[0] = (b >> 32) ^ one ^ uint64_t(key0);
+    c[1] = b & kLow;
+    c[2] = (a >> 32) ^ three ^ uint64_t(key1);
+    c[3] = a & kLow;
+  }
+}
+MSAM_FN void philox(uint64_t (&c)[4], uint32_t key0, uint32_t key1) {
+  philox(c, key0, key1, [](uint64_t x, uint32_t constant) { return uint64_t(uint32_t(x)) * constant; });
+}
+
+// Elements that share a call of the generator: the 16 bits of the k-th are in word k / 2, the lower ones where k is even.
+constexpr int kDraws = 8;
+constexpr int64_t kNoiseColumns = 2;  // of `noise`: (seed, step), and for each parameter (its number, its first element)
+
+// The random bits of a row. They depend on the seed, the step, the draw, the parameter's number and the element's place in it,
+// whatever the layout.
+struct Noise {
+  uint32_t key[2] = {}, number = 0, step = 0, draw = 0;
+  int64_t first = 0;  // the row's first element
+
+  Noise() = default;
+  MSAM_FN Noise(const int64_t* noise, int64_t segment, int64_t begin, uint32_t draw)
+      : key{uint32_t(noise[0]), uint32_t(uint64_t(noise[0]) >> 32)},
+        number(uint32_t(noise[kNoiseColumns * (1 + segment)])),
+        step(uint32_t(noise[1])),
+        draw(draw),
+        first(noise[kNoiseColumns * (1 + segment) + 1] + begin) {}
+};
+
+// x as an integer of 16 bits that stands for one of the two neighbours in the storage type: the farther from zero with a
+// probability proportional to the distance, by 16 random bits. What is representable stays; beyond the largest finite number,
+// where there is no such neighbour, it rounds to nearest.
+MSAM_FN uint16_t stochastic_bf16(float x, uint32_t random) {
+  const uint32_t u = float_to_bits(x), magnitude = u & 0x7fffffff;
+  const uint32_t rounded = (u + (magnitude >= 0x7f7f0000 ? 0x8000 : random)) >> 16;
+  return uint16_t(magnitude > 0x7f800000 ? 0x7fc0 : rounded);
+}
+// 13 bits are left out, of subnormals more: these count in 2^-16 of their distance, 2^-24.
+MSAM_FN uint16_t stochastic_half(float x, uint32_t random) {
+  const uint32_t u = float_to_bits(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  const bool subnormal = magnitude < 0x38800000;
+  const uint32_t part = magnitude >= 0x477fe000 ? 0x1000 : random >> 3;
+  const uint32_t normal = magnitude >= 0x47800000 ? 0x7c00 : (magnitude - 0x38000000 + part) >> 13;
+  const uint32_t small = (uint32_t(int32_t(bits_to_float(subnormal ? magnitude : 0) * 0x1p40f)) + random) >> 16;
+  return uint16_t(magnitude > 0x7f800000 ? 0x7e00 : sign | (subnormal ? small : normal));
 }
 
 // ---- the linear combination of a descent: c[0] x[0] + c[1] x[1] + ... -------------------------------------------------

@@ -317,7 +317,7 @@ class CapturedStep:
         engine = self._opt.engine
         tensors = engine.tables.tensors() + engine.units.tensors()
         for flat in engine.store.flats:
-            tensors += [t for t in (flat.saved, flat.mask) if t is not None]
+            tensors += [t for t in (flat.saved, flat.mask, flat.noise) if t is not None]
             tensors += [memory.buffer for memory in flat.memories.values()]
             tensors += flat.state.values()
             tensors += flat.copies

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat
-from .rules import MASK_STEP, OURS, RULES, STEPS, check_rho
+from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho
 from .step import Engine
 from .store import Store
 
@@ -24,7 +24,7 @@ from .store import Store
 KEY = "msam"
 _MEMORIES = ("ema", "v")
 _TENSORS = (*_MEMORIES, "mask")  # by parameter, counted over all groups
-_NUMBERS = ("steps", "mask_step")
+_NUMBERS = ("steps", "mask_step", "seed")
 
 
 def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
@@ -121,7 +121,10 @@ def apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return state_dict, {KEY: own}  # to be refused
     groups = state_dict["param_groups"]
     first = groups[0] if groups else {}
-    own = {**{name: first[key] for name, key in zip(_NUMBERS, (STEPS, MASK_STEP), strict=True) if key in first}, **own}
+    own = {
+        **{name: first[key] for name, key in zip(_NUMBERS, (STEPS, MASK_STEP, SEED), strict=True) if key in first},
+        **own,
+    }
     index = {key: i for i, key in enumerate(key for group in groups for key in group.get("params", ()))}
     entries: dict[Any, Any] = {}
     found: dict[str, dict[Any, Any]] = {name: {} for name in _TENSORS}
@@ -183,6 +186,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     engine.steps, engine.v_step = own.get("steps", 0), -1
     if "mask_step" in own or engine.method.full.sparse is not None:
         engine.mask_step = own.get("mask_step", -1)
+    if engine.store.seed is not None:
+        engine.seed = own.get("seed", engine.store.seed)
     places = _places(engine.store)
     engine.units.bring_back()
     engine.undo = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils.dlpack import from_dlpack
 
 from ._torch import is_of_fsdp
-from .backends import Backend
+from .backends import Backend, reference
 from .backends.checks import lost_memory, span
 from .gradients import has_layout, holds, memory_layout, regular_values
+from .precision import is_short
 
 # Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
 # is a block of threads (csrc/cuda/kernels.cuh). The rows themselves, of 40 bytes, are 0.25 % of what one pass over them moves.
@@ -30,6 +31,7 @@ CHUNK = 16384
 GPU_CHUNK_BYTES = 16384
 FEW_TERMS = 1024  # of a sum, at most, that every block of a GPU's kernel adds up by itself
 ALIGNMENT = 128  # bytes
+SUMS = reference.ACHIEVED  # of a perturbation of 16-bit weights, see there
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -186,6 +188,8 @@ class Flat:
     Attributes:
         table: int64 ``[K, 5]``, see csrc/segments.h.
         weights: what the operators take as weights: [the flat buffer], or every parameter's memory.
+        sums: the shape of the sums of a perturbation, see ``achieved_sq`` in ``backends``.
+        noise: where random rounding comes from, see ``backends``; None until a step rounds so.
         status: uint8 ``[K]``, what the kernels know about each row's weights, see ``backends``.
         arrived: int32 ``[1]``, where the blocks of a kernel are counted, see ``backends``; None where the environment asks for
             two launches.
@@ -234,6 +238,9 @@ class Flat:
         else:
             self._close_gaps(range(len(params)))
         self._remember()
+        self.sums = (SUMS, self.rows) if is_short(self.dtype) else (self.rows,)
+        self.noise: Tensor | None = None
+        self._head: tuple[int, int] | None = None  # as it stands there
         self.saved: Tensor | None = None
         self.memories: dict[str, Memory] = {}
         self.mask: Tensor | None = None
@@ -319,14 +326,14 @@ class Flat:
         return [(g, self.table[begin:end]) for begin, (g, end) in zip(begins, self._ends, strict=False)]
 
     def achieved_sq(self, which: int | range) -> Tensor:
-        """Where a micro-batch's ‖e‖² goes, by row: float64 ``[K]``; of several that run at once ``[len(which), K]``.
+        """Where a micro-batch's ‖e‖² goes, by row, float64 of shape ``sums``; of several that run at once one for each.
 
         The same micro-batches have the same memory in every step, and it stays: graphs write there.
         """
         known = self._achieved_of.get(which)
         if known is None:
             n, first = (1, which) if isinstance(which, int) else (len(which), which.start)
-            there = torch.zeros(n, self.rows, dtype=torch.float64, device=self.device)
+            there = torch.zeros(n, *self.sums, dtype=torch.float64, device=self.device)
             rows = list(there.unbind())
             known = slice(first, first + n), rows, rows[0] if isinstance(which, int) else there
             self._achieved_of[which] = known
@@ -348,6 +355,25 @@ class Flat:
                 f"{what} changed since the last step, and this one is being captured: run a step like it eagerly before the "
                 "capture, as torch's CUDA graphs ask for anyway"
             )
+
+    def refresh_noise(self, seed: int, step: int, number: Mapping[int, int]) -> None:
+        """``noise`` of that step. It stays where it is: captured graphs read it there.
+
+        Args:
+            number: of the parameters among all of the optimizer, by identity; needed where there is no ``noise`` yet.
+        """
+        head = (seed - 2**64 if seed >= 2**63 else seed, step)
+        if self._head == head:
+            return
+        if self.noise is None:
+            self.check_not_capturing("the random numbers of rounding")
+            rows = torch.tensor([head, *((number[id(p)], 0) for p in self.params)], dtype=torch.int64, device="cpu")
+            self.noise = rows.to(self.device, non_blocking=True)
+        elif not self.is_capturing():  # what is captured reads what is there when it runs
+            self.noise[0].copy_(torch.tensor(head, dtype=torch.int64, device="cpu"), non_blocking=True)
+        else:
+            return
+        self._head = head
 
     def save_buffer(self) -> Tensor:
         """``saved``, made when first needed."""

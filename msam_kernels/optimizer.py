@@ -20,8 +20,9 @@ from .buffers import Buffers, check_model
 from .compiled import Compiled
 from .gradients import set_grads
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
+from .precision import Rounding, seed_of
 from .ranks import Ascent, Ranks
-from .rules import Radius, check_method, check_rho, rho_at
+from .rules import SEED, Radius, check_method, check_rho, rho_at
 from .step import Engine, Stats
 
 if TYPE_CHECKING:
@@ -145,6 +146,12 @@ class MicroBatchSAM(Optimizer):
             a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do.
         backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
             "reference" (plain torch, on any device).
+        rounding: of w + e to weights of 16 bits, see ``docs/precision.md``. "nearest", or "stochastic": to one of the two
+            neighbours, the farther from zero with a probability proportional to the distance, so that e arrives on average
+            where it is shorter than the distance of two numbers. Weights come back from the saved ones as ever.
+        seed: of stochastic rounding, < 2**64; ``torch.initial_seed()`` without it. It is part of the state dict. The random
+            numbers depend on it, the step, the micro-batch and the element's place alone: they are the same on every backend
+            and in every layout.
 
     Raises:
         ValueError, TypeError, RuntimeError: arguments or parameters that cannot be served; the message names them and
@@ -167,6 +174,8 @@ class MicroBatchSAM(Optimizer):
         compile: bool = False,
         flatten: bool = True,
         backend: str = "auto",
+        rounding: Rounding = "nearest",
+        seed: int | None = None,
     ):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -192,6 +201,7 @@ class MicroBatchSAM(Optimizer):
             check_model(model)
         check_parallel(parallel, model, compile, ascent)
         Ranks(ascent, model).check()
+        seed = seed_of(rounding, seed)
         check_rho(rho_at(rho, 0))
         for group in base_optimizer.param_groups:
             check_rho(rho_at(group.get("rho", rho), 0))
@@ -203,10 +213,11 @@ class MicroBatchSAM(Optimizer):
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
         self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
-        self._make_engine(method, model, ascent)
+        self.rounding = rounding
+        self._make_engine(method, model, ascent, seed)
         self.engine.take_over()
 
-    def _make_engine(self, method: methods.SAM, model: nn.Module | None, ascent: Ascent) -> None:
+    def _make_engine(self, method: methods.SAM, model: nn.Module | None, ascent: Ascent, seed: int | None) -> None:
         leave_to_eager(__package__)
         self._auto = Auto()
         self._compiled: Compiled | None = None
@@ -219,6 +230,7 @@ class MicroBatchSAM(Optimizer):
             flatten=self.flatten,
             backend=self.backend,
             ascent=ascent,
+            seed=seed,
         )
         self._watch = checkpoint.watch(self.engine, model)
         this = ref(self.engine)
@@ -335,6 +347,7 @@ class MicroBatchSAM(Optimizer):
             "compile",
             "flatten",
             "backend",
+            "rounding",
         )
         return {
             **{name: getattr(self, name) for name in (*own, "method", "model", "enabled", "ascent")},
@@ -349,8 +362,9 @@ class MicroBatchSAM(Optimizer):
         left, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
         ascent = state.pop("ascent", "global")
-        super().__setstate__({"parallel": False, "compile": False, **state})
-        self._make_engine(method, model, ascent)
+        super().__setstate__({"parallel": False, "compile": False, "rounding": "nearest", **state})
+        seed = None if self.rounding == "nearest" else self.param_groups[0][SEED]
+        self._make_engine(method, model, ascent, seed)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
         checkpoint.load(self.engine, checkpoint.out_of_state(self.base_optimizer, left))
@@ -363,6 +377,7 @@ class MicroBatchSAM(Optimizer):
         split += f", ascent={self.ascent!r}" if self.ascent != "global" else ""
         split += f", parallel={self.parallel!r}" if self.parallel else ""
         split += ", compile=True" if self.compile else ""
+        split += f", rounding={self.rounding!r}" if self.rounding != "nearest" else ""
         return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:

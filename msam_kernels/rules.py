@@ -21,7 +21,7 @@ Group = dict[str, Any]
 Radius = float | Callable[[int], float]
 MOMENTA = ("momentum_buffer", "exp_avg")  # names of a mean of gradients in the state of torch's optimizers
 OURS = "msam_"  # how every name begins that we put into a base optimizer's groups or state
-STEPS, MASK_STEP = OURS + "steps", OURS + "mask_step"  # in every group: see ``Engine``
+STEPS, MASK_STEP, SEED = OURS + "steps", OURS + "mask_step", OURS + "seed"  # in every group: see ``Engine``
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
+from .precision import Watch, is_short
 from .ranks import USE, Ascent, Ranks
 from .rules import (
     MASK_STEP,
     MOMENTA,
     OURS,
     RULES,
+    SEED,
     STEPS,
     Radii,
     Radius,
@@ -50,11 +52,15 @@ class Stats:
     Attributes:
         grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64; without the loss scale of a ``scaler`` that was given.
         perturbation_norm: ‖e‖ as it arrived in the stored weights, float64. In 16 bits it can fall far short of rho.
+        along: how much of the e that was asked for arrived, ⟨arrived, e⟩ / ‖e‖², float64; for SAM ⟨arrived, d⟩ / (rho·‖d‖). 1
+            where nothing was asked for. It is measured for weights of 16 bits; all that is asked for in fp32 and fp64 counts
+            as arrived, which is so up to their rounding.
         nonfinite: True where the ascent gradient was not finite, so that nothing was perturbed.
     """
 
     grad_norm: Tensor
     perturbation_norm: Tensor
+    along: Tensor
     nonfinite: Tensor
 
 
@@ -123,13 +129,14 @@ class Engine:
         flatten: bool,
         backend: str,
         ascent: Ascent = "global",
+        seed: int | None = None,
     ):
         self.base, self.method = base, method
         self.buffers = Buffers(model)
         self.ranks = Ranks(ascent, model)
         self.unreduced = False
         self.v_synced: bool | None = None
-        self.store = Store(base, flatten=flatten, backend=backend)
+        self.store = Store(base, flatten=flatten, backend=backend, seed=seed)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
         self.units = Units(self.store)
@@ -140,8 +147,20 @@ class Engine:
         self.broken = False  # weights are perturbed that could not be brought back
         self.norms_sq: list[Tensor] = []
         self.latest = BASE
+        self.watch = Watch()
 
     # -- between steps ----------------------------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int | None:
+        """Of random rounding, in the groups as "msam_seed"; None where there is none."""
+        return self.store.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.store.seed = seed
+        for group in self.base.param_groups:
+            group[SEED] = seed
 
     def check_idle(self, what: str) -> None:
         self.check_restored(what)
@@ -166,6 +185,8 @@ class Engine:
                 group["rho"] = self.radii.default
                 put_there.add(g)
         self.steps = self.steps  # also in groups that are new
+        if self.store.seed is not None:
+            self.seed = self.store.seed
         if self.method.full.sparse is not None:
             self.mask_step = self.mask_step
         self.radii.take_schedules(self.steps)
@@ -217,6 +238,8 @@ class Engine:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters. Returns as ``follow``."""
         have_grads = self.follow()
         self._refresh_radii()
+        self.store.refresh_noise(self.steps)
+        self.watch.look()
         self.refresh_settings(RULES.get(type(self.base)))
         return have_grads
 
@@ -247,17 +270,13 @@ class Engine:
         """
         if not self.norms_sq:
             raise RuntimeError("stats are there after the first pass of a step that perturbs")
-        device = self.store.device
         norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
-        flats = [flat for _, flat, _ in self.store.parts(self.latest.only)]
-        achieved_sq = [
-            sum((t.sum().to(device) for flat in flats for t in flat.achieved[i : i + 1]), norms_sq.new_zeros(()))
-            for i in range(len(self.norms_sq))
-        ]
+        achieved_sq, product, asked_sq = self.store.achieved(self.latest.only, len(norms_sq)).unbind(1)
+        along = torch.where(asked_sq == 0, 1.0, product / asked_sq)
         length = norms_sq.sqrt() / self.latest.times
         if self.units.scale is not None and not self.latest.momentum:
             length = length / self.units.scale
-        return Stats(length, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
+        return Stats(length, achieved_sq.sqrt(), along, ~norms_sq.isfinite())
 
     # -- Sparse SAM -------------------------------------------------------------------------------------------------------
 
@@ -324,6 +343,7 @@ class Engine:
                 yield part if renewed is None else renewed(part)
             step.conclude()
             step.end_in_grads()
+            self.store.drawn += len(parts)
 
     def run(
         self,
@@ -434,6 +454,7 @@ class Engine:
         if not had_gradients:
             self.skipped()
         self._refresh_radii()
+        self.store.refresh_noise(self.steps)
         plan = self.plan()
         if plan is not BASE:
             check_method(self.method, self.base)
@@ -443,7 +464,15 @@ class Engine:
             self.store.check_not_capturing("the mask")
         self.norms_sq, self.latest = [], plan
         self.step = Step(
-            self, plan, shares, scores, parts, clear=clear, had_gradients=had_gradients, scaled=scaled, accumulates=accumulates
+            self,
+            plan,
+            shares,
+            scores,
+            parts,
+            clear=clear,
+            had_gradients=had_gradients,
+            scaled=scaled,
+            accumulates=accumulates,
         )
         return self.step
 
@@ -481,8 +510,17 @@ class Engine:
     def count_step(self) -> None:
         self.undo = None
         self.unreduced = False
+        self.store.drawn = 0
         if not self.store.is_capturing():  # what is captured has not run
             self.steps += 1
+            if not self.watch.is_over:
+                self._watch()
+
+    def _watch(self) -> None:
+        """Warn where little of a perturbation arrives; with random rounding all does, on average."""
+        store = self.store
+        if store.seed is None and self.norms_sq and any(is_short(flat.dtype) for flat in store.flats):
+            self.watch.note(store.achieved(self.latest.only, len(self.norms_sq)).sum(0))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -708,7 +746,7 @@ class Step:
                     self.turn = 1
                     vectors.insert(0, self._run(passes, which, copies)[1])
                     if plan.opposite is not None:
-                        store.cross(vectors[1], plan, engine.tables, norm_sq, copies)
+                        store.cross(vectors[1], plan, engine.tables, norm_sq, which, copies)
                         del vectors[plan.holds :]
                         self.turn = 2
                         vectors.insert(0, self._run(passes, which, copies)[1])
@@ -930,7 +968,7 @@ class Step:
         self._hold(grads)
         assert self._norm_sq is not None
         self.turn = 2
-        self.store.cross(at_w, self.plan, self.engine.tables, self._norm_sq)
+        self.store.cross(at_w, self.plan, self.engine.tables, self._norm_sq, self._i)
         forget_casts()
 
     def _hold(self, grads: Vectors) -> None:

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from .backends import get_backend
-from .flat import Flat, Memory, State, check_parameters
+from .flat import SUMS, Flat, Memory, State, check_parameters
 from .gradients import (
     Optionals,
     Tensors,
@@ -30,6 +30,7 @@ from .gradients import (
     set_grads,
 )
 from .methods import Coefficient, Parameters, Plan
+from .precision import is_short
 from .rules import MOMENTA, Rule, Tables
 
 #: A vector as it is.
@@ -40,6 +41,10 @@ RATIO = Coefficient(0.0, 1.0, p=0, q=1, eps=0.0).row()
 Part = tuple[int, Flat, list[int]]
 #: By flat: memory for copies of the weights, one for each of several micro-batches; None where nothing is perturbed.
 Copies = Sequence[Tensor | None]
+
+
+#: Of the number of a draw: the perturbation to the other side has others than the first.
+OPPOSITE = 1 << 31
 
 
 class Descent:
@@ -100,10 +105,15 @@ class Store:
     Args:
         base: whose parameter groups hold the parameters.
         flatten, backend: see ``MicroBatchSAM``.
+        seed: of the random rounding of w + e to 16 bits; None where it is to nearest.
+
+    Attributes:
+        drawn: how many micro-batches of the step under way have rounded so, in earlier loops.
     """
 
-    def __init__(self, base: Optimizer, *, flatten: bool, backend: str):
-        self.base, self.flatten, self.backend = base, flatten, backend
+    def __init__(self, base: Optimizer, *, flatten: bool, backend: str, seed: int | None = None):
+        self.base, self.flatten, self.backend, self.seed = base, flatten, backend, seed
+        self.drawn = 0
         self.flats: list[Flat] = []
         self._parts: tuple[Parameters | None, int, list[Part]] = (None, 0, [])
         self.devices: list[torch.device] = []
@@ -371,6 +381,28 @@ class Store:
             return self._together(terms)
         return torch.zeros(*(() if stack is None else (stack,)), 1, dtype=torch.float64, device=self.device)
 
+    def refresh_noise(self, step: int) -> None:
+        """Bring what random rounding is made of up to date, where anything is rounded so."""
+        if self.seed is None:
+            return
+        flats = [flat for flat in self.flats if is_short(flat.dtype)]
+        number: dict[int, int] = {}
+        if any(flat.noise is None for flat in flats):
+            number = {id(p): k for k, p in enumerate(self.parameters())}
+        for flat in flats:
+            flat.refresh_noise(self.seed, step, number)
+
+    def achieved(self, only: Parameters | None, micro_batches: int) -> Tensor:
+        """Of each micro-batch of the latest step: ‖e‖² as it arrived, its product with the e that was asked for, and that ‖e‖².
+
+        float64 ``[micro_batches, 3]``. In fp32 and fp64 the three are one number.
+        """
+        each = torch.zeros(micro_batches, SUMS, dtype=torch.float64, device=self.device)
+        for _, flat, _ in self.parts(only):
+            for i, terms in enumerate(flat.achieved[:micro_batches]):
+                each[i] += terms.sum(-1).to(self.device)
+        return each
+
     def parts(self, only: Parameters | None) -> list[Part]:
         """The flats of which anything is perturbed, each with its number and its parameters that are not."""
         known, count, parts = self._parts
@@ -388,12 +420,20 @@ class Store:
         perturbed = {f for f, *_ in self.parts(only)}
         return [flat.stack(n) if f in perturbed else None for f, flat in enumerate(self.flats)]
 
-    def cross(self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, into: Copies | None = None) -> None:
+    def cross(
+        self,
+        grads: Vectors,
+        plan: Plan,
+        tables: Tables,
+        norm_sq: Tensor,
+        which: int | range,
+        into: Copies | None = None,
+    ) -> None:
         """Perturb the weights to the other side, or write that to ``into``. What arrives there is not recorded."""
-        self._perturb(grads, plan, tables, norm_sq, "opposite", None, True, into)
+        self._perturb(grads, plan, tables, norm_sq, "opposite", which, True, into)
 
     def _perturb(
-        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, which: int | range | None, renew: bool,
+        self, grads: Vectors, plan: Plan, tables: Tables, norm_sq: Tensor, radii: str, which: int | range, renew: bool,
         into: Copies | None,
     ) -> None:  # fmt: skip
         for f, flat, left in self.parts(plan.only):
@@ -401,9 +441,8 @@ class Store:
             g = _chosen(grads, f, flat, left)
             flat.backend.perturb(weights, g, flat.table, norm_sq=moved(norm_sq, flat.device), **options)
 
-    @staticmethod
     def _perturbation(
-        f: int, flat: Flat, plan: Plan, tables: Tables, radii: str, which: int | range | None, renew: bool, into: Copies | None
+        self, f: int, flat: Flat, plan: Plan, tables: Tables, radii: str, which: int | range, renew: bool, into: Copies | None
     ) -> tuple[list[Tensor], dict[str, Any]]:  # fmt: skip
         """What flat f's perturbation writes to, and the options of the operator."""
         copies = None if into is None else into[f]
@@ -412,11 +451,15 @@ class Store:
             options["saved"], options["status"] = flat.save_buffer(), flat.status
         else:
             options["saved"], options["stack"] = flat.weights[0], len(copies)
-        if which is None:
-            rows = (flat.rows,) if copies is None else (len(copies), flat.rows)
-            options["achieved_sq"] = torch.empty(rows, dtype=torch.float64, device=flat.device)
+        if radii == "opposite":
+            shape = flat.sums if copies is None else (len(copies), *flat.sums)
+            options["achieved_sq"] = torch.empty(shape, dtype=torch.float64, device=flat.device)
         else:
             options["achieved_sq"] = flat.achieved_sq(which)
+        if self.seed is not None and is_short(flat.dtype):
+            options["noise"] = flat.noise
+            options["draw"] = self.drawn + (which if isinstance(which, int) else which.start)
+            options["draw"] |= OPPOSITE if radii == "opposite" else 0
         if not plan.is_plain:
             options.update(_direction(flat, plan))
             if renew and plan.lmbda is not None:  # the last perturbation of a micro-batch moves the mean on

@@ -89,6 +89,12 @@ _DIRECTIONS: dict[str, dict[str, Any]] = {
     "any status, masked, friendly and adaptive": {
         **{"status": MIXED, "mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01}
     },
+    "stochastic": {"noise": True},
+    "stochastic, any status, friendly": {"noise": True, "status": MIXED, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
+    "stochastic, masked, friendly and adaptive": {
+        **{"noise": True, "mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01}
+    },
+    "stochastic, not finite": {"noise": True, "infinite": True, "norm_sq": (INF, 0.25)},
     "not finite": {"sigma": 1.0, "lmbda": 0.9, "fresh": True, "norm_sq": (0.25, NAN)},
     "not finite, any status, masked": {"status": MIXED, "mask": True, "norm_sq": (INF,)},
     "not finite, infinite weights": {"infinite": True, "norm_sq": (INF, 0.25)},
@@ -132,6 +138,8 @@ _STACKS: dict[str, dict[str, Any]] = {
     "a stack, friendly, some fresh": {"stack": 3, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
     "a stack, ema only read": {"stack": 2, "sigma": 0.7, "fresh": True},
     "a stack, masked, friendly and adaptive": {"stack": 3, "mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01},
+    "a stack, stochastic": {"stack": 3, "noise": True},
+    "a stack, stochastic, friendly, some fresh": {"stack": 2, "noise": True, "sigma": 0.7, "lmbda": 0.9, "fresh": True},
     "a stack, one not finite": {"stack": 3, "norm_sq": (0.25, NAN, 0.0), "sigma": 1.0, "lmbda": 0.9, "fresh": True},
 }
 # Stacks, and other terms behind them.
@@ -253,7 +261,7 @@ ROUNDED_ONCE = [
     for operator, variant in CASES
     if "not finite" not in variant
     and not {"stack", "lmbda"} <= VARIANTS[operator][variant].keys()
-    and "ahead" not in VARIANTS[operator][variant]
+    and not {"ahead", "noise"} & VARIANTS[operator][variant].keys()
     and VARIANTS[operator][variant].get("alias") != "row"
 ]
 # Variants that use most arguments.
@@ -340,6 +348,8 @@ class Call:
         """The same call on fp64 storage; ``step`` and ``found_inf`` are fp32 in every call."""
 
         def widened(name, value):
+            if name == "achieved_sq" and value.dim() > 1 + ("stack" in self.arguments):
+                value = value[..., 0, :]
             if isinstance(value, list):
                 return [widened(name, v) for v in value]
             if isinstance(value, Tensor) and value.is_floating_point() and name not in ("step", "found_inf"):
@@ -493,6 +503,7 @@ class _Maker:
     def perturbation(self) -> None:
         o, a = self.o, self.call.arguments
         stack = o.get("stack")
+        sums = (reference.ACHIEVED,) if self.dtype.itemsize == 2 else ()
         if self.call.operator == "perturb":
             norm_sq = torch.tensor(o.get("norm_sq", (0.25, 0.0625, 0.0625)), dtype=torch.float64)
             if stack is not None:  # the given sum is that of the second
@@ -504,13 +515,18 @@ class _Maker:
         self.put("radii", torch.tensor(radii, dtype=torch.float64))
         if stack is None:
             self.status(o.get("status", (UNTOUCHED,)))
-            self.put("achieved_sq", torch.full((len(self.rows),), NAN, dtype=torch.float64))
+            self.put("achieved_sq", torch.full((*sums, len(self.rows)), NAN, dtype=torch.float64))
         else:
             a["saved"] = self.buffer("saved")
             a["weights"] = [self.arena("copies", (stack, self.size), self.dtype, self.shift)]
             for row in self.rows:
                 a["weights"][0][:, row.at] = NAN
-            self.put("achieved_sq", torch.full((stack, len(self.rows)), NAN, dtype=torch.float64))
+            self.put("achieved_sq", torch.full((stack, *sums, len(self.rows)), NAN, dtype=torch.float64))
+        if "noise" in o and sums:
+            # Every third parameter begins at an odd element, so that no eight of its elements share a call.
+            own = [(5 * i + 1, 2**33 + 8 * i + (i % 3 == 1)) for i in range(len(self.sizes))]
+            self.put("noise", torch.tensor([(-(self.seed + 3) << 34 | 77, 2**32 - 2), *own]))
+            a["draw"] = 2**32 - 2
         if "mask" in o:
             generator = torch.Generator().manual_seed(self.seed)
             self.put("mask", torch.randint(0, 256, (-(-self.size // 8),), dtype=torch.uint8, generator=generator))
@@ -644,7 +660,8 @@ def make(
         operator: one of ``VARIANTS``.
         variant: its name there, or options of its own:
             ``budget``, ``sigma``, ``lmbda``, ``eta``, ``norm_sq``, ``rescale``, ``last``, ``rule``, ``count``, columns of
-            ``settings`` (for all groups but the second) are passed on; ``mask`` and ``out_sq`` ask for the argument;
+            ``settings`` (for all groups but the second) are passed on; ``mask``, ``out_sq`` and, of 16 bits, ``noise`` ask for
+            the argument;
             ``fresh``: every other parameter's ema is NaN; ``infinite``: so are weights that are not perturbed;
             ``overflow``: so are gradients; ``status``: of the rows in turn, none without it where it is optional;
             ``terms``: their coefficients (see ``coefs``), ``unread``: those that hold NaN; ``sums``: rows and terms of each,

@@ -45,6 +45,7 @@ EMULATED = "tests/test_cuda_emulated.py -k 'bits_of_the_cpu'"
 ALL_EMULATED = "tests/test_cuda_emulated.py"
 SPECIFIED = "tests/test_kernels.py -k 'bits_of_the_specification and fp32'"
 SPECIFIED_16 = "tests/test_kernels.py -k 'bits_of_the_specification and bf16'"
+RANDOM_16 = "tests/test_kernels.py -k 'bits_of_the_specification and stochastic and bf16'"
 FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf16",), ("cpu/operators",)
 LOOPS_OVER_PARAMETERS, PARAMETERS = "csrc/parameters.cpp", ("parameters",)
 LOOPS, DEVICE = "csrc/cpu/loops.h", "csrc/cuda/kernels.cuh"
@@ -220,8 +221,8 @@ MUTANTS = [
     Mutant(
         "stats of what was perturbed before",
         P + "step.py",
-        "self.store.parts(self.latest.only)",
-        "self.store.parts(None)",
+        "self.store.achieved(self.latest.only, len(norms_sq))",
+        "self.store.achieved(None, len(norms_sq))",
         "tests/test_methods.py -k 'statistics_of_its_own and cpu'",
     ),
     Mutant(
@@ -1286,8 +1287,8 @@ MUTANTS = [
     Mutant(
         "CPU: what is saved already is saved again",
         LOOPS,
-        "base, out, untouched ? saved : nullptr)",
-        "base, out, saved)",
+        "base, out, untouched ? saved : nullptr, achieved)",
+        "base, out, saved, achieved)",
         SPECIFIED,
         FLOAT,
     ),
@@ -1640,6 +1641,113 @@ MUTANTS = [
         "if (saved) cuda::store<N>(saved + i, in.w);",
         "if (saved && is_known) cuda::store<N>(saved + i, in.w);",
         EMULATED,
+    ),
+    Mutant(
+        "random rounding: both sides draw the same",
+        P + "store.py",
+        'OPPOSITE if radii == "opposite" else 0',
+        "0",
+        "tests/test_precision.py -k two_sides",
+    ),
+    Mutant(
+        "random rounding: every loop of a step draws the same",
+        P + "step.py",
+        "self.store.drawn += len(parts)",
+        "pass",
+        "tests/test_precision.py -k every_pass",
+    ),
+    Mutant(
+        "random rounding: loops are counted over all steps",
+        P + "step.py",
+        "        self.store.drawn = 0\n",
+        "",
+        "tests/test_precision.py -k goes_on",
+    ),
+    Mutant(
+        "random rounding: every step draws the same",
+        P + "flat.py",
+        "if self._head == head:",
+        "if self._head is not None:",
+        "tests/test_precision.py -k reads_the_step",
+    ),
+    Mutant(
+        "random rounding: a capture copies from the host",
+        P + "flat.py",
+        "elif not self.is_capturing():  # what",
+        "elif True:  # what",
+        "tests/test_precision.py -k reads_the_step",
+    ),
+    Mutant(
+        "random rounding: the seed of a file is not taken",
+        P + "checkpoint.py",
+        'own.get("seed", engine.store.seed)',
+        "engine.store.seed",
+        "tests/test_precision.py -k goes_on",
+    ),
+    Mutant(
+        "random rounding: halves of a word swapped",
+        B + "reference.py",
+        "word >> k % 2 * 16",
+        "word >> (1 - k % 2) * 16",
+        RANDOM_16,
+    ),
+    Mutant(
+        "random rounding: one round fewer",
+        B + "reference.py",
+        "rounds: int = 7",
+        "rounds: int = 6",
+        RANDOM_16,
+    ),
+    Mutant(
+        "random rounding: subnormals of fp16 by parts of 2^-15",
+        B + "reference.py",
+        "* 2.0**40",
+        "* 2.0**39",
+        "tests/test_precision.py -k every_share",
+    ),
+    Mutant(
+        "random rounding: a row's first bits are those of its call",
+        LOOPS,
+        "return to + before;",
+        "return to;",
+        "tests/test_precision.py -k neither_rows",
+        BF16,
+    ),
+    Mutant(
+        "random rounding: infinity above the largest number",
+        "csrc/update_math.h",
+        "magnitude >= 0x7f7f0000",
+        "magnitude >= 0x7f800000",
+        "tests/test_precision.py -k 'no_ordinary and bf16'",
+        BF16,
+    ),
+    Mutant(
+        "random rounding: eight elements of two calls at once",
+        DEVICE,
+        "(stochastic ? first % kDraws : 0)",
+        "0",
+        "tests/test_cuda_emulated.py -k 'bits_of_the_cpu and stochastic'",
+    ),
+    Mutant(
+        "along: of what arrived",
+        P + "step.py",
+        "product / asked_sq)",
+        "product / achieved_sq)",
+        "tests/test_precision.py -k along",
+    ),
+    Mutant(
+        "along: nobody warns",
+        P + "precision.py",
+        "LEAST = 0.5",
+        "LEAST = 0.0",
+        "tests/test_precision.py -k warn",
+    ),
+    Mutant(
+        "along: the GPU is waited for",
+        P + "precision.py",
+        "(self._event is not None and not self._event.query())",
+        "False",
+        "tests/test_precision.py -k on_a_gpu",
     ),
 ]
 

@@ -54,6 +54,7 @@ def names_of_the_reader() -> dict[str, object]:
         **{"MicroBatchSAM": MicroBatchSAM, "methods": methods, "model": model, "base": base, "loader": loader},
         **{"opt": MicroBatchSAM(base, model=model), "loss_fn": lambda x, y: F.cross_entropy(model(x), y)},
         **{"x": x, "y": y, "epochs": 2, "correct": 0, "running": 0.0},
+        **{"scaler": torch.amp.GradScaler("cpu"), "device": "cpu", "folder": "checkpoint"},
     }
 
 
@@ -77,6 +78,8 @@ def runnable(page: Path) -> list[str]:
     return [textwrap.dedent(code) for gpu, _, code in BLOCK.findall(page.read_text("utf-8")) if not gpu]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_every_page_runs(page, tmp_path, monkeypatch):
     """One block after the other, with a model and a loader such as the reader has."""
@@ -100,25 +103,6 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     for page in pages:
         links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text("utf-8"))
         assert [link for link in links if not (page.parent / link).exists()] == [], page.name
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
-@pytest.mark.parametrize("page", ["checkpoints", "precision"])
-def test_the_code_of_a_page_runs(page, tmp_path):
-    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-    opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), method=methods.FriendlySAM())
-    loader = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(3)]
-    scaler = torch.amp.GradScaler("cpu")
-    for x, y in loader:
-        opt.train_step(lambda x, y: F.cross_entropy(model(x), y), x, y)
-    names = dict(torch=torch, F=F, model=model, opt=opt, loader=loader, scaler=scaler, device="cpu", folder=tmp_path)
-    blocks = blocks_of(ROOT / "docs" / f"{page}.md")
-    assert blocks
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
-    assert opt.steps == 3 + 3 * (page == "precision")
-    assert all(p.isfinite().all() for p in model.parameters())
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -159,6 +159,20 @@ def test_triton_kernels_give_the_bits_of_the_specification(operator, variant, dt
     assert_as_specified(make(operator, variant, dtype, SIZES, flat=flat, shift=shift, absent=ABSENT))
 
 
+RANDOM = [(operator, variant) for operator, variant in CASES if "noise" in VARIANTS[operator][variant]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("operator", "variant"),
+    [pytest.param(*case, marks=pytest.mark.exhaustive if k % 5 else []) for k, case in enumerate(RANDOM)],
+    ids=lambda v: v,
+)
+def test_random_rounding_gives_the_bits_of_the_specification(operator, variant, dtype):
+    """Of rows in 128-bit accesses, which share a call of the generator, and of others."""
+    assert_as_specified(make(operator, variant, dtype, (4096, 80, 33, 16, 5), chunk=2064))
+
+
 @each_case
 def test_rows_of_any_length(operator, variant):
     assert_as_specified(make(operator, variant, sizes=(100, 33, 1), chunk=48, groups=2))

@@ -59,6 +59,14 @@ inline void narrow(const float* in, half* out, int n) {
   for (; i < n; ++i) out[i].bits = round_to_half(in[i]);
 }
 
+// The same at random, by 16 bits for each.
+inline void narrow(const float* in, const uint16_t* random, bf16* out, int n) {
+  MSAM_VECTOR for (int i = 0; i < n; ++i) out[i].bits = stochastic_bf16(in[i], random[i]);
+}
+inline void narrow(const float* in, const uint16_t* random, half* out, int n) {
+  MSAM_VECTOR for (int i = 0; i < n; ++i) out[i].bits = stochastic_half(in[i], random[i]);
+}
+
 // The block at p as arithmetic values: p itself, or widened into tmp.
 template <class S, class T>
 inline const T* load(const S* p, T* tmp, int n) {
@@ -277,9 +285,13 @@ inline Wide<Pack<T>> load_wide(const T* p) {
   return v;
 }
 template <class V>
-inline Wide<V> square(Wide<V> v) {
-  for (Doubles& x : v.of) x = x * x;
-  return v;
+inline Wide<V> product(Wide<V> x, const Wide<V>& y) {
+  for (size_t k = 0; k < sizeof x.of / sizeof *x.of; ++k) x.of[k] = x.of[k] * y.of[k];
+  return x;
+}
+template <class V>
+inline Wide<V> square(const Wide<V>& x) {
+  return product(x, x);
 }
 
 // ---- reductions: kLanes fixed lanes in double, whatever the width of the registers ----------------------------------
@@ -453,13 +465,45 @@ inline V where(const uint8_t* bits_of, int j, V next, V old) {
 }
 
 template <class V>
-inline Wide<V> difference_sq(V next, V old) {
-  return square(wide(next == old ? V{} : next - old));  // inf - inf is NaN
+inline V difference(V next, V old) {
+  return next == old ? V{} : next - old;  // inf - inf is NaN
 }
 
-// Weights of a row from `base` to w + e; returns ||e||^2 as it was stored. `saved` is null where nothing is to be saved.
+// x times a constant; both fit 32 bits.
+inline ULongs times(ULongs x, uint32_t constant) {
+#if defined(__AVX512F__)
+  return ULongs(_mm512_mul_epu32(__m512i(x), _mm512_set1_epi64(constant)));
+#elif defined(__AVX2__)
+  return ULongs(_mm256_mul_epu32(__m256i(x), _mm256_set1_epi64x(constant)));
+#elif defined(__SSE2__)
+  return ULongs(_mm_mul_epu32(__m128i(x), _mm_set1_epi64x(constant)));
+#else
+  return x * uint64_t(constant);
+#endif
+}
+
+// 16 random bits for each of a row's n elements from i on, somewhere in `to`.
+constexpr int kBlockDraws = (kBlock / kDraws + kWidth) * kDraws;  // calls of the generator come kWidth at once
+inline const uint16_t* block_noise(const Noise& noise, int64_t i, int n, uint16_t* to) {
+  const int64_t first = noise.first + i, call = first / kDraws;
+  const int before = int(first % kDraws);
+  for (int k = 0; k * kDraws < before + n; k += kWidth) {
+    ULongs c[4] = {{}, ULongs{} + noise.number, ULongs{} + noise.step, ULongs{} + noise.draw};
+    for (int v = 0; v < kWidth; ++v) c[0][v] = uint32_t(call + k + v);
+    philox(c, noise.key[0], noise.key[1], times);
+    const ULongs pairs[2] = {c[0] | c[1] << 32, c[2] | c[3] << 32};
+    uint64_t words[2 * kWidth];
+    for (int v = 0; v < kWidth; ++v) words[2 * v] = pairs[0][v], words[2 * v + 1] = pairs[1][v];
+    std::memcpy(to + k * kDraws, words, sizeof words);
+  }
+  return to + before;
+}
+
+// Weights of a row from `base` to w + e, for the micro-batch of that number; leaves the sums of kAchieved in every rows-th of
+// `achieved`. `saved` is null where nothing is to be saved.
 template <class S, bool friendly, bool adaptive, bool masked, bool stream>
-double perturb_row(const Perturb& a, double norm_sq, const Chunk& c, const S* grads, const S* base, S* weights, S* saved) {
+void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Chunk& c, const S* grads, const S* base,
+                 S* weights, S* saved, double* achieved) {
   using T = typename Arithmetic<S>::type;
   const S* emas = friendly ? at<S>(a.ema, c) : nullptr;
   S* emas_out = friendly ? at<S>(a.ema_out, c) : nullptr;
@@ -468,10 +512,12 @@ double perturb_row(const Perturb& a, double norm_sq, const Chunk& c, const S* gr
   const Pack<T> lmbda = pack_of<T>(a.lmbda), one_minus_lmbda = pack_of<T>(a.one_minus_lmbda);
   const bool past_cache = stream && base != weights;  // weights that were not read
   const Ahead<S> ahead(stream, {base, grads, emas});
-  Lanes<false> lanes;  // of which no coefficient is made
+  [[maybe_unused]] const Noise noise = a.noise ? Noise(a.noise, c.segment, c.begin, a.draw + uint32_t(micro_batch)) : Noise();
+  constexpr int kSums = std::is_same_v<S, T> ? 1 : kAchieved;
+  Lanes<false> lanes[kSums];  // of which no coefficient is made
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
-    alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock];
+    alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock], e_result[kBlock];
     // What is saved is stored as it is read, where neither its type nor the cache stands against it.
     T* saved_new = saved && !stream && std::is_same_v<S, T> && n == kBlock ? reinterpret_cast<T*>(saved + i) : nullptr;
     if (saved && !saved_new) copy(weights + i, saved + i, n, stream);
@@ -484,7 +530,7 @@ double perturb_row(const Perturb& a, double norm_sq, const Chunk& c, const S* gr
     const bool direct = std::is_same_v<S, T> && n == kBlock, w_direct = direct && !past_cache;
     T* w_new = w_direct ? reinterpret_cast<T*>(weights + i) : w_result;
     T* ema_new = friendly && direct && emas_out ? reinterpret_cast<T*>(emas_out + i) : ema_result;
-    const auto change_sq = [&](int j) {
+    const auto move = [&](int j) {
       const Pack<T> old = load_pack(w + j);
       if (saved_new) store_pack(saved_new + j, old);
       Pack<T> d = load_pack(g + j);
@@ -493,25 +539,38 @@ double perturb_row(const Perturb& a, double norm_sq, const Chunk& c, const S* gr
         store_pack(ema_new + j, ema_next(average, d, lmbda, one_minus_lmbda));
         d = residual(d, average, sigma);
       }
-      Pack<T> next = perturbed(old, d, scale, eta, adaptive);
+      const Pack<T> e = perturbation(old, d, scale, eta, adaptive);
+      Pack<T> next = old + e;
       if constexpr (masked) next = where<Pack<T>>(bits, j, next, old);
       store_pack(w_new + j, next);
-      return difference_sq(next, old);
+      if constexpr (kSums > 1) store_pack(e_result + j, masked ? where<Pack<T>>(bits, j, e, Pack<T>{}) : e);
+      return difference(next, old);
     };
     if constexpr (std::is_same_v<S, T>) {
-      lanes.add(i, whole_lanes(n), ahead, change_sq);
+      lanes[0].add(i, whole_lanes(n), ahead, [&](int j) { return square(wide(move(j))); });
       if (!w_direct) copy(reinterpret_cast<const S*>(w_result), weights + i, n, past_cache);
       if (emas_out && !direct) std::memcpy(emas_out + i, ema_result, n * sizeof(S));
     } else {  // what counts is what was stored
-      Lanes<false> unrounded;
-      unrounded.add(i, whole_lanes(n), ahead, change_sq);
-      narrow(w_result, weights + i, n);
+      for (int j = 0; j < whole_lanes(n); j += kPack<T>) {
+        if (j % kLanes == 0) ahead(i + j);
+        move(j);
+      }
+      if (a.noise) {
+        uint16_t draws[kBlockDraws];
+        narrow(w_result, block_noise(noise, i, n, draws), weights + i, n);
+      } else {
+        narrow(w_result, weights + i, n);
+      }
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
-      lanes.add(i, whole_lanes(n), InCache(), [&](int j) { return difference_sq(load_pack(stored + j), load_pack(w + j)); });
+      const auto arrived = [&](int j) { return wide(difference(load_pack(stored + j), load_pack(w + j))); };
+      const auto asked = [&](int j) { return wide(load_pack(e_result + j)); };
+      lanes[0].add(i, whole_lanes(n), InCache(), [&](int j) { return square(arrived(j)); });
+      lanes[1].add(i, whole_lanes(n), InCache(), [&](int j) { return product(arrived(j), asked(j)); });
+      lanes[2].add(i, whole_lanes(n), InCache(), [&](int j) { return square(asked(j)); });
     }
   });
-  return rounded(lanes.total());
+  for (int r = 0; r < kSums; ++r) achieved[r * a.rows] = rounded(lanes[r].total());
 }
 
 template <class S, bool masked, bool stream>
@@ -524,6 +583,7 @@ template <class S>
 void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
   const auto row = a.mask ? (x.large ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
                           : (x.large ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
+  const int sums = achieved_of(a.storage);
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.table[k];
     S *weights = at<S>(x, a.weights, c), *saved = at<S>(a.saved, c);
@@ -532,12 +592,13 @@ void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
     const S* base = a.status && a.status[k] == kPerturbed ? saved : weights;
     // A row of w stays in cache while every micro-batch takes its turn.
     for (int64_t i = a.first; i < a.last; ++i) {
-      double& achieved_sq = a.achieved_sq[(i - a.first) * a.rows + k] = 0;
+      double* achieved = a.achieved_sq + (i - a.first) * sums * a.rows + k;
+      for (int r = 0; r < sums; ++r) achieved[r * a.rows] = 0;
       S* out = a.copies ? static_cast<S*>(a.copies) + (i * a.stride + c.offset) : weights;
       if (!weights || (!grads && !a.copies)) continue;
       const double norm_sq = x.norm_sq[i - a.first];
       if (grads && is_finite(norm_sq)) {
-        achieved_sq = row(a, norm_sq, c, grads + i * size_of(x, c), base, out, untouched ? saved : nullptr);
+        row(a, i, norm_sq, c, grads + i * size_of(x, c), base, out, untouched ? saved : nullptr, achieved);
       } else {  // no perturbation, and an EMA that stays usable
         if (untouched) copy<S>(weights, saved, c.numel, x.large);
         if (base != out) copy(base, out, c.numel, x.large);

@@ -88,7 +88,7 @@ class Device : public Call {
     const Tensor norm_sq = at::detail::empty_cpu({count, 1}, at::kDouble);
     double* const achieved_sq = a.achieved_sq;
     for (int64_t i = 0; i < count; ++i) {
-      a.first = i, a.last = i + 1, a.achieved_sq = achieved_sq + i * rows();
+      a.first = i, a.last = i + 1, a.achieved_sq = achieved_sq + i * achieved_of(a.storage) * rows();
       norm_sq.mutable_data_ptr<double>()[i] = *ascend_at_once(a, false).const_data_ptr<double>();
     }
     return norm_sq;

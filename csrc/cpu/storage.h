@@ -3,23 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "../segments.h"
 #include "../update_math.h"
 
 namespace msam::cpu {
-
-MSAM_FN float bits_to_float(uint32_t u) {
-  float f;
-  std::memcpy(&f, &u, sizeof f);
-  return f;
-}
-MSAM_FN uint32_t float_to_bits(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, sizeof u);
-  return u;
-}
 
 MSAM_FN uint16_t round_to_bf16(float f) {
   const uint32_t u = float_to_bits(f);

@@ -43,6 +43,7 @@ constexpr int kWidth = 2;
 #endif
 typedef double Doubles __attribute__((vector_size(8 * kWidth)));
 typedef int64_t Longs __attribute__((vector_size(8 * kWidth)));
+typedef uint64_t ULongs __attribute__((vector_size(8 * kWidth)));
 typedef float Floats __attribute__((vector_size(8 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(8 * kWidth)));
 

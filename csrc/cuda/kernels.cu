@@ -147,13 +147,15 @@ cudaError_t launch_norm(const Norm& args, const Lists& lists, cudaStream_t strea
 }
 
 cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t stream) {
-  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
+  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive, auto stochastic) {
     return stacked_or_not(p, [](auto stacked) {
-      return perturb_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
-                            std::decay_t<decltype(p)>>;
+      constexpr bool at_random = decltype(stochastic)::value && sizeof(s) == 2;
+      return perturb_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, at_random,
+                            decltype(stacked)::value, std::decay_t<decltype(p)>>;
     });
   };
-  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.ema != nullptr, args.adaptive);
+  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.ema != nullptr, args.adaptive,
+                        args.noise != nullptr);
 }
 
 cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t stream) {
@@ -164,7 +166,7 @@ cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t 
       Perturb one = args;
       one.first = i, one.last = i + 1;
       one.partials = args.partials + (i - args.first) * terms, one.norm_sq.data = one.partials;
-      one.achieved_sq = args.achieved_sq + (i - args.first) * args.rows;
+      one.achieved_sq = args.achieved_sq + (i - args.first) * achieved_of(args.storage) * args.rows;
       const cudaError_t error = launch_ascend(one, lists, stream);
       if (error != cudaSuccess) return error;
     }
@@ -174,14 +176,15 @@ cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t 
     const cudaError_t error = launch_norm(args, lists, stream);
     return error != cudaSuccess ? error : launch_perturb(args, lists, stream);
   }
-  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive) {
+  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive, auto stochastic) {
     return stacked_or_not(p, [](auto stacked) {
-      return ascend_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, decltype(stacked)::value,
-                            std::decay_t<decltype(p)>>;
+      constexpr bool at_random = decltype(stochastic)::value && sizeof(s) == 2;
+      return ascend_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, at_random,
+                            decltype(stacked)::value, std::decay_t<decltype(p)>>;
     });
   };
   const Grid grid{partials_of(args.rows) * (args.last - args.first) + args.rows};
-  return launch_windows(args, lists, grid, stream, kernel, args.ema != nullptr, args.adaptive);
+  return launch_windows(args, lists, grid, stream, kernel, args.ema != nullptr, args.adaptive, args.noise != nullptr);
 }
 
 cudaError_t launch_weigh(const Weigh& args, cudaStream_t stream) {

@@ -68,8 +68,12 @@ constexpr int kFewer = 0;
 #endif
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
-template <class S, bool friendly, bool adaptive, bool stacked>
-constexpr int kPerturbBlocks = stacked ? 2 : kBlocks<S> - (friendly && sizeof(S) == 2 && (kFewer || adaptive));
+// 16-bit storage keeps three sums of a perturbation, and where it rounds at random the words of the generator.
+template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked>
+constexpr int kPerturbBlocks =
+    friendly && stochastic && (adaptive || kFewer) ? (stacked ? 1 : 2)
+    : stacked                                      ? 2
+                                                   : kBlocks<S> - (sizeof(S) == 2 && (friendly || (stochastic && kFewer)));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
 template <class S, bool combined, bool stacked>
@@ -141,6 +145,9 @@ MSAM_DEVICE unsigned narrow_pair(half, const float* x) {
   return reinterpret_cast<const unsigned&>(v);
 }
 
+MSAM_DEVICE unsigned at_random(bf16, float x, uint32_t random) { return stochastic_bf16(x, random); }
+MSAM_DEVICE unsigned at_random(half, float x, uint32_t random) { return stochastic_half(x, random); }
+
 template <class S>
 struct Convert16 {
   static MSAM_DEVICE void widen(uint4 v, float* x) {
@@ -159,6 +166,24 @@ struct Convert16 {
     return static_cast<unsigned short>(narrow_pair(S{}, pair));
   }
 };
+// 16 bits from N values, rounded at random: `at` is the first element's place in the parameter, a multiple of N.
+template <class S, int N>
+MSAM_DEVICE Pack<S, N> narrow_at_random(const float* x, const Noise& noise, uint64_t at) {
+  uint64_t words[4] = {uint32_t(at / kDraws), noise.number, noise.step, noise.draw};
+  philox(words, noise.key[0], noise.key[1]);
+  if constexpr (N == 1) {
+    const unsigned k = at % kDraws;
+    const uint32_t word = uint32_t(k / 2 == 0 ? words[0] : k / 2 == 1 ? words[1] : k / 2 == 2 ? words[2] : words[3]);
+    return static_cast<unsigned short>(at_random(S{}, x[0], word >> k % 2 * 16 & 0xffff));
+  } else {
+    static_assert(N == kDraws, "a thread's elements are those of a call");
+    unsigned pairs[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      pairs[k] = at_random(S{}, x[2 * k], words[k] & 0xffff) | at_random(S{}, x[2 * k + 1], uint32_t(words[k]) >> 16) << 16;
+    return {pairs[0], pairs[1], pairs[2], pairs[3]};
+  }
+}
 template <>
 struct Convert<bf16, 8> : Convert16<bf16> {};
 template <>
@@ -460,11 +485,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) norm_kernel(const __grid
 
 // ---- perturb ----------------------------------------------------------------------------------------------------
 
-template <class S_, bool friendly, bool adaptive>
+// The sums of a perturbation, see kAchieved: of which no coefficient is made.
+template <class S>
+struct Achieved {  // 16 bits: products of fp32 values are exact, and registers short
+  static constexpr int kCount = kAchieved;
+  double sums[kCount] = {};
+
+  MSAM_DEVICE void add(int, float e, float asked) {
+    sums[0] = fma(double(e), double(e), sums[0]);
+    sums[1] = fma(double(e), double(asked), sums[1]);
+    sums[2] = fma(double(asked), double(asked), sums[2]);
+  }
+  MSAM_DEVICE Sum<double, false> total(int r) const { return {sums[r]}; }
+};
+template <class T>
+struct AchievedAlone {
+  static constexpr int kCount = 1;
+  Products<T, false> sum;
+
+  MSAM_DEVICE void add(int j, T e, T) { sum.add(j, e, e); }
+  MSAM_DEVICE Sum<double, false> total(int) const { return sum.total(); }
+};
+template <>
+struct Achieved<float> : AchievedAlone<float> {};
+template <>
+struct Achieved<double> : AchievedAlone<double> {};
+
+template <class S_, bool friendly, bool adaptive, bool stochastic>
 struct PerturbOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = sizeof(S) == 2 && friendly && adaptive ? 1 : 2;  // what the registers hold
+  static constexpr int kUnroll = sizeof(S) == 2 && friendly && (adaptive || kFewer) ? 1 : 2;  // what the registers hold
   S* weights;
   const S* base;  // what they begin with, null where they hold it
   const S *grads, *ema;
@@ -473,16 +524,18 @@ struct PerturbOp {
   T sigma, lmbda, one_minus_lmbda, eta;
   T scale = 0;
   bool is_known = false;  // the norm
-  Products<T, false> sum = {};  // of which no coefficient is made
+  Achieved<S> sums = {};
+  const Noise* noise = nullptr;  // shared; once the norm is there
+  int64_t first = 0;             // the row's first element in its parameter
 
   template <int N>
   struct In {
     Pack<S, N> w, g, ema;
   };
   MSAM_DEVICE uintptr_t addresses() const {
-    // A vector's bits lie in one byte.
+    // A vector's bits lie in one byte, and its random bits come from one call.
     return address(weights) | address(base) | address(grads) | address(saved) | (friendly ? address(ema) : 0) |
-           (first_bit & 7);
+           (first_bit & 7) | (stochastic ? first % kDraws : 0);
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
@@ -492,7 +545,7 @@ struct PerturbOp {
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) {
-    T w[N], g[N], e[N], next[N], ema_new[N];
+    T w[N], g[N], average[N], e[N], next[N], ema_new[N];
     if (saved) cuda::store<N>(saved + i, in.w);
     if (!is_known) {  // no perturbation, and an EMA that stays usable
       if (base) cuda::store<N>(weights + i, in.w);
@@ -500,39 +553,41 @@ struct PerturbOp {
     }
     Convert<S, N>::widen(in.w, w);
     Convert<S, N>::widen(in.g, g);
-    if (friendly) Convert<S, N>::widen(in.ema, e);
+    if (friendly) Convert<S, N>::widen(in.ema, average);
     const uint64_t bit = first_bit + i;
     const unsigned bits = first_bit ? *reinterpret_cast<const uint8_t*>(bit / 8) >> bit % 8 : ~0u;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       T d = g[j];
       if (friendly) {
-        ema_new[j] = ema_next(e[j], d, lmbda, one_minus_lmbda);
-        d = residual(d, e[j], sigma);
+        ema_new[j] = ema_next(average[j], d, lmbda, one_minus_lmbda);
+        d = residual(d, average[j], sigma);
       }
-      next[j] = bits >> j & 1 ? perturbed(w[j], d, scale, eta, adaptive) : w[j];
+      e[j] = bits >> j & 1 ? perturbation(w[j], d, scale, eta, adaptive) : T(-0.);  // which w + e is w of
+      next[j] = w[j] + e[j];
     }
     if (friendly && ema_out) cuda::store<N>(ema_out + i, Convert<S, N>::narrow(ema_new));
-    const Pack<S, N> stored = Convert<S, N>::narrow(next);
+    Pack<S, N> stored;
+    if constexpr (stochastic)
+      stored = narrow_at_random<S, N>(next, *noise, first + i);
+    else
+      stored = Convert<S, N>::narrow(next);
     store<N>(weights + i, stored);
     // What counts is what was stored.
     Convert<S, N>::widen(stored, next);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const T e = next[j] == w[j] ? T(0) : next[j] - w[j];  // inf - inf is NaN
-      sum.add(j, e, e);
-    }
+    for (int j = 0; j < N; ++j) sums.add(j, next[j] == w[j] ? T(0) : next[j] - w[j], e[j]);  // inf - inf is NaN
   }
 };
 
 // One micro-batch of a row, counted from the first: `weights` from `base`, or from themselves. Every thread calls wait(), which
-// returns when the terms of the norm are there: after the row's first loads are under way. Returns ||e||^2 to every thread.
-template <class S, bool friendly, bool adaptive, class P, class Wait>
-MSAM_DEVICE double perturb_one(const P& p, const Chunk& c, int64_t micro_batch, S* weights, const S* base, const S* grads,
-                               S* saved, Shared& shared, Wait&& wait) {
+// returns when the terms of the norm are there: after the row's first loads are under way. Leaves the sums of row k.
+template <class S, bool friendly, bool adaptive, bool stochastic, class P, class Wait>
+MSAM_DEVICE void perturb_one(const P& p, const Chunk& c, int64_t k, int64_t micro_batch, S* weights, const S* base,
+                             const S* grads, S* saved, Shared& shared, Wait&& wait) {
   using T = typename Traits<S>::T;
   const auto& a = p.args;
-  PerturbOp<S, friendly, adaptive> op{weights,
+  PerturbOp<S, friendly, adaptive, stochastic> op{weights,
                                       base,
                                       grads,
                                       at<S>(a.ema, c),
@@ -543,6 +598,7 @@ MSAM_DEVICE double perturb_one(const P& p, const Chunk& c, int64_t micro_batch, 
                                       as<T>(a.lmbda),
                                       as<T>(a.one_minus_lmbda),
                                       as<T>(a.eta)};
+  if constexpr (stochastic) op.first = Noise(a.noise, c.segment, c.begin, 0).first;
   walk(op, int(c.numel), [&] {
     wait();
     add_share<kCareful<S>>(a.norm_sq.data + micro_batch * a.norm_sq.terms, a.norm_sq.terms, shared.warps[0]);
@@ -552,14 +608,29 @@ MSAM_DEVICE double perturb_one(const P& p, const Chunk& c, int64_t micro_batch, 
       shared.is_known = is_finite(norm_sq);
       *numbers_of<T>(shared) = T(ascent_scale(norm_sq, a.radii + c.group * kRadiusColumns));
     }
+    static_assert(sizeof(Noise) <= sizeof shared.constants, "constants outgrew their place");
+    if (stochastic && threadIdx.x == kSecond)
+      new (shared.constants) Noise(a.noise, c.segment, c.begin, a.draw + unsigned(a.first + micro_batch));
     __syncthreads();
     op.is_known = shared.is_known, op.scale = *numbers_of<T>(shared);
+    op.noise = reinterpret_cast<const Noise*>(shared.constants);
   });
-  return rounded(block_sum(op.sum.total(), shared));
+#pragma unroll
+  for (int r = 0; r < op.sums.kCount; ++r) {
+    const double sum = rounded(block_sum(op.sums.total(r), shared));
+    if (threadIdx.x == 0) a.achieved_sq[(micro_batch * op.sums.kCount + r) * a.rows + k] = sum;
+  }
+}
+
+// The sums of a row that is not perturbed.
+template <class S, class P>
+MSAM_DEVICE void leave_nothing(const P& p, int64_t k, int64_t micro_batch) {
+  constexpr int kCount = Achieved<S>::kCount;
+  if (threadIdx.x < kCount) p.args.achieved_sq[(micro_batch * kCount + threadIdx.x) * p.args.rows + k] = 0;
 }
 
 // A row of a stack: w stays in cache while one micro-batch after the other becomes w + e beside it.
-template <class S, bool friendly, bool adaptive, class P, class Wait>
+template <class S, bool friendly, bool adaptive, bool stochastic, class P, class Wait>
 MSAM_DEVICE void perturb_copies(const P& p, int64_t k, Shared& shared, Wait&& wait) {
   const auto& a = p.args;
   const Chunk c = a.table[k];
@@ -569,43 +640,42 @@ MSAM_DEVICE void perturb_copies(const P& p, int64_t k, Shared& shared, Wait&& wa
 #pragma unroll 1
   for (int64_t i = a.first; i < a.last; ++i) {
     S* out = static_cast<S*>(a.copies) + (i * a.stride + c.offset);
-    double achieved_sq = 0;
     if (grads)
-      achieved_sq = perturb_one<S, friendly, adaptive>(p, c, i - a.first, out, base, grads + i * size, nullptr, shared, [&] {
+      perturb_one<S, friendly, adaptive, stochastic>(p, c, k, i - a.first, out, base, grads + i * size, nullptr, shared, [&] {
         if (i == a.first) wait();
       });
     else
-      copy(base, out, int(c.numel));
-    if (threadIdx.x == 0) a.achieved_sq[(i - a.first) * a.rows + k] = achieved_sq;
+      copy(base, out, int(c.numel)), leave_nothing<S>(p, k, i - a.first);
     __syncthreads();  // what is shared has been read, and the EMA written
   }
   if (!grads) wait();
 }
 
-template <class S, bool friendly, bool adaptive, bool stacked, class P, class Wait>
+template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, class P, class Wait>
 MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait) {
-  if constexpr (stacked) return perturb_copies<S, friendly, adaptive>(p, k, shared, wait);
+  if constexpr (stacked) return perturb_copies<S, friendly, adaptive, stochastic>(p, k, shared, wait);
   const auto& a = p.args;
   const Chunk c = a.table[k];
   const uint8_t before = a.status[k];
   if (!is_here(a, c)) return;
   const S* grads = at<S>(p, a.grads, c);
   if (!grads) {
-    if (threadIdx.x == 0) a.achieved_sq[k] = 0;
+    leave_nothing<S>(p, k, 0);
     return wait();
   }
   S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
-  const double achieved_sq = perturb_one<S, friendly, adaptive>(p, c, 0, weights, before == kPerturbed ? saved : nullptr, grads,
-                                                                before == kUntouched ? saved : nullptr, shared, wait);
-  // From the barriers of its sum on nobody reads the status.
-  if (threadIdx.x == 0) a.achieved_sq[k] = achieved_sq, a.status[k] = kPerturbed;
+  perturb_one<S, friendly, adaptive, stochastic>(p, c, k, 0, weights, before == kPerturbed ? saved : nullptr, grads,
+                                                 before == kUntouched ? saved : nullptr, shared, wait);
+  // From the barriers of its sums on nobody reads the status.
+  if (threadIdx.x == 0) a.status[k] = kPerturbed;
 }
 
-template <class S, bool friendly, bool adaptive, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stacked>) perturb_kernel(const __grid_constant__ P p) {
+template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, class P>
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stochastic, stacked>)
+    perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   // Backwards: the end of what norm read may still be in cache.
-  perturb_row<S, friendly, adaptive, stacked>(p, p.args.rows - 1 - blockIdx.x, shared, [] {});
+  perturb_row<S, friendly, adaptive, stochastic, stacked>(p, p.args.rows - 1 - blockIdx.x, shared, [] {});
 }
 
 // ---- ascend: both in one launch -----------------------------------------------------------------------------------
@@ -613,8 +683,9 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive
 // The blocks of norm, and behind them those of perturb, which wait for them. Blocks begin in the order of their indices, as
 // CUB's scans suppose too: no block waits for one that cannot begin, however few fit the GPU at once. The last to arrive
 // leaves the count at zero.
-template <class S, bool friendly, bool adaptive, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stacked>) ascend_kernel(const __grid_constant__ P p) {
+template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, class P>
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stochastic, stacked>)
+    ascend_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
   // Of a stack, the same term of each micro-batch in turn: they read the same weights.
@@ -623,7 +694,7 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive
     norm_term<S, friendly, adaptive, stacked>(p, blockIdx.x / count, blockIdx.x % count, shared);
     if (threadIdx.x == 0) __threadfence();  // the term, which this thread has written
   } else {
-    perturb_row<S, friendly, adaptive, stacked>(p, a.rows - 1 - (blockIdx.x - terms), shared, [&] {
+    perturb_row<S, friendly, adaptive, stochastic, stacked>(p, a.rows - 1 - (blockIdx.x - terms), shared, [&] {
       if (threadIdx.x == 0) wait_for(a.arrived, terms);
       __syncthreads();
     });

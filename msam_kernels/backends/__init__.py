@@ -4,9 +4,10 @@
 Every backend is a namespace with the functions below, called alike:
 
     norm(weights, grads, table, *, ema, sigma, eta, stack) -> norm_sq
-    perturb(weights!, grads, table, *, norm_sq, radii, saved!, achieved_sq!, status!, ema!, mask, sigma, lmbda, eta, stack)
-    ascend(weights!, grads, table, *, radii, saved!, achieved_sq!, status!, arrived!, ema!, mask, sigma, lmbda, eta, stack)
-        -> norm_sq
+    perturb(weights!, grads, table, *, norm_sq, radii, saved!, achieved_sq!, status!, ema!, mask, noise, draw, sigma, lmbda,
+        eta, stack)
+    ascend(weights!, grads, table, *, radii, saved!, achieved_sq!, status!, arrived!, ema!, mask, noise, draw, sigma, lmbda,
+        eta, stack) -> norm_sq
     gram(terms, table, *, count, stack) -> sums
     weigh(shares, *, coefs, sums, rescale, norm_sq) -> shares
     descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!, shares)
@@ -35,6 +36,11 @@ Every backend is a namespace with the functions below, called alike:
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice, and of fp64 storage some terms
   are what the rounding of others lost. ``achieved_sq``: float64
   ``[K]``, the terms of ‖e‖² as it was stored. ``out_sq``: float64 ``[K]``, the terms of ‖out‖².
+* ``achieved_sq``: float64 ``[K]``, the terms of ‖e‖² as it was stored. Of 16-bit weights ``[3, K]``: beside them those of the
+  inner product with the e that was asked for, and of that one's ‖e‖².
+* ``noise``: int64 ``[1 + P, 2]``, for weights of 16 bits: (seed, step), then for every parameter its number and the index of
+  its first element. With it w + e is rounded at random, without it to nearest. ``draw``, of 32 bits, is the number of the
+  perturbation in its step; those of a stack have the following ones.
 * ``coefs``: 7 numbers for each of the 1 to 4 terms, ``sums``: up to 3 float64 tensors ``[rows, n]`` or ``[n]``, 8 rows in all;
   ``rescale``: one of those rows, or -1. See ``reference.coefficients``. ``gram`` returns such a tensor, of 1, 3 or 6 rows.
 * ``step``: float32 ``[P + 1]``; the last element, zero between calls, is where GPU kernels count the blocks that are done.
@@ -70,7 +76,10 @@ except ImportError as error:  # installed without a compiler
 else:
     _missing_extension = None
 
-_DIRECTION = "Tensor? mask=None, float sigma=0., float? lmbda=None, float? eta=None, int? stack=None"
+_DIRECTION = (
+    "Tensor? mask=None, Tensor? noise=None, int draw=0, float sigma=0., float? lmbda=None, float? eta=None, "
+    "int? stack=None"
+)
 _COMBINATION = "float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None, Tensor? saved=None"
 _SCHEMAS = (
     "norm(Tensor[] weights, Tensor[] grads, Tensor table, *, Tensor? ema=None, float sigma=0., float? eta=None, "

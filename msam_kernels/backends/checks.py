@@ -124,6 +124,18 @@ def split_ahead(
     return terms[: len(terms) // 2], terms[len(terms) // 2 :]
 
 
+def check_noise(noise: Tensor | None, weights: Sequence[Tensor]) -> None:
+    """Refuse random rounding of what is not rounded.
+
+    Raises:
+        RuntimeError: with the dtype of the weights.
+    """
+    if noise is not None and weights[0].itemsize != 2:
+        raise RuntimeError(
+            f"noise is for weights of 16 bits, got {str(weights[0].dtype)[6:]}, where w + e is not rounded"
+        )
+
+
 def _dispatches(t: Tensor) -> bool:
     """Whether its class decides in Python what operators do, as those do that have no memory."""
     return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__

@@ -6,7 +6,7 @@ every group):
 
     norm        ‖d‖²,   d = g − sigma·ema (F-SAM), d = T_w·d with T_w = |w| + eta (ASAM)
     perturb     w ← w + e,   e = radius·d / (‖d‖ + 1e-12), or radius·T_w²·d / (‖T_w·d‖ + 1e-12)
-                with ``mask`` e is 0 where the bit is 0
+                with ``mask`` e is 0 where the bit is 0; with ``noise`` rounded at random, see `at_random`
                 ema ← lmbda·ema + (1 − lmbda)·g, after its old value was used
     ascend      norm, then perturb
     gram        the inner products of several vectors: x·x, x·y, y·y, x·z, y·z, z·z
@@ -40,12 +40,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check, check_stack, check_stacks, split_ahead
+from .checks import check, check_noise, check_stack, check_stacks, split_ahead
 
 EPS = 1e-12  # added to a norm that divides
 UNTOUCHED, SAVED, PERTURBED = 0, 1, 2  # values of ``status``
 # Columns of one coefficient: scale · (a + b · ratio), see `coefficients`.
 COEFFICIENT = ("scale", "a", "b", "p", "q", "root", "eps")
+ACHIEVED = 3  # sums of a perturbation of 16-bit weights
+DRAWS = 8  # elements that share a call of the generator
 RADIUS = ("rho", "budget")  # columns of `radii`, as in csrc/update_math.h
 SGD, ADAM = 0, 1  # values of ``rule``
 # Columns of `settings`, by rule, as in csrc/update_math.h.
@@ -146,6 +148,62 @@ def _stretch(w: Tensor, eta: float) -> Tensor:
     return w.abs() + eta
 
 
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor | int], key: tuple[int, int], rounds: int = 7) -> list[Tensor]:
+    """Philox4x32: four random words of 32 bits for four of a counter, in int64.
+
+    7 rounds are the fewest that pass all of TestU01's BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+    SC 2011).
+    """
+    c = [torch.as_tensor(x) & _LOW for x in counter]
+    for i in range(rounds):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # 64 bits, as two's complement
+        keys = [(k + i * step) & _LOW for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
+        c = [(b >> 32 & _LOW) ^ c[1] ^ keys[0], b & _LOW, (a >> 32 & _LOW) ^ c[3] ^ keys[1], a & _LOW]
+    return c
+
+
+def draws(noise: Tensor, row: _Row, draw: int) -> Tensor:
+    """16 random bits for each of a row's elements, int64.
+
+    The k-th of 8 elements has the lower half of word k / 2 of their call where k is even, the upper half where it is odd. The
+    counter of a call: the elements' index in their parameter / 8, the parameter's number, the step, the draw; its key is the
+    seed. So nothing depends on how parameters are laid out, or cut.
+    """
+    (seed, step), (number, first) = noise[0].tolist(), noise[1 + row.segment].tolist()
+    k = torch.arange(first + row.begin, first + row.begin + row.numel, device=noise.device)
+    words = torch.stack(philox((k // DRAWS, number, step, draw), (seed & _LOW, seed >> 32 & _LOW)), -1)
+    word = words.gather(-1, (k % DRAWS // 2)[:, None])[:, 0]
+    return word >> k % 2 * 16 & 0xFFFF
+
+
+def at_random(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """fp32 rounded to one of the two neighbours in 16 bits: away from zero with a probability proportional to the distance.
+
+    What is representable stays, NaN and infinity too. Beyond the largest finite number, where there is no such neighbour, it
+    rounds to nearest. fp16's subnormals are 2^-24 apart, of which the distance counts in parts of 2^-16.
+
+    Args:
+        random: 16 random bits for each element, int64; it rounds away from zero where the part of the distance that is left
+            out, as 16 bits, and these carry.
+    """
+    bits = x.view(torch.int32).long() & _LOW
+    magnitude = bits & 0x7FFFFFFF
+    if dtype == torch.bfloat16:
+        out = (magnitude + torch.where(magnitude >= 0x7F7F0000, 0x8000, random)) >> 16
+        out = torch.where(magnitude > 0x7F800000, 0x7FC0, out)
+    else:
+        normal = (magnitude - 0x38000000 + torch.where(magnitude >= 0x477FE000, 0x1000, random >> 3)) >> 13
+        normal = torch.where(magnitude >= 0x47800000, 0x7C00, normal)
+        is_small = magnitude < 0x38800000
+        small = ((torch.where(is_small, x.abs(), 0.0) * 2.0**40).long() + random) >> 16
+        out = torch.where(magnitude > 0x7F800000, 0x7E00, torch.where(is_small, small, normal))
+    out = out | (bits >> 16 & 0x8000)
+    return out.to(torch.int16).view(dtype)
+
+
 def _of(tensors: list[Tensor], i: int) -> list[Tensor]:
     """Micro-batch i of a list of stacks."""
     return [t[i] if t.numel() else t for t in tensors]
@@ -193,12 +251,14 @@ def perturb(
     status: Tensor | None = None,
     ema: Tensor | None = None,
     mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    draw: int = 0,
     sigma: float = 0.0,
     lmbda: float | None = None,
     eta: float | None = None,
     stack: int | None = None,
 ) -> None:
-    """Weights to w + e, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by row.
+    """Weights to w + e, ema to its next value, ‖e‖² as stored to ``achieved_sq``, by row; of 16 bits what it says beside it.
 
     e is as long as rho, but no longer than budget / (‖d‖ + 1e-12), and opposite to d where rho is negative.
 
@@ -207,17 +267,19 @@ def perturb(
     one is what the one before has left.
     """
     numbers = {"norm_sq": norm_sq, "radii": radii, "status": status, "achieved_sq": achieved_sq, "mask": mask}
-    check(table, weights=weights, grads=grads, saved=saved, ema=ema, **numbers)
+    check(table, weights=weights, grads=grads, saved=saved, ema=ema, noise=noise, **numbers)
+    check_noise(noise, weights)
     if stack is not None:
         check_stacks(stack, grads=grads)
         check_stack("weights", weights[0], stack, contiguous=True)
         own = {"radii": radii, "saved": saved, "ema": ema, "mask": mask, "sigma": sigma, "lmbda": lmbda, "eta": eta}
+        own["noise"] = noise
         for i in range(stack):
             copy = weights[0][i]
             for row in _rows(table):
                 row.within(copy).copy_(row.within(saved))
             from_saved = torch.full((len(table),), PERTURBED, dtype=torch.uint8, device=table.device)
-            each = {"norm_sq": norm_sq[i], "status": from_saved, "achieved_sq": achieved_sq[i]}
+            each = {"norm_sq": norm_sq[i], "status": from_saved, "achieved_sq": achieved_sq[i], "draw": draw + i}
             perturb([copy], _of(grads, i), table, **each, **own)  # type: ignore[arg-type]
         return
     assert status is not None
@@ -225,7 +287,7 @@ def perturb(
     finite, norm = norm_sq.isfinite(), norm_sq.sqrt() + EPS
     for row in _rows(table):
         weight, g = row.weights(weights), row.of(grads)
-        achieved_sq[row.k] = 0
+        achieved_sq[..., row.k] = 0
         if weight is None or g is None:
             continue
         g, kept, before = _wide(g), row.within(saved), status[row.k].clone()
@@ -241,10 +303,18 @@ def perturb(
         scale = (torch.minimum(rho.abs(), budget / norm).copysign(rho) / norm).to(w.dtype)
         moves = finite if mask is None else finite & row.bits(mask)
         status[row.k] = PERTURBED  # from here on the weights can be brought back, also after an interruption
-        weight.copy_(torch.where(moves, w + d * scale, w))
+        e = d * scale
+        x = torch.where(moves, w + e, w)
+        weight.copy_(x if noise is None else at_random(x, weight.dtype, draws(noise, row, draw)))
         after = _wide(weight)
-        change = torch.where(finite & (after != w), after - w, 0.0)  # inf - inf is NaN
-        achieved_sq[row.k] = change.double().square().sum()
+        change = torch.where(finite & (after != w), after - w, 0.0).double()  # inf - inf is NaN
+        if weight.itemsize == 2:
+            asked = torch.where(moves, e, 0.0).double()
+            achieved_sq[:, row.k] = torch.stack(
+                [(change * change).sum(), (change * asked).sum(), (asked * asked).sum()]
+            )
+        else:
+            achieved_sq[row.k] = change.square().sum()
 
 
 def ascend(
@@ -259,13 +329,15 @@ def ascend(
     arrived: Tensor | None = None,
     ema: Tensor | None = None,
     mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    draw: int = 0,
     sigma: float = 0.0,
     lmbda: float | None = None,
     eta: float | None = None,
     stack: int | None = None,
 ) -> Tensor:
     """``norm``, then ``perturb`` by what it returned; returns it too. Of a stack both for one micro-batch after the other."""
-    check(table, weights=weights, grads=grads, saved=saved, achieved_sq=achieved_sq, arrived=arrived)
+    check(table, weights=weights, grads=grads, saved=saved, achieved_sq=achieved_sq, arrived=arrived, noise=noise)
     if stack is not None:
         check_stacks(stack, grads=grads)
         check_stack("weights", weights[0], stack, contiguous=True)
@@ -275,7 +347,7 @@ def ascend(
             norms.append(norm([saved], one, table, stack=1, **rest))  # type: ignore[arg-type]
             perturb(
                 [weights[0][i : i + 1]], one, table, norm_sq=norms[i], radii=radii, saved=saved,
-                achieved_sq=achieved_sq[i : i + 1], mask=mask, lmbda=lmbda, stack=1, **rest,  # type: ignore[arg-type]
+                achieved_sq=achieved_sq[i : i + 1], mask=mask, noise=noise, draw=draw + i, lmbda=lmbda, stack=1, **rest,  # type: ignore[arg-type]
             )  # fmt: skip
         return torch.cat(norms)
     norm_sq = norm(weights, grads, table, ema=ema, sigma=sigma, eta=eta)
@@ -290,6 +362,8 @@ def ascend(
         achieved_sq=achieved_sq,
         ema=ema,
         mask=mask,
+        noise=noise,
+        draw=draw,
         sigma=sigma,
         lmbda=lmbda,
         eta=eta,

@@ -49,6 +49,7 @@ STORAGE = {
 UNTOUCHED, SAVED, PERTURBED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SGD, ADAM = tl.constexpr(0), tl.constexpr(1)
 RADIUS_COLUMNS, COEFFICIENT_COLUMNS = tl.constexpr(2), tl.constexpr(7)
+DRAWS, NOISE_COLUMNS, ACHIEVED = tl.constexpr(8), tl.constexpr(2), tl.constexpr(3)
 TERMS, VECTORS, SUM_TENSORS, SUM_ROWS = 4, 3, 3, 8
 # The columns of settings, and the states, of which the last may be missing.
 RULES = {0: (6, ("momentum_buffer",)), 1: (8, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))}
@@ -125,11 +126,40 @@ def stretch(w, eta):
 
 
 @triton.jit
-def perturbed(w, d, scale, eta, ADAPTIVE: tl.constexpr):
+def perturbation(w, d, scale, eta, ADAPTIVE: tl.constexpr):
     if ADAPTIVE:
         t = stretch(w, eta)
         d = t * t * d
-    return w + d * scale
+    return d * scale
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, key0, key1):
+    """Philox4x32 of 7 rounds; all are uint32."""
+    for _ in tl.static_range(7):
+        a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (b >> 32).to(tl.uint32) ^ c1 ^ key0, b.to(tl.uint32)
+        c2, c3 = (a >> 32).to(tl.uint32) ^ c3 ^ key1, a.to(tl.uint32)
+        key0, key1 = key0 + tl.full([], 0x9E3779B9, tl.uint32), key1 + tl.full([], 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def at_random(x, random, S: tl.constexpr):
+    """fp32 as one of its neighbours in the storage type, by 16 random bits in uint32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if S.fp_mantissa_width == 7:  # bf16
+        out = (magnitude + tl.where(magnitude >= 0x7F7F0000, 0x8000, random)) >> 16
+        out = tl.where(magnitude > 0x7F800000, 0x7FC0, out)
+    else:
+        normal = (magnitude - 0x38000000 + tl.where(magnitude >= 0x477FE000, 0x1000, random >> 3)) >> 13
+        normal = tl.where(magnitude >= 0x47800000, 0x7C00, normal)
+        is_small = magnitude < 0x38800000
+        scaled = tl.where(is_small, tl.abs(x), 0.0) * 1099511627776.0  # 2^40
+        small = (scaled.to(tl.int32).to(tl.uint32) + random) >> 16
+        out = tl.where(magnitude > 0x7F800000, 0x7E00, tl.where(is_small, small, normal))
+    return (out | (bits >> 16 & 0x8000)).to(tl.uint16).to(S, bitcast=True)
 
 
 @triton.jit
@@ -472,17 +502,76 @@ def picked_by(mask, offset, i, lanes, here):
 
 
 @triton.jit
-def perturb_row(
-    w, g, saved, ema, mask, offset, numel, status, finite, renew, numbers, S: tl.constexpr, T: tl.constexpr,
-    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+def load_noise(noise, segment, begin, draw):
+    """The seed in two parts, the parameter's number, the step and the draw; and the row's first element."""
+    row = pointer(noise, tl.int64)
+    seed, step, own = tl.load(row), tl.load(row + 1), row + NOISE_COLUMNS * (1 + segment)
+    number, first = tl.load(own), tl.load(own + 1)
+    words = (
+        seed.to(tl.uint32), (seed >> 32).to(tl.uint32), number.to(tl.uint32), step.to(tl.uint32), draw.to(tl.uint32),
+    )  # fmt: skip
+    return words, first + begin
+
+
+@triton.jit
+def of_noise(noise, segment, begin, draw, STOCHASTIC: tl.constexpr):
+    """``load_noise``, or what stands for it without any."""
+    if STOCHASTIC:
+        words, place = load_noise(noise, segment, begin, draw)
+    else:
+        nothing = tl.full([], 0, tl.uint32)
+        words, place = (nothing, nothing, nothing, nothing, nothing), tl.full([], 0, tl.int64)
+    return words, place
+
+
+@triton.jit
+def halves(word):
+    """The lower, then the upper, in a new last dimension."""
+    return tl.join(word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def draws(words, at, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """16 random bits for each of BLOCK elements from ``at`` on, in uint32; ``ALIGNED``: from a multiple of 8."""
+    key0, key1, number, step, draw = words
+    if ALIGNED:
+        calls = at // DRAWS + tl.arange(0, BLOCK // DRAWS)
+        zeros = tl.zeros([BLOCK // DRAWS], tl.uint32)
+        c0, c1, c2, c3 = philox(calls.to(tl.uint32), zeros + number, zeros + step, zeros + draw, key0, key1)
+        joined = tl.join(tl.join(halves(c0), halves(c1)), tl.join(halves(c2), halves(c3)))  # [calls, half, word, pair]
+        random = tl.reshape(tl.permute(joined, (0, 3, 2, 1)), [BLOCK])
+    else:
+        k = at + tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], tl.uint32)
+        c0, c1, c2, c3 = philox((k // DRAWS).to(tl.uint32), zeros + number, zeros + step, zeros + draw, key0, key1)
+        k = k % DRAWS
+        word = tl.where(k < 4, tl.where(k < 2, c0, c1), tl.where(k < 6, c2, c3))
+        random = tl.where(k % 2 == 0, word & 0xFFFF, word >> 16)
+    return random
+
+
+@triton.jit
+def rounded_to(
+    x, words, at, S: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """The row's part of the achieved norm, squared."""
+    if not STOCHASTIC:
+        return x.to(S)
+    return at_random(x, draws(words, at, BLOCK, ALIGNED), S)
+
+
+@triton.jit
+def perturb_row(
+    w, g, saved, ema, mask, offset, numel, status, finite, renew, numbers, words, first, achieved, rows,
+    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Leaves the row's part of the achieved norm, squared; of 16 bits beside it those of two other sums."""
     scale, sigma, eta, lmbda, one_minus_lmbda = numbers
     start = tl.where(status == PERTURBED, saved, w)
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
-    value = lanes_of_sum(BLOCK, tl.float32)  # of which no coefficient is made
-    lost = value
+    SUMS: tl.constexpr = ACHIEVED if S.primitive_bitwidth == 16 else 1
+    sums = [lanes_of_sum(BLOCK, tl.float32) for _ in (0, 1, 2)[:SUMS]]  # of which no coefficient is made
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
         stored, d = load(start, at, here, S, ALIGNED), load(g, at, here, S, ALIGNED).to(T)
@@ -494,20 +583,29 @@ def perturb_row(
         picked = here & finite
         if MASKED:
             picked = picked & picked_by(mask, offset, i, lanes, here)
-        result = tl.where(picked, perturbed(stored.to(T), d, scale, eta, ADAPTIVE).to(S), stored)
+        before = stored.to(T)
+        e = perturbation(before, d, scale, eta, ADAPTIVE)
+        rounded = rounded_to(before + e, words, first + i, S, STOCHASTIC, BLOCK, ALIGNED)
+        result = tl.where(picked, rounded, stored)
         store(w, at, here & (picked | (status == PERTURBED)), result, S, ALIGNED)
-        after, before = result.to(T), stored.to(T)
+        after = result.to(T)
         moved = here & finite & truth(after != before)  # inf - inf is NaN
         change = tl.where(moved, after - before, 0.0).to(tl.float64)
-        value, lost = plus_block(value, lost, change * change, tl.float32)
-    return added_up(value, lost, tl.float32)[0]
+        following = [plus_block(sums[0], sums[0], change * change, tl.float32)[0]]
+        if SUMS > 1:
+            asked = tl.where(picked, e, 0.0).to(tl.float64)
+            following += [plus_block(sums[1], sums[1], change * asked, tl.float32)[0]]
+            following += [plus_block(sums[2], sums[2], asked * asked, tl.float32)[0]]
+        sums = following
+    for r in tl.static_range(SUMS):
+        tl.store(pointer(achieved, tl.float64) + r * rows, tl.sum(sums[r], 0))
 
 
 @triton.jit
 def perturb_copies(
     k, segment, begin, offset, numel, group, first, last, rows, norm_sq, norm_terms, radii, copies, stride, grads, sizes, saved,
-    achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
-    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of a stack: w, which is ``saved``, stays in cache while one micro-batch after the other becomes w + e beside it."""
     s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
@@ -521,21 +619,24 @@ def perturb_copies(
             ascent_scale(norm, rho, budget).to(T), number(sigma, T), number(eta, T), number(lmbda, T),
             number(one_minus_lmbda, T),
         )  # fmt: skip
+        words, place = of_noise(noise, segment, begin, draw + i, STOCHASTIC)
+        sums: tl.constexpr = ACHIEVED if S.primitive_bitwidth == 16 else 1
+        achieved = achieved_sq + ((i - first) * sums * rows + k) * 8
         for ALIGNED in tl.static_range(2):
-            if is_aligned(w | g | s | e | numel) == ALIGNED:
-                achieved = perturb_row(
-                    w, g, s, e, mask, offset, numel, PERTURBED, is_finite(norm) & (g != 0), renew != 0, numbers, S, T,
-                    FRIENDLY, ADAPTIVE, MASKED, BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
+            if is_aligned(w | g | s | e | numel | place % DRAWS) == ALIGNED:
+                perturb_row(
+                    w, g, s, e, mask, offset, numel, PERTURBED, is_finite(norm) & (g != 0), renew != 0, numbers, words, place,
+                    achieved, rows, S, T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
-                tl.store(pointer(achieved_sq, tl.float64) + (i - first) * rows + k, achieved)
         tl.debug_barrier()  # the mean has been written
 
 
 @triton.jit
 def perturb_by_program(
     program, programs, first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, stride, grads, sizes, saved,
-    status, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
-    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
+    status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, STACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     if STACKED:
         for before in range(program, rows, programs):
@@ -543,21 +644,22 @@ def perturb_by_program(
             segment, begin, offset, numel, group = load_row(table, k)
             perturb_copies(
                 k, segment, begin, offset, numel, group, first, last, rows, norm_sq, norm_terms, radii, flat_weights, stride,
-                grads, sizes, saved, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T,
-                FRIENDLY, ADAPTIVE, MASKED, BLOCK,
+                grads, sizes, saved, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, T,
+                FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, BLOCK,
             )  # fmt: skip
     else:
         perturb_in_place(
             program, programs, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status,
-            achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED, BLOCK,
+            achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED,
+            STOCHASTIC, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def perturb_in_place(
     program, programs, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status, achieved_sq,
-    ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
-    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
+    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = total(norm_sq, norm_terms, T)
     for before in range(program, rows, programs):
@@ -570,13 +672,14 @@ def perturb_in_place(
         radius = pointer(radii, tl.float64) + group * RADIUS_COLUMNS
         scale = ascent_scale(norm, tl.load(radius), tl.load(radius + 1)).to(T)
         numbers = scale, number(sigma, T), number(eta, T), number(lmbda, T), number(one_minus_lmbda, T)
+        words, place = of_noise(noise, segment, begin, draw, STOCHASTIC)
         for ALIGNED in tl.static_range(2):
-            if is_aligned(w | g | s | e | numel) == ALIGNED:
-                achieved = perturb_row(
-                    w, g, s, e, mask, offset, numel, was, is_finite(norm), renew != 0, numbers, S, T,
-                    FRIENDLY, ADAPTIVE, MASKED, BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
+            if is_aligned(w | g | s | e | numel | place % DRAWS) == ALIGNED:
+                perturb_row(
+                    w, g, s, e, mask, offset, numel, was, is_finite(norm), renew != 0, numbers, words, place,
+                    achieved_sq + k * 8, rows, S, T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, BLOCK if ALIGNED else BLOCK // 4,
+                    ALIGNED,
                 )  # fmt: skip
-                tl.store(pointer(achieved_sq, tl.float64) + k, achieved)
         store_status(status, k, PERTURBED, there)
 
 
@@ -584,15 +687,15 @@ def perturb_in_place(
 def perturb_kernel(
     first: tl.int64, last: tl.int64, table: tl.int64, rows: tl.int64, norm_sq: tl.int64, norm_terms: tl.int64, radii: tl.int64,
     flat_weights: tl.int64, weights: tl.int64, stride: tl.int64, grads: tl.int64, sizes: tl.int64, saved: tl.int64,
-    status: tl.int64, achieved_sq: tl.int64, ema: tl.int64, mask: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64,
-    lmbda: tl.int64, one_minus_lmbda: tl.int64,
+    status: tl.int64, achieved_sq: tl.int64, ema: tl.int64, mask: tl.int64, noise: tl.int64, draw: tl.int64, renew: tl.int64,
+    sigma: tl.int64, eta: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
-    STACKED: tl.constexpr, BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     perturb_by_program(
         tl.program_id(0), tl.num_programs(0), first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights,
-        stride, grads, sizes, saved, status, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T,
-        FRIENDLY, ADAPTIVE, MASKED, STACKED, BLOCK,
+        stride, grads, sizes, saved, status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S,
+        T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, STACKED, BLOCK,
     )  # fmt: skip
 
 
@@ -601,9 +704,10 @@ def ascend_kernel(
     arrived: tl.int64, first: tl.int64, last: tl.int64, table: tl.int64, rows: tl.int64, norm_sq: tl.int64,
     norm_terms: tl.int64, radii: tl.int64, flat_weights: tl.int64, weights: tl.int64, stride: tl.int64, grads: tl.int64,
     sizes: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64, ema: tl.int64, mask: tl.int64,
-    renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
+    noise: tl.int64, draw: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64,
+    one_minus_lmbda: tl.int64,
     S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
-    STACKED: tl.constexpr, BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The programs of the norm, and behind them as many of the perturbation, which wait for them: see csrc/cuda/kernels.cuh.
 
@@ -625,8 +729,8 @@ def ascend_kernel(
         tl.debug_barrier()
         perturb_by_program(
             program - half, half, first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, stride, grads,
-            sizes, saved, status, achieved_sq, ema, mask, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE,
-            MASKED, STACKED, BLOCK,
+            sizes, saved, status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, T,
+            FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, STACKED, BLOCK,
         )  # fmt: skip
         if tl.atomic_add(count, 1, sem="relaxed") % 65536 == 2 * half - 1:
             tl.store(count, 0)
@@ -965,7 +1069,8 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
     if platform == "cuda" and kernel.__name__ in REGISTERS:
         limits = [REGISTERS[kernel.__name__], *(n for option, n in MORE_REGISTERS.items() if constants.get(option))]
         limits += [128] if constants.get("STATES") == 3 or constants.get("COUNT") == TERMS else []
-        limits += [80] if kernel.__name__ == "ascend_kernel" and constants["S"].primitive_bitwidth == 16 else []
+        if kernel.__name__ in ("perturb_kernel", "ascend_kernel") and constants["S"].primitive_bitwidth == 16:
+            limits.append(128 if constants["FRIENDLY"] and (constants["STOCHASTIC"] or constants["ADAPTIVE"]) else 80)
         limits += [255] if constants["T"] == tl.float64 else []  # beyond 128 there is one program in any case
         found["maxnreg"] = max(limits)
     return found
@@ -1071,6 +1176,33 @@ class _Call:
             raise RuntimeError(f"{name} must have one element per row of the table, {self.rows}, got {t.shape[-1]}")
         if t is not None and stack is not None:
             check_stack(name, t, stack)
+        return address
+
+    def achieved(self, t: Tensor, stack: int | None) -> int:
+        """The address of the sums of a perturbation, by row; of 16-bit weights they are several."""
+        if self.dtype.itemsize != 2:
+            return self.per_row("achieved_sq", t, stack=stack)
+        address = self.plain("achieved_sq", t, dim=2 if stack is None else 3)
+        if t.shape[-2:] != (ACHIEVED.value, self.rows):
+            raise RuntimeError(
+                f"achieved_sq of 16-bit weights must have {ACHIEVED.value} sums for every row of the table, {self.rows}, got "
+                f"shape {list(t.shape)}"
+            )
+        if stack is not None:
+            check_stack("achieved_sq", t, stack)
+        return address
+
+    def noise(self, t: Tensor | None) -> int:
+        if t is not None and self.dtype.itemsize != 2:
+            raise RuntimeError(
+                f"noise is for weights of 16 bits, got {str(self.dtype)[6:]}, where w + e is not rounded"
+            )
+        address = self.plain("noise", t, torch.int64, dim=2)
+        if t is not None and (t.shape[1] != NOISE_COLUMNS.value or len(t) < self.segments + 1):
+            raise RuntimeError(
+                f"noise must have a row of {NOISE_COLUMNS.value} numbers, and one for each parameter, {self.segments + 1} in "
+                f"all, got shape {list(t.shape)}"
+            )
         return address
 
     def sizes(self, name: str, tensors: list[Tensor], stack: int | None, lists: int = 1) -> tuple[int, ...]:
@@ -1225,8 +1357,8 @@ def _norm(
 
 def _perturb(
     call: _Call, d: _Direction, norm_sq: Tensor, sigma: float, eta: float | None, some: range, *, radii: Tensor, saved: Tensor,
-    achieved_sq: Tensor, status: Tensor | None = None, mask: Tensor | None = None, lmbda: float | None = None,
-    stride: int = 0, arrived: int = 0,
+    achieved_sq: Tensor, status: Tensor | None = None, mask: Tensor | None = None, noise: Tensor | None = None, draw: int = 0,
+    lmbda: float | None = None, stride: int = 0, arrived: int = 0,
 ) -> None:  # fmt: skip
     """Perturb ``some`` of the micro-batches.
 
@@ -1245,9 +1377,9 @@ def _perturb(
     call.launch(
         kernel, *first, some.start, some.stop, *call.table, *call.sum("norm_sq", norm_sq, stack), radii_at,
         *d.weights, stride, *d.grads, call.dense("saved", saved), call.per_row("status", status, torch.uint8),
-        call.per_row("achieved_sq", achieved_sq, stack=stack), d.ema, call.plain("mask", mask, torch.uint8),
+        call.achieved(achieved_sq, stack), d.ema, call.plain("mask", mask, torch.uint8), call.noise(noise), draw,
         int(lmbda is not None), *_bits(sigma, eta or 0.0, lmbda or 0.0, 1 - (lmbda or 0.0)), times=1 + len(first),
-        MASKED=mask is not None, **d.constants,
+        MASKED=mask is not None, STOCHASTIC=noise is not None, **d.constants,
     )  # fmt: skip
 
 
@@ -1296,7 +1428,7 @@ def ascend(
     whole = range(stack or 1)
     # Whether a gradient enters the mean, of which the next direction is made, depends on its norm.
     turns = [whole] if lmbda is None or ema is None or len(whole) == 1 else [whole[i : i + 1] for i in whole]
-    call.per_row("achieved_sq", achieved_sq, stack=stack)
+    call.achieved(achieved_sq, stack)
     for some in turns:
         terms, achieved = (t if stack is None else t[some.start : some.stop] for t in (norm_sq, achieved_sq))
         if not counter:
