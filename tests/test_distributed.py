@@ -271,8 +271,9 @@ def accumulated(ddp: DDP, opt: MicroBatchSAM, rank: int, step: int, loops: int, 
 
 
 def accumulate(rank: int) -> dict[str, Any]:
-    """By case: the weights after a few steps, or what was refused."""
+    """By case: the weights after a few steps, or what was refused. What is averaged here goes once, by the last loop."""
     out: dict[str, Any] = {}
+    messages = Messages()
     for name in METHODS:
         for ascent, known, count, views in (
             ("global", False, 1, False),
@@ -295,6 +296,11 @@ def accumulate(rank: int) -> dict[str, Any]:
             try:
                 for step in range(3):
                     accumulated(ddp, opt, rank, step, 3, count)
+                    sent = [nbytes for nbytes, _ in messages.take()[0] if nbytes == PADDED * 8]
+                    # LookSAM between its SAM steps: its own gradient sets a length, and goes apart from those of before.
+                    assert len(sent) == (1 + bool(METHODS[name].full.keeps)) * (ascent == "local"), (
+                        f"{key}: {len(sent)} messages"
+                    )
                 out[key] = weights(model)
             except RuntimeError as error:
                 assert same_bits(model.parameters(), before) or step, key
@@ -442,8 +448,8 @@ def without_a_gradient(rank: int) -> Iterator[str]:
 def some_passes_without_a_reduction(rank: int) -> Iterator[str]:
     """The ascent in no_sync: right where gradients are not combined, also if one rank's overflows; else refused."""
     for name, method in METHODS.items():
-        for overflow in (None, 0, 1):  # the micro-batch
-            model, ddp, opt = wrapped(method, "global", num_micro_batches=2)
+        for count, overflow in ((1, 0), (2, None), (2, 0), (2, 1)):  # the micro-batch that does
+            model, ddp, opt = wrapped(method, "global", num_micro_batches=count)
             before, refused = weights(model), ""
             try:
                 for step in range(3):
