@@ -47,7 +47,8 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
     entry_of = _entries(engine)
     groups = [g for g, group in enumerate(engine.base.param_groups) for _ in group["params"]]
     for at, flat, i in _places(store):
-        names = [*wanted, *(name for name in _MEMORIES if name in flat.memories and name not in wanted)]
+        names = [name for name in wanted if name != "ema" or plan.only is None or flat.params[i] in plan.only]
+        names += [name for name in _MEMORIES if name in flat.memories and name not in names]
         masked = plan.sparse is not None or flat.mask is not None
         entry = entry_of(groups[at], flat.params[i]) if names or masked else None
         for name in names:

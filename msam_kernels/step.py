@@ -498,10 +498,14 @@ class Engine:
             self.v_step = -1
             self.unreduced = False
 
-    def skipped(self) -> None:
-        """The gradients of loops since the latest update are gone, and what those loops changed with them."""
+    def skipped(self, *, values: bool = True) -> None:
+        """The gradients of loops since the latest update are gone, and what those loops changed with them.
+
+        ``values``: memories may have changed, which they do not in what a CUDA graph captures.
+        """
         if self.undo is not None:
-            self.undo.bring_back()
+            if values:
+                self.undo.bring_back()
             self.v_step = self.undo.v_step
             if self.undo.mask_step is not None:
                 self.mask_step = self.undo.mask_step
@@ -543,8 +547,8 @@ class Engine:
         if step is not None:
             step.give_back_grads(values=ran)
             step.give_back_memories()
-            if step.began_undo and ran:
-                self.skipped()
+            if step.began_undo:
+                self.skipped(values=ran)
             self.store.drop_grads_of_others()
             if step.chose_mask:
                 for flat in self.store.flats:
@@ -725,8 +729,6 @@ class Step:
         to ``update``.
         """
         plan, store, engine, values = self.plan, self.store, self.engine, []
-        if plan.lmbda is not None and plan.climbs:  # the mean moves on while they may still fail
-            self._remember(store.means(plan))
         self._lean()
         engine.buffers.freeze()
         try:
@@ -734,6 +736,8 @@ class Step:
                 self._i, self.turn, norm_sq = which[-1], 0, None
                 losses, *vectors = self._run(passes, which, None)
                 self._look_at_scale()
+                if which.start == 0 and plan.lmbda is not None and plan.climbs:  # it moves on while they may still fail
+                    self._remember(store.means(plan))
                 self._check_any(vectors[0])
                 values += losses
                 if plan.climbs:

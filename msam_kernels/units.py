@@ -95,12 +95,13 @@ class Undo:
     def __init__(self, store: Store, plan: Plan, *, chooses: bool, v_step: int, mask_step: int):
         self._store = store
         self.v_step, self.mask_step = v_step, mask_step if chooses else None
-        names = [name for name, changes in (("ema", plan.lmbda is not None), ("v", plan.remembers_v)) if changes]
+        changed = [(flat, "ema") for _, flat, _ in store.parts(plan.only)] if plan.lmbda is not None else []
+        changed += [(flat, "v") for flat in store.flats] if plan.remembers_v else []
         self._memories: list[tuple[Flat, Memory, bool, list[Tensor]]] = []
-        for name in names:
-            for flat, memory in zip(store.flats, store.memory(name, math.nan), strict=True):
-                before = [t.clone() for t in (memory.buffer, memory.terms, memory.square)]
-                self._memories.append((flat, memory, memory.started, before))
+        for flat, name in changed:
+            memory = flat.memory(name, math.nan)
+            before = [t.clone() for t in (memory.buffer, memory.terms, memory.square)]
+            self._memories.append((flat, memory, memory.started, before))
         masks = [flat.mask for flat in store.flats] if chooses else []
         self._masks = [(mask, None if mask is None else mask.clone()) for mask in masks]
 
