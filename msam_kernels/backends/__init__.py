@@ -76,7 +76,10 @@ except ImportError as error:  # installed without a compiler
 else:
     _missing_extension = None
 
-_DIRECTION = "Tensor? mask=None, Tensor? noise=None, int draw=0, float sigma=0., float? lmbda=None, float? eta=None, int? stack=None"
+_DIRECTION = (
+    "Tensor? mask=None, Tensor? noise=None, int draw=0, float sigma=0., float? lmbda=None, float? eta=None, "
+    "int? stack=None"
+)
 _COMBINATION = "float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None, Tensor? saved=None"
 _SCHEMAS = (
     "norm(Tensor[] weights, Tensor[] grads, Tensor table, *, Tensor? ema=None, float sigma=0., float? eta=None, "
