@@ -285,13 +285,9 @@ inline Wide<Pack<T>> load_wide(const T* p) {
   return v;
 }
 template <class V>
-inline Wide<V> product(Wide<V> x, const Wide<V>& y) {
-  for (size_t k = 0; k < sizeof x.of / sizeof *x.of; ++k) x.of[k] = x.of[k] * y.of[k];
-  return x;
-}
-template <class V>
-inline Wide<V> square(const Wide<V>& x) {
-  return product(x, x);
+inline Wide<V> square(Wide<V> v) {
+  for (Doubles& x : v.of) x = x * x;
+  return v;
 }
 
 // ---- reductions: kLanes fixed lanes in double, whatever the width of the registers ----------------------------------
@@ -563,11 +559,17 @@ void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Ch
       }
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
-      const auto arrived = [&](int j) { return wide(difference(load_pack(stored + j), load_pack(w + j))); };
-      const auto asked = [&](int j) { return wide(load_pack(e_result + j)); };
-      lanes[0].add(i, whole_lanes(n), InCache(), [&](int j) { return square(arrived(j)); });
-      lanes[1].add(i, whole_lanes(n), InCache(), [&](int j) { return product(arrived(j), asked(j)); });
-      lanes[2].add(i, whole_lanes(n), InCache(), [&](int j) { return square(asked(j)); });
+      for (int j = 0; j < whole_lanes(n); j += kPack<T>)
+        store_pack(w_result + j, difference(load_pack(stored + j), load_pack(w + j)));
+      for (int p = 0; p < kLanes / kWidth; ++p) {  // in turns, so that all sums stay in registers
+        Sum<Doubles, false> sums[kAchieved];
+        for (int r = 0; r < kAchieved; ++r) sums[r] = lanes[r].lanes[p];
+        for (int j = p * kWidth; j < whole_lanes(n); j += kLanes) {
+          const Doubles arrived = doubles(w_result + j), asked = doubles(e_result + j);
+          sums[0].add(arrived * arrived), sums[1].add(arrived * asked), sums[2].add(asked * asked);
+        }
+        for (int r = 0; r < kAchieved; ++r) lanes[r].lanes[p] = sums[r];
+      }
     }
   });
   for (int r = 0; r < kSums; ++r) achieved[r * a.rows] = rounded(lanes[r].total());
