@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .flat import Flat
 from .rules import check_rho
+from .sharded import shown, values
 from .step import Engine
 from .store import Store
 
@@ -47,7 +48,7 @@ def _begun(store: Store, name: str) -> dict[int, Tensor]:
         memory = flat.memories.get(name)
         if memory is not None:
             pairs = enumerate(zip(memory.begun(flat), flat.parts(memory.buffer), strict=True))
-            views.update({(id(flat), i): part for i, (begun, part) in pairs if begun})
+            views.update({(id(flat), i): shown(part, flat.params[i]) for i, (begun, part) in pairs if begun})
     return {at: views[id(flat), i] for at, flat, i in _places(store) if (id(flat), i) in views}
 
 
@@ -79,8 +80,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
                 continue
             memory = flat.memory(name, begin)
             memory.buffer.fill_(begin)
-            for i, values in there.items():
-                memory.parts[i].copy_(values)
+            for i, t in there.items():
+                memory.parts[i].copy_(values(t, flat.params[i]))
             if name == "v":
                 flat.measure(memory)
         masks = {i: tensors["mask"][at] for i, at in mine.items() if at in tensors["mask"]}

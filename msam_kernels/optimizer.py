@@ -24,6 +24,8 @@ from .rules import Radius, check_method, check_rho, rho_at
 from .step import Engine, Stats
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .capture import CapturedStep
 
 __all__ = ["MicroBatchSAM", "Stats"]
@@ -139,6 +141,9 @@ class MicroBatchSAM(Optimizer):
             a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do.
         backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
             "reference" (plain torch, on any device).
+        process_group: ranks that hold other parameters of the same model, as the stages of a pipeline do: norms and inner
+            products are over the parameters of all of them. Sharded parameters (DTensors) need no group, see
+            ``docs/sharded.md``.
 
     Raises:
         ValueError, TypeError, RuntimeError: arguments or parameters that cannot be served; the message names them and
@@ -160,6 +165,7 @@ class MicroBatchSAM(Optimizer):
         compile: bool = False,
         flatten: bool = True,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -195,6 +201,7 @@ class MicroBatchSAM(Optimizer):
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
         self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
+        self.process_group = process_group
         self._make_engine(method, model)
         self.engine.take_over()
 
@@ -204,8 +211,9 @@ class MicroBatchSAM(Optimizer):
         self._compiled: Compiled | None = None
         #: What runs the steps, for modules of this package.
         self.engine = Engine(
-            self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend
-        )
+            self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend,
+            process_group=self.process_group,
+        )  # fmt: skip
         this = ref(self.engine)
 
         def keep_rho(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -293,7 +301,7 @@ class MicroBatchSAM(Optimizer):
             return
         own, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
-        super().__setstate__({"parallel": False, "compile": False, **state})
+        super().__setstate__({"parallel": False, "compile": False, "process_group": None, **state})
         self._make_engine(method, model)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
@@ -597,6 +605,11 @@ class MicroBatchSAM(Optimizer):
                 ``scaler`` a method that depends on the length of gradients.
         """
         self.engine.take_in()
+        if self.engine.store.is_sharded:
+            raise RuntimeError(
+                "capture cannot hold sharded parameters (DTensors): what gathers them decides on the host, in every pass; use "
+                "train_step, which does the same without a graph"
+            )
         devices = sorted(map(str, self.engine.store.devices))
         if len(devices) != 1 or not devices[0].startswith("cuda"):
             got = ", ".join(devices) or "frozen ones only"
@@ -693,6 +706,7 @@ class MicroBatchSAM(Optimizer):
 
     def _check_sparse(self, what: str) -> methods.SparseSAM:
         sparse = self.method.full.sparse
+        self.engine.check_mask(sparse, self.engine.store.is_sharded)
         if sparse is None:
             raise RuntimeError(f"{what} is for methods with a mask, e.g. methods.SparseSAM(), got {self.method}")
         return sparse

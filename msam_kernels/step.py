@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import masks
-from ._torch import forget_casts, mark_stepped
+from ._torch import mark_stepped
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
 from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
+from .sharded import is_dtensor
 from .store import PLAIN, Descent, Store
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,11 @@ class Engine:
         *,
         flatten: bool,
         backend: str,
+        process_group: ProcessGroup | None = None,
     ):
         self.base, self.method = base, method
         self.buffers = Buffers(model)
-        self.store = Store(base, flatten=flatten, backend=backend)
+        self.store = Store(base, flatten=flatten, backend=backend, process_group=process_group)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
         self.steps, self.enabled = 0, True
@@ -99,6 +104,7 @@ class Engine:
 
     def adopt(self, also: Sequence[Tensor] = ()) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
+        self.check_mask(self.method.full.sparse, any(map(is_dtensor, self.store.parameters())))
         self.store.adopt(self.check_idle, self.method.full.only, also)
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
@@ -181,14 +187,9 @@ class Engine:
         """
         if not self.norms_sq:
             raise RuntimeError("stats are there after the first pass of a step that perturbs")
-        device = self.store.device
         norms_sq = torch.stack([terms.sum() for terms in self.norms_sq])
-        flats = [flat for _, flat, _ in self.store.parts(self.latest.only)]
-        achieved_sq = [
-            sum((t.sum().to(device) for flat in flats for t in flat.achieved[i : i + 1]), norms_sq.new_zeros(()))
-            for i in range(len(self.norms_sq))
-        ]
-        return Stats(norms_sq.sqrt() / self.latest.times, torch.stack(achieved_sq).sqrt(), ~norms_sq.isfinite())
+        achieved_sq = self.store.achieved(self.latest.only, len(self.norms_sq))
+        return Stats(norms_sq.sqrt() / self.latest.times, achieved_sq.sqrt(), ~norms_sq.isfinite())
 
     # -- Sparse SAM -------------------------------------------------------------------------------------------------------
 
@@ -209,6 +210,18 @@ class Engine:
 
     def mask_is_due(self, sparse: SparseSAM) -> bool:
         return sparse.update_every is not None and self.steps + 1 - self.mask_step >= sparse.update_every
+
+    def check_mask(self, sparse: SparseSAM | None, is_sharded: bool) -> None:
+        """Refuse a mask of sharded parameters.
+
+        Raises:
+            ValueError: the method has one.
+        """
+        if sparse is not None and is_sharded:
+            raise ValueError(
+                f"{sparse} chooses its mask by comparing elements of all parameters, and a rank holds only its shards of "
+                "these: use a method without a mask"
+            )
 
     def choose_mask(self, scores: masks.Scores, sparse: SparseSAM, step: int) -> None:
         masks.choose(self.store.flats, scores, sparse, step)
@@ -298,7 +311,7 @@ class Engine:
             self.store.update(rule, self.tables, self.base.state, descent, found_inf)
         if self.method.full.after and self.v_step == self.steps:
             self.shift(self.collect(clear=False))
-        forget_casts()
+        self.store.forget_copies()
 
     def shift(self, stepped: Vectors, gap: Vectors | None = None) -> None:
         """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights.
@@ -317,6 +330,7 @@ class Engine:
         plan = self.plan()
         if plan is not BASE:
             check_method(self.method, self.base)
+            self.check_mask(plan.sparse, self.store.is_sharded)
             self.store.check_only(plan.only)
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
@@ -375,7 +389,7 @@ class Engine:
             if step.chose_mask:
                 for flat in self.store.flats:
                     flat.mask = None
-        forget_casts()
+        self.store.forget_copies()
         self.step = None
         if error is not None:
             raise error
@@ -607,7 +621,7 @@ class Step:
         v = self.engine.momentum()
         self.perturbed = self.saves = True
         self.engine.norms_sq.append(self.store.ascend(v, self.plan, self.engine.tables, 0))
-        forget_casts()
+        self.store.forget_copies()
 
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
@@ -621,7 +635,7 @@ class Step:
         self.turn = 1
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
         engine.norms_sq.append(self._norm_sq)
-        forget_casts()
+        self.store.forget_copies()
 
     def _look_at(self, grads: Vectors, *, needed: bool) -> None:
         """What a mask is chosen by, from gradients at w. ``needed``: what becomes of them otherwise is not to be changed."""
@@ -642,7 +656,7 @@ class Step:
         assert self._norm_sq is not None
         self.turn = 2
         self.store.cross(at_w, self.plan, self.engine.tables, self._norm_sq)
-        forget_casts()
+        self.store.forget_copies()
 
     def _hold(self, grads: Vectors) -> None:
         """Keep the gradients of a pass for the micro-batch's descent."""
@@ -751,7 +765,7 @@ class Step:
             engine.update_uncounted(found_inf)
             if self.clear:
                 self.store.set_grads(None)
-        forget_casts()
+        self.store.forget_copies()
 
     def _descent(self, *, clear: bool, updates: bool = False) -> Descent:
         """p.grad is the micro-batch's last gradient: what the plan makes of it and of what is held, and of the mean so far.
@@ -828,7 +842,7 @@ class Step:
         if weights:
             self.perturbed = False
             self.saves = not last
-        forget_casts()
+        self.store.forget_copies()
 
     def _keep_in_latest(self, latest: Vectors, held: Vectors, descent: Descent) -> None:
         """What is kept of the only micro-batch until the end of the step, in the memory of its last gradient."""
@@ -870,7 +884,7 @@ class Step:
         """The gradients of before the step, as the kernels take them."""
         lists, absent = [], 0
         for flat, (_, grads) in zip(self.store.flats, self.aside or (), strict=True):
-            pairs = zip(flat.params, grads or [None] * len(flat.params), strict=True)
+            pairs = zip(flat.shards, grads or [None] * len(flat.params), strict=True)
             lists.append([flat.absent if g is None else regular_gradient(p, g) for p, g in pairs])
             absent += sum(g is flat.absent for g in lists[-1])
         return Vectors(lists, absent)
