@@ -200,6 +200,13 @@ class Gathered:
         ours = set(map(id, params))
         self._modules = [ref(m) for m in fsdp_modules() if not ours.isdisjoint(map(id, m.parameters()))]
 
+    @staticmethod
+    def others(params: Sequence[Tensor]) -> bool:
+        """Whether there are such modules, and all of other parameters."""
+        modules = fsdp_modules()
+        ours = set(map(id, params))
+        return bool(modules) and all(ours.isdisjoint(map(id, m.parameters())) for m in modules)
+
     def drop(self) -> None:
         """The weights have changed: what was gathered of them is stale."""
         for module in self._modules:

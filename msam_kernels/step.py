@@ -20,7 +20,7 @@ from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_m
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
 from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
-from .sharded import is_dtensor
+from .sharded import Gathered, is_dtensor
 from .store import PLAIN, Descent, Store
 
 if TYPE_CHECKING:
@@ -663,15 +663,21 @@ class Step:
         self._held.insert(0, Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent))
 
     def _check_any(self, grads: Vectors) -> None:
-        """No gradient at all: has the model other parameters by now?"""
-        model = self.engine.buffers.model
-        if not grads.absent or model is None or grads.absent < sum(len(flat.params) for flat in self.store.flats):
+        """No gradient at all: has the model other parameters by now, or are gradients kept elsewhere?"""
+        store = self.store
+        if not grads.absent or grads.absent < sum(len(flat.params) for flat in store.flats):
             return
-        own, theirs = set(map(id, self.store.parameters())), set(map(id, model.parameters()))
-        if theirs and own.isdisjoint(theirs):
+        model, params = self.engine.buffers.model, store.parameters()
+        own, theirs = set(map(id, params)), set(map(id, model.parameters() if model is not None else ()))
+        if (theirs and own.isdisjoint(theirs)) or (not store.is_sharded and Gathered.others(params)):
             raise RuntimeError(
-                "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
-                "make the optimizer after that"
+                "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) and fully_shard "
+                "replace them): make the optimizer after that"
+            )
+        if store.is_sharded:
+            raise RuntimeError(
+                "no sharded parameter got a gradient in the first pass, so that there is nothing to perturb along: call "
+                "backward() in it, and model.set_requires_gradient_sync(True) before"
             )
 
     def add_scores(self, grads: Vectors, *, needed: bool = False) -> None:
