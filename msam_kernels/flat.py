@@ -219,6 +219,9 @@ class Flat:
             for begin in range(0, p.numel(), length)
         ]
         self.rows = len(rows)
+        # Of shards some have no elements on some ranks.
+        self._empty = [i for i, p in enumerate(self.shards) if not p.numel()]
+        self._empty_index = torch.tensor(self._empty, dtype=torch.int64, device=self.device)
         ends = {g: k + 1 for k, (*_, g) in enumerate(rows)}  # of the groups, which come one after the other
         self._ends = list(ends.items())
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
@@ -458,6 +461,17 @@ class Flat:
     def absent_from(self, grads: Sequence[Tensor]) -> tuple[int, ...]:
         """The parameters that are absent from a step's gradients."""
         return tuple(i for i, g in enumerate(grads) if g is self.absent)
+
+    def count_empty(self, absent: tuple[int, ...], found_inf: Tensor | None) -> None:
+        """Count an update of the parameters without elements, which are in no row of the table, as torch does."""
+        step = self.state.get("step")
+        if step is None or not self._empty:
+            return
+        index = self._empty_index
+        if not set(absent).isdisjoint(self._empty):
+            present = [i for i in self._empty if i not in absent]
+            index = torch.tensor(present, dtype=torch.int64, device=self.device)
+        step[index] += 1.0 if found_inf is None else (found_inf == 0).to(step.dtype)
 
     def bound(self, state: State, names: Sequence[tuple[str, ...]], absent: tuple[int, ...]) -> list[Tensor] | None:
         """What the latest ``bind`` returned, if it was the same and the state is where it left it."""

@@ -497,18 +497,17 @@ class Store:
         turns: list[tuple[int, Flat, tuple[int, ...], list[Tensor] | None]] = []
         all_bound = True
         for f, flat in enumerate(self.flats):
-            grads = present.lists[f] if present.absent else None
-            if grads is not None and all(g.numel() == 0 for g in grads):
+            absent = flat.absent_from(present.lists[f]) if present.absent else ()
+            if len(absent) == len(flat.params):
                 self._bring_back(flat)
                 continue
-            absent = () if grads is None else flat.absent_from(grads)
             states = flat.bound(state, tables.names, absent)
             all_bound = all_bound and states is not None
             turns.append((f, flat, absent, states))
         if not all_bound:  # what may fail comes before what cannot be undone
             self.separate(state)
             turns = [(f, flat, a, flat.bind(state, tables.names, rule.counts, a)) for f, flat, a, _ in turns]
-        for f, flat, _, states in turns:
+        for f, flat, absent, states in turns:
             options = descent.on(flat.device)
             if flat.saved is not None:
                 options.update(saved=flat.saved, status=flat.status)
@@ -525,6 +524,7 @@ class Store:
                 settings=tables.on("settings", flat.device),
                 **options,
             )
+            flat.count_empty(absent, options.get("found_inf"))
 
     def momentum(self, state: State) -> Vectors:
         """The base optimizer's momentum, as the kernels take it; absent where there is none, or the parameter is frozen."""
