@@ -324,10 +324,10 @@ def gradients_add_up_to_those_of_before() -> None:
 
 def copies_that_were_gathered_of_other_weights_are_dropped() -> None:
     """A forward without a backward leaves the outermost module's parameters gathered."""
-    opt, model, x, y = pair()
-    root = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1)).double()
     from torch.distributed.fsdp import fully_shard
 
+    x, y = data()
+    root = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1)).double()
     fully_shard(root)
     opt = MicroBatchSAM(SGD(root.parameters(), lr=0.1), RHO)
     looked = []
@@ -390,9 +390,7 @@ def state_goes_through_torchs_own_checkpoints() -> None:
     one = Net()
     one.load_state_dict(weights)
     alone = MicroBatchSAM(BASES["AdamW"](one.parameters()), RHO, num_micro_batches=2)
-    if dist.get_rank():  # where the whole state is rank 0's alone
-        whole = None
-    box = [whole]
+    box = [copy.deepcopy(whole)]  # which is rank 0's alone
     dist.broadcast_object_list(box, src=0)
     set_optimizer_state_dict(one, alone.base_optimizer, box[0])
     for o, net, mine_ in ((opt, model, (x, y)), (again, other, (x, y)), (alone, one, data())):
@@ -420,7 +418,9 @@ def stages_of_a_pipeline_have_one_norm() -> None:
     one, model = Net(), Net()
     stages = [[*model.a.parameters(), *model.b.parameters()], [*model.n.parameters(), *model.c.parameters()]]
     x, y = data()
-    alone = MicroBatchSAM(SGD(one.parameters(), lr=0.1, momentum=0.9), RHO, num_micro_batches=2, method=methods.GapSAM())
+    alone = MicroBatchSAM(
+        SGD(one.parameters(), lr=0.1, momentum=0.9), RHO, num_micro_batches=2, method=methods.GapSAM()
+    )
     opt = MicroBatchSAM(
         SGD(stages[dist.get_rank()], lr=0.1, momentum=0.9), RHO, num_micro_batches=2, method=methods.GapSAM(),
         process_group=dist.group.WORLD,
@@ -534,7 +534,9 @@ def what_cannot_be_is_refused_in_a_sentence() -> None:
     by_train_step(other, net, x, y, None)
     p = next(net.parameters())
     other.state[p]["exp_avg"] = torch.zeros(p.shape, dtype=p.dtype)
-    with refused(TypeError, "is DTensor and its state an ordinary tensor.*set_optimizer_state_dict", list(net.parameters())):
+    with refused(
+        TypeError, "is DTensor and its state an ordinary tensor.*set_optimizer_state_dict", list(net.parameters())
+    ):
         by_train_step(other, net, x, y, None)
 
 
@@ -544,7 +546,7 @@ def meshes_that_do_not_hold_each_other_are_refused() -> None:
     ranks = torch.arange(4).view(2, 2)
     rows, columns = (dist.device_mesh.DeviceMesh("cpu", t, mesh_dim_names=("x", "y")) for t in (ranks, ranks.t()))
     params = [nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh["y"], [Shard(0)])) for mesh in (rows, columns)]
-    with pytest.raises(ValueError, match="are sharded over ranks .* which are not of them: give each an optimizer"):
+    with pytest.raises(ValueError, match=r"are sharded over ranks .* which are not of them: give each an optimizer"):
         MicroBatchSAM(SGD(params, lr=0.1))
 
 
@@ -635,7 +637,9 @@ def run(ranks: int, folder: Path, jobs: list[tuple[str, Case]]) -> dict[str, str
 @pytest.fixture(scope="module")
 def failures(request, tmp_path_factory) -> Callable[[str], str]:
     """What went wrong in a case, of which all that were asked for run at once, by number of ranks."""
-    asked = [item.callspec.params["case"] for item in request.session.items if "case" in getattr(item, "fixturenames", ())]
+    asked = [
+        item.callspec.params["case"] for item in request.session.items if "case" in getattr(item, "fixturenames", ())
+    ]
     asked = [case for case in asked if case in CASES]
     done: dict[int, dict[str, str]] = {}
 
@@ -650,7 +654,8 @@ def failures(request, tmp_path_factory) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=() if always else pytest.mark.exhaustive) for name, (_, always, _) in CASES.items()]
+    "case",
+    [pytest.param(name, marks=() if always else pytest.mark.exhaustive) for name, (_, always, _) in CASES.items()],
 )
 def test_on_several_ranks(case, failures):
     words = failures(case)
