@@ -82,14 +82,14 @@ def fully_sharded(model: nn.Module, mesh: Any, **options: Any) -> nn.Module:
 
 def tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
     """Sharded by columns and by rows; the norm's parameters are on all ranks, and its gradients partial sums."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
     plan = {
         "a": ColwiseParallel(),
         "b": RowwiseParallel(output_layouts=Shard(1)),
         "n": SequenceParallel(),
-        "c": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        "c": RowwiseParallel(input_layouts=Shard(1)),
     }
     return parallelize_module(model, mesh, plan)
 
@@ -614,13 +614,16 @@ def run_rank(rank: int, ranks: int, folder: str, jobs: list[tuple[str, Case]]) -
     wrong: dict[str, str] = {}
     for i, (name, job) in enumerate(jobs):
         store = f"file://{folder}/group{i}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=10))
         try:
+            dist.init_process_group(
+                "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+            )
             job()
         except Exception:
             wrong[name] = traceback.format_exc()
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
     torch.save(wrong, f"{folder}/rank{rank}")
 
 
@@ -660,3 +663,62 @@ def failures(request, tmp_path_factory) -> Callable[[str], str]:
 def test_on_several_ranks(case, failures):
     words = failures(case)
     assert not words, words
+
+
+def assert_one_rank_trains_like_none(name: str, device: torch.device) -> None:
+    """FSDP2 of one rank, in the process group that is there; also for a GPU, in test_gpu.py."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh(device.type, (1,))
+    x, y = (t.to(device) for t in data())
+    opts = []
+    for net in (Net().to(device), fully_shard(Net().to(device), mesh=mesh)):
+        opts.append(MicroBatchSAM(BASES["AdamW"](net.parameters()), RHO, num_micro_batches=2, method=SERVED[name]))
+        for way in (by_passes, by_train_step, by_train_step):
+            way(opts[-1], net, x, y, 0.05 if way is by_passes else None)
+    assert_same_training(opts[1], opts[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*returned a view tensor:UserWarning")
+@pytest.mark.parametrize("name", ["F-SAM", "GSAM", "LookSAM k=2"])
+def test_one_rank_trains_like_none(name, process_group):
+    assert_one_rank_trains_like_none(name, torch.device("cpu"))
+
+
+# ---- checkpoints of other numbers of ranks -----------------------------------------------------------------------------
+
+RANKS = (2, 1, 4)
+WENT_ON = 2  # steps on each number of ranks
+
+
+def go_on(folder: str, begun: int) -> None:
+    """Read what the ranks before have written, train on, and compare with one process that has done it all."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def state() -> dict[str, Any]:
+        return dict(zip(("model", "base"), get_state_dict(model, opt.base_optimizer), strict=True))
+
+    model, part, parts = fsdp()
+    opt = MicroBatchSAM(BASES["AdamW"](model.parameters()), RHO, num_micro_batches=2, method=methods.BilateralSAM())
+    if begun:
+        there = state()
+        dcp.load(there, checkpoint_id=f"{folder}/{begun}")
+        set_state_dict(model, opt.base_optimizer, model_state_dict=there["model"], optim_state_dict=there["base"])
+    x, y = (mine(t, 2, part, parts) for t in data())
+    for _ in range(WENT_ON):
+        by_passes(opt, model, x, y, None)
+    dcp.save(state(), checkpoint_id=f"{folder}/{begun + WENT_ON}")
+    one = Net()
+    alone = MicroBatchSAM(BASES["AdamW"](one.parameters()), RHO, num_micro_batches=2, method=methods.BilateralSAM())
+    for _ in range(begun + WENT_ON):
+        by_passes(alone, one, *data(), None)
+    assert_same_training(opt, alone)
+
+
+@pytest.mark.exhaustive
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_then_on_four(tmp_path):
+    for i, ranks in enumerate(RANKS):
+        folder = tmp_path / f"ranks{ranks}"
+        folder.mkdir()
+        assert run(ranks, folder, [("go on", partial(go_on, str(tmp_path), i * WENT_ON))]) == {}
