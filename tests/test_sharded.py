@@ -481,7 +481,9 @@ def a_scaler_sees_all_ranks() -> None:
     scaler.update()
     assert_equal(values_of(model.parameters()), before)
     assert scaler.get_scale() == 2.0
+    assert {float(opt.state[p]["step"]) for p in model.parameters()} == {1.0}
     step(x, y)
+    assert {float(opt.state[p]["step"]) for p in model.parameters()} == {2.0}
     assert all(bool(t.isfinite().all()) for t in values_of(model.parameters()))
     assert not any(map(torch.equal, values_of(model.parameters())[:2], before))
 
