@@ -138,7 +138,8 @@ class MicroBatchSAM(Optimizer):
             batch is compiled by itself.
         flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower. So do,
             for all parameters of a device and dtype, some that have their place among other things: in shared memory, or in
-            a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do.
+            a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do. So do sharded
+            parameters (DTensors), always.
         backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
             "reference" (plain torch, on any device).
         process_group: ranks that hold other parameters of the same model, as the stages of a pipeline do: norms and inner

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
-from weakref import ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class Ranks:
 
     def __init__(self, spreads: Iterable[Spread | None], group: ProcessGroup | None):
         meshes = list({s.mesh: None for s in spreads if s is not None})
-        self._mesh = max(meshes, key=_size, default=None)
+        self._mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
         self._groups: list[ProcessGroup] = []
         if self._mesh is not None:
             import torch.distributed as dist
@@ -145,7 +145,7 @@ class Ranks:
                         "them: give each an optimizer of its own, or shard all over one mesh"
                     )
             dimensions = self._mesh.get_all_groups()
-            if len(dimensions) > 1 and _size(self._mesh) == dist.get_world_size():
+            if len(dimensions) > 1 and self._mesh.size() == dist.get_world_size():
                 assert dist.group.WORLD is not None
                 dimensions = [dist.group.WORLD]
             self._groups = dimensions
@@ -153,14 +153,14 @@ class Ranks:
             check_group(group)
             self._groups = [*self._groups, group]
 
-    def weight(self, spread: Spread | None) -> float:
-        """What a local sum over parameters that lie so counts."""
-        if self._mesh is None:
-            return 1.0
-        return (1 if spread is None else spread.parts) / _size(self._mesh)
+    def share(self, sums: Tensor, spread: Spread | None) -> Tensor:
+        """What this rank's sums over parameters that lie so count."""
+        ranks = 1 if self._mesh is None else self._mesh.size()
+        parts = 1 if spread is None else spread.parts
+        return sums if parts == ranks else sums * (parts / ranks)
 
     def add_up(self, sums: Tensor) -> Tensor:
-        """The sums of all ranks, which are the same bits on each. Nobody waits for the device that they are on."""
+        """The sums of all ranks, which are the same bits on each. ``sums`` may be written to."""
         import torch.distributed as dist
 
         # Parameters may have been offloaded to the CPU, while the mesh is one of GPUs.
@@ -171,10 +171,6 @@ class Ranks:
         for group in self._groups:
             dist.all_reduce(there, group=group)
         return there.to(device)
-
-
-def _size(mesh: DeviceMesh) -> int:
-    return mesh.size()
 
 
 def check_group(group: Any) -> None:
@@ -194,11 +190,16 @@ def check_group(group: Any) -> None:
 
 
 class Gathered:
-    """The modules of ``fully_shard`` that may hold gathered copies of some parameters."""
+    """The modules of ``fully_shard`` that may hold gathered copies of some parameters.
 
-    def __init__(self, params: Sequence[Tensor]):
+    ``earlier``: those of the last look; where parameters are gathered now, their modules show others.
+    """
+
+    def __init__(self, params: Sequence[Tensor], earlier: Gathered | None = None):
         ours = set(map(id, params))
-        self._modules = [ref(m) for m in fsdp_modules() if not ours.isdisjoint(map(id, m.parameters()))]
+        now = [m for m in fsdp_modules() if not ours.isdisjoint(map(id, m.parameters()))]
+        found = dict.fromkeys([*([] if earlier is None else earlier._living()), *now])
+        self._modules: list[ReferenceType[Any]] = list(map(ref, found))
 
     @staticmethod
     def others(params: Sequence[Tensor]) -> bool:
@@ -209,7 +210,8 @@ class Gathered:
 
     def drop(self) -> None:
         """The weights have changed: what was gathered of them is stale."""
-        for module in self._modules:
-            m: Any = module()
-            if m is not None:
-                m.reshard()
+        for module in self._living():
+            module.reshard()
+
+    def _living(self) -> list[Any]:
+        return [module for module in (known() for known in self._modules) if module is not None]

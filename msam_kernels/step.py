@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class Stats:
     """What the kernels recorded in the latest step, one entry per micro-batch, on the device until somebody looks.
 
-    Momentum-SAM, whose micro-batches share one perturbation, has one entry.
+    Momentum-SAM, whose micro-batches share one perturbation, has one entry. Of sharded parameters all ranks read them together:
+    ‖e‖ is then added up over the ranks.
 
     Attributes:
         grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64; of scaled losses in units of their scale.

@@ -222,7 +222,7 @@ class Store:
         ]
         self.devices = list({flat.device: None for flat in self.flats})
         self.is_sharded, self._ranks, self._loops = is_sharded, ranks, OF_SHARDS if is_sharded else FAST
-        self._gathered = Gathered(params) if is_sharded else None
+        self._gathered = Gathered(params, self._gathered) if is_sharded else None
         self.layout = self._loops.memory_layout(groups, self._lists)
         self._left = {id(p) for _, p in left}
 
@@ -605,8 +605,8 @@ class Store:
     def _together(self, parts: list[tuple[Flat, Tensor]]) -> Tensor:
         """The terms of sums, each a flat's, from all devices and ranks."""
         if self._ranks is not None and parts:
-            sums = [_moved(t.sum(-1, keepdim=True) * self._ranks.weight(f.spread), self.device) for f, t in parts]
-            return self._ranks.add_up(torch.cat(sums, -1).sum(-1, keepdim=True))
+            sums = [_moved(self._ranks.share(t.sum(-1, keepdim=True), f.spread), self.device) for f, t in parts]
+            return self._ranks.add_up(sums[0] if len(sums) == 1 else torch.cat(sums, -1).sum(-1, keepdim=True))
         if len(parts) == 1:
             return parts[0][1]
         if not parts:

@@ -1435,7 +1435,7 @@ MUTANTS = [
     Mutant(
         "sums of this rank alone",
         P + "store.py",
-        "return self._ranks.add_up(torch.cat(sums, -1).sum(-1, keepdim=True))",
+        "return self._ranks.add_up(sums[0] if len(sums) == 1 else torch.cat(sums, -1).sum(-1, keepdim=True))",
         "return torch.cat(sums, -1).sum(-1, keepdim=True)",
         SHARDED + "'Bilateral and AdamW'",
     ),
@@ -1456,8 +1456,8 @@ MUTANTS = [
     Mutant(
         "replicas count each",
         P + "sharded.py",
-        "return (1 if spread is None else spread.parts) / _size(self._mesh)",
-        "return 1.0",
+        "return sums if parts == ranks else sums * (parts / ranks)",
+        "return sums",
         SHARDED + "'TP and not FSDP2'",
     ),
     Mutant(
@@ -1470,8 +1470,8 @@ MUTANTS = [
     Mutant(
         "ordinary parameters count on every rank",
         P + "sharded.py",
-        "(1 if spread is None else spread.parts) / _size(self._mesh)",
-        "(_size(self._mesh) if spread is None else spread.parts) / _size(self._mesh)",
+        "parts = 1 if spread is None else spread.parts",
+        "parts = ranks if spread is None else spread.parts",
         SHARDED + "beside",
     ),
     Mutant(
@@ -1484,8 +1484,8 @@ MUTANTS = [
     Mutant(
         "gathered copies of other weights stay",
         P + "sharded.py",
-        "                m.reshard()\n",
-        "                pass\n",
+        "            module.reshard()\n",
+        "            pass\n",
         SHARDED + "'gathered or backward'",
     ),
     Mutant(
