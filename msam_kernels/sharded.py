@@ -198,7 +198,7 @@ class Gathered:
     def __init__(self, params: Sequence[Tensor], earlier: Gathered | None = None):
         ours = set(map(id, params))
         now = [m for m in fsdp_modules() if not ours.isdisjoint(map(id, m.parameters()))]
-        found = dict.fromkeys([*([] if earlier is None else earlier._living()), *now])
+        found = dict.fromkeys([*([] if earlier is None else earlier.living()), *now])
         self._modules: list[ReferenceType[Any]] = list(map(ref, found))
 
     @staticmethod
@@ -210,8 +210,9 @@ class Gathered:
 
     def drop(self) -> None:
         """The weights have changed: what was gathered of them is stale."""
-        for module in self._living():
+        for module in self.living():
             module.reshard()
 
-    def _living(self) -> list[Any]:
+    def living(self) -> list[Any]:
+        """Those that nobody has dropped."""
         return [module for module in (known() for known in self._modules) if module is not None]
