@@ -289,6 +289,7 @@ class MicroBatchSAM(Optimizer):
             "compile",
             "flatten",
             "backend",
+            "process_group",
         )
         return {
             **{name: getattr(self, name) for name in (*own, "method", "model", "enabled")},

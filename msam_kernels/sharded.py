@@ -126,7 +126,7 @@ class Ranks:
 
     Raises:
         ValueError: the parameters lie on meshes of which none holds all others.
-        TypeError, ValueError: ``group`` is none, or this rank is not in it.
+        TypeError: ``group`` is none, or this rank is not in it.
     """
 
     def __init__(self, spreads: Iterable[Spread | None], group: ProcessGroup | None):
@@ -177,16 +177,15 @@ def check_group(group: Any) -> None:
     """Refuse what is no group of this rank's.
 
     Raises:
-        TypeError, ValueError: with what it is.
+        TypeError: with what it is; of a group that a rank is not in, torch gives it something else.
     """
     import torch.distributed as dist
 
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"process_group must be a torch.distributed.ProcessGroup, e.g. mesh['pp'].get_group(), got {group!r}"
+            "process_group must be a torch.distributed.ProcessGroup that this rank is in, e.g. mesh['pp'].get_group(), got "
+            f"{group!r}"
         )
-    if dist.get_rank(group) < 0:
-        raise ValueError("process_group does not hold this rank: give the group that it is in")
 
 
 class Gathered:

@@ -524,8 +524,9 @@ def what_cannot_be_is_refused_in_a_sentence() -> None:
         at_once.train_step(lambda xb, yb: loss(model(xb), yb), x, y)
     with refused(RuntimeError, "capture cannot hold sharded parameters.*use train_step", params):
         opt.capture(lambda xb, yb: loss(model(xb), yb), x, y)
-    with refused(TypeError, "process_group must be.*ProcessGroup.*got 3", params):
-        MicroBatchSAM(base(params), process_group=3)
+    for group in (3, dist.GroupMember.NON_GROUP_MEMBER):
+        with refused(TypeError, "process_group must be.*ProcessGroup that this rank is in.*got", params):
+            MicroBatchSAM(base(params), process_group=group)
     model.set_requires_gradient_sync(False)
     with refused(RuntimeError, r"no sharded parameter got a gradient.*set_requires_gradient_sync\(True\)", params):
         opt.train_step(lambda xb, yb: loss(model(xb), yb), x, y)
