@@ -1500,7 +1500,7 @@ MUTANTS = [
         P + "flat.py",
         "step[index] += 1.0 if found_inf is None else (found_inf == 0).to(step.dtype)",
         "return",
-        SHARDED + "'AdamW and passes'",
+        SHARDED + "'WSAM and AdamW and passes'",
     ),
     Mutant(
         "updates of empty shards are counted where they are skipped",
