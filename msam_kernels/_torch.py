@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -43,6 +44,7 @@ __all__ = [
     "copy_all",
     "end_capture",
     "forget_casts",
+    "fsdp_modules",
     "has_backward_hooks",
     "has_hooks",
     "has_listeners",
@@ -58,6 +60,7 @@ __all__ = [
     "parameters_of",
     "profiler_enabled",
     "scaled",
+    "shard_of",
     "step_hooks",
     "tree_flatten",
     "tree_unflatten",
@@ -239,6 +242,25 @@ def forget_casts() -> None:
     torch.clear_autocast_cache()
     if parametrize._cache:
         parametrize._cache.clear()
+
+
+def shard_of(t: Any) -> Tensor:
+    """What this rank holds of a DTensor: that very tensor. ``to_local`` makes a new one of every parameter."""
+    local: Tensor = t._local_tensor
+    if type(local) is Tensor:
+        return local
+    waits = getattr(local, "wait", None)  # of what a collective is still to bring
+    return local if waits is None else waits()
+
+
+def fsdp_modules() -> list[nn.Module]:
+    """All that ``fully_shard`` has made, as far as they live: torch has no public way from a parameter to its module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    from torch.distributed._composable_state import _module_state_mapping
+
+    return [m for m in list(_module_state_mapping) if isinstance(m, fsdp.FSDPModule)]
 
 
 class Scaled:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat
 from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho
+from .sharded import shard, shown, values
 from .step import Engine
 from .store import Store
 
@@ -56,9 +57,11 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
             if entry is not None:
                 old = entry.get(OURS + name)
                 buffer = flat.memory(name, math.nan).buffer
-                entry[OURS + name] = old if flat.is_part(buffer, i, old) else flat.alias(buffer, i)
+                entry[OURS + name] = (
+                    old if flat.is_part(buffer, i, old) else shown(flat.alias(buffer, i), flat.params[i])
+                )
             elif there is not None and _has_begun(part := flat.alias(there.buffer, i)):
-                left.setdefault(name, {})[at] = part
+                left.setdefault(name, {})[at] = shown(part, flat.params[i])
         if masked and entry is not None:
             entry[OURS + "mask"] = _bits(flat)[i]
         elif flat.mask is not None:
@@ -104,6 +107,7 @@ def _places(store: Store) -> list[tuple[int, Flat, int]]:
 
 def _has_begun(memory: Tensor) -> bool:
     """Whether a parameter's part of a memory holds anything."""
+    memory = shard(memory)
     return memory.numel() > 0 and not bool(memory[(0,) * memory.dim()].isnan())
 
 
@@ -194,7 +198,7 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     engine.undo = None
     # Copies first: what is loaded may be a view of what begins anew.
     tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
-    if not all(at in tensors["v"] or not flat.params[i].numel() for at, flat, i in places):
+    if not all(at in tensors["v"] or not flat.shards[i].numel() for at, flat, i in places):
         tensors["v"] = {}  # of some parameters only, it is of no use
     rule = RULES.get(type(engine.base))
     for flat in engine.store.flats:
@@ -210,8 +214,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
             memory.buffer.fill_(memory.begin)
             if name == "v":
                 memory.start()
-            for i, values in there.items():
-                memory.parts[i].copy_(values)
+            for i, t in there.items():
+                memory.parts[i].copy_(values(t, flat.params[i]))
             if name == "v":
                 flat.measure(memory)
         masks = {i: tensors["mask"][at] for i, at in mine.items() if at in tensors["mask"]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .backends import Backend, reference
 from .backends.checks import lost_memory, span
 from .gradients import has_layout, holds, memory_layout, regular_values
 from .precision import is_short
+from .sharded import is_dtensor, shard, shards, shown, spread, values
 
 # Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
 # is a block of threads (csrc/cuda/kernels.cuh). The rows themselves, of 40 bytes, are 0.25 % of what one pass over them moves.
@@ -179,13 +181,16 @@ class Flat:
     """The parameters of one device and dtype, in the order of their groups, with everything kept for them.
 
     Args:
-        params: distinct parameters of one device and dtype.
+        params: distinct parameters of one device and dtype, and DTensors of one mesh and number of shards.
         groups: for each, the index of its parameter group.
         flatten: re-point every ``p.data``, once, into one flat buffer of weights. Without it, and where others rely on the
             place of any of them, see ``_stays``, all stay where they are and are reached by segment.
         backend: the namespace of operators, see ``backends``.
 
     Attributes:
+        shards: what this rank holds of the parameters, and kernels work on: of DTensors their shards, which stay where they
+            are; else ``params`` itself.
+        spread: how the parameters lie over ranks, see there.
         table: int64 ``[K, 5]``, see csrc/segments.h.
         weights: what the operators take as weights: [the flat buffer], or every parameter's memory.
         sums: the shape of the sums of a perturbation, see ``achieved_sq`` in ``backends``.
@@ -204,6 +209,8 @@ class Flat:
 
     def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool, backend: Backend):
         self.params, self.groups, self.backend = params, groups, backend
+        self.shards, self.spread = shards(params), spread(params[0])
+        flatten = flatten and self.spread is None
         self.device, self.dtype = params[0].device, params[0].dtype
         self._is_cuda = params[
             0
@@ -211,16 +218,19 @@ class Flat:
         step = ALIGNMENT // params[0].element_size()
         self.offsets: list[int] = []
         self.size = 0
-        for p in params:
+        for p in self.shards:
             self.offsets.append(self.size)
             self.size += _round_up(p.numel(), step)
         length = row_length(self.device, self.dtype)
         rows = [
             (i, begin, self.offsets[i] + begin, min(length, p.numel() - begin), groups[i])
-            for i, p in enumerate(params)
+            for i, p in enumerate(self.shards)
             for begin in range(0, p.numel(), length)
         ]
         self.rows = len(rows)
+        # Of shards some have no elements on some ranks.
+        self._empty = [i for i, p in enumerate(self.shards) if not p.numel()]
+        self._empty_index = torch.tensor(self._empty, dtype=torch.int64, device=self.device)
         ends = {g: k + 1 for k, (*_, g) in enumerate(rows)}  # of the groups, which come one after the other
         self._ends = list(ends.items())
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
@@ -230,7 +240,7 @@ class Flat:
         self.arrived = None if two else torch.zeros(1, dtype=torch.int32, device=self.device)
         self.absent = torch.empty(0, dtype=self.dtype, device=self.device)
         self._may_move = flatten
-        self.flatten = flatten and not any(map(_stays, params))
+        self.flatten = flatten and not any(map(_stays, self.shards))
         self.weights: list[Tensor] = []
         if self.flatten:
             self.weights = [self.new_buffer()]
@@ -260,7 +270,7 @@ class Flat:
         Raises:
             ValueError: one with gaps may not move. None has then.
         """
-        gaps = [p for p in (self.params[i] for i in which) if not _is_dense(p)]
+        gaps = [p for p in (self.shards[i] for i in which) if not _is_dense(p)]
         for p in gaps:
             if not self._may_move or _is_shared(p):
                 remedy = "" if self._may_move else ", or use flatten=True"
@@ -285,10 +295,10 @@ class Flat:
         if self.flatten:
             self._places = [StorageWeakRef(p.untyped_storage()) for p in self.params]
         else:
-            self.weights = [p.detach() for p in self.params]
-        self._pointers = list(map(Tensor.data_ptr, self.params))
-        self._strides = [p.stride() for p in self.params]
-        self._shapes = [p.shape for p in self.params]
+            self.weights = [p.detach() for p in self.shards]
+        self._pointers = list(map(Tensor.data_ptr, self.shards))
+        self._strides = [p.stride() for p in self.shards]
+        self._shapes = [p.shape for p in self.shards]
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
@@ -298,12 +308,15 @@ class Flat:
 
     def alias(self, buffer: Tensor, i: int) -> Tensor:
         """A parameter's part of a flat buffer, in its shape and memory order."""
-        return _alias(buffer, self.offsets[i], self.params[i])
+        return _alias(buffer, self.offsets[i], self.shards[i])
 
     def is_part(self, buffer: Tensor, i: int, t: Any) -> bool:
-        """Whether ``t`` is what ``alias`` returns."""
-        p = self.params[i]
-        if not isinstance(t, Tensor) or t.dtype != self.dtype or t.device != self.device or t.shape != p.shape:
+        """Whether ``t`` is what ``alias`` returns, or that as everybody else sees it."""
+        p = self.shards[i]
+        if not isinstance(t, Tensor) or is_dtensor(t) != is_dtensor(self.params[i]):
+            return False
+        t = shard(t)
+        if t.dtype != self.dtype or t.device != self.device or t.shape != p.shape:
             return False
         place = buffer.data_ptr() + self.offsets[i] * buffer.element_size()
         return not p.numel() or (t.data_ptr() == place and t.stride() == p.stride())
@@ -412,18 +425,19 @@ class Flat:
         Raises:
             RuntimeError: a parameter is now on another device or of another dtype or size.
         """
-        for i, p in enumerate(self.params):
+        self.shards = shards(self.params)
+        for i, p in enumerate(self.shards):
             if p.device != self.device or p.dtype != self.dtype or p.shape != self._shapes[i]:
                 raise RuntimeError(
                     f"a parameter is now {p.dtype} on {p.device} with {p.numel()} elements in the shape {tuple(p.shape)}; it "
                     f"was {self.dtype} on {self.device} with {self._shapes[i].numel()} in {tuple(self._shapes[i])} when the "
                     "optimizer was made: move, convert or reshape the model first, then make the optimizer"
                 )
-        if any(map(_stays, self.params)):
+        if any(map(_stays, self.shards)):
             self.flatten = False  # others look where they are now
         moved = [
             i
-            for i, p in enumerate(self.params)
+            for i, p in enumerate(self.shards)
             if p.numel() and (p.data_ptr() != self._pointers[i] or p.stride() != self._strides[i])
         ]
         if not self.flatten:
@@ -434,13 +448,13 @@ class Flat:
             self.weights = [self.new_buffer()]
             self._move_in(range(len(self.params)))
         for i in moved:
-            if self.params[i].stride() != self._strides[i]:
+            if self.shards[i].stride() != self._strides[i]:
                 self._reorder(i)
         self._remember()
 
     def _reorder(self, i: int) -> None:
         """Bring what is kept for a parameter into its new memory order, e.g. after ``.to(memory_format=...)``."""
-        p, offset = self.params[i], self.offsets[i]
+        p, offset = self.shards[i], self.offsets[i]
         bits = None if self.mask is None else self.mask_of(i)
         states = {name: buffer for name, buffer in self.state.items() if name != "step"}
         for buffer in (self.saved, *(memory.buffer for memory in self.memories.values()), *states.values()):
@@ -451,6 +465,7 @@ class Flat:
             memory.parts[i] = self.alias(memory.buffer, i)
         for name, buffer in states.items():  # also where the parameter took no part in the latest step
             view = self.views.get((i, name))
+            view = None if view is None else shard(view)
             if view is not None and view.data_ptr() == buffer[offset:].data_ptr() and view.shape == p.shape:
                 view.as_strided_(p.size(), p.stride())
         self._strides[i] = p.stride()
@@ -476,7 +491,7 @@ class Flat:
     def mask_of(self, i: int) -> Tensor:
         """A parameter's part of the mask, as bools in its shape and memory order."""
         assert self.mask is not None
-        n, first = self.params[i].numel(), self.offsets[i] // 8
+        n, first = self.shards[i].numel(), self.offsets[i] // 8
         bits = unpack(self.mask[first : first + -(-n // 8)])[:n]
         return bits.as_strided(self._shapes[i], self._strides[i])
 
@@ -484,7 +499,7 @@ class Flat:
         """``bits``: bools in the shape of the parameter."""
         if self.mask is None:
             self.mask = torch.zeros(self.size // 8, dtype=torch.uint8, device=self.device)
-        n = self.params[i].numel()
+        n = self.shards[i].numel()
         padded = torch.zeros(_round_up(n, 8), dtype=torch.bool, device=self.device)
         padded[:n].as_strided(self._shapes[i], self._strides[i]).copy_(bits)
         self.mask[self.offsets[i] // 8 :][: len(padded) // 8] = pack(padded)
@@ -494,6 +509,17 @@ class Flat:
     def absent_from(self, grads: Sequence[Tensor]) -> tuple[int, ...]:
         """The parameters that are absent from a step's gradients."""
         return tuple(i for i, g in enumerate(grads) if g is self.absent)
+
+    def count_empty(self, absent: tuple[int, ...], found_inf: Tensor | None) -> None:
+        """Count an update of the parameters without elements, which are in no row of the table, as torch does."""
+        step = self.state.get("step")
+        if step is None or not self._empty:
+            return
+        index = self._empty_index
+        if not set(absent).isdisjoint(self._empty):
+            present = [i for i in self._empty if i not in absent]
+            index = torch.tensor(present, dtype=torch.int64, device=self.device)
+        step[index] += 1.0 if found_inf is None else (found_inf == 0).to(step.dtype)
 
     def bound(self, state: State, names: Sequence[tuple[str, ...]], absent: tuple[int, ...]) -> list[Tensor] | None:
         """What the latest ``bind`` returned, if it was the same and the state is where it left it."""
@@ -537,13 +563,14 @@ class Flat:
                 if old is not None and self.is_own(i, name, old):
                     view = old
                 else:
-                    view = self._state_view(i, name)
+                    memory = self._state_view(i, name)
                     if old is None:
-                        view.zero_()
+                        memory.zero_()
                         missing.append(i)
                     else:
-                        view.copy_(old)
+                        memory.copy_(old if name == "step" else values(old, p))
                         loaded.append(i)
+                    view = memory if name == "step" else shown(memory, p)
                     entry[name] = self.views[i, name] = view
                 bound.add(entry, name, view)
         if counts and (missing or loaded):
@@ -572,7 +599,7 @@ class Flat:
             entry = state.get(p, {}) if p.requires_grad else {}
             m = next((entry[name] for name in names if isinstance(entry.get(name), Tensor)), None)
             if m is not None and m.shape == p.shape:
-                out[i] = regular_values(p, m)
+                out[i] = regular_values(self.shards[i], values(m, p))
         return out
 
     def _momentum_of(self, bound: _Bound, names: Sequence[str]) -> list[Tensor]:
@@ -580,7 +607,7 @@ class Flat:
         for i, g in enumerate(self.groups):
             for name in names:
                 if name in bound.names_by_group[g] and i not in without:
-                    out[i] = self.views[i, name]
+                    out[i] = shard(self.views[i, name])
         return out
 
     def is_own(self, i: int, name: str, t: Any) -> bool:
@@ -588,6 +615,7 @@ class Flat:
         view = self.views.get((i, name))
         if t is not view or view is None:
             return False
+        view = shard(view)
         is_step = name == "step"
         place = i if is_step else self.offsets[i]
         if view.dim() if is_step else view.shape != self._shapes[i] or view.stride() != self._strides[i]:
@@ -648,7 +676,8 @@ class _Bound:
         self.views: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self.momentum: list[Tensor] = []  # by parameter of the flat, once somebody has asked for it
-        self._group = [{"params": self.views}]  # as layouts are asked for
+        self._memory = self.views  # of DTensors their shards
+        self._group: list[dict[str, Any]] = []  # as layouts are asked for
         self._layout: object = None
 
     def add(self, entry: dict[str, Any], name: str, view: Tensor) -> None:
@@ -659,7 +688,9 @@ class _Bound:
     def complete(self, state: State) -> None:
         """All have been added."""
         self.entries = list(state.values())
-        self._layout = memory_layout(self._group, [self.views])
+        self._memory = shards(self.views)
+        self._group = [{"params": self._memory}]
+        self._layout = memory_layout(self._group, [self._memory])
 
     def is_current(self, state: State) -> bool:
         """Whether they are there still, with the same memory.
@@ -667,6 +698,8 @@ class _Bound:
         ``load_state_dict`` replaces the entries, and anybody may replace what is in them, or, as by ``.data``, its memory.
         """
         held = holds(state, self.entries, self.dicts, self.names, self.views)
+        if held and self._memory is not self.views:
+            held = all(map(is_, map(shard, self.views), self._memory))
         return held and has_layout(self._group, self._layout)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 from . import _torch
 from .backends import extension
 from .backends.checks import lost_memory, span
+from .sharded import gradient, shard, shown
 
 Groups = list[dict[str, Any]]  # of parameters, as an optimizer has them
 Optionals = Sequence[Tensor | None]  # p.grad by parameter; an empty list where all are None
@@ -69,7 +70,8 @@ def _collect_grads(groups: Groups, layout: Any, placeholders: list[Tensor], clea
     if served is None:
         return None
     lists: list[Tensors] = [
-        [none if p.grad is None else p.grad for p in params] for params, none in zip(served, placeholders, strict=True)
+        [none if g is None else g for g in map(gradient, params)]
+        for params, none in zip(served, placeholders, strict=True)
     ]
     return lists, False, sum(p.grad is None for params in served for p in params)
 
@@ -80,13 +82,13 @@ def _have_grads(groups: Groups, layout: Any) -> bool | None:
 
 
 def _current_grads(params: list[Tensor]) -> Optionals:
-    grads = [p.grad for p in params]
+    grads = list(map(gradient, params))
     return grads if any(g is not None for g in grads) else []
 
 
 def _set_grads(params: list[Tensor], grads: Sequence[Tensor | None]) -> None:
     for p, g in zip(params, grads or repeat(None), strict=False):
-        p.grad = g
+        p.grad = None if g is None else shown(g, p)
 
 
 def _joined(lists: list[Tensors]) -> Tensors:
@@ -115,6 +117,7 @@ def _spans(grads: Sequence[Tensor | None]) -> list[tuple[int, int, int, Tensor]]
 
 def place(t: Tensor) -> object:
     """Where the memory of a tensor is, and how it is laid out."""
+    t = shard(t)
     return t.data_ptr(), t.size(), t.stride(), t.dtype
 
 
@@ -188,14 +191,30 @@ holds: Callable[[dict[Any, Any], list[Any], list[dict[str, Any]], list[str], lis
 )
 
 
+class Loops(NamedTuple):
+    """Those that look at parameters and their gradients, see above."""
+
+    collect_grads: Callable[[Groups, object, list[Tensor], bool], Collected | None]
+    have_grads: Callable[[Groups, object], bool | None]
+    current_grads: Callable[[list[Tensor]], Optionals]
+    set_grads: Callable[[list[Tensor], Sequence[Tensor | None]], None]
+    memory_layout: Callable[[Groups, list[list[Tensor]]], object]
+    has_layout: Callable[[Groups, object], bool]
+
+
+FAST = Loops(collect_grads, have_grads, current_grads, set_grads, memory_layout, has_layout)
+#: They know DTensors: gradients are those of this rank's shards.
+OF_SHARDS = Loops(_collect_grads, _have_grads, _current_grads, _set_grads, _memory_layout, _has_layout)
+
+
 def is_trained(p: Tensor) -> bool:
     """Whether a parameter takes part: one that is frozen does where somebody gave it a gradient, as in torch."""
     return p.requires_grad or p.grad is not None
 
 
 def collect(
-    groups: Groups, layout: object, lists: list[list[Tensor]], placeholders: list[Tensor], *, clear: bool
-) -> tuple[list[Tensors], int] | None:
+    groups: Groups, layout: object, lists: list[list[Tensor]], placeholders: list[Tensor], loops: Loops = FAST, *, clear: bool
+) -> tuple[list[Tensors], int] | None:  # fmt: skip
     """Every ``p.grad`` of the lists, dense and in the memory order of its parameter, and how many are absent.
 
     Those are their list's placeholder. With ``clear``, every ``p.grad`` is then None. A parameter with a gradient counts as
@@ -206,13 +225,13 @@ def collect(
         TypeError: a sparse gradient, or one of another dtype than its parameter.
         RuntimeError: a gradient whose memory is gone.
     """
-    found = collect_grads(groups, layout, placeholders, clear)
+    found = loops.collect_grads(groups, layout, placeholders, clear)
     if found is None:
         return None
     grads, regular, absent = found
     if not regular:
         grads = [
-            [none if g is none else regular_gradient(p, g) for p, g in zip(params, those, strict=True)]
+            [none if g is none else regular_gradient(shard(p), g) for p, g in zip(params, those, strict=True)]
             for params, those, none in zip(lists, grads, placeholders, strict=True)
         ]
         having = [
@@ -224,7 +243,7 @@ def collect(
         increment_version(having)
         if clear:
             for params in lists:
-                set_grads(params, [])
+                loops.set_grads(params, [])
     return grads, absent
 
 

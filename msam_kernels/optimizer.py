@@ -26,6 +26,8 @@ from .rules import SEED, Radius, check_method, check_rho, rho_at
 from .step import Engine, Stats
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .capture import CapturedStep
 
 __all__ = ["MicroBatchSAM", "Stats"]
@@ -143,7 +145,8 @@ class MicroBatchSAM(Optimizer):
             batch is compiled by itself.
         flatten: keep the weights in flat buffers. False leaves every parameter's memory where it is; same bits, slower. So do,
             for all parameters of a device and dtype, some that have their place among other things: in shared memory, or in
-            a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do.
+            a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do. So do sharded
+            parameters (DTensors), always.
         backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
             "reference" (plain torch, on any device).
         rounding: of w + e to weights of 16 bits, see ``docs/precision.md``. "nearest", or "stochastic": to one of the two
@@ -152,6 +155,9 @@ class MicroBatchSAM(Optimizer):
         seed: of stochastic rounding, < 2**64; ``torch.initial_seed()`` without it. It is part of the state dict. The random
             numbers depend on it, the step, the micro-batch and the element's place alone: they are the same on every backend
             and in every layout.
+        process_group: ranks that hold other parameters of the same model, as the stages of a pipeline do: norms and inner
+            products are over the parameters of all of them. Sharded parameters (DTensors) need no group, see
+            ``docs/sharded.md``.
 
     Raises:
         ValueError, TypeError, RuntimeError: arguments or parameters that cannot be served; the message names them and
@@ -176,6 +182,7 @@ class MicroBatchSAM(Optimizer):
         backend: str = "auto",
         rounding: Rounding = "nearest",
         seed: int | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -213,7 +220,7 @@ class MicroBatchSAM(Optimizer):
         self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
         self.micro_batch_size = micro_batch_size
         self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
-        self.rounding = rounding
+        self.rounding, self.process_group = rounding, process_group
         self._make_engine(method, model, ascent, seed)
         self.engine.take_over()
 
@@ -231,6 +238,7 @@ class MicroBatchSAM(Optimizer):
             backend=self.backend,
             ascent=ascent,
             seed=seed,
+            process_group=self.process_group,
         )
         self._watch = checkpoint.watch(self.engine, model)
         this = ref(self.engine)
@@ -348,6 +356,7 @@ class MicroBatchSAM(Optimizer):
             "flatten",
             "backend",
             "rounding",
+            "process_group",
         )
         return {
             **{name: getattr(self, name) for name in (*own, "method", "model", "enabled", "ascent")},
@@ -362,7 +371,8 @@ class MicroBatchSAM(Optimizer):
         left, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
         ascent = state.pop("ascent", "global")
-        super().__setstate__({"parallel": False, "compile": False, "rounding": "nearest", **state})
+        later = {"parallel": False, "compile": False, "rounding": "nearest", "process_group": None}
+        super().__setstate__({**later, **state})
         seed = None if self.rounding == "nearest" else self.param_groups[0][SEED]
         self._make_engine(method, model, ascent, seed)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
@@ -728,6 +738,11 @@ class MicroBatchSAM(Optimizer):
             ValueError: no example batch, one that cannot be split, ``warm_up`` < 1, or another ``other_shapes``.
         """
         self.engine.take_in()
+        if self.engine.store.is_sharded:
+            raise RuntimeError(
+                "capture cannot hold sharded parameters (DTensors): what gathers them decides on the host, in every pass; use "
+                "train_step, which does the same without a graph"
+            )
         devices = sorted(map(str, self.engine.store.devices))
         if len(devices) != 1 or not devices[0].startswith("cuda"):
             got = ", ".join(devices) or "frozen ones only"
@@ -824,6 +839,7 @@ class MicroBatchSAM(Optimizer):
 
     def _check_sparse(self, what: str) -> methods.SparseSAM:
         sparse = self.method.full.sparse
+        self.engine.check_mask(sparse, self.engine.store.is_sharded)
         if sparse is None:
             raise RuntimeError(f"{what} is for methods with a mask, e.g. methods.SparseSAM(), got {self.method}")
         return sparse

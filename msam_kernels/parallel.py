@@ -499,6 +499,10 @@ class ParallelPasses:
 
     def _look_around(self) -> None:
         """Find what the passes put into the modules, or watch there; refuse what cannot be."""
+        if self._store.is_sharded:
+            raise Refused(
+                f"sharded parameters (DTensors) are gathered by hooks of modules, which know one pass at a time: {SEQUENTIAL}"
+            )
         for flat in self._store.flats:
             if not flat.flatten:
                 raise Refused(

@@ -18,6 +18,7 @@ from .batches import samples_of
 from .flat import Flat
 from .gradients import Vectors
 from .methods import Coefficient
+from .sharded import is_dtensor
 from .store import Descent, Store
 
 DDP = nn.parallel.DistributedDataParallel
@@ -72,6 +73,8 @@ class Ranks:
             raise ValueError(
                 f"ascent={ascent!r} needs model=, the DistributedDataParallel module, whose all-reduces it holds back"
             )
+        if any(is_dtensor(p) for ddp in self._ddps for p in ddp.parameters()):
+            raise ValueError(f"ascent={ascent!r} is for whole parameters, and the model has DTensors: leave it out")
 
     # -- what DistributedDataParallel does by itself ------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from . import masks
-from ._torch import Scaled, forget_casts, is_shared, mark_stepped, versions_of
+from ._torch import Scaled, is_shared, mark_stepped, versions_of
 from .batches import MicroBatches
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
@@ -39,15 +39,20 @@ from .rules import (
     fused_rule,
     no_momentum,
 )
+from .sharded import Gathered, is_dtensor
 from .store import PLAIN, Descent, Store, moved
 from .units import Undo, Units
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
 class Stats:
     """What the kernels recorded in the latest step, one entry per micro-batch, on the device until somebody looks.
 
-    Momentum-SAM, whose micro-batches share one perturbation, has one entry.
+    Momentum-SAM, whose micro-batches share one perturbation, has one entry. Of sharded parameters all ranks read them together:
+    ‖e‖ is then added up over the ranks.
 
     Attributes:
         grad_norm: ‖d‖ of the ascent direction (for ASAM ‖T·d‖), float64; without the loss scale of a ``scaler`` that was given.
@@ -130,13 +135,14 @@ class Engine:
         backend: str,
         ascent: Ascent = "global",
         seed: int | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         self.base, self.method = base, method
         self.buffers = Buffers(model)
         self.ranks = Ranks(ascent, model)
         self.unreduced = False
         self.v_synced: bool | None = None
-        self.store = Store(base, flatten=flatten, backend=backend, seed=seed)
+        self.store = Store(base, flatten=flatten, backend=backend, seed=seed, process_group=process_group)
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
         self.units = Units(self.store)
@@ -178,6 +184,7 @@ class Engine:
 
     def adopt(self, also: Sequence[Tensor] = ()) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
+        self.check_mask(self.method.full.sparse, any(map(is_dtensor, self.store.parameters())))
         self.store.adopt(self.check_idle, self.method.full.only, also)
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
@@ -298,6 +305,18 @@ class Engine:
     def mask_is_due(self, sparse: SparseSAM) -> bool:
         return sparse.update_every is not None and self.steps + 1 - self.mask_step >= sparse.update_every
 
+    def check_mask(self, sparse: SparseSAM | None, is_sharded: bool) -> None:
+        """Refuse a mask of sharded parameters.
+
+        Raises:
+            ValueError: the method has one.
+        """
+        if sparse is not None and is_sharded:
+            raise ValueError(
+                f"{sparse} chooses its mask by comparing elements of all parameters, and a rank holds only its shards of "
+                "these: use a method without a mask"
+            )
+
     def choose_mask(self, scores: masks.Scores, sparse: SparseSAM, step: int) -> None:
         masks.choose(self.store.flats, scores, sparse, step)
         self.mask_step = step
@@ -389,7 +408,11 @@ class Engine:
         if self.base.state or any("lr" not in group or group["lr"] != 0 for group in groups):
             return False
         grads = [p.grad for p in self.store.parameters() if p.grad is not None]
-        return bool(grads) and not any(g.is_sparse or bool(g.any()) for g in grads)
+        if not grads or any(g.is_sparse for g in grads):
+            return False
+        if self.store.is_sharded:  # alike on all ranks
+            return not bool(self.store.gram([self.collect(clear=False)]).any())
+        return not any(bool(g.any()) for g in grads)
 
     def _begin_state(self) -> None:
         rule = fused_rule(self.base)
@@ -419,7 +442,7 @@ class Engine:
             self.store.update(rule, self.tables, self.base.state, descent, found_inf)
         if self.method.full.after and self.v_step == self.steps:
             self.shift(self.collect(clear=False), found_inf=found_inf)
-        forget_casts()
+        self.store.forget_copies()
 
     def shift(self, stepped: Vectors, gap: Vectors | None = None, found_inf: Tensor | None = None) -> None:
         """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights.
@@ -458,6 +481,7 @@ class Engine:
         plan = self.plan()
         if plan is not BASE:
             check_method(self.method, self.base)
+            self.check_mask(plan.sparse, self.store.is_sharded)
             self.store.check_only(plan.only)
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:
@@ -553,7 +577,7 @@ class Engine:
             if step.chose_mask:
                 for flat in self.store.flats:
                     flat.mask = None
-        forget_casts()
+        self.store.forget_copies()
         self.step = None
         if error is not None:
             raise error
@@ -928,7 +952,7 @@ class Step:
         v = self.engine.momentum()
         self.perturbed = self.saves = True
         self.engine.norms_sq.append(self.store.ascend(v, self.plan, self.engine.tables, 0))
-        forget_casts()
+        self.store.forget_copies()
 
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
@@ -945,7 +969,7 @@ class Step:
         self.turn = 1
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
         engine.norms_sq.append(self._norm_sq)
-        forget_casts()
+        self.store.forget_copies()
 
     def _collect(self, *, clear: bool) -> Vectors:
         """The gradients of a pass; where ranks share the perturbation their mean, as far as it is combined with others."""
@@ -973,22 +997,28 @@ class Step:
         assert self._norm_sq is not None
         self.turn = 2
         self.store.cross(at_w, self.plan, self.engine.tables, self._norm_sq, self._i)
-        forget_casts()
+        self.store.forget_copies()
 
     def _hold(self, grads: Vectors) -> None:
         """Keep the gradients of a pass for the micro-batch's descent."""
         self._held.insert(0, Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent))
 
     def _check_any(self, grads: Vectors) -> None:
-        """No gradient at all: has the model other parameters by now?"""
-        model = self.engine.buffers.model
-        if not grads.absent or model is None or grads.absent < sum(len(flat.params) for flat in self.store.flats):
+        """No gradient at all: has the model other parameters by now, or are gradients kept elsewhere?"""
+        store = self.store
+        if not grads.absent or grads.absent < sum(len(flat.params) for flat in store.flats):
             return
-        own, theirs = set(map(id, self.store.parameters())), set(map(id, model.parameters()))
-        if theirs and own.isdisjoint(theirs):
+        model, params = self.engine.buffers.model, store.parameters()
+        own, theirs = set(map(id, params)), set(map(id, model.parameters() if model is not None else ()))
+        if (theirs and own.isdisjoint(theirs)) or (not store.is_sharded and Gathered.others(params)):
             raise RuntimeError(
-                "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
-                "make the optimizer after that"
+                "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) and fully_shard "
+                "replace them): make the optimizer after that"
+            )
+        if store.is_sharded:
+            raise RuntimeError(
+                "no sharded parameter got a gradient in the first pass, so that there is nothing to perturb along: call "
+                "backward() in it, and model.set_requires_gradient_sync(True) before"
             )
 
     def add_scores(self, grads: Vectors, *, needed: bool = False) -> None:
@@ -1103,7 +1133,7 @@ class Step:
             self._undo_where(found_inf)
             if self.clear:
                 self.store.set_grads(None)
-        forget_casts()
+        self.store.forget_copies()
 
     def _update_limited(self, rule: Rule, between: Between) -> None:
         """The mean gradient without its scale, and no longer than it may be, which takes one look at it before the update."""
@@ -1129,7 +1159,7 @@ class Step:
         self._undo_where(found_inf)
         if self.clear:
             store.set_grads(None)
-        forget_casts()
+        store.forget_copies()
 
     def _undo_where(self, found_inf: Tensor | None) -> None:
         if self.engine.undo is not None and found_inf is not None:
@@ -1223,7 +1253,7 @@ class Step:
         if weights:
             self.perturbed = False
             self.saves = not last
-        forget_casts()
+        self.store.forget_copies()
 
     def _keep_in_latest(self, latest: Vectors, held: Vectors, descent: Descent) -> None:
         """What is kept of the only micro-batch until the end of the step, in the memory of its last gradient."""
@@ -1268,7 +1298,7 @@ class Step:
         """The gradients of before the step, as the kernels take them."""
         lists, absent = [], 0
         for flat, (_, grads) in zip(self.store.flats, self.aside or (), strict=True):
-            pairs = zip(flat.params, grads or [None] * len(flat.params), strict=True)
+            pairs = zip(flat.shards, grads or [None] * len(flat.params), strict=True)
             lists.append([flat.absent if g is None else regular_gradient(p, g) for p, g in pairs])
             absent += sum(g is flat.absent for g in lists[-1])
         return Vectors(lists, absent)

@@ -5,33 +5,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
+from ._torch import forget_casts
 from .backends import get_backend
 from .flat import SUMS, Flat, Memory, State, check_parameters
 from .gradients import (
+    FAST,
+    OF_SHARDS,
     Optionals,
     Tensors,
     Vectors,
     collect,
-    current_grads,
-    has_layout,
-    have_grads,
     is_trained,
     joined,
-    memory_layout,
     own_memory_of_lists,
     regular_gradient,
-    set_grads,
 )
 from .methods import Coefficient, Parameters, Plan
 from .precision import is_short
 from .rules import MOMENTA, Rule, Tables
+from .sharded import Gathered, Reduction, Spread, check_placements, shard, spread
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: A vector as it is.
 PLAIN = Coefficient().row()
@@ -104,17 +106,31 @@ class Store:
 
     Args:
         base: whose parameter groups hold the parameters.
-        flatten, backend: see ``MicroBatchSAM``.
+        flatten, backend, process_group: see ``MicroBatchSAM``.
         seed: of the random rounding of w + e to 16 bits; None where it is to nearest.
 
     Attributes:
         drawn: how many micro-batches of the step under way have rounded so, in earlier loops.
+        is_sharded: whether any parameter is a DTensor.
     """
 
-    def __init__(self, base: Optimizer, *, flatten: bool, backend: str, seed: int | None = None):
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        flatten: bool,
+        backend: str,
+        seed: int | None = None,
+        process_group: ProcessGroup | None = None,
+    ):
         self.base, self.flatten, self.backend, self.seed = base, flatten, backend, seed
         self.drawn = 0
+        self.process_group = process_group
         self.flats: list[Flat] = []
+        self.is_sharded = False
+        self._ranks: Reduction | None = None  # where sums over all parameters are sums over several ranks
+        self._gathered: Gathered | None = None
+        self._loops = FAST
         self._parts: tuple[Parameters | None, int, list[Part]] = (None, 0, [])
         self.devices: list[torch.device] = []
         self.layout: object = None  # of all parameters, as the flats know it
@@ -190,7 +206,14 @@ class Store:
         served = {p for flat in self.flats for p in flat.params}.union(also)
         taken = [(name, p) for name, p in named if p in served or is_trained(p)]
         left = [(name, p) for name, p in named if p not in served and not is_trained(p)]
-        check_parameters(taken, left if self.flatten else ())
+        for name, p in taken:
+            check_placements(name, p)
+        check_parameters(*([(name, shard(p)) for name, p in named] for named in (taken, left if self.flatten else ())))
+        spreads = {id(p): spread(p) for _, p in taken}
+        is_sharded = any(lies is not None for lies in spreads.values())
+        ranks = None
+        if is_sharded or self.process_group is not None:
+            ranks = Reduction(spreads.values(), self.process_group)
         group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
         for flat in self.flats:
             if [group_of.pop(id(p), None) for p in flat.params] != flat.groups:
@@ -198,12 +221,12 @@ class Store:
                     "parameters were removed from a group or moved to another by hand: make a new optimizer for the new "
                     "groups, or use add_param_group for additional ones"
                 )
-        buckets: dict[tuple[torch.device, torch.dtype, bool], list[tuple[Tensor, int]]] = {}
+        buckets: dict[tuple[torch.device, torch.dtype, bool, Spread | None], list[tuple[Tensor, int]]] = {}
         for name, p in taken:
             if id(p) in group_of:
                 if p.is_meta:
                     raise ValueError(f"{name} is on the meta device and has no values: materialise the model first")
-                kind = p.device, p.dtype, only is None or p in only
+                kind = p.device, p.dtype, only is None or p in only, spreads[id(p)]
                 buckets.setdefault(kind, []).append((p, group_of[id(p)]))
         if buckets:
             new = {id(p) for members in buckets.values() for p, _ in members}
@@ -221,7 +244,9 @@ class Store:
             for (device, *_), members in buckets.items()
         ]
         self.devices = list({flat.device: None for flat in self.flats})
-        self.layout = memory_layout(groups, self._lists)
+        self.is_sharded, self._ranks, self._loops = is_sharded, ranks, OF_SHARDS if is_sharded else FAST
+        self._gathered = Gathered(params, self._gathered) if is_sharded else None
+        self.layout = self._loops.memory_layout(groups, self._lists)
         self._left = {id(p) for _, p in left}
 
     def check_only(self, only: Parameters | None) -> None:
@@ -241,13 +266,13 @@ class Store:
 
     def is_current(self) -> bool:
         """Whether all parameters are where they were at the last look, and those in no flat still frozen."""
-        return has_layout(self.base.param_groups, self.layout)
+        return self._loops.has_layout(self.base.param_groups, self.layout)
 
     # -- gradients ------------------------------------------------------------------------------------------------------
 
     def have_grads(self) -> bool | None:
         """Whether any ``p.grad`` is there; None where the parameters are not where they were at the last look."""
-        return have_grads(self.base.param_groups, self.layout)
+        return self._loops.have_grads(self.base.param_groups, self.layout)
 
     def collect(self, *, clear: bool) -> Vectors | None:
         """Every ``p.grad``; all are looked at before any kernel runs. With ``clear``, every one is None then.
@@ -255,7 +280,7 @@ class Store:
         None where the parameters are not where they were at the last look.
         """
         placeholders = [flat.absent for flat in self.flats]
-        found = collect(self.base.param_groups, self.layout, self._lists, placeholders, clear=clear)
+        found = collect(self.base.param_groups, self.layout, self._lists, placeholders, self._loops, clear=clear)
         if found is None:
             return None
         lists: Sequence[Tensors] = found[0]
@@ -265,17 +290,17 @@ class Store:
 
     def current_grads(self) -> list[Optionals]:
         """By flat: every p.grad or None; an empty list where all are None."""
-        return [current_grads(flat.params) for flat in self.flats]
+        return [self._loops.current_grads(flat.params) for flat in self.flats]
 
     def set_grads(self, lists: Sequence[Sequence[Tensor | None]] | None) -> None:
         """``p.grad`` by flat and parameter; None for all without ``lists``."""
         for f, flat in enumerate(self.flats):
-            set_grads(flat.params, lists[f] if lists else [])
+            self._loops.set_grads(flat.params, lists[f] if lists else [])
 
     def drop_grads_of_others(self) -> None:
         """Of parameters that are in no flat: they had none before the step, or they would be."""
         if self._left:
-            set_grads([p for p in self.parameters() if id(p) in self._left], [])
+            self._loops.set_grads([p for p in self.parameters() if id(p) in self._left], [])
 
     def optionals(self, vector: Vectors) -> Sequence[Sequence[Tensor | None]]:
         """``vector`` with None where a parameter is absent."""
@@ -289,7 +314,7 @@ class Store:
     def in_order(self, vector: Vectors) -> Vectors:
         """``vector`` in the memory order of the parameters; copies only where that is another one."""
         lists = [
-            [t if t is flat.absent else regular_gradient(p, t) for p, t in zip(flat.params, tensors, strict=True)]
+            [t if t is flat.absent else regular_gradient(p, t) for p, t in zip(flat.shards, tensors, strict=True)]
             for flat, tensors in zip(self.flats, vector.lists, strict=True)
         ]
         return Vectors(lists, vector.absent)
@@ -326,7 +351,7 @@ class Store:
 
     def squared(self, memories: list[Memory]) -> Tensor:
         """The terms of a memory's squared norm, at least one."""
-        terms = self._together([memory.square for memory in memories])
+        terms = self._together([(flat, m.square) for flat, m in zip(self.flats, memories, strict=True)])
         return terms if terms.numel() else terms.new_zeros(1)
 
     # -- the operators, over all flats --------------------------------------------------------------------------------------
@@ -354,7 +379,7 @@ class Store:
         self, grads: Vectors, plan: Plan, tables: Tables, which: int | range, renew: bool, into: Copies | None
     ) -> Tensor:
         parts = self.parts(plan.only)
-        if len(parts) == 1:
+        if len(parts) == 1 and self._ranks is None:
             (f, flat, left), *_ = parts
             weights, options = self._perturbation(f, flat, plan, tables, "radii", which, renew, into)
             chosen = _chosen(grads, f, flat, left)
@@ -376,7 +401,8 @@ class Store:
         terms = []
         for f, flat, left in self.parts(plan.only):
             chosen = _chosen(grads, f, flat, left)
-            terms.append(flat.backend.norm(flat.weights, chosen, flat.table, stack=stack, **_direction(flat, plan)))
+            norm_sq = flat.backend.norm(flat.weights, chosen, flat.table, stack=stack, **_direction(flat, plan))
+            terms.append((flat, norm_sq))
         if terms:
             return self._together(terms)
         return torch.zeros(*(() if stack is None else (stack,)), 1, dtype=torch.float64, device=self.device)
@@ -395,13 +421,16 @@ class Store:
     def achieved(self, only: Parameters | None, micro_batches: int) -> Tensor:
         """Of each micro-batch of the latest step: ‖e‖² as it arrived, its product with the e that was asked for, and that ‖e‖².
 
-        float64 ``[micro_batches, 3]``. In fp32 and fp64 the three are one number.
+        float64 ``[micro_batches, 3]``; of sharded parameters on all ranks. In fp32 and fp64 the three are one number.
         """
-        each = torch.zeros(micro_batches, SUMS, dtype=torch.float64, device=self.device)
-        for _, flat, _ in self.parts(only):
-            for i, terms in enumerate(flat.achieved[:micro_batches]):
-                each[i] += terms.sum(-1).to(self.device)
-        return each
+        sums = [
+            (flat, torch.stack([terms.sum(-1).expand(SUMS) for terms in flat.achieved[:micro_batches]]).unsqueeze(-1))
+            for _, flat, _ in self.parts(only)
+            if flat.achieved
+        ]
+        if sums:
+            return self._together(sums).sum(-1)
+        return torch.zeros(micro_batches, SUMS, dtype=torch.float64, device=self.device)
 
     def parts(self, only: Parameters | None) -> list[Part]:
         """The flats of which anything is perturbed, each with its number and its parameters that are not."""
@@ -473,7 +502,7 @@ class Store:
         parts = []
         for f, flat in enumerate(self.flats):
             terms = joined([vector.lists[f] for vector in vectors])
-            parts.append(flat.backend.gram(terms, flat.table, count=len(vectors), stack=stack))
+            parts.append((flat, flat.backend.gram(terms, flat.table, count=len(vectors), stack=stack)))
         return self._together(parts)
 
     def weigh(
@@ -523,7 +552,7 @@ class Store:
         ``scale``: float64 ``[1]``, that of the vector; where it is infinite nothing changes.
         """
         coefs = [*PLAIN, *Coefficient(0.0, factor, p=0, q=1, eps=0.0).row()]
-        weights = Vectors([[p.detach() for p in params] for params in self._lists]).present(vector)
+        weights = Vectors([[p.detach() for p in flat.shards] for flat in self.flats]).present(vector)
         for flat, out, tensors in zip(self.flats, weights.lists, vector.lists, strict=True):
             rates, terms = tables.on("rates", flat.device), joined([out, tensors])
             per = rates[-1:] if scale is None else moved(scale, flat.device)
@@ -581,18 +610,17 @@ class Store:
         turns: list[tuple[int, Flat, tuple[int, ...], list[Tensor] | None]] = []
         all_bound = True
         for f, flat in enumerate(self.flats):
-            grads = present.lists[f] if present.absent else None
-            if grads is not None and all(g.numel() == 0 for g in grads):
+            absent = flat.absent_from(present.lists[f]) if present.absent else ()
+            if len(absent) == len(flat.params):
                 self._bring_back(flat)
                 continue
-            absent = () if grads is None else flat.absent_from(grads)
             states = flat.bound(state, tables.names, absent)
             all_bound = all_bound and states is not None
             turns.append((f, flat, absent, states))
         if not all_bound:  # what may fail comes before what cannot be undone
             self.separate(state)
             turns = [(f, flat, a, flat.bind(state, tables.names, rule.counts, a)) for f, flat, a, _ in turns]
-        for f, flat, _, states in turns:
+        for f, flat, absent, states in turns:
             options = descent.on(flat.device)
             if flat.saved is not None:
                 options.update(saved=flat.saved, status=flat.status)
@@ -611,6 +639,7 @@ class Store:
                 settings=tables.on("settings", flat.device),
                 **options,
             )
+            flat.count_empty(absent, options.get("found_inf"))
 
     def begin_state(self, rule: Rule, tables: Tables, state: State, grads: Vectors) -> None:
         """The base optimizer's state of whatever has a gradient, as its first step would find it."""
@@ -638,7 +667,8 @@ class Store:
             for name, t in entry.items():
                 if not isinstance(t, Tensor) or t.layout != torch.strided or (flat and flat.is_own(i, name, t)):
                     continue
-                if any(t.device == device and 0 <= t.data_ptr() - begin < size for device, begin, size in spans):
+                place_of = shard(t).data_ptr()
+                if any(t.device == device and 0 <= place_of - begin < size for device, begin, size in spans):
                     entry[name] = t.clone()
 
     def rebind(self, state: State) -> bool:
@@ -678,13 +708,22 @@ class Store:
         if error is not None:
             raise error
 
-    def _together(self, parts: list[Tensor]) -> Tensor:
-        """The terms of sums, from all devices."""
+    def forget_copies(self) -> None:
+        """The weights have changed: nobody is to use what was cast or gathered of what they were."""
+        forget_casts()
+        if self._gathered is not None:
+            self._gathered.drop()
+
+    def _together(self, parts: list[tuple[Flat, Tensor]]) -> Tensor:
+        """The terms of sums, each a flat's, from all devices and ranks."""
+        if self._ranks is not None and parts:
+            sums = [moved(self._ranks.share(t.sum(-1, keepdim=True), f.spread), self.device) for f, t in parts]
+            return self._ranks.add_up(sums[0] if len(sums) == 1 else torch.cat(sums, -1).sum(-1, keepdim=True))
         if len(parts) == 1:
-            return parts[0]
+            return parts[0][1]
         if not parts:
             return torch.zeros(0, dtype=torch.float64)
-        return torch.cat([moved(t, self.device) for t in parts], -1)
+        return torch.cat([moved(t, self.device) for _, t in parts], -1)
 
 
 def _chosen(grads: Vectors, f: int, flat: Flat, left: list[int]) -> Tensors:

@@ -49,6 +49,7 @@ RANDOM_16 = "tests/test_kernels.py -k 'bits_of_the_specification and stochastic 
 FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf16",), ("cpu/operators",)
 LOOPS_OVER_PARAMETERS, PARAMETERS = "csrc/parameters.cpp", ("parameters",)
 LOOPS, DEVICE = "csrc/cpu/loops.h", "csrc/cuda/kernels.cuh"
+SHARDED = "tests/test_sharded.py -m 'not exhaustive' -k "
 TRITON = "tests/test_triton.py -k 'bits_of_the_specification'"
 OWN_ASCENTS, SCENARIOS, ACCUMULATED = (
     f"tests/test_distributed.py -m 'not exhaustive' -k {name}"
@@ -300,8 +301,8 @@ MUTANTS = [
     Mutant(
         "the norm of one flat only",
         P + "store.py",
-        "return torch.cat([moved(t, self.device) for t in parts], -1)",
-        "return parts[0]",
+        "return torch.cat([moved(t, self.device) for _, t in parts], -1)",
+        "return parts[0][1]",
         "tests/test_optimizer.py tests/test_methods.py -k cpu",
     ),
     Mutant("the mask is lost", P + "store.py", 'options["mask"] = flat.mask', "pass", GOLDEN),
@@ -555,7 +556,7 @@ MUTANTS = [
     Mutant(
         "lost momentum",
         P + "flat.py",
-        "view.copy_(old)\n                        loaded.append(i)",
+        'memory.copy_(old if name == "step" else values(old, p))\n                        loaded.append(i)',
         "loaded.append(i)",
         "tests/test_resume.py",
     ),
@@ -611,7 +612,7 @@ MUTANTS = [
     Mutant(
         "a saved EMA is not loaded",
         P + "checkpoint.py",
-        "memory.parts[i].copy_(values)",
+        "memory.parts[i].copy_(values(t, flat.params[i]))",
         "pass",
         "tests/test_resume.py",
     ),
@@ -1175,7 +1176,7 @@ MUTANTS = [
     Mutant(
         "a gradient of a graph is collected as it is",
         "msam_kernels/gradients.py",
-        "[none if g is none else regular_gradient(p, g) for",
+        "[none if g is none else regular_gradient(shard(p), g) for",
         "[g for",
         "tests/test_gradients.py -k has_the_values",
     ),
@@ -1748,6 +1749,126 @@ MUTANTS = [
         "(self._event is not None and not self._event.query())",
         "False",
         "tests/test_precision.py -k on_a_gpu",
+    ),
+    # -- sharded parameters
+    Mutant(
+        "every rank its own norm",
+        P + "store.py",
+        "if len(parts) == 1 and self._ranks is None:",
+        "if len(parts) == 1:",
+        SHARDED + "'ASAM and SGD and not kept'",
+    ),
+    Mutant(
+        "sums of this rank alone",
+        P + "store.py",
+        "return self._ranks.add_up(sums[0] if len(sums) == 1 else torch.cat(sums, -1).sum(-1, keepdim=True))",
+        "return torch.cat(sums, -1).sum(-1, keepdim=True)",
+        SHARDED + "'Bilateral and AdamW'",
+    ),
+    Mutant(
+        "v is as long as this rank's part of it",
+        P + "store.py",
+        "terms = self._together([(flat, m.square) for flat, m in zip(self.flats, memories, strict=True)])",
+        "terms = torch.cat([m.square for m in memories])",
+        SHARDED + "'LookSAM and AdamW and passes'",
+    ),
+    Mutant(
+        "the perturbation that arrived is this rank's",
+        P + "store.py",
+        "return self._together(sums).sum(-1)\n",
+        "return torch.cat([t for _, t in sums], -1).sum(-1)\n",
+        SHARDED + "'ASAM and SGD and not kept'",
+    ),
+    Mutant(
+        "replicas count each",
+        P + "sharded.py",
+        "return sums if parts == ranks else sums * (parts / ranks)",
+        "return sums",
+        SHARDED + "'TP and not FSDP2'",
+    ),
+    Mutant(
+        "replicas are held to be shards",
+        P + "sharded.py",
+        "for n, placement in pairs if not placement.is_replicate())",
+        "for n, placement in pairs)",
+        SHARDED + "'TP and not FSDP2'",
+    ),
+    Mutant(
+        "ordinary parameters count on every rank",
+        P + "sharded.py",
+        "parts = 1 if spread is None else spread.parts",
+        "parts = ranks if spread is None else spread.parts",
+        SHARDED + "beside",
+    ),
+    Mutant(
+        "partial sums are taken for gradients",
+        P + "sharded.py",
+        "if t.placements != p.placements or t.device_mesh != p.device_mesh:",
+        "if t.device_mesh != p.device_mesh:",
+        SHARDED + "'TP and not FSDP2'",
+    ),
+    Mutant(
+        "gathered copies of other weights stay",
+        P + "sharded.py",
+        "            module.reshard()\n",
+        "            pass\n",
+        SHARDED + "'gathered or backward'",
+    ),
+    Mutant(
+        "only the perturbation drops gathered copies",
+        P + "step.py",
+        "            self.saves = not last\n        self.store.forget_copies()\n",
+        "            self.saves = not last\n",
+        SHARDED + "'gathered or backward'",
+    ),
+    Mutant(
+        "updates of empty shards are not counted",
+        P + "flat.py",
+        "step[index] += 1.0 if found_inf is None else (found_inf == 0).to(step.dtype)",
+        "return",
+        SHARDED + "'WSAM and AdamW and passes'",
+    ),
+    Mutant(
+        "updates of empty shards are counted where they are skipped",
+        P + "flat.py",
+        "step[index] += 1.0 if found_inf is None else (found_inf == 0).to(step.dtype)",
+        "step[index] += 1.0",
+        SHARDED + "scaler",
+    ),
+    Mutant(
+        "a rank that has no elements takes no step",
+        P + "store.py",
+        "if len(absent) == len(flat.params):",
+        "if all(g.numel() == 0 for g in present.lists[f]):",
+        SHARDED + "nothing_at_all",
+    ),
+    Mutant(
+        "stages of a pipeline have a norm each",
+        P + "sharded.py",
+        "self._groups = [*self._groups, group]",
+        "pass",
+        SHARDED + "pipeline",
+    ),
+    Mutant(
+        "a partial sum is no parameter, and nobody says so",
+        P + "store.py",
+        "            check_placements(name, p)\n",
+        "            pass\n",
+        SHARDED + "refused",
+    ),
+    Mutant(
+        "no gradient, and nobody says so",
+        P + "step.py",
+        "        if store.is_sharded:\n            raise RuntimeError(",
+        "        if False:\n            raise RuntimeError(",
+        SHARDED + "refused",
+    ),
+    Mutant(
+        "what a method remembers is saved as this rank's part",
+        P + "checkpoint.py",
+        "else shown(flat.alias(buffer, i), flat.params[i])",
+        "else flat.alias(buffer, i)",
+        SHARDED + "own_state_dicts",
     ),
 ]
 

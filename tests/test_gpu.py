@@ -334,6 +334,26 @@ def test_another_stream_is_followed(gpu):
     assert_same_memory(call, expected)
 
 
+@pytest.fixture
+def nccl():
+    """This process alone, for what wants to be distributed."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_nccl_available():
+        pytest.skip("this torch has no NCCL")
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*returned a view tensor:UserWarning")
+@pytest.mark.parametrize("name", ["F-SAM", "GSAM", "LookSAM k=2"])
+def test_sharded_parameters_of_one_rank_train_like_those_of_none(name, nccl):
+    from test_sharded import assert_one_rank_trains_like_none
+
+    assert_one_rank_trains_like_none(name, torch.device("cuda", 0))
+
+
 def call_everything(backend: str, dtypes: list[str], against_cpu: bool) -> None:
     device = torch.device("cpu" if backend == "cpu" else "cuda")
     operators, calls = backends.get_backend(backend, device), 0

@@ -202,13 +202,13 @@ def test_gradients_come_by_list_in_the_order_of_the_lists(of):
 
 @pytest.mark.parametrize("clear", [True, False])
 @pytest.mark.parametrize("kinds", [("transposed", "none", "of a graph", "dense"), ("dense", "none", "dense", "dense")])
-def test_what_is_collected_has_the_values_of_the_gradients(kinds, clear, of, monkeypatch):
-    monkeypatch.setattr(gradients, "collect_grads", of["collect_grads"])
+def test_what_is_collected_has_the_values_of_the_gradients(kinds, clear, of):
+    loops = gradients.Loops(**{name: of[name] for name in gradients.Loops._fields})
     params = with_gradients(*kinds)
     grads, versions = [p.grad for p in params], [p._version for p in params]
     groups, lists = [{"params": params}], [params[:2], params[2:]]
     nothing = [torch.empty(0, device=DEVICE) for _ in lists]
-    found, absent = gradients.collect(groups, of["memory_layout"](groups, lists), lists, nothing, clear=clear)
+    found, absent = gradients.collect(groups, of["memory_layout"](groups, lists), lists, nothing, loops, clear=clear)
     assert absent == 1
     for p, version, wanted, got in zip(params, versions, grads, [*found[0], *found[1]], strict=True):
         assert p._version - version == (wanted is not None)

@@ -236,7 +236,7 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
     def only_what_is_named():
         (flat,) = opt.engine.store.flats
         assert opt.engine.step is None
-        assert holders(flat) == {"params", "weights", "saved"} | ({"state", "views"} if opt.steps else set())
+        assert holders(flat) == {"params", "shards", "weights", "saved"} | ({"state", "views"} if opt.steps else set())
         plan = method.full
         assert set(flat.memories) == {
             name for name, has in (("ema", plan.lmbda is not None), (plan.kept, plan.keeps)) if has
