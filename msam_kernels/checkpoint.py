@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .flat import Flat
-from .rules import check_rho
+from .rules import RULES, check_rho, saves_itself
 from .step import Engine
 from .store import Store
 
@@ -90,13 +91,14 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
                 flat.set_mask(i, bits)
 
 
-def check(state_dict: Any, params: list[Tensor]) -> None:
-    """Refuse what is no state dict of these parameters.
+def check(state_dict: Any, store: Store) -> None:
+    """Refuse what is no state dict of these parameters. The state of a base optimizer without a fused rule is its own affair.
 
     Raises:
         ValueError: with what is wrong.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+    own_format = saves_itself(store.base)
+    if not isinstance(state_dict, dict) or not ({"state", "param_groups"} <= state_dict.keys() or own_format):
         raise ValueError(
             "state_dict must be what opt.state_dict() returns, with 'state' and 'param_groups', got "
             f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__}"
@@ -111,32 +113,38 @@ def check(state_dict: Any, params: list[Tensor]) -> None:
     for name in _NUMBERS:
         if type(own.get(name, 0)) is not int or own.get(name, 0) < 0:
             raise ValueError(f"state_dict[{KEY!r}][{name!r}] must be an integer >= 0, got {own[name]!r}")
-    for i, group in enumerate(state_dict["param_groups"]):
+    groups = () if own_format else state_dict["param_groups"]
+    for i, group in enumerate(groups):
         if "params" not in group:
             raise ValueError(f"state_dict has no 'params' in group {i}: it was not made by an optimizer")
         check_rho(group.get("rho", 0.0))
     # torch names parameters by whatever stands in the groups, in order; what methods keep goes by that order.
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    ours = [
+    keys = [key for group in groups for key in group["params"]]
+    params = store.parameters()
+    ours: list[tuple[str, Sequence[Any], dict[Any, Any]]] = [
         (name, range(len(params)), {i: {name: t} for i, t in tensors.items()})
         for name, tensors in zip(_TENSORS, kept, strict=True)
         if tensors is not None
     ]
-    for where, names, entries in (("state", keys, state_dict["state"]), *ours):
+    rule = RULES.get(type(store.base))
+    if rule is not None:
+        ours.append(("state", keys, state_dict["state"]))
+    shaped = {*_TENSORS, *(rule.shaped if rule else ())}
+    for where, names, entries in ours:
         index = {key: i for i, key in enumerate(names)}
         for key, entry in entries.items():
             if isinstance(entry, dict):
-                _check_entry(where, key, entry, params, index.get(key, -1))
+                _check_entry(where, key, entry, params, index.get(key, -1), shaped)
 
 
-def _check_entry(where: str, key: Any, entry: dict[str, Any], params: list[Tensor], i: int) -> None:
+def _check_entry(
+    where: str, key: Any, entry: dict[str, Any], params: list[Tensor], i: int, shaped: set[str]
+) -> None:
     if not 0 <= i < len(params):
         raise ValueError(f"state_dict has {where} of parameter {key}, the optimizer has {len(params)} parameters")
     shape = params[i].shape
     for name, value in entry.items():
-        # Base optimizers keep numbers as 0-d tensors too.
-        shaped = isinstance(value, Tensor) and (where != "state" or (name != "step" and value.dim() > 0))
-        if shaped and value.shape != shape:
+        if name in shaped and isinstance(value, Tensor) and value.shape != shape:
             raise ValueError(
                 f"state_dict has {name} of shape {tuple(value.shape)} for parameter {key}, whose shape is "
                 f"{tuple(shape)}: it was saved for another model"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
@@ -20,7 +21,7 @@ from .buffers import Buffers, check_model
 from .compiled import Compiled
 from .gradients import set_grads
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
-from .rules import Radius, check_method, check_rho, rho_at
+from .rules import Radius, check_base, check_method, check_rho, rho_at, saves_itself
 from .step import Engine, Stats
 
 if TYPE_CHECKING:
@@ -168,11 +169,7 @@ class MicroBatchSAM(Optimizer):
             )
         if isinstance(base_optimizer, MicroBatchSAM):
             raise TypeError("base_optimizer is a MicroBatchSAM already: wrap the plain optimizer once")
-        if "rho" in base_optimizer.defaults:
-            raise ValueError(
-                f"{type(base_optimizer).__name__} has a rho of its own, {base_optimizer.defaults['rho']!r}, in the place "
-                "where SAM's goes: use a base optimizer without one, e.g. SGD or AdamW"
-            )
+        check_base(base_optimizer)
         method = methods.SAM() if method is None else method
         if not isinstance(method, methods.SAM):
             raise TypeError(f"method must be one of msam_kernels.methods, e.g. methods.FriendlySAM(), got {method!r}")
@@ -212,7 +209,8 @@ class MicroBatchSAM(Optimizer):
             engine = this()
             return None if engine is None else engine.radii.kept_in(state_dict, engine.steps)
 
-        self.base_optimizer.register_load_state_dict_pre_hook(keep_rho)
+        with suppress(AttributeError):  # some wrappers of optimizers have no hooks
+            self.base_optimizer.register_load_state_dict_pre_hook(keep_rho)
 
     method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
     enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
@@ -311,13 +309,16 @@ class MicroBatchSAM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps.
 
+        A base optimizer whose class makes its state dicts itself makes this one too, and loads it.
+
         Raises:
             RuntimeError: the weights are perturbed, and would be saved as they are.
         """
         self.engine.check_restored("state_dict()")
         self.engine.take_in()
         self.engine.radii.take_schedules(self.steps)
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.saved(self.engine)}
+        theirs = self.base_optimizer.state_dict() if saves_itself(self.base_optimizer) else super().state_dict()
+        return {**theirs, checkpoint.KEY: checkpoint.saved(self.engine)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
@@ -330,11 +331,17 @@ class MicroBatchSAM(Optimizer):
         """
         engine = self.engine
         engine.check_idle("load_state_dict()")
-        checkpoint.check(state_dict, engine.store.parameters())
+        checkpoint.check(state_dict, engine.store)
+        if saves_itself(self.base_optimizer):
+            kept = state_dict.get(checkpoint.KEY, {})
+            checkpoint.take_in(engine, kept)
+            self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != checkpoint.KEY})
+            checkpoint.load(engine, kept)
+            return
         loaded: dict[str, Any] = {}
 
         def last_hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            checkpoint.check(state_dict, engine.store.parameters())  # the user's hooks may have changed it
+            checkpoint.check(state_dict, engine.store)  # the user's hooks may have changed it
             checkpoint.take_in(engine, state_dict.get(checkpoint.KEY, {}))
             loaded.update(state_dict)
             return engine.radii.kept_in(state_dict, engine.steps)
