@@ -126,10 +126,9 @@ def check(state_dict: Any, store: Store) -> None:
         for name, tensors in zip(_TENSORS, kept, strict=True)
         if tensors is not None
     ]
-    rule = RULES.get(type(store.base))
-    if rule is not None:
+    if type(store.base) in RULES:
         ours.append(("state", keys, state_dict["state"]))
-    shaped = {*_TENSORS, *(rule.shaped if rule else ())}
+    shaped = {*_TENSORS, *(name for each in RULES.values() for name in each.shaped)}
     for where, names, entries in ours:
         index = {key: i for i, key in enumerate(names)}
         for key, entry in entries.items():
@@ -137,9 +136,7 @@ def check(state_dict: Any, store: Store) -> None:
                 _check_entry(where, key, entry, params, index.get(key, -1), shaped)
 
 
-def _check_entry(
-    where: str, key: Any, entry: dict[str, Any], params: list[Tensor], i: int, shaped: set[str]
-) -> None:
+def _check_entry(where: str, key: Any, entry: dict[str, Any], params: list[Tensor], i: int, shaped: set[str]) -> None:
     if not 0 <= i < len(params):
         raise ValueError(f"state_dict has {where} of parameter {key}, the optimizer has {len(params)} parameters")
     shape = params[i].shape

@@ -100,14 +100,15 @@ def check_base(base: Optimizer) -> None:
     """Refuse a base optimizer whose step cannot be the end of one of ours.
 
     Raises:
-        ValueError: its step asks for something, as LBFGS's for a closure, or it has a rho of its own.
+        TypeError: its step asks for something, as LBFGS's for a closure.
+        ValueError: it has a rho of its own.
     """
     name = type(base).__name__
     _, *arguments = inspect.signature(type(base).step).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY)
     asked = [a.name for a in arguments if a.kind in named and a.default is a.empty]
     if asked:
-        raise ValueError(
+        raise TypeError(
             f"{name}.step asks for {', '.join(asked)}, and evaluates the loss by itself: the base optimizer's step has to "
             "do with the gradients in p.grad, use e.g. SGD or AdamW"
         )
