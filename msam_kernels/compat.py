@@ -17,7 +17,6 @@ from ._torch import mark_stepped, versions_of
 from .optimizer import MicroBatchSAM
 from .rules import RULES
 
-
 #: What the copied implementations keep by parameter: weights, perturbations, F-SAM's mean gradient.
 THEIRS = ("old_p", "e_w", "momentum")
 
@@ -246,7 +245,7 @@ class SAM(MicroBatchSAM):
 
 
 class FriendlySAM(SAM):
-    """F-SAM with the interface of its authors' class, ``FriendlySAM(params, torch.optim.SGD, rho, sigma, lmbda, adaptive, lr=…)``.
+    """F-SAM with the interface ``FriendlySAM(params, torch.optim.SGD, rho, sigma, lmbda, adaptive, lr=0.1, ...)``.
 
     Args:
         params, base_optimizer, rho, adaptive, model, kwargs: as for ``SAM``.

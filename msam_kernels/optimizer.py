@@ -96,7 +96,8 @@ class MicroBatchSAM(Optimizer):
     where d_i = g_i for SAM; see ``methods`` for the others. The norm is one L2 norm over all parameters of all groups.
     Weight decay belongs to the base optimizer and is not part of e. In a group with ``maximize=True`` the worst point lies
     downhill: its e has the other sign (Momentum-SAM's momentum has it already). Frozen parameters stay where they are, whatever
-    they are made of, and nothing is kept for them; what is unfrozen takes part from the next step on.
+    they are made of, and nothing is kept for them; what is unfrozen takes part from the next step on. Between steps the model
+    may be moved to another device or dtype: with the next step all that is kept follows, the base optimizer's state too.
 
     ::
 
@@ -267,7 +268,7 @@ class MicroBatchSAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         engine = self.engine
         engine.check_idle("copying or pickling the optimizer")
-        engine.take_in()
+        engine.take_in(moved=True)
         engine.radii.take_schedules(engine.steps)
         own = (
             "defaults",
@@ -331,6 +332,7 @@ class MicroBatchSAM(Optimizer):
         """
         engine = self.engine
         engine.check_idle("load_state_dict()")
+        engine.take_in(moved=True)  # what is loaded takes the device and dtype of today's parameters
         checkpoint.check(state_dict, engine.store)
         if saves_itself(self.base_optimizer):
             kept = state_dict.get(checkpoint.KEY, {})

@@ -28,8 +28,8 @@ REFUSED = {
 }
 FUSED = ("SGD", "Adam", "AdamW")
 TORCHS = {
-    "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "LBFGS", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop",
-    "SGD", "SparseAdam",
+    "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "LBFGS", "Muon", "NAdam", "RAdam", "RMSprop",
+    "Rprop", "SGD", "SparseAdam",
 }  # fmt: skip
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
