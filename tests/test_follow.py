@@ -258,6 +258,7 @@ def test_buffers_of_the_model_follow():
     assert models[0][1].num_batches_tracked == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, as it imports its compiler
 @pytest.mark.parametrize(
     "compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["plain", "compiled"]
 )
