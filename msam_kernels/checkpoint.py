@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from .store import Store
 KEY = "msam"  # where it stands in a state dict
 MEMORIES = {"ema": math.nan, "v": 0.0}  # by name, what they begin as
 _TENSORS = (*MEMORIES, "mask")  # by parameter, counted over all groups
+#: What the most copied implementations keep by parameter: weights, perturbations, F-SAM's mean gradient.
+_THEIRS = ("old_p", "e_w", "momentum")
 _NUMBERS = ("steps", "mask_step")
 
 
@@ -89,6 +92,34 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
         if len(masks) == len(flat.params):
             for i, bits in masks.items():
                 flat.set_mask(i, bits)
+
+
+def translated(engine: Engine, state_dict: Any) -> Any:
+    """A state dict of the most copied implementations of SAM and F-SAM as one of ours; any other as it is.
+
+    Those save no state of the base optimizer, and weights that nobody needs; the mean gradient of F-SAM is worth keeping. What
+    is lost is said in a warning.
+    """
+    saved = state_dict.get("state") if isinstance(state_dict, dict) else None
+    entries = {k: e for k, e in saved.items() if isinstance(e, dict)} if isinstance(saved, dict) else {}
+    if not any("old_p" in entry for entry in entries.values()):
+        return state_dict
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    means = {keys.index(key): entry["momentum"] for key, entry in entries.items() if "momentum" in entry}
+    ours = {key: {name: t for name, t in entry.items() if name not in _THEIRS} for key, entry in entries.items()}
+    state = {key: entry for key, entry in ours.items() if entry}
+    rule = RULES.get(type(engine.base))
+    if not state and (rule is None or any(map(rule.names, state_dict["param_groups"]))):
+        name = type(engine.base).__name__
+        warnings.warn(f"this checkpoint of another SAM has no state of {name}, which begins anew", stacklevel=3)
+    if means and engine.method.full.lmbda is None:
+        means = {}
+        warnings.warn(
+            f"the mean gradient in this checkpoint is F-SAM's, and {engine.method} keeps none: it is dropped; "
+            "methods.FriendlySAM takes it over",
+            stacklevel=3,
+        )
+    return {**state_dict, "state": state, KEY: {"ema": means}}
 
 
 def check(state_dict: Any, store: Store) -> None:

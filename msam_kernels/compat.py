@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import ref
@@ -12,13 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checkpoint, methods
+from . import methods
 from ._torch import mark_stepped, versions_of
 from .optimizer import MicroBatchSAM
-from .rules import RULES
-
-#: What the copied implementations keep by parameter: weights, perturbations, F-SAM's mean gradient.
-THEIRS = ("old_p", "e_w", "momentum")
 
 
 class SAM(MicroBatchSAM):
@@ -98,15 +93,14 @@ class SAM(MicroBatchSAM):
         return self.method.full.eta is not None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``MicroBatchSAM.load_state_dict``, and what the copied implementation saved, see there.
+        """As ``MicroBatchSAM.load_state_dict``; ``adaptive`` of the groups decides on ASAM.
 
         Raises:
-            ValueError: ``state_dict`` is of other parameters, or its groups are not all adaptive or none; nothing was changed.
+            ValueError: ``state_dict`` is of other parameters, or some of its groups are adaptive; nothing was changed.
         """
         self.engine.check_idle("load_state_dict()")
-        state_dict = self._translated(state_dict)
-        checkpoint.check(state_dict, self.engine.store)
-        adaptive = {group["adaptive"] for group in state_dict.get("param_groups", ()) if "adaptive" in group}
+        groups = state_dict.get("param_groups", ()) if isinstance(state_dict, dict) else ()
+        adaptive = {group["adaptive"] for group in groups if "adaptive" in group}
         if len(adaptive) > 1:
             raise ValueError("adaptive is one for all groups: state_dict has some with True and some with False")
         method = self.method
@@ -117,28 +111,6 @@ class SAM(MicroBatchSAM):
         except BaseException:
             self.method = method
             raise
-
-    def _translated(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state dict of the copied implementation as one of ours; any other as it is."""
-        saved = state_dict.get("state", {}) if isinstance(state_dict, dict) else {}
-        entries = {key: entry for key, entry in saved.items() if isinstance(entry, dict)}
-        if not any("old_p" in entry for entry in entries.values()):
-            return state_dict
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        means = {keys.index(key): entry["momentum"] for key, entry in entries.items() if "momentum" in entry}
-        ours = {key: {n: t for n, t in entry.items() if n not in THEIRS} for key, entry in entries.items()}
-        state = {key: entry for key, entry in {**saved, **ours}.items() if entry != {}}
-        base, rule = type(self.base_optimizer).__name__, RULES.get(type(self.base_optimizer))
-        if not state and (rule is None or any(map(rule.names, state_dict["param_groups"]))):
-            warnings.warn(f"this checkpoint of another SAM has no state of {base}, which begins anew", stacklevel=3)
-        if means and self.method.full.lmbda is None:
-            means = {}
-            warnings.warn(
-                f"the mean gradient in this checkpoint is F-SAM's, and {self.method} keeps none: it is dropped; "
-                "msam_kernels.compat.FriendlySAM takes it over",
-                stacklevel=3,
-            )
-        return {**state_dict, "state": state, checkpoint.KEY: {"ema": means}}
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:

@@ -305,7 +305,9 @@ class MicroBatchSAM(Optimizer):
         base = "\n  ".join(repr(self.base_optimizer).splitlines())
         split += f", parallel={self.parallel!r}" if self.parallel else ""
         split += ", compile=True" if self.compile else ""
-        return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
+        chosen = self.engine.store.backends or [self.backend]
+        split += f", backend={' and '.join(map(repr, chosen))}"
+        return f"{type(self).__name__}(\n  method={self.method}, {split}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, which plain torch optimizers load, and under "msam" what the method keeps.
@@ -325,13 +327,15 @@ class MicroBatchSAM(Optimizer):
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
 
         A group without "rho" keeps the one it has, and so does one whose rho is a function of the step. What the method
-        keeps (an EMA, LookSAM's direction, a mask) starts anew where ``state_dict`` has none.
+        keeps (an EMA, LookSAM's direction, a mask) starts anew where ``state_dict`` has none. One that the most copied
+        implementations of SAM and F-SAM saved loads too; a warning says what it lacks.
 
         Raises:
             ValueError: ``state_dict`` is of other parameters; nothing was changed.
         """
         engine = self.engine
         engine.check_idle("load_state_dict()")
+        state_dict = checkpoint.translated(engine, state_dict)
         engine.take_in(moved=True)  # what is loaded takes the device and dtype of today's parameters
         checkpoint.check(state_dict, engine.store)
         if saves_itself(self.base_optimizer):

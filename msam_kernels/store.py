@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from .backends import get_backend
+from .backends import get_backend, name_of
 from .flat import Flat, Memory, State, check_parameters, is_servable
 from .gradients import (
     Optionals,
@@ -113,6 +113,11 @@ class Store:
     def device(self) -> torch.device:
         """Where sums over all parameters come together."""
         return self.flats[0].device if self.flats else torch.device("cpu")
+
+    @property
+    def backends(self) -> list[str]:
+        """By name, those that were chosen."""
+        return list(dict.fromkeys(name_of(flat.backend, flat.device) for flat in self.flats))
 
     def parameters(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"]]

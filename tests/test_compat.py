@@ -384,7 +384,9 @@ def test_a_mean_gradient_that_no_one_wants_is_dropped_with_a_word():
     theirs = LoopSAM(model.parameters(), SGD, friendly=(1.0, 0.9), lr=0.1)
     two_steps(theirs, model, batch())
     opt = SAM(model.parameters(), SGD, lr=0.1)
-    with pytest.warns(UserWarning, match=r"mean gradient .* is F-SAM's, and SAM\(.* it is dropped; .*FriendlySAM"):
+    with pytest.warns(
+        UserWarning, match=r"mean gradient .* is F-SAM's, and SAM\(.* it is dropped; methods.FriendlySAM"
+    ):
         opt.load_state_dict(theirs.state_dict())
     assert "ema" not in opt.state_dict()["msam"]
     two_steps(opt, model, batch())
