@@ -46,8 +46,8 @@ except ModuleNotFoundError as error:
         raise
     raise SystemExit(
         "msam_kernels: torch is missing, and the extension is built against the torch that is there: run `pip install "
-        "torch==2.13.0` (or the build of torch that your machine needs), then `pip install --no-build-isolation .`. Where it is "
-        "there, your tool builds in an environment of its own: tell it not to"
+        "torch==2.13.0` (or the build of torch that your machine needs), then `pip install --no-build-isolation .`. Where it "
+        "is there, your tool builds in an environment of its own: tell it not to"
     ) from None
 if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_AT_LEAST:
     raise SystemExit(f"msam_kernels: torch is {torch.__version__}, and 2.6 or later is needed: `pip install -U torch`")
