@@ -94,7 +94,7 @@ def _same(a: Any, b: Any, exact: bool) -> bool:
 
 @pytest.fixture(scope="module")
 def db() -> dict[str, Any]:
-    pytest.importorskip("expecttest")  # torch's tests import it
+    pytest.importorskip("expecttest")  # which torch's tests import
     from torch.testing._internal.common_optimizers import optim_db
 
     return {info.optim_cls.__name__: info for info in optim_db}
