@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(540)]
+pytestmark = [pytest.mark.host, pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
@@ -32,7 +32,7 @@ def run(*words: object, folder: Path, **environment: str) -> subprocess.Complete
     """A command outside of the checkout, which it does not see."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MSAM_KERNELS_CPP")}
     env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "MAX_JOBS": "2", **environment}
-    return subprocess.run([*map(str, words)], cwd=folder, env=env, capture_output=True, text=True, timeout=530)
+    return subprocess.run([*map(str, words)], cwd=folder, env=env, capture_output=True, text=True, timeout=1700)
 
 
 def succeeded(done: subprocess.CompletedProcess) -> str:
