@@ -21,7 +21,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo family test lint docs bench gpu gpu-build gpu-picture clean FORCE
+.PHONY: help build wheel demo family test lint docs bench gpu gpu-build gpu-picture clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make gpu-build    with PYTHON, TORCH and ARCH: the extension for that Python, torch and GPU, on a machine without one"
 	@echo "make gpu-picture  the README's picture of what was measured on a GPU, from benchmarks/results"
 	@echo "make build    build the C++ kernels in place"
+	@echo "make wheel    a wheel for this Python and torch, and an archive of the sources, in build/wheels"
 	@echo "make clean    remove what was built; the environment stays (rm -rf .venv)"
 	@echo
 	@echo "PYTHON=python3.12       the Python (3.10 to 3.13) that the environment is made with; default: python3"
@@ -122,6 +123,13 @@ build/extension: build/environment $(SOURCES)
 	@touch $@.begun
 	"$(PY)" setup.py -q build_ext --inplace
 	@test -z "$$(ls msam_kernels/_C.* 2>/dev/null)" -a "$(MSAM_KERNELS_CPP)" != 0 || mv $@.begun $@
+
+# From the archive: what is not in it does not get into the wheel either.
+wheel: build/environment
+	rm -rf build/wheels
+	MSAM_KERNELS_CPP=0 "$(PY)" setup.py -q egg_info --egg-base build sdist --dist-dir build/wheels
+	"$(PY)" -m pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheels build/wheels/*.tar.gz
+	@ls build/wheels/*
 
 clean:
 	rm -rf build *.egg-info msam_kernels/_C.*so .mypy_cache .pytest_cache .ruff_cache .hypothesis

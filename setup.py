@@ -20,6 +20,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 TORCH_AT_LEAST = (2, 6)
@@ -36,6 +37,8 @@ COMPILER_REMEDY = (
     "--install) and build again with `pip install --no-build-isolation -e .`"
 )
 
+# pip's isolated builds run in the environment that they install into, but see nothing of it. Its torch is the one to meet.
+sys.path += [path for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if path not in sys.path]
 try:
     import torch
 except ModuleNotFoundError as error:
@@ -43,13 +46,52 @@ except ModuleNotFoundError as error:
         raise
     raise SystemExit(
         "msam_kernels: torch is missing, and the extension is built against the torch that is there: run `pip install "
-        "torch==2.13.0` (or the build of torch that your machine needs), then `pip install --no-build-isolation .`"
+        "torch==2.13.0` (or the build of torch that your machine needs), then `pip install --no-build-isolation .`. Where it "
+        "is there, your tool builds in an environment of its own: tell it not to"
     ) from None
 if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_AT_LEAST:
     raise SystemExit(f"msam_kernels: torch is {torch.__version__}, and 2.6 or later is needed: `pip install -U torch`")
 
 from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+
+def version_now():
+    """That of the package with the commit that it is built from, which an archive of the sources has noted.
+
+    So an installer sees that there is something new. setuptools-scm would do it too, but builds use the packages of the
+    environment that they are for, and it would have to be there.
+    """
+    literal = re.search(r'^__version__ = "(.+)"$', (ROOT / "msam_kernels" / "__init__.py").read_text(), re.MULTILINE)[1]
+    noted = ROOT / "PKG-INFO"
+    if noted.is_file():
+        return re.search("^Version: (.+)$", noted.read_text(encoding="utf-8"), re.MULTILINE)[1]
+    if not (ROOT / ".git").exists():
+        return literal
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+    try:
+        if f"v{literal}" in git("tag", "--points-at", "HEAD"):
+            return literal
+        return f"{literal}.dev{git('rev-list', '--count', 'HEAD')[0]}+g{git('rev-parse', '--short=9', 'HEAD')[0]}"
+    except (OSError, subprocess.CalledProcessError):  # no git, or the clone is somebody else's
+        return literal
+
+
+class BuildPython(build_py):
+    """What is built knows its version."""
+
+    def run(self):
+        super().run()
+        built = Path(self.build_lib, "msam_kernels", "__init__.py")
+        if not self.editable_mode and built.is_file():
+            text = re.sub('^__version__ = ".+"$', f'__version__ = "{VERSION}"', built.read_text(), flags=re.MULTILINE)
+            built.write_text(text)
+
+
+VERSION = version_now()
 
 
 class Build(BuildExtension):
@@ -258,7 +300,8 @@ put_ninja_on_path()
 ext_modules, summary = extensions()
 distribution = setup(
     ext_modules=ext_modules,
-    cmdclass={"build_ext": Build},
+    version=VERSION,
+    cmdclass={"build_ext": Build, "build_py": BuildPython},
     # Here because pyproject.toml's two ways of saying it each fail with some setuptools.
     license="Apache-2.0",
 )

@@ -97,6 +97,7 @@ nor backward; plain is the same method as a PyTorch loop over the parameters (be
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+@training.stops_in_one_line
 def main(argv: list[str] | None = None) -> None:
     parser = training.parser(__doc__, "demo.png", "python -m msam_kernels demo")
     args = parser.parse_args(argv)

@@ -115,6 +115,7 @@ thread, all kinds of steps in their proportion; optimizer: the part of it that i
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+@training.stops_in_one_line
 def main(argv: list[str] | None = None) -> None:
     parser = training.parser(__doc__, "family.png")
     parser.add_argument("--epochs", type=int, default=TASK.epochs, help="default: %(default)s")

@@ -122,6 +122,7 @@ def trained(tasks: Sequence[Task], effort: Effort, workers: int) -> list[list[li
     return [[[next(outcomes) for _ in seeds] for _ in contestants(task)] for task in tasks]
 
 
+@training.stops_in_one_line
 def main(argv: list[str] | None = None) -> None:
     parser = training.parser(__doc__, "rho.png", "python -m msam_kernels rho")
     parser.add_argument("--csv", type=Path, help="write everything that was measured there")

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,8 +257,11 @@ def run_jobs(jobs: list[Job], workers: int) -> list[Outcome]:
     counter = context.Value("Q", 0)
     pool = ProcessPoolExecutor(workers, context, start_worker, (counter,))
     progress = Progress(sum(job.task.epochs for job in jobs), "epochs")
+    # Ctrl-C reaches all processes of a terminal. Those that are begun now ignore it, and are ended by this one.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         futures = {job: pool.submit(run_job, job) for job in sorted(jobs, key=lambda job: -job.work)}
+        signal.signal(signal.SIGINT, before)
         waiting = set(futures.values())
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -266,7 +270,12 @@ def run_jobs(jobs: list[Job], workers: int) -> list[Outcome]:
             for future in done:
                 future.result()
         return [futures[job].result() for job in jobs]
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
+        signal.signal(signal.SIGINT, before)
         pool.shutdown(cancel_futures=True)
         progress.clear()
 
@@ -407,18 +416,43 @@ def table(task: Task, rows: list[Row], header: Sequence[str], cells: Sequence[Se
 FUSED, PLAIN, MARK, GRID = "#1f6feb", "#8b949e", "#24292f", "#d8dee4"
 
 
-def draw(tasks: Sequence[Task], rows: list[list[Row]], path: Path) -> None:
-    """One line of panels per task: accuracy, sharpness, the optimizer's time; contestants from top to bottom."""
+def message(tasks: Sequence[Task], rows: list[list[Row]]) -> str:
+    """What a picture says, in a sentence: the best of the contestants beside the first one, where that is most."""
+
+    def mean(row: Row) -> float:
+        return statistics.fmean(row.accuracy)
+
+    best = [max(lines[1:], key=mean) for lines in rows]
+    gains = [mean(row) - mean(lines[0]) for row, lines in zip(best, rows, strict=True)]
+    t = max(range(len(tasks)), key=gains.__getitem__)
+    first, row = rows[t][0], best[t]
+    where, name = tasks[t].title, first.contestant.label
+    if gains[t] <= 0:
+        return f"Nothing here is more accurate than {name}"
+    flatter = statistics.fmean(first.sharpness) / statistics.fmean(row.sharpness)
+    return (
+        f"{row.contestant.label} is {gains[t]:.1f} points more accurate than {name} on {where}, in a minimum "
+        f"{flatter:.1f} times as flat, with steps {own_cost(row).step / own_cost(first).step:.1f} times as long"
+    )
+
+
+def own_cost(row: Row) -> Cost:
+    return row.cost.get("fused") or row.cost["plain"]
+
+
+def picture(tasks: Sequence[Task], rows: list[list[Row]]) -> Any:
+    """One line of panels per task: accuracy, sharpness, a step's time and the optimizer's; contestants from top to bottom."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     heights = [0.8 + 0.42 * len(lines) for lines in rows]
-    fig = Figure(figsize=(13.5, 0.9 + sum(heights)), layout="constrained", facecolor="white")
+    fig = Figure(figsize=(16, 1.4 + sum(heights)), layout="constrained", facecolor="white")
     fig.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    fig.suptitle(message(tasks, rows), fontsize=15, fontweight="bold")
     *parts, foot = fig.subfigures(len(tasks) + 1, 1, height_ratios=[*heights, 0.35])
     for part, task, lines in zip(parts, tasks, rows, strict=True):
-        part.suptitle(str(task), fontsize=13, fontweight="bold", x=0.01, ha="left")
-        panels = part.subplots(1, 3, sharey=True)
+        part.suptitle(str(task), fontsize=12, x=0.01, ha="left")
+        panels = part.subplots(1, 4, sharey=True)
         for panel in panels:
             panel.spines[["top", "right", "left"]].set_visible(False)
             panel.tick_params(axis="y", length=0)
@@ -426,14 +460,22 @@ def draw(tasks: Sequence[Task], rows: list[list[Row]], path: Path) -> None:
             panel.set_axisbelow(True)
         panels[0].set_yticks(range(len(lines)), [line.contestant.label for line in lines])
         panels[0].set_ylim(len(lines) - 0.4, -0.6)
-        draw_results(panels[0], [line.accuracy for line in lines], "test accuracy, %")
+        draw_results(panels[0], [line.accuracy for line in lines], "test accuracy, %   better →")
         panels[0].xaxis.set_major_locator(MaxNLocator(6))
-        draw_results(panels[1], [line.sharpness for line in lines], "sharpness: top Hessian eigenvalue")
+        draw_results(panels[1], [line.sharpness for line in lines], "← better   sharpness: top Hessian eigenvalue")
         logarithmic(panels[1], (1, 2, 3, 5, 7))
-        draw_costs(panels[2], [line.cost for line in lines])
-        logarithmic(panels[2], (1, 2, 5))
+        for panel, what, part_of in zip(
+            panels[2:], ("a whole step", "of that, the optimizer"), Cost._fields, strict=True
+        ):
+            draw_costs(panel, [{kind: getattr(c, part_of) for kind, c in line.cost.items()} for line in lines])
+            panel.set_xlabel(f"← better   {what}, ms")
+            logarithmic(panel, (1, 2, 5))
     legend(foot)
-    fig.savefig(path, dpi=130)
+    return fig
+
+
+def draw(tasks: Sequence[Task], rows: list[list[Row]], path: Path) -> None:
+    picture(tasks, rows).savefig(path, dpi=130)
 
 
 def draw_results(panel: Any, values: list[list[float]], what: str) -> None:
@@ -447,11 +489,10 @@ def draw_results(panel: Any, values: list[list[float]], what: str) -> None:
     panel.set_xlabel(what)
 
 
-def draw_costs(panel: Any, costs: list[dict[str, Cost]]) -> None:
+def draw_costs(panel: Any, costs: list[dict[str, float]]) -> None:
     panel.margins(x=0.16)  # Room for the ratio at the right.
-    panel.set_xlabel("optimizer's part of a step, ms")
     for height, cost in enumerate(costs):
-        kinds = {kind: cost[kind].optimizer for kind in ("plain", "fused") if kind in cost}
+        kinds = {kind: cost[kind] for kind in ("plain", "fused") if kind in cost}
         panel.plot(list(kinds.values()), [height] * len(kinds), color=GRID, linewidth=4, solid_capstyle="round")
         for kind, milliseconds in kinds.items():
             panel.plot(milliseconds, height, "o", color=FUSED if kind == "fused" else PLAIN, markersize=8, zorder=3)
@@ -480,8 +521,8 @@ def legend(foot: Any) -> None:
         "mean ± standard deviation": dot(FUSED, 7, linestyle="-"),
         "one seed": dot(MARK, 3),
         "SGD": Line2D([], [], color=MARK, linewidth=0.9, linestyle=(0, (4, 3))),
-        f"optimizer, {our_name()}": dot(FUSED, 8),
-        "optimizer, plain PyTorch": dot(PLAIN, 8),
+        our_name(): dot(FUSED, 8),
+        "plain PyTorch": dot(PLAIN, 8),
         "(4): four micro-batches": Line2D([], [], linestyle="none"),
     }
     foot.legend(key.values(), key.keys(), loc="center", ncols=len(key), frameon=False, fontsize=10)
@@ -520,8 +561,29 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, target: str
             f"The demo needs {', '.join(missing)}: run `python -m pip install {' '.join(missing)}`, or `make {target}`, "
             "which does all of its own set-up."
         )
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if args.output.suffix[1:].lower() not in formats:
+        parser.error(f"--output: {args.output} must end in one of {', '.join(f'.{name}' for name in sorted(formats))}")
+    if not os.access(args.output if args.output.exists() else args.output.parent, os.W_OK):
+        parser.error(f"--output: {args.output} cannot be written")
     if kernels_missing():
         print(f"Without the fused kernels: {kernels_missing()}. What is timed is the plain torch reference.")
+
+
+def stops_in_one_line(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+    """At Ctrl-C."""
+
+    @wraps(main)
+    def stopping(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            print("\nstopped: nothing was written", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return stopping
 
 
 def compare(

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from . import __version__, backends
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
 SCRIPTS = {
     "bench": Path("benchmarks", "bench_step.py"),
     "demo": Path("examples", "demo.py"),
@@ -22,17 +26,67 @@ SCRIPTS = {
 }
 
 
+#: What people train with, by the names that they are installed by.
+FRAMEWORKS = (
+    "accelerate", "bitsandbytes", "deepspeed", "lightning", "numpy", "peft", "pytorch-lightning", "pytorch_optimizer",
+    "safetensors", "timm", "torchao", "transformers", "triton",
+)  # fmt: skip
+
+
 def info() -> None:
-    """Print versions and backends; for a backend that is missing, how to get it."""
-    print(f"msam_kernels {__version__} in {Path(__file__).resolve().parent}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    """Print what a bug report needs: versions, devices, frameworks, backends; for one that is missing, how to get it."""
+    print(f"msam_kernels {__version__} in {PACKAGE}{_commit()}")
+    told = ((name, getattr(torch.version, name.lower(), None)) for name in ("CUDA", "HIP", "XPU"))
+    kinds = [f"{name} {version}" for name, version in told if version]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {', '.join(kinds) or 'no CUDA'}")
     print(f"Python {platform.python_version()}, {platform.platform()}")
+    print(f"processor: {torch.backends.cpu.get_cpu_capability()} as torch sees it")
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        print(f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+    found = [f"{name} {version}" for name in FRAMEWORKS if (version := _installed(name))]
+    print(f"frameworks: {', '.join(found) or 'none'}")
+    asked = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("MSAM_", "TRITON_"))]
+    if asked:
+        print(f"environment: {', '.join(asked)}")
+    elsewhere = _installed_elsewhere()
+    if elsewhere:
+        print(
+            f"Python imports the clone in {ROOT}, as that is the current folder or on PYTHONPATH, and not what was installed "
+            f"in {elsewhere}: run from another folder, or build the clone with `pip install --no-build-isolation -e .`"
+        )
     print("backends, fastest first:")
     for name, missing in backends.available_backends().items():
         if missing:
             print(f"  {name}: not available: {missing}")
         else:
             print(f"  {name}: available{_facts(name)}")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _installed_elsewhere() -> Path | None:
+    """Where the package was installed, if this one is a clone and not that."""
+    if not (ROOT / "setup.py").is_file():
+        return None
+    places = (Path(str(d.locate_file("msam_kernels"))).resolve() for d in metadata.distributions(name="msam_kernels"))
+    return next((place for place in places if place != PACKAGE and (place / "__init__.py").is_file()), None)
+
+
+def _commit() -> str:
+    """That of the clone, where there is one."""
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
+        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return f", commit {told.stdout.strip()}" if told.returncode == 0 else ""
 
 
 def _facts(backend: str) -> str:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat
-from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho
+from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho, saves_itself
 from .sharded import shard, shown, values
 from .step import Engine
 from .store import Store
@@ -25,6 +26,8 @@ from .store import Store
 KEY = "msam"
 _MEMORIES = ("ema", "v")
 _TENSORS = (*_MEMORIES, "mask")  # by parameter, counted over all groups
+#: What the most copied implementations keep by parameter: weights, perturbations, F-SAM's mean gradient.
+_THEIRS = ("old_p", "e_w", "momentum")
 _NUMBERS = ("steps", "mask_step", "seed")
 
 
@@ -100,6 +103,21 @@ def _bits(flat: Flat) -> list[Tensor]:
     return bits
 
 
+def remembered(engine: Engine) -> dict[str, Any]:
+    """All of it as older files have it, ``{"steps": …, "ema": {parameter: tensor}, …}``: beside a base that saves itself."""
+    engine.units.bring_back()
+    own: dict[str, Any] = {"steps": engine.steps}
+    if engine.seed is not None:
+        own["seed"] = engine.seed
+    for at, flat, i in _places(engine.store):
+        for name in _MEMORIES:
+            if name in flat.memories and _has_begun(part := flat.alias(flat.memories[name].buffer, i)):
+                own.setdefault(name, {})[at] = shown(part, flat.params[i])
+        if flat.mask is not None:
+            own.setdefault("mask", {})[at] = _bits(flat)[i]
+    return {**own, "mask_step": engine.mask_step} if "mask" in own else own
+
+
 def _places(store: Store) -> list[tuple[int, Flat, int]]:
     """Of every parameter that is in a flat: its number, the flat, its place there."""
     return [(at, *place) for at, place in enumerate(store.places()) if place is not None]
@@ -124,6 +142,8 @@ def apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     own = state_dict.get(KEY, {})
     if not isinstance(own, dict):
         return state_dict, {KEY: own}  # to be refused
+    if not {"state", "param_groups"} <= state_dict.keys():  # of a base optimizer that saves itself
+        return state_dict, dict(own)
     groups = state_dict["param_groups"]
     first = groups[0] if groups else {}
     own = {
@@ -225,13 +245,42 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
                 flat.set_mask(i, bits != 0)
 
 
-def check(state_dict: Any, params: list[Tensor]) -> None:
-    """Refuse what is no state dict of these parameters.
+def translated(engine: Engine, state_dict: Any) -> Any:
+    """A state dict of the most copied implementations of SAM and F-SAM as one of ours; any other as it is.
+
+    Those save no state of the base optimizer, and weights that nobody needs; the mean gradient of F-SAM is worth keeping. What
+    is lost is said in a warning.
+    """
+    saved = state_dict.get("state") if isinstance(state_dict, dict) else None
+    entries = {k: e for k, e in saved.items() if isinstance(e, dict)} if isinstance(saved, dict) else {}
+    if not any("old_p" in entry for entry in entries.values()):
+        return state_dict
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    means = {keys.index(key): entry["momentum"] for key, entry in entries.items() if "momentum" in entry}
+    ours = {key: {name: t for name, t in entry.items() if name not in _THEIRS} for key, entry in entries.items()}
+    state = {key: entry for key, entry in ours.items() if entry}
+    rule = RULES.get(type(engine.base))
+    if not state and (rule is None or any(map(rule.names, state_dict["param_groups"]))):
+        name = type(engine.base).__name__
+        warnings.warn(f"this checkpoint of another SAM has no state of {name}, which begins anew", stacklevel=3)
+    if means and engine.method.full.lmbda is None:
+        means = {}
+        warnings.warn(
+            f"the mean gradient in this checkpoint is F-SAM's, and {engine.method} keeps none: it is dropped; "
+            "methods.FriendlySAM takes it over",
+            stacklevel=3,
+        )
+    return {**state_dict, "state": state, KEY: {"ema": means}}
+
+
+def check(state_dict: Any, store: Store) -> None:
+    """Refuse what is no state dict of these parameters. The state of a base optimizer without a fused rule is its own affair.
 
     Raises:
         ValueError: with what is wrong.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+    own_format = saves_itself(store.base)
+    if not isinstance(state_dict, dict) or not ({"state", "param_groups"} <= state_dict.keys() or own_format):
         raise ValueError(
             "state_dict must be what opt.state_dict() returns, with 'state' and 'param_groups', got "
             f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__}"
@@ -247,32 +296,35 @@ def check(state_dict: Any, params: list[Tensor]) -> None:
         least = -1 if name == "mask_step" else 0
         if type(own.get(name, 0)) is not int or own.get(name, 0) < least:
             raise ValueError(f"{name!r} in state_dict must be an integer >= {least}, got {own[name]!r}")
-    for i, group in enumerate(state_dict["param_groups"]):
+    groups = () if own_format else state_dict["param_groups"]
+    for i, group in enumerate(groups):
         if "params" not in group:
             raise ValueError(f"state_dict has no 'params' in group {i}: it was not made by an optimizer")
         check_rho(group.get("rho", 0.0))
     # torch names parameters by whatever stands in the groups, in order; what methods keep goes by that order.
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    ours = [
+    keys = [key for group in groups for key in group["params"]]
+    params = store.parameters()
+    ours: list[tuple[str, Sequence[Any], dict[Any, Any]]] = [
         (name, range(len(params)), {i: {name: t} for i, t in tensors.items()})
         for name, tensors in zip(_TENSORS, kept, strict=True)
         if tensors is not None
     ]
-    for where, names, entries in (("state", keys, state_dict["state"]), *ours):
+    if type(store.base) in RULES:
+        ours.append(("state", keys, state_dict["state"]))
+    shaped = {*_TENSORS, *(name for each in RULES.values() for name in each.shaped)}
+    for where, names, entries in ours:
         index = {key: i for i, key in enumerate(names)}
         for key, entry in entries.items():
             if isinstance(entry, dict):
-                _check_entry(where, key, entry, params, index.get(key, -1))
+                _check_entry(where, key, entry, params, index.get(key, -1), shaped)
 
 
-def _check_entry(where: str, key: Any, entry: dict[str, Any], params: list[Tensor], i: int) -> None:
+def _check_entry(where: str, key: Any, entry: dict[str, Any], params: list[Tensor], i: int, shaped: set[str]) -> None:
     if not 0 <= i < len(params):
         raise ValueError(f"state_dict has {where} of parameter {key}, the optimizer has {len(params)} parameters")
     shape = params[i].shape
     for name, value in entry.items():
-        # Base optimizers keep numbers as 0-d tensors too.
-        shaped = isinstance(value, Tensor) and (where != "state" or (name != "step" and value.dim() > 0))
-        if shaped and value.shape != shape:
+        if name in shaped and isinstance(value, Tensor) and value.shape != shape:
             raise ValueError(
                 f"state_dict has {name} of shape {tuple(value.shape)} for parameter {key}, whose shape is "
                 f"{tuple(shape)}: it was saved for another model"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``SAM``, the drop-in for the most copied implementation: change one import."""
+"""``SAM`` and ``FriendlySAM``, drop-ins for the most copied implementations: change one import."""
 
 from __future__ import annotations
 
@@ -30,12 +30,18 @@ class SAM(MicroBatchSAM):
     where it is not, as under frameworks whose closure does everything, the closure runs at w first. Everything else is
     ``MicroBatchSAM``: fused kernels, exact restore, checkpoints, schedulers on either object.
 
+    Checkpoints of the copied implementation load: its saved weights (old_p) are dropped, the mean gradient of its F-SAM
+    (momentum) becomes that of ``methods.FriendlySAM``, and ``adaptive`` of its groups decides on ASAM. It saves no state of the
+    base optimizer, which begins anew with a warning. Ours load there too, but for what it does not load: the base optimizer's
+    state and F-SAM's mean begin anew.
+
     Args:
         params: parameters or parameter groups, as for any optimizer; a group may have a "rho" of its own.
-        base_optimizer: an optimizer class, e.g. ``torch.optim.SGD``.
+        base_optimizer: an optimizer class, e.g. ``torch.optim.SGD``, or a function that makes one of ``params`` and ``kwargs``.
         rho: radius of the perturbation, >= 0.
-        adaptive: ASAM with eta = 0.
+        adaptive: ASAM with eta = 0. ``group["adaptive"]`` tells which it is.
         model: if given, its buffers, e.g. BatchNorm's statistics, are in ``second_step`` what they were in ``first_step``.
+        method: another method of the family, with ``adaptive`` that and ASAM.
         kwargs: for the base optimizer.
 
     Source: the interface is that of github.com/davda54/sam.
@@ -47,17 +53,20 @@ class SAM(MicroBatchSAM):
     def __init__(
         self,
         params: Iterable[Any],
-        base_optimizer: type[Optimizer],
+        base_optimizer: Callable[..., Optimizer],
         rho: float = 0.05,
         adaptive: bool = False,
         model: nn.Module | None = None,
+        *,
+        method: methods.SAM | None = None,
         **kwargs: Any,
     ):
-        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+        if not callable(base_optimizer):
             raise TypeError(
                 f"base_optimizer must be an optimizer class such as torch.optim.SGD, got {base_optimizer!r}; for an "
                 "instance use msam_kernels.MicroBatchSAM"
             )
+        method = methods.SAM() if method is None else method
         params = (
             params if isinstance(params, Tensor) else list(params)
         )  # torch refuses a single tensor in its own words
@@ -66,16 +75,56 @@ class SAM(MicroBatchSAM):
                 raise ValueError(
                     f"adaptive is one for all groups: got {adaptive=} and a group with {group['adaptive']!r}"
                 )
-        method = methods.AdaptiveSAM(eta=0.0) if adaptive else methods.SAM()
-        super().__init__(base_optimizer(params, **kwargs), rho, method=method, model=model)
+        if adaptive:
+            method = method + methods.AdaptiveSAM(eta=0.0)
+        base = base_optimizer(params, **kwargs)
+        if not isinstance(base, Optimizer):
+            raise TypeError(
+                f"base_optimizer must be an optimizer class such as torch.optim.SGD or a function that returns an optimizer, "
+                f"got {base_optimizer!r}, which returned {base!r}"
+            )
+        super().__init__(base, rho, method=method, model=model)
+        base.defaults.setdefault("adaptive", self._is_adaptive)  # for groups that are added to either object
+        for group in base.param_groups:
+            group.setdefault("adaptive", self._is_adaptive)
+
+    @property
+    def _is_adaptive(self) -> bool:
+        return self.method.full.eta is not None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``MicroBatchSAM.load_state_dict``; ``adaptive`` of the groups decides on ASAM.
+
+        Raises:
+            ValueError: ``state_dict`` is of other parameters, or some of its groups are adaptive; nothing was changed.
+        """
+        self.engine.check_idle("load_state_dict()")
+        groups = state_dict.get("param_groups", ()) if isinstance(state_dict, dict) else ()
+        adaptive = {group["adaptive"] for group in groups if "adaptive" in group}
+        if len(adaptive) > 1:
+            raise ValueError("adaptive is one for all groups: state_dict has some with True and some with False")
+        method = self.method
+        if adaptive and adaptive != {self._is_adaptive}:
+            self.method = _not_adaptive(method) if self._is_adaptive else method + methods.AdaptiveSAM(eta=0.0)
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.method = method
+            raise
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """w + e from the gradients in ``p.grad``."""
+        """w + e from the gradients in ``p.grad``.
+
+        Raises:
+            RuntimeError: there are none.
+        """
         engine = self.engine
         engine.check_idle("first_step()")
         step = engine.begin([1.0], clear=False)
         try:
+            if not step.had_gradients and engine.store.flats:
+                raise RuntimeError("first_step() without a gradient: call backward() before it")
             if step.plan.perturbs:
                 step.ascend()
                 engine.buffers.freeze()
@@ -178,3 +227,38 @@ class SAM(MicroBatchSAM):
             return False
         # The same tensors with other values: added to, or filled with zeros by somebody else's zero_grad.
         return any(id(g) not in left for g in grads) or any(bool(g.any()) for g in grads)
+
+
+class FriendlySAM(SAM):
+    """F-SAM with the interface ``FriendlySAM(params, torch.optim.SGD, rho, sigma, lmbda, adaptive, lr=0.1, ...)``.
+
+    Args:
+        params, base_optimizer, rho, adaptive, model, kwargs: as for ``SAM``.
+        sigma, lmbda: see ``methods.FriendlySAM``.
+
+    Source: the interface is that of github.com/nblt/F-SAM.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        sigma: float = 1.0,
+        lmbda: float = 0.9,
+        adaptive: bool = False,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        method = methods.FriendlySAM(sigma=sigma, lmbda=lmbda)
+        super().__init__(params, base_optimizer, rho, adaptive, model, method=method, **kwargs)
+
+
+def _not_adaptive(method: methods.SAM) -> methods.SAM:
+    """The method without its part that is ASAM's."""
+    parts = method.parts if isinstance(method, methods.Composition) else (method,)
+    rest = methods.SAM(start=method.start, every=method.every, only=method.only)
+    for part in parts:
+        if not isinstance(part, methods.AdaptiveSAM):
+            rest = rest + part
+    return rest

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -86,6 +86,11 @@ def _stays(p: Tensor) -> bool:
 
 def _is_plain(p: Tensor) -> bool:
     return p.layout == torch.strided and type(p.data) is Tensor
+
+
+def is_servable(p: Tensor) -> bool:
+    """Whether a parameter is of a kind that kernels know."""
+    return _is_plain(p) and p.dtype in DTYPES and not p.is_meta
 
 
 def check_parameters(named: Sequence[tuple[str, Tensor]], left: Sequence[tuple[str, Tensor]] = ()) -> None:
@@ -416,22 +421,62 @@ class Flat:
 
     # -- parameters that somebody moved -----------------------------------------------------------------------------------
 
+    def is_at_home(self, p: Tensor) -> bool:
+        """Whether a parameter of these still is on their device and of their dtype."""
+        return p.device == self.device and p.dtype == self.dtype
+
+    def check_shapes(self, params: Container[Tensor]) -> None:
+        """Refuse those of its parameters among ``params`` that have another shape than they had.
+
+        Raises:
+            RuntimeError: with both shapes, and the remedy.
+        """
+        for p, part, shape in zip(self.params, shards(self.params), self._shapes, strict=True):
+            if part.shape != shape and p in params:
+                raise RuntimeError(
+                    f"a parameter is now of shape {tuple(part.shape)}, with {part.numel()} elements; it was {tuple(shape)}, "
+                    f"with {shape.numel()}, when the optimizer was made: reshape the model first, then make the optimizer"
+                )
+
+    def take_over(self, homes: dict[Tensor, tuple[Flat, int]]) -> None:
+        """What the flats where parameters were until now keep for them, on this device and in this dtype.
+
+        What began as zeros and is not there for all of them, as LookSAM's direction, begins anew; so does a mask.
+        """
+        old = [homes.get(p) for p in self.params]
+        for name in dict.fromkeys(name for home in old if home for name in home[0].memories):
+            there = {i: home for i, home in enumerate(old) if home and name in home[0].memories}
+            first = next(iter(there.values()))[0].memories[name]
+            if len(there) < len(old) and first.started:
+                continue
+            memory = self.memory(name, first.begin)
+            if first.started:
+                memory.start()
+            for i, (flat, at) in there.items():
+                memory.parts[i].copy_(flat.memories[name].parts[at])
+            if name == "v":
+                self.measure(memory)
+        if all(home and home[0].mask is not None for home in old):
+            for i, home in enumerate(old):
+                if home:
+                    self.set_mask(i, home[0].mask_of(home[1]))
+
     def take_back(self) -> None:
-        """Take back parameters that somebody re-pointed; refuse those that moved away.
+        """Take back parameters that somebody re-pointed.
 
         Where somebody else holds the memory of one that left, e.g. the model that it was exchanged with, all parameters move
         to a new flat buffer, and the old one is left to its holders.
 
         Raises:
-            RuntimeError: a parameter is now on another device or of another dtype or size.
+            RuntimeError: a parameter is now of another shape, on another device or of another dtype.
         """
         self.shards = shards(self.params)
-        for i, p in enumerate(self.shards):
-            if p.device != self.device or p.dtype != self.dtype or p.shape != self._shapes[i]:
+        self.check_shapes(self.params)
+        for p in self.params:
+            if not self.is_at_home(p):
                 raise RuntimeError(
-                    f"a parameter is now {p.dtype} on {p.device} with {p.numel()} elements in the shape {tuple(p.shape)}; it "
-                    f"was {self.dtype} on {self.device} with {self._shapes[i].numel()} in {tuple(self._shapes[i])} when the "
-                    "optimizer was made: move, convert or reshape the model first, then make the optimizer"
+                    f"a parameter is now {p.dtype} on {p.device}; it was {self.dtype} on {self.device} when the step began, "
+                    "and has to be so again for its weights to come back: bring it back first, then call opt.restore()"
                 )
         if any(map(_stays, self.shards)):
             self.flatten = False  # others look where they are now

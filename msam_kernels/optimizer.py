@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
@@ -22,7 +23,7 @@ from .gradients import set_grads
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
 from .precision import Rounding, seed_of
 from .ranks import Ascent, Ranks
-from .rules import SEED, Radius, check_method, check_rho, rho_at
+from .rules import SEED, Radius, check_base, check_method, check_rho, rho_at, saves_itself
 from .step import Engine, Stats
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class MicroBatchSAM(Optimizer):
     where d_i = g_i for SAM; see ``methods`` for the others. The norm is one L2 norm over all parameters of all groups.
     Weight decay belongs to the base optimizer and is not part of e. In a group with ``maximize=True`` the worst point lies
     downhill: its e has the other sign (Momentum-SAM's momentum has it already). Frozen parameters stay where they are, whatever
-    they are made of, and nothing is kept for them; what is unfrozen takes part from the next step on.
+    they are made of, and nothing is kept for them; what is unfrozen takes part from the next step on. Between steps the model
+    may be moved to another device or dtype: with the next step all that is kept follows, the base optimizer's state too.
 
     ::
 
@@ -191,11 +193,7 @@ class MicroBatchSAM(Optimizer):
             )
         if isinstance(base_optimizer, MicroBatchSAM):
             raise TypeError("base_optimizer is a MicroBatchSAM already: wrap the plain optimizer once")
-        if "rho" in base_optimizer.defaults:
-            raise ValueError(
-                f"{type(base_optimizer).__name__} has a rho of its own, {base_optimizer.defaults['rho']!r}, in the place "
-                "where SAM's goes: use a base optimizer without one, e.g. SGD or AdamW"
-            )
+        check_base(base_optimizer)
         method = methods.SAM() if method is None else method
         if not isinstance(method, methods.SAM):
             raise TypeError(f"method must be one of msam_kernels.methods, e.g. methods.FriendlySAM(), got {method!r}")
@@ -272,10 +270,11 @@ class MicroBatchSAM(Optimizer):
             loaded.clear()
 
         base = self.base_optimizer
-        base.register_state_dict_pre_hook(show)
-        base.register_state_dict_post_hook(add)
-        base.register_load_state_dict_pre_hook(take_apart)
-        base.register_load_state_dict_post_hook(load)
+        with suppress(AttributeError):  # some wrappers of optimizers have no hooks
+            base.register_state_dict_pre_hook(show)
+            base.register_state_dict_post_hook(add)
+            base.register_load_state_dict_pre_hook(take_apart)
+            base.register_load_state_dict_post_hook(load)
 
     method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
     enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
@@ -344,7 +343,7 @@ class MicroBatchSAM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         engine = self.engine
         engine.check_idle("copying or pickling the optimizer")
-        engine.take_in()
+        engine.take_in(moved=True)
         engine.radii.take_schedules(engine.steps)
         own = (
             "defaults",
@@ -388,7 +387,9 @@ class MicroBatchSAM(Optimizer):
         split += f", parallel={self.parallel!r}" if self.parallel else ""
         split += ", compile=True" if self.compile else ""
         split += f", rounding={self.rounding!r}" if self.rounding != "nearest" else ""
-        return f"{type(self).__name__}(\n  method={self.method}, {split}, backend={self.backend!r}\n  {base}\n)"
+        chosen = self.engine.store.backends or [self.backend]
+        split += f", backend={' and '.join(map(repr, chosen))}"
+        return f"{type(self).__name__}(\n  method={self.method}, {split}\n  {base}\n)"
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, which plain torch optimizers load, with what the method keeps among its entries.
@@ -398,37 +399,44 @@ class MicroBatchSAM(Optimizer):
         in, because the base optimizer has yet to begin that, is under "msam". The base optimizer's own ``state_dict`` has the
         same.
 
+        A base optimizer whose class makes its state dicts itself makes this one too, and loads it.
+
         Raises:
             RuntimeError: the weights are perturbed, and would be saved as they are.
         """
         self.engine.check_restored("state_dict()")
         self.engine.take_in()
         self.engine.radii.take_schedules(self.steps)
+        if saves_itself(self.base_optimizer):
+            return {**self.base_optimizer.state_dict(), checkpoint.KEY: checkpoint.remembered(self.engine)}
         left = checkpoint.show(self.engine)
-        own = self.base_optimizer.state_dict() if self._base_saves_itself else {}
-        return checkpoint.saved({**super().state_dict(), **own}, left)
-
-    @property
-    def _base_saves_itself(self) -> bool:
-        """Whether the base optimizer has a state dict of its own, as ``ZeroRedundancyOptimizer`` has: its state is no dict."""
-        return type(self.base_optimizer).state_dict is not Optimizer.state_dict
+        return checkpoint.saved(super().state_dict(), left)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this class, or of the plain base optimizer, returned.
 
         A group without "rho" keeps the one it has, and so does one whose rho is a function of the step. What the method
-        keeps (an EMA, LookSAM's direction, a mask) starts anew where ``state_dict`` has none.
+        keeps (an EMA, LookSAM's direction, a mask) starts anew where ``state_dict`` has none. One that the most copied
+        implementations of SAM and F-SAM saved loads too; a warning says what it lacks.
 
         Raises:
             ValueError: ``state_dict`` is of other parameters; nothing was changed.
         """
         engine = self.engine
         engine.check_idle("load_state_dict()")
-        checkpoint.check(state_dict, engine.store.parameters())
+        state_dict = checkpoint.translated(engine, state_dict)
+        engine.take_in(moved=True)  # what is loaded takes the device and dtype of today's parameters
+        checkpoint.check(state_dict, engine.store)
+        if saves_itself(self.base_optimizer):
+            kept = state_dict.get(checkpoint.KEY, {})
+            checkpoint.take_in(engine, kept)
+            self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != checkpoint.KEY})
+            checkpoint.load(engine, kept)
+            return
         loaded: dict[str, Any] = {}
 
         def last_hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            checkpoint.check(state_dict, engine.store.parameters())  # the user's hooks may have changed it
+            checkpoint.check(state_dict, engine.store)  # the user's hooks may have changed it
             state_dict, own = checkpoint.apart(state_dict)
             checkpoint.take_in(engine, own)
             loaded.update(own)
@@ -436,11 +444,7 @@ class MicroBatchSAM(Optimizer):
 
         hook = self.register_load_state_dict_pre_hook(last_hook)
         try:
-            if self._base_saves_itself:
-                last_hook(self, state_dict)
-                self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != checkpoint.KEY})
-            else:
-                super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict)
         finally:
             hook.remove()
         checkpoint.load(engine, loaded)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,12 +33,14 @@ class Rule:
         number: as the operator ``update`` takes it.
         settings: a group's row of the kernels' table, columns as in ``backends.reference``.
         names: the state that the group's parameters need.
+        shaped: what may be there that is shaped like its parameter.
         counts: whether a "step" has to be counted that torch does not keep.
     """
 
     number: int
     settings: Callable[[Group], tuple[Any, ...]]
     names: Callable[[Group], tuple[str, ...]]
+    shaped: tuple[str, ...]
     counts: bool
 
 
@@ -72,11 +75,12 @@ def _adam_names(group: Group) -> tuple[str, ...]:
     return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
 
+_ADAM_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Exact types only, since a subclass may have a step of its own.
 RULES: dict[type[Optimizer], Rule] = {
-    SGD: Rule(reference.SGD, _sgd_settings, _sgd_names, counts=True),
-    Adam: Rule(reference.ADAM, _adam_settings, _adam_names, counts=False),
-    AdamW: Rule(reference.ADAM, _adamw_settings, _adam_names, counts=False),
+    SGD: Rule(reference.SGD, _sgd_settings, _sgd_names, ("momentum_buffer",), counts=True),
+    Adam: Rule(reference.ADAM, _adam_settings, _adam_names, _ADAM_SHAPED, counts=False),
+    AdamW: Rule(reference.ADAM, _adamw_settings, _adam_names, _ADAM_SHAPED, counts=False),
 }
 
 
@@ -92,6 +96,35 @@ def fused_rule(base: Optimizer) -> Rule | None:
         if group.get("differentiable") or group.get("capturable"):
             return None
     return rule
+
+
+def check_base(base: Optimizer) -> None:
+    """Refuse a base optimizer whose step cannot be the end of one of ours.
+
+    Raises:
+        TypeError: its step asks for something, as LBFGS's for a closure.
+        ValueError: it has a rho of its own.
+    """
+    name = type(base).__name__
+    _, *arguments = inspect.signature(type(base).step).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY)
+    asked = [a.name for a in arguments if a.kind in named and a.default is a.empty]
+    if asked:
+        raise TypeError(
+            f"{name}.step asks for {', '.join(asked)}, and evaluates the loss by itself: the base optimizer's step has to "
+            "do with the gradients in p.grad, use e.g. SGD or AdamW"
+        )
+    if "rho" in base.defaults:
+        raise ValueError(
+            f"{name} has a rho of its own, {base.defaults['rho']!r}, in the place where SAM's goes: use a base optimizer "
+            "without one, e.g. SGD or AdamW"
+        )
+
+
+def saves_itself(base: Optimizer) -> bool:
+    """Whether its state dicts are of its own making, which nobody else can read: it saves and loads them."""
+    kind = type(base)
+    return kind.state_dict is not Optimizer.state_dict or kind.load_state_dict is not Optimizer.load_state_dict
 
 
 def no_momentum(method: SAM, base: Optimizer, but: str = "") -> str:

@@ -185,7 +185,10 @@ class Engine:
     def adopt(self, also: Sequence[Tensor] = ()) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
         self.check_mask(self.method.full.sparse, any(map(is_dtensor, self.store.parameters())))
+        before = self.store.flats
         self.store.adopt(self.check_idle, self.method.full.only, also)
+        if any(flat not in self.store.flats for flat in before):
+            self.norms_sq = []  # of flats that are gone
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -214,12 +217,16 @@ class Engine:
         if counted:  # by that wrapper
             self.steps = 0
 
-    def take_in(self) -> None:
+    def take_in(self, *, moved: bool = False) -> None:
         """Notice groups that came by the base optimizer's ``add_param_group`` since the last look, and what was unfrozen.
 
-        For what only asks for state: parameters that were moved or converted meanwhile do not matter to it.
+        For what only asks for state: parameters that were moved or converted meanwhile matter to it with ``moved`` alone.
         """
-        if self.store.has_new() or not all("rho" in group for group in self.base.param_groups):
+        if (
+            self.store.has_new()
+            or (moved and self.store.left_home())
+            or not all("rho" in group for group in self.base.param_groups)
+        ):
             self.adopt()
 
     def follow(self) -> bool:

@@ -13,8 +13,8 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from ._torch import forget_casts
-from .backends import get_backend
-from .flat import SUMS, Flat, Memory, State, check_parameters
+from .backends import get_backend, name_of
+from .flat import SUMS, Flat, Memory, State, check_parameters, is_servable
 from .gradients import (
     FAST,
     OF_SHARDS,
@@ -147,6 +147,11 @@ class Store:
         """Where sums over all parameters come together."""
         return self.flats[0].device if self.flats else torch.device("cpu")
 
+    @property
+    def backends(self) -> list[str]:
+        """By name, those that were chosen."""
+        return list(dict.fromkeys(name_of(flat.backend, flat.device) for flat in self.flats))
+
     def parameters(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"]]
 
@@ -158,6 +163,10 @@ class Store:
     def has_new(self) -> bool:
         """Whether there are parameters to adopt: of groups that are new, or that were frozen until now."""
         return any(place is None and is_trained(p) for place, p in zip(self.places(), self.parameters(), strict=True))
+
+    def left_home(self) -> list[Flat]:
+        """The flats of which a parameter was moved to another device or converted."""
+        return [flat for flat in self.flats if not all(map(flat.is_at_home, flat.params))]
 
     def is_capturing(self) -> bool:
         return any(map(Flat.is_capturing, self.flats))
@@ -173,7 +182,9 @@ class Store:
     ) -> None:
         """Flatten the parameters that are new since the last look; take back those that were re-pointed.
 
-        One that is frozen stays out, whatever it is made of, until it is trained; one that is frozen later stays in.
+        One that is frozen stays out, whatever it is made of, until it is trained; one that is frozen later stays in, unless it
+        becomes what no kernel knows. Those that were moved to another device or converted get new flats, where all that is kept
+        for them follows, and so does the base optimizer's state.
 
         Args:
             check_idle: called, with what has happened, where parameters are new; may raise.
@@ -182,7 +193,7 @@ class Store:
 
         Raises:
             ValueError, TypeError: parameters that cannot be served, no list of them, or none that is to be perturbed.
-            RuntimeError: parameters left their group, were moved or converted, or came during a step.
+            RuntimeError: parameters left their group or have another shape; or they came or were converted during a step.
         """
         groups = self.base.param_groups
         for g, group in enumerate(groups):
@@ -203,7 +214,7 @@ class Store:
         if twice:
             raise ValueError(f"{twice} of the {len(params)} parameters are listed more than once: list each once")
         self.check_only(only)
-        served = {p for flat in self.flats for p in flat.params}.union(also)
+        served = {p for flat in self.flats for p in flat.params if is_servable(shard(p))}.union(also)
         taken = [(name, p) for name, p in named if p in served or is_trained(p)]
         left = [(name, p) for name, p in named if p not in served and not is_trained(p)]
         for name, p in taken:
@@ -221,6 +232,12 @@ class Store:
                     "parameters were removed from a group or moved to another by hand: make a new optimizer for the new "
                     "groups, or use add_param_group for additional ones"
                 )
+        stay = {p for _, p in taken}
+        for flat in self.flats:
+            flat.check_shapes(stay)
+        left_home = self.left_home()
+        homes = {p: (flat, i) for flat in left_home for i, p in enumerate(flat.params)}
+        group_of.update({id(p): flat.groups[i] for p, (flat, i) in homes.items()})
         buckets: dict[tuple[torch.device, torch.dtype, bool, Spread | None], list[tuple[Tensor, int]]] = {}
         for name, p in taken:
             if id(p) in group_of:
@@ -231,23 +248,55 @@ class Store:
         if buckets:
             new = {id(p) for members in buckets.values() for p, _ in members}
             check_idle(
-                "parameters were unfrozen, which must come before the step,"
+                "parameters were moved or converted, which must come before the step,"
+                if homes
+                else "parameters were unfrozen, which must come before the step,"
                 if new <= self._left
                 else "parameters were added"
             )
         self.separate(self.base.state)
         backends = {device: get_backend(self.backend, device) for device, *_ in buckets}
-        for flat in self.flats:
+        staying = [flat for flat in self.flats if flat not in left_home]
+        for flat in staying:
             flat.take_back()
-        self.flats += [
+        new_flats = [
             Flat([p for p, _ in members], [g for _, g in members], flatten=self.flatten, backend=backends[device])
             for (device, *_), members in buckets.items()
         ]
+        if homes:
+            for flat in new_flats:
+                flat.take_over(homes)
+            for p, (flat, i) in homes.items():
+                if p in stay:
+                    self._move_state(p, flat, groups[flat.groups[i]])
+            self._shares = {}
+        self.flats = staying + new_flats
+        self._parts = None, -1, []
         self.devices = list({flat.device: None for flat in self.flats})
         self.is_sharded, self._ranks, self._loops = is_sharded, ranks, OF_SHARDS if is_sharded else FAST
         self._gathered = Gathered(params, self._gathered) if is_sharded else None
         self.layout = self._loops.memory_layout(groups, self._lists)
         self._left = {id(p) for _, p in left}
+
+    def _move_state(self, p: Tensor, was: Flat, group: dict[str, Any]) -> None:
+        """The base optimizer's state follows its parameter, as in torch's ``load_state_dict``.
+
+        But what was of another dtype than the parameter keeps it.
+        """
+        on_device = group.get("capturable") or group.get("fused")  # where alone torch keeps a step beside its parameter
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.device == was.device:
+                dtype = p.dtype if value.dim() and value.dtype == was.dtype else value.dtype
+                return value.to(p.device, dtype)
+            if isinstance(value, dict):
+                return {name: moved(v) for name, v in value.items()}
+            return type(value)(map(moved, value)) if type(value) in (list, tuple) else value
+
+        entry = self.base.state.get(p, {})
+        for name, value in entry.items():
+            if name != "step" or on_device:
+                entry[name] = moved(value)
 
     def check_only(self, only: Parameters | None) -> None:
         """Refuse a choice of parameters of which the optimizer has none.

@@ -55,9 +55,161 @@ OWN_ASCENTS, SCENARIOS, ACCUMULATED = (
     f"tests/test_distributed.py -m 'not exhaustive' -k {name}"
     for name in ("own_ascents", "scenarios", "others_accumulate")
 )
+FOLLOW = "tests/test_follow.py -m 'not exhaustive'"
+COMPAT, OPTIM_DB = "tests/test_compat.py", "tests/test_optim_db.py -m 'not exhaustive'"
 P, B = "msam_kernels/", "msam_kernels/backends/"
 
 MUTANTS = [
+    # -- a model that moves, other people's state
+    Mutant(
+        "what methods remember stays behind when the model is converted",
+        P + "flat.py",
+        "memory.parts[i].copy_(flat.memories[name].parts[at])",
+        "pass",
+        FOLLOW,
+    ),
+    Mutant(
+        "LookSAM's direction is not measured anew",
+        P + "flat.py",
+        """memory.parts[i].copy_(flat.memories[name].parts[at])
+            if name == "v":""",
+        """memory.parts[i].copy_(flat.memories[name].parts[at])
+            if name == "w":""",
+        FOLLOW,
+    ),
+    Mutant(
+        "a mask stays behind when the model is converted",
+        P + "flat.py",
+        "if all(home and home[0].mask is not None for home in old):",
+        "if False:",
+        FOLLOW,
+    ),
+    Mutant(
+        "state stays behind when the model is converted",
+        P + "store.py",
+        "if p in stay:",
+        "if p not in stay:",
+        FOLLOW,
+    ),
+    Mutant(
+        "state of another dtype is converted with its parameter",
+        P + "store.py",
+        "p.dtype if value.dim() and value.dtype == was.dtype else value.dtype",
+        "p.dtype",
+        FOLLOW,
+    ),
+    Mutant(
+        "a part of a flat that is converted takes the others along",
+        P + "store.py",
+        "group_of.update({id(p): flat.groups[i] for p, (flat, i) in homes.items()})",
+        "group_of.update({id(p): 0 for p, (flat, i) in homes.items()})",
+        FOLLOW + " tests/test_conventions.py",
+    ),
+    Mutant(
+        "a flat of before the conversion is perturbed",
+        P + "store.py",
+        "self._parts = None, -1, []",
+        "pass",
+        FOLLOW,
+    ),
+    Mutant(
+        "what is frozen and of no kind that kernels know is kept",
+        P + "store.py",
+        "for p in flat.params if is_servable(p)}",
+        "for p in flat.params}",
+        FOLLOW,
+    ),
+    Mutant(
+        "what is loaded after a conversion is rounded",
+        P + "optimizer.py",
+        "engine.take_in(moved=True)  # what",
+        "engine.take_in()  # what",
+        FOLLOW,
+    ),
+    Mutant(
+        "stats of flats that are gone",
+        P + "step.py",
+        "self.norms_sq = []  # of flats that are gone",
+        "pass",
+        FOLLOW,
+    ),
+    Mutant(
+        "foreign state is judged by its shape",
+        P + "checkpoint.py",
+        "if type(store.base) in RULES:",
+        "if True:",
+        OPTIM_DB,
+    ),
+    Mutant(
+        "a base optimizer that saves itself is not asked to",
+        P + "rules.py",
+        "return kind.state_dict is not Optimizer.state_dict or kind.load_state_dict is not Optimizer.load_state_dict",
+        "return False",
+        OPTIM_DB,
+    ),
+    Mutant(
+        "a base optimizer that asks for a closure is taken",
+        P + "rules.py",
+        "    if asked:\n",
+        "    if False:\n",
+        OPTIM_DB,
+    ),
+    Mutant(
+        "F-SAM's mean in other people's checkpoints is dropped",
+        P + "checkpoint.py",
+        '"state": state, KEY: {"ema": means}}',
+        '"state": state}',
+        COMPAT,
+    ),
+    Mutant(
+        "other people's saved weights stay in the state",
+        P + "checkpoint.py",
+        '_THEIRS = ("old_p", "e_w", "momentum")',
+        '_THEIRS = ("momentum",)',
+        COMPAT,
+    ),
+    Mutant(
+        "adaptive of a checkpoint is not looked at",
+        P + "compat.py",
+        "if adaptive and adaptive != {self._is_adaptive}:",
+        "if False:",
+        COMPAT,
+    ),
+    Mutant(
+        "a forgotten backward before first_step",
+        P + "compat.py",
+        "if not step.had_gradients and engine.store.flats:",
+        "if False:",
+        COMPAT,
+    ),
+    Mutant(
+        "a broken extension is called missing",
+        B + "__init__.py",
+        "if isinstance(_missing_extension, ModuleNotFoundError):",
+        "if True:",
+        "tests/test_cli.py -k extension",
+    ),
+    Mutant(
+        "the reference in silence",
+        B + "__init__.py",
+        "    warnings.warn(text, RuntimeWarning, stacklevel=3)",
+        "    pass",
+        "tests/test_cli.py -k 'extension or fall_back'",
+    ),
+    Mutant(
+        "repr says what was asked for",
+        P + "optimizer.py",
+        "chosen = self.engine.store.backends or [self.backend]",
+        "chosen = [self.backend]",
+        "tests/test_conventions.py -k representation",
+    ),
+    Mutant(
+        "workers that nobody ends",
+        "examples/training.py",
+        "            process.terminate()\n",
+        "            pass\n",
+        "tests/test_demo.py -k ctrl_c",
+    ),
     # -- methods: the plans
     Mutant("a wrong sign in GSAM", P + "methods.py", "Coefficient(-self.alpha)", "Coefficient(self.alpha)", GOLDEN),
     Mutant(
@@ -626,7 +778,7 @@ MUTANTS = [
     Mutant(
         "shapes of a state dict are not looked at",
         P + "checkpoint.py",
-        "if shaped and value.shape != shape:",
+        "if name in shaped and isinstance(value, Tensor) and value.shape != shape:",
         "if False:",
         "tests/test_errors.py",
     ),

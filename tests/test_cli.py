@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,16 +26,17 @@ pytestmark = pytest.mark.host
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
-    """Python in the checkout, warnings being errors; ``environment`` goes on top of this process's own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+def python(*args: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Python in the checkout or another one; ``environment`` goes on top of this process's own."""
+    env = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    return subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
 def without_extension(monkeypatch) -> None:
     """As ``backends`` is where ``_C`` was not built."""
     monkeypatch.setattr(backends, "extension", None)
-    monkeypatch.setattr(backends, "_missing_extension", ImportError("no module named msam_kernels._C"))
+    monkeypatch.setattr(backends, "_missing_extension", ModuleNotFoundError("no module named msam_kernels._C"))
+    backends._warn_once.cache_clear()
 
 
 def test_info_says_versions_and_backends():
@@ -88,7 +93,71 @@ def test_missing_extension_is_no_silent_fall_back(monkeypatch):
     without_extension(monkeypatch)
     with pytest.raises(RuntimeError, match=r"'cpu' is not available: .*compiler.*rebuild"):
         backends.get_backend("cpu", torch.device("cpu"))
-    assert backends.get_backend("auto", torch.device("cpu")) is backends.get_backend("reference", torch.device("cpu"))
+    with pytest.warns(RuntimeWarning, match=r"'reference', .*slower, is used, as .* is missing \(no module.*compiler"):
+        assert backends.get_backend("auto", torch.device("cpu")) is backends.reference
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.get_backend("auto", torch.device("cpu")) is backends.reference, "it is said once"
+        backends._warn_once.cache_clear()
+        assert backends.get_backend("reference", torch.device("cpu")) is backends.reference, (
+            "and not to who asked for it"
+        )
+
+
+def clone_with(tmp_path: Path, extension: bytes) -> Path:
+    """The package somewhere else, with an extension that is this file."""
+    shutil.copytree(
+        ROOT / "msam_kernels", tmp_path / "msam_kernels", ignore=shutil.ignore_patterns("_C*", "__pycache__")
+    )
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / "msam_kernels" / f"_C{suffix}").write_bytes(extension)
+    return tmp_path
+
+
+def test_an_extension_that_does_not_load_is_not_called_missing(tmp_path):
+    """It says which file, what the loader said, and how to build it anew: in info, and once at the first use."""
+    folder = clone_with(tmp_path, b"\x7fELF of another torch")
+    done = python("-m", "msam_kernels", "info", folder=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = rf"the compiled extension {folder}\S+_C\S+ does not load, it was built for .* \(.+\): rebuild with"
+    assert re.search(rf"^  cpu: not available: {said}", done.stdout, re.MULTILINE)
+    code = (
+        "import torch, msam_kernels\n"
+        "for _ in range(2): msam_kernels.SAM([torch.ones(2, requires_grad=True)], torch.optim.SGD, lr=0.1)"
+    )
+    done = python("-c", code, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(said, done.stderr)) == 1
+    assert "RuntimeWarning: backend 'reference'" in done.stderr
+
+
+def test_info_is_what_a_bug_report_needs():
+    done = python("-m", "msam_kernels", "info", MSAM_TEST_DEVICE="cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in (
+        rf"msam_kernels {re.escape(msam_kernels.__version__)} in \S+(, commit \S+)?",
+        rf"torch {re.escape(torch.__version__)}, \d+ threads, (no CUDA|CUDA .*|HIP .*)",
+        rf"processor: {torch.backends.cpu.get_cpu_capability()} as torch sees it",
+        r"frameworks: .*numpy \S+.*" if find_spec("numpy") else r"frameworks: .*",
+        r"environment: .*MSAM_TEST_DEVICE=cpu.*",
+    ):
+        assert re.search(f"^{line}$", done.stdout, re.MULTILINE), line
+
+
+def test_info_in_a_clone_says_that_python_imports_the_clone(tmp_path, monkeypatch, capsys):
+    installed = tmp_path / "msam_kernels"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("")
+    (tmp_path / "msam_kernels-0.1.0.dist-info").mkdir()
+    (tmp_path / "msam_kernels-0.1.0.dist-info" / "METADATA").write_text("Name: msam_kernels\nVersion: 0.1.0\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    cli.main(["info"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Python imports"))
+    assert f"the clone in {ROOT}, " in line
+    assert f"not what was installed in {installed}: run from another folder, or build the clone with" in line
+    monkeypatch.setattr(cli, "ROOT", tmp_path)  # no clone
+    cli.main(["info"])
+    assert "Python imports" not in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 import msam_kernels
-from msam_kernels import SAM, MicroBatchSAM
+from msam_kernels import SAM, MicroBatchSAM, methods
+from msam_kernels.compat import FriendlySAM
 from plain import (
     Zoo,
     assert_close,
@@ -33,20 +34,27 @@ FLOAT64 = torch.float64
 class LoopSAM(torch.optim.Optimizer):
     """The interface's own meaning, in plain loops: e is added, saved weights come back, the base optimizer steps."""
 
-    def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, **kwargs):
+    def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, friendly=None, **kwargs):
         super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         self.param_groups = self.base_optimizer.param_groups
-        self.old = {}
+        self.friendly = friendly  # sigma and lmbda of F-SAM
 
     def _each(self):
         return [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
 
     @torch.no_grad()
     def first_step(self, zero_grad=False):
+        for _, p in self._each() if self.friendly else ():
+            sigma, lmbda = self.friendly
+            g, mean = p.grad, self.state[p].get("momentum")
+            p.grad = g if mean is None else g - sigma * mean
+            self.state[p]["momentum"] = g.clone() if mean is None else lmbda * mean + (1 - lmbda) * g
         parts = [((p.abs() if g["adaptive"] else 1.0) * p.grad).norm() for g, p in self._each()]
         norm = torch.stack(parts).norm()
-        self.old = {p: p.clone() for g in self.param_groups for p in g["params"]}
+        for g in self.param_groups:
+            for p in g["params"]:
+                self.state[p]["old_p"] = p.clone()
         for g, p in self._each():
             p += (p.square() if g["adaptive"] else 1.0) * p.grad * (g["rho"] / (norm + 1e-12))
         if zero_grad:
@@ -54,8 +62,8 @@ class LoopSAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_step(self, zero_grad=False):
-        for p, old in self.old.items():
-            p.copy_(old)
+        for p, kept in self.state.items():
+            p.copy_(kept["old_p"])
         self.base_optimizer.step()
         if zero_grad:
             self.zero_grad()
@@ -66,6 +74,10 @@ class LoopSAM(torch.optim.Optimizer):
         with torch.enable_grad():
             closure()
         self.second_step()
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.base_optimizer.param_groups = self.param_groups
 
 
 BASES = {
@@ -275,6 +287,135 @@ def test_it_is_an_optimizer_and_says_what_it_is():
     assert opt.param_groups is opt.base_optimizer.param_groups
 
 
+# ---- methods and bases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("base", ["SGD momentum", "AdamW amsgrad", "RMSprop"])
+def test_the_friendly_one_follows_the_plain_loops(base, adaptive):
+    expected = mlp(FLOAT64)
+    actual = copy.deepcopy(expected)
+    kind, settings = BASES[base]
+    theirs = LoopSAM(expected.parameters(), kind, 0.2, adaptive, friendly=(0.8, 0.6), **settings)
+    ours = FriendlySAM(actual.parameters(), kind, 0.2, 0.8, 0.6, adaptive, **settings)
+    for step in range(5):
+        data = batch(dtype=FLOAT64, seed=step)
+        way = (two_steps, one_step)[step % 2]
+        way(ours, actual, data)
+        way(theirs, expected, data)
+        assert_close(actual, expected)
+
+
+def test_every_method_takes_the_two_steps():
+    model, other = mlp(FLOAT64), mlp(FLOAT64)
+    method = methods.VaSSO(theta=0.5)
+    opt = SAM(model.parameters(), SGD, 0.2, adaptive=True, method=method, lr=0.1)
+    whole = method + methods.AdaptiveSAM(eta=0.0)
+    assert opt.method == whole
+    micro = MicroBatchSAM(SGD(other.parameters(), lr=0.1), 0.2, method=whole)
+    for step in range(3):
+        data = batch(dtype=FLOAT64, seed=step)
+        two_steps(opt, model, data)
+        micro.train_step(lambda *part: loss_of(other, *part), *data)
+    assert same_bits(model.parameters(), other.parameters())
+
+
+def test_a_function_may_make_the_base_optimizer():
+    model, other = mlp(), mlp()
+    opt = SAM(model.parameters(), lambda params, **settings: AdamW(params, amsgrad=True, **settings), lr=0.01)
+    same = SAM(other.parameters(), AdamW, lr=0.01, amsgrad=True)
+    for o, m in ((opt, model), (same, other)):
+        two_steps(o, m, batch())
+    assert same_bits(model.parameters(), other.parameters())
+
+
+# ---- checkpoints of the copied implementations ------------------------------------------------------------------------------
+
+LOST = r"no state of {}, which begins anew"
+
+
+@pytest.mark.parametrize("friendly", [None, (0.8, 0.6)], ids=["SAM", "F-SAM"])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("base", BASES)
+def test_their_checkpoints_load(base, adaptive, friendly):
+    """With all that they have: F-SAM's mean, and which of SAM and ASAM it is; the base optimizer begins anew, as there."""
+    kind, settings = BASES[base]
+    expected = mlp(FLOAT64)
+    first = LoopSAM(expected.parameters(), kind, 0.2, adaptive, friendly=friendly, **settings)
+    for step in range(3):
+        two_steps(first, expected, batch(dtype=FLOAT64, seed=step))
+    saved = through_a_file(first.state_dict())
+    actual = copy.deepcopy(expected)
+    theirs = LoopSAM(expected.parameters(), kind, 0.5, friendly=friendly, **{**settings, "lr": 0.5})
+    theirs.load_state_dict(copy.deepcopy(saved))
+    make = FriendlySAM if friendly else SAM
+    own = dict(zip(("sigma", "lmbda"), friendly or (), strict=False))
+    ours = make(actual.parameters(), kind, 0.5, adaptive=not adaptive, **own, **{**settings, "lr": 0.5})
+    if base == "SGD":
+        ours.load_state_dict(saved)
+    else:
+        with pytest.warns(UserWarning, match=LOST.format(kind.__name__)):
+            ours.load_state_dict(saved)
+    assert not any(name in entry for entry in ours.state.values() for name in ("old_p", "e_w", "momentum"))
+    assert (ours.method.full.eta is not None) == adaptive == ours.param_groups[0]["adaptive"]
+    for step in range(3, 6):
+        two_steps(ours, actual, batch(dtype=FLOAT64, seed=step))
+        two_steps(theirs, expected, batch(dtype=FLOAT64, seed=step))
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+def test_our_checkpoints_load_into_theirs(adaptive):
+    """But for the state of the base optimizer, which theirs loads nowhere."""
+    actual, ours, _, _ = pair("SGD", adaptive)
+    for step in range(2):
+        two_steps(ours, actual, batch(dtype=FLOAT64, seed=step))
+    expected = copy.deepcopy(actual)
+    theirs = LoopSAM(expected.parameters(), SGD, 0.5, not adaptive, lr=0.5)
+    theirs.load_state_dict(through_a_file(ours.state_dict()))
+    for step in range(2, 4):
+        two_steps(ours, actual, batch(dtype=FLOAT64, seed=step))
+        two_steps(theirs, expected, batch(dtype=FLOAT64, seed=step))
+        assert_close(actual, expected)
+
+
+def test_a_mean_gradient_that_no_one_wants_is_dropped_with_a_word():
+    model = mlp()
+    theirs = LoopSAM(model.parameters(), SGD, friendly=(1.0, 0.9), lr=0.1)
+    two_steps(theirs, model, batch())
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    with pytest.warns(
+        UserWarning, match=r"mean gradient .* is F-SAM's, and SAM\(.* it is dropped; methods.FriendlySAM"
+    ):
+        opt.load_state_dict(theirs.state_dict())
+    assert "ema" not in opt.state_dict()["msam"]
+    two_steps(opt, model, batch())
+
+
+def test_a_checkpoint_of_some_adaptive_groups_is_refused_whole():
+    model = mlp()
+    opt = SAM([{"params": m.parameters()} for m in (model[0], model[2])], SGD, lr=0.1)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][1].update(adaptive=True, lr=0.5)
+    with pytest.raises(ValueError, match="adaptive is one for all groups"):
+        opt.load_state_dict(saved)
+    assert [g["lr"] for g in opt.param_groups] == [0.1, 0.1]
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    opt.base_optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert [g["adaptive"] for g in opt.param_groups] == [False] * 4
+
+
+@pytest.mark.parametrize("method", [methods.FriendlySAM(), methods.SAM(start=3), methods.BilateralSAM()], ids=repr)
+def test_our_own_checkpoints_say_whether_they_are_adaptive(method):
+    """A file decides, as it does on the learning rate; nothing of the method is lost on the way there and back."""
+    opts = [SAM(mlp().parameters(), SGD, adaptive=adaptive, method=method, lr=0.1) for adaptive in (True, False)]
+    saved = [copy.deepcopy(opt.state_dict()) for opt in opts]
+    methods_before = [opt.method for opt in opts]
+    for opt, other in zip(opts, reversed(saved), strict=True):
+        opt.load_state_dict(other)
+    assert [opt.method for opt in opts] == methods_before[::-1]
+
+
 # ---- errors -----------------------------------------------------------------------------------------------------------------
 
 
@@ -319,14 +460,16 @@ def test_steps_out_of_order_say_what_to_do_and_change_nothing():
     two_steps(opt, model, batch())
 
 
-def test_first_step_without_a_gradient_perturbs_nothing():
+@pytest.mark.parametrize("enabled", [True, False])
+def test_first_step_without_a_gradient_is_a_forgotten_backward(enabled):
     model = mlp()
     opt = SAM(model.parameters(), SGD, lr=0.1)
+    opt.enabled = enabled
     before = weights(model)
-    opt.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"first_step\(\) without a gradient: call backward\(\)"):
+        opt.first_step(zero_grad=True)
     assert same_bits(model.parameters(), before)
-    opt.second_step(zero_grad=True)
-    assert same_bits(model.parameters(), before)
+    two_steps(opt, model, batch())
 
 
 @pytest.mark.parametrize(
@@ -334,6 +477,11 @@ def test_first_step_without_a_gradient_perturbs_nothing():
     [
         (lambda p: SAM(p, SGD(p, lr=0.1)), TypeError, "MicroBatchSAM"),
         (lambda p: SAM(p, "SGD"), TypeError, r"torch\.optim\.SGD"),
+        (lambda p: SAM(p, lambda params: None), TypeError, r"function that returns an optimizer.*returned None"),
+        (lambda p: SAM(p, torch.optim.LBFGS), TypeError, r"LBFGS\.step asks for closure"),
+        (lambda p: SAM(p, torch.optim.Adadelta), ValueError, r"Adadelta has a rho of its own, 0\.9"),
+        (lambda p: SAM(p, SGD, lr=0.1, method="SAM"), TypeError, r"method must be one of"),
+        (lambda p: FriendlySAM(p, SGD, lmbda=2.0, lr=0.1), ValueError, r"lmbda.*2\.0"),
         (lambda p: SAM(p, SGD, rho=-0.1, lr=0.1), ValueError, r"rho.*-0\.1"),
         (lambda p: SAM(p, SGD, rho=float("nan"), lr=0.1), ValueError, "rho.*nan"),
         (lambda p: SAM([], SGD, lr=0.1), ValueError, "empty parameter list"),
@@ -341,7 +489,21 @@ def test_first_step_without_a_gradient_perturbs_nothing():
         (lambda p: SAM(p, SGD, lr=-1.0), ValueError, "-1.0"),
         (lambda p: SAM(p, msam_kernels.MicroBatchSAM), TypeError, "MicroBatchSAM"),
     ],
-    ids=["an instance", "a name", "rho < 0", "rho nan", "no parameters", "a tensor", "lr < 0", "a wrapper"],
+    ids=[
+        "an instance",
+        "a name",
+        "a function of nothing",
+        "LBFGS",
+        "Adadelta",
+        "method",
+        "lmbda",
+        "rho < 0",
+        "rho nan",
+        "no parameters",
+        "a tensor",
+        "lr < 0",
+        "a wrapper",
+    ],
 )
 def test_wrong_arguments_say_what_is_wrong(make, error, match):
     with pytest.raises(error, match=match):

@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
 from torch.optim.optimizer import Optimizer
 
 from msam_kernels import MicroBatchSAM, methods
+from msam_kernels.backends import get_backend, name_of
 from plain import (
     DEVICE,
     METHODS,
@@ -309,6 +310,15 @@ def test_its_representation_says_what_it_is():
     ):
         assert part in text
     assert "micro_batch_size=3" in repr(wrap(mlp(), num_micro_batches=None, micro_batch_size=3))
+
+
+def test_its_representation_says_which_backend_was_chosen(backend):
+    model = mlp()
+    chosen = get_backend("auto", next(model.parameters()).device)
+    named = name_of(chosen, next(model.parameters()).device)
+    assert f"backend='{named}'\n" in repr(wrap(model))
+    assert f"backend='{backend}'\n" in repr(wrap(mlp(), backend=backend))
+    assert "backend='auto'\n" in repr(wrap(mlp().requires_grad_(False)))
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -6,10 +6,13 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -151,6 +154,100 @@ def test_the_family_has_every_method(family):
     named = [v for v in vars(methods).values() if isinstance(v, type) and issubclass(v, methods.SAM)]
     assert {type(method) for method in given} == {*named} - {methods.Composition}
     assert len({c.label for c in family.family(100)}) == len(family.family(100))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no terminal to pretend")
+def test_ctrl_c_in_mid_training_stops_it_within_two_seconds_with_one_line(demo, tmp_path):
+    for package in demo.PACKAGES:
+        pytest.importorskip(package)
+    terminal, end = os.openpty()
+    words = [sys.executable, str(DEMO), "--workers", "2", "--output", str(tmp_path / "picture.png")]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    run = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=end,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
+        text=True,
+    )
+    os.close(end)
+    said = ""
+    try:
+        while not re.search(r"[1-9]\d*/\d+ epochs", said):  # both processes train by now
+            said += os.read(terminal, 1000).decode()
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to all of them
+        begun = time.monotonic()
+        assert run.wait(60) == 130
+        seconds = time.monotonic() - begun
+        with suppress(OSError):  # the end of a terminal
+            while True:
+                said += os.read(terminal, 1000).decode()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.stdout.close()
+        os.close(terminal)
+    assert said.rpartition("\033[K")[2].split() == ["stopped:", "nothing", "was", "written"]
+    assert seconds < 2 * max(1.0, os.getloadavg()[0] / os.cpu_count())  # of its own: others may want the cores too
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_terminal_the_bar_is_quiet(demo, capsys):
+    progress = demo.training.Progress(1000, "epochs")
+    for _ in range(1000):
+        progress.update()
+        progress.say("training")
+    progress.clear()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["picture.doc", "picture", "picture.PNGG"])
+def test_a_picture_that_cannot_be_written_is_refused_at_the_start(name, demo, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        demo.main(["--output", str(tmp_path / name)])
+    assert re.search(rf"--output: \S+{name} must end in one of .*\.png, ", capsys.readouterr().err)
+
+
+def rows_with(demo, accuracies):
+    training = demo.training
+    return [
+        training.Row(
+            contestant,
+            [training.Outcome(accuracy + d, 8.0 / (1 + i), 2.0) for d in (-1.0, 1.0)],
+            {
+                kind: training.Cost(2.0 + i, cost)
+                for kind, cost in (("plain", 0.5), ("fused", 0.2))
+                if i or kind == "plain"
+            },
+        )
+        for i, (contestant, accuracy) in enumerate(zip(demo.CONTESTANTS, accuracies, strict=False))
+    ]
+
+
+def test_the_picture_says_what_was_found_and_which_side_is_better(demo):
+    pytest.importorskip("matplotlib")
+    tasks = demo.TASKS
+    rows = [rows_with(demo, (75.0, 80.0, 81.5)), rows_with(demo, (99.0, 99.1, 99.0))]
+    fig = demo.training.picture(tasks, rows)
+    assert fig.get_suptitle() == (
+        "mSAM (2) is 6.5 points more accurate than SGD on MNIST-1D, in a minimum 3.0 times as flat, with steps 2.0 times "
+        "as long"
+    )
+    labels = [panel.get_xlabel() for panel in fig.axes]
+    assert len(labels) == 8
+    assert labels[:4] == labels[4:]
+    assert [label.split("   ") for label in labels[:4]] == [
+        ["test accuracy, %", "better →"],
+        ["← better", "sharpness: top Hessian eigenvalue"],
+        ["← better", "a whole step, ms"],
+        ["← better", "of that, the optimizer, ms"],
+    ]
+    drawn = sorted({x for line in fig.axes[2].lines for x in line.get_xdata()})
+    assert drawn == [2.0, 3.0, 4.0]
+    assert demo.training.message(tasks, [rows_with(demo, (75.0, 74.0))] * 2) == "Nothing here is more accurate than SGD"
 
 
 def test_missing_packages_are_named_with_the_remedy(demo, monkeypatch):

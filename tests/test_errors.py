@@ -18,7 +18,6 @@ from torch.optim import LBFGS, SGD, Adam
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
 from plain import (
-    DEVICE,
     batch,
     closure_of,
     gradients,
@@ -511,16 +510,11 @@ def test_a_parameter_whose_storage_was_freed_is_refused(when, flatten):
 
 def test_a_base_optimizer_that_needs_a_closure_of_its_own_changes_nothing():
     model = mlp()
-    base = LBFGS(model.parameters())
-    try:
-        opt = MicroBatchSAM(base)
-    except TypeError as error:
-        assert "LBFGS" in str(error)
-        return
-    before = weights(model)
-    with pytest.raises(TypeError, match="closure"):
-        step_with_train_step(opt, model, (X, Y))
+    before, addresses = weights(model), [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(TypeError, match=r"LBFGS\.step asks for closure, .* use e\.g\. SGD or AdamW"):
+        MicroBatchSAM(LBFGS(model.parameters()))
     assert same_bits(model.parameters(), before)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
 
 
 # ---- at the wrong time ------------------------------------------------------------------------------------------------------
@@ -581,8 +575,9 @@ def to_double(model):
     model.double()
 
 
-def one_to_half(model):
-    model[0].weight.data = model[0].weight.data.half()
+def to_int(model):
+    model[0].weight.requires_grad_(False)
+    model[0].weight.data = model[0].weight.data.int()
 
 
 def resized(model):
@@ -609,9 +604,8 @@ def with_gaps(model):
 @pytest.mark.parametrize(
     ("change", "flatten", "error", "match"),
     [
-        (to_double, True, RuntimeError, r"now torch\.float64.*was torch\.float32.*first"),
-        (to_double, False, RuntimeError, r"now torch\.float64.*was torch\.float32.*first"),
-        (one_to_half, True, RuntimeError, r"now torch\.float16.*was torch\.float32.*first"),
+        (to_int, True, TypeError, r"parameter 0 of group 0 must be one of .*, got torch\.int32"),
+        (to_int, False, TypeError, r"parameter 0 of group 0 must be one of .*, got torch\.int32"),
         (resized, True, RuntimeError, r"49 elements.*15.*first"),
         (resized, False, RuntimeError, r"49 elements.*15.*first"),
         (resized_to_the_front, True, RuntimeError, r"6 elements.*15.*first"),
@@ -646,25 +640,11 @@ def test_a_parameter_that_was_converted_or_resized_is_refused(change, flatten, e
         assert same_bits(entry.values(), state[i].values())
 
 
-def test_a_parameter_that_was_moved_to_another_device_is_refused():
-    model = mlp()
-    opt = MicroBatchSAM(sgd(model.parameters()))
-    before = weights(model[0].parameters())
-    p = model[2].weight
-    torch.utils.swap_tensors(p, nn.Parameter(torch.empty_like(p, device="meta")))
-    with pytest.raises(RuntimeError, match=rf"now torch\.float32 on meta.*was torch\.float32 on {DEVICE.type}.*first"):
-        next(opt.passes(X, Y))
-    assert same_bits(model[0].parameters(), before)
-
-
 def test_a_model_converted_back_is_taken_back():
     model = mlp()
     opt = MicroBatchSAM(sgd(model.parameters()))
     twin = copy.deepcopy((model, opt))
-    model.double()
-    with pytest.raises(RuntimeError, match="float64"):
-        next(opt.passes(X, Y))
-    model.float()
+    model.double().float()
     step_with_passes(opt, model, (X, Y))
     step_with_passes(twin[1], twin[0], (X, Y))
     assert same_bits(model.parameters(), twin[0].parameters())

@@ -136,6 +136,41 @@ def test_frozen_weights_cost_nothing(method, base, backend):
     assert all({0, 1}.isdisjoint(remembered(opt, name)) for name in ("ema", "v", "mask"))
 
 
+class Adapted(nn.Linear):
+    """LoRA of rank 4, as PEFT makes it: the layer's own weight is frozen, and kept in four bits if ``quantised``."""
+
+    def __init__(self, quantised):
+        super().__init__(48, 48, bias=False)
+        self.down, self.up = nn.Parameter(torch.randn(4, 48)), nn.Parameter(torch.randn(48, 4))
+        self.weight.requires_grad_(False)
+        if quantised:
+            self.weight = frozen(torch.randint(0, 255, (48 * 24, 1), dtype=torch.uint8))
+
+    def forward(self, x):
+        codes = torch.cat([self.weight >> 4, self.weight & 15], 1) if self.weight.dtype == torch.uint8 else None
+        weight = self.weight if codes is None else codes.view(48, 48).float() / 16 - 0.5
+        return x @ weight.t() / 7 + x @ self.down.t() @ self.up.t() / 50
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["as it was", "in four bits"])
+def test_lora_costs_what_its_adapters_do(quantised, backend):
+    """2,304 of 31,488 elements are trained: so many are in each buffer, whatever is handed to the optimizer."""
+    embedding = nn.Embedding(320, 48).requires_grad_(False)
+    model = nn.Sequential(embedding, *(Adapted(quantised) for _ in range(6)))
+    assert quantised or sum(p.numel() for p in model.parameters()) == 31488
+    opt = MicroBatchSAM(AdamW(model.parameters(), lr=0.01), method=methods.FriendlySAM(), backend=backend)
+    before = weights(model)
+    opt.train_step(lambda i: model(i).square().mean(), torch.arange(12).view(3, 4))
+    (flat,) = opt.engine.store.flats
+    buffers = [flat.saved, flat.memories["ema"].buffer, flat.state["exp_avg"], flat.state["exp_avg_sq"]]
+    if flat.flatten:
+        buffers += flat.weights
+    assert [b.numel() for b in buffers] == [2304] * len(buffers)
+    assert len(opt.state) == 12
+    changed = [not same_bits([p], [old]) for p, old in zip(model.parameters(), before, strict=True)]
+    assert changed == [p.requires_grad for p in model.parameters()]
+
+
 # What a method remembers of the others goes on; of LookSAM's direction and of a mask see below.
 GO_ON = [name for name, m in METHODS.items() if m.period == 1 and not m.full.sparse]
 

@@ -56,7 +56,9 @@ import importlib
 import importlib.util
 import inspect
 import os
+import warnings
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -66,11 +68,11 @@ from torch import Tensor
 from . import reference
 from .checks import check_device, labelled
 
-#: The compiled module; None where the package was installed without a compiler.
+#: The compiled module; None where the package was installed without a compiler, or it does not load.
 extension: ModuleType | None
 try:
     extension = importlib.import_module("msam_kernels._C")
-except ImportError as error:  # installed without a compiler
+except ImportError as error:
     extension = None
     _missing_extension: ImportError | None = error
 else:
@@ -177,12 +179,22 @@ class Backend(Protocol):
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
+def _without_extension(compilers: str, rebuild: str) -> str:
+    """Why there is no extension, and what to do: built for something else, or not at all."""
+    if isinstance(_missing_extension, ModuleNotFoundError):
+        return f"the compiled extension is missing ({_missing_extension}): install {compilers}, and {rebuild}"
+    return (
+        f"the compiled extension {getattr(_missing_extension, 'path', '')} does not load, it was built for another torch or "
+        f"Python ({_missing_extension}): {rebuild}"
+    )
+
+
 def _missing_cuda() -> str | None:
     rebuild = "rebuild with `FORCE_CUDA=1 pip install --no-build-isolation -e .`"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA: install a build that does (https://pytorch.org), then {rebuild}"
     if extension is None:
-        return f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler and nvcc, and {rebuild}"
+        return _without_extension("a C++17 compiler and nvcc", rebuild)
     if extension.CUDA is None:
         return (
             f"the extension was built without it: install the CUDA toolkit {torch.version.cuda} (nvcc), and {rebuild}"
@@ -205,9 +217,8 @@ def available_backends() -> dict[str, str | None]:
     """Backends by name, fastest first: None where usable, else a sentence that says what is missing and how to get it."""
     cpu = None
     if extension is None:
-        cpu = (
-            f"the compiled extension is missing ({_missing_extension}): install a C++17 compiler (g++ or clang++) and "
-            "rebuild with `pip install --no-build-isolation -e .`"
+        cpu = _without_extension(
+            "a C++17 compiler (g++ or clang++)", "rebuild with `pip install --no-build-isolation -e .`"
         )
     else:
         try:
@@ -215,6 +226,18 @@ def available_backends() -> dict[str, str | None]:
         except RuntimeError as error:  # an instruction set was asked for that this processor has not
             cpu = str(error)
     return {"cuda": _missing_cuda(), "triton": _missing_triton(), "cpu": cpu, "reference": None}
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def name_of(backend: Backend, device: torch.device) -> str:
+    """What ``get_backend`` calls it."""
+    if backend is reference:
+        return "reference"
+    return device.type if backend is extension else "triton"
 
 
 def get_backend(name: str, device: torch.device) -> Backend:
@@ -231,6 +254,8 @@ def get_backend(name: str, device: torch.device) -> Backend:
     if name == "auto":
         if device.type == "cpu":
             name = "cpu" if extension is not None else "reference"
+            if extension is None:
+                _warn_once(f"backend 'reference', plain torch and several times slower, is used, as {missing['cpu']}")
         elif device.type == "cuda" and missing["cuda"] is None:
             name = "cuda"
         else:
