@@ -23,9 +23,9 @@ CHOOSING = ROOT / "docs" / "choosing.md"
 MEASURED = ROOT / "benchmarks" / "results" / "cpu-zen4-2cores-rho.csv"
 
 
-#: On the line before a block that a CPU cannot run.
-NEEDS_GPU = "<!-- needs a GPU -->"
-BLOCK = re.compile(rf"^({NEEDS_GPU}\n)?( *)```python\n(.*?)^\2```", re.MULTILINE | re.DOTALL)
+#: On the line before a block that one process on a CPU cannot run.
+NEEDS = "<!-- needs (?:a GPU|several processes) -->"
+BLOCK = re.compile(rf"^({NEEDS}\n)?( *)```python\n(.*?)^\2```", re.MULTILINE | re.DOTALL)
 PAGES = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text("utf-8")),
@@ -69,13 +69,13 @@ def test_no_block_of_code_is_passed_by():
     }
     for page in PAGES:
         text = page.read_text("utf-8")
-        assert len(BLOCK.findall(text)) == text.count("```python") == text.count(NEEDS_GPU) + len(runnable(page)), (
+        assert len(BLOCK.findall(text)) == text.count("```python") == len(re.findall(NEEDS, text)) + len(runnable(page)), (
             page.name
         )
 
 
 def runnable(page: Path) -> list[str]:
-    return [textwrap.dedent(code) for gpu, _, code in BLOCK.findall(page.read_text("utf-8")) if not gpu]
+    return [textwrap.dedent(code) for needs, _, code in BLOCK.findall(page.read_text("utf-8")) if not needs]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
@@ -87,9 +87,9 @@ def test_the_code_of_every_page_runs(page, tmp_path, monkeypatch):
         pytest.importorskip("matplotlib").use("agg")
     monkeypatch.chdir(tmp_path)
     names = names_of_the_reader()
-    for gpu, _, code in BLOCK.findall(page.read_text("utf-8")):
+    for needs, _, code in BLOCK.findall(page.read_text("utf-8")):
         compiled = compile(textwrap.dedent(code), str(page), "exec")
-        if not gpu:
+        if not needs:
             exec(compiled, names)
     if page == CHOOSING:
         assert names["low"] < names["high"]
