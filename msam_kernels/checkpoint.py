@@ -61,9 +61,9 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
                 old = entry.get(OURS + name)
                 buffer = flat.memory(name, math.nan).buffer
                 entry[OURS + name] = (
-                    old if flat.is_part(buffer, i, old) else shown(flat.alias(buffer, i), flat.params[i])
+                    old if flat.is_part(buffer, i, old) else shown(flat.part(buffer, i), flat.params[i])
                 )
-            elif there is not None and _has_begun(part := flat.alias(there.buffer, i)):
+            elif there is not None and _has_begun(part := flat.part(there.buffer, i)):
                 left.setdefault(name, {})[at] = shown(part, flat.params[i])
         if masked and entry is not None:
             entry[OURS + "mask"] = _bits(flat)[i]
@@ -111,7 +111,7 @@ def remembered(engine: Engine) -> dict[str, Any]:
         own["seed"] = engine.seed
     for at, flat, i in _places(engine.store):
         for name in _MEMORIES:
-            if name in flat.memories and _has_begun(part := flat.alias(flat.memories[name].buffer, i)):
+            if name in flat.memories and _has_begun(part := flat.part(flat.memories[name].buffer, i)):
                 own.setdefault(name, {})[at] = shown(part, flat.params[i])
         if flat.mask is not None:
             own.setdefault("mask", {})[at] = _bits(flat)[i]

@@ -315,22 +315,23 @@ class Flat:
         """A parameter's part of a flat buffer, in its shape and memory order."""
         return _alias(buffer, self.offsets[i], self.shards[i])
 
+    def part(self, buffer: Tensor, i: int) -> Tensor:
+        """The same in the memory order that the parameter had at the last look."""
+        like = torch.empty_strided(self._shapes[i], self._strides[i], dtype=self.dtype, device="meta")
+        return _alias(buffer, self.offsets[i], like)
+
     def is_part(self, buffer: Tensor, i: int, t: Any) -> bool:
-        """Whether ``t`` is what ``alias`` returns, or that as everybody else sees it."""
-        p = self.shards[i]
+        """Whether ``t`` is what ``part`` returns, or that as everybody else sees it."""
         if not isinstance(t, Tensor) or is_dtensor(t) != is_dtensor(self.params[i]):
             return False
         t = shard(t)
-        if t.dtype != self.dtype or t.device != self.device or t.shape != p.shape:
+        if t.dtype != self.dtype or t.device != self.device or t.shape != self._shapes[i]:
             return False
         place = buffer.data_ptr() + self.offsets[i] * buffer.element_size()
-        return not p.numel() or (t.data_ptr() == place and t.stride() == p.stride())
+        return not t.numel() or (t.data_ptr() == place and t.stride() == self._strides[i])
 
     def parts(self, buffer: Tensor) -> list[Tensor]:
-        """The same of every parameter, in the memory order that it had at the last look."""
-        orders = zip(self._shapes, self._strides, strict=True)
-        likes = [torch.empty_strided(*order, dtype=self.dtype, device="meta") for order in orders]
-        return [_alias(buffer, offset, like) for offset, like in zip(self.offsets, likes, strict=True)]
+        return [self.part(buffer, i) for i in range(len(self.params))]
 
     @staticmethod
     def rounded(n: int, dtype: torch.dtype) -> int:

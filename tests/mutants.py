@@ -2018,8 +2018,8 @@ MUTANTS = [
     Mutant(
         "what a method remembers is saved as this rank's part",
         P + "checkpoint.py",
-        "else shown(flat.alias(buffer, i), flat.params[i])",
-        "else flat.alias(buffer, i)",
+        "else shown(flat.part(buffer, i), flat.params[i])",
+        "else flat.part(buffer, i)",
         SHARDED + "own_state_dicts",
     ),
 ]

@@ -38,8 +38,8 @@ def train(opt, model, steps, way="train_step"):
 
 
 def kept_dtypes(opt):
-    """Of all that is kept for the parameters, but for counters."""
-    tensors = [t for entry in opt.state.values() for name, t in entry.items() if name != "step"]
+    """Of all that is kept for the parameters, but for counters and masks."""
+    tensors = [t for entry in opt.state.values() for name, t in entry.items() if name not in ("step", "msam_mask")]
     for flat in opt.engine.store.flats:
         tensors += [*flat.weights, *(memory.buffer for memory in flat.memories.values())]
         tensors += [t for t in (flat.saved, *(v for name, v in flat.state.items() if name != "step")) if t is not None]
