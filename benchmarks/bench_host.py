@@ -127,6 +127,7 @@ def without_rows(opt: Any) -> None:
     """Kernels get all pointers from now on, and have nothing to do."""
     for flat in opt.engine.store.flats:
         flat.table, flat.status, flat.rows = flat.table[:0], flat.status[:0], 0
+        flat.sums = (*flat.sums[:-1], 0)
 
 
 def free(training: Training, watch: Stopwatch) -> None:
