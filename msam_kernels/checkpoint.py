@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat
-from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho, saves_itself
+from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho, saves_itself, theirs_in
 from .sharded import shard, shown, values
 from .step import Engine
 from .store import Store
@@ -78,7 +78,7 @@ def _entries(engine: Engine) -> Callable[[int, Tensor], dict[str, Any] | None]:
     """What finds the entry of a parameter of a group; None where the base optimizer has yet to begin it."""
     base, state, rule = engine.base, engine.base.state, RULES.get(type(engine.base))
     # It has had its chance to begin any.
-    keeps_none = engine.steps > 0 and all(name.startswith(OURS) for entry in state.values() for name in entry)
+    keeps_none = engine.steps > 0 and not any(map(theirs_in, state.values()))
 
     def entry_of(g: int, p: Tensor) -> dict[str, Any] | None:
         entry: dict[str, Any] | None = state.get(p)

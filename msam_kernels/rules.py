@@ -121,6 +121,11 @@ def check_base(base: Optimizer) -> None:
         )
 
 
+def theirs_in(entry: Any) -> list[str]:
+    """The names of what the base optimizer keeps in an entry of its state; some keep other things there than entries."""
+    return [str(name) for name in entry if not str(name).startswith(OURS)] if isinstance(entry, dict) else []
+
+
 def saves_itself(base: Optimizer) -> bool:
     """Whether its state dicts are of its own making, which nobody else can read: it saves and loads them."""
     kind = type(base)

@@ -27,7 +27,6 @@ from .ranks import USE, Ascent, Ranks
 from .rules import (
     MASK_STEP,
     MOMENTA,
-    OURS,
     RULES,
     SEED,
     STEPS,
@@ -38,6 +37,7 @@ from .rules import (
     check_method,
     fused_rule,
     no_momentum,
+    theirs_in,
 )
 from .sharded import Gathered, is_dtensor
 from .store import PLAIN, Descent, Store, moved
@@ -514,8 +514,8 @@ class Engine:
             ValueError: it has taken steps, and keeps none.
         """
         state = self.base.state
-        if not any(name in entry for entry in state.values() for name in MOMENTA):
-            kept = sorted({name for entry in state.values() for name in entry if not str(name).startswith(OURS)})
+        if not any(name in MOMENTA for entry in state.values() for name in theirs_in(entry)):
+            kept = sorted({name for entry in state.values() for name in theirs_in(entry)})
             if kept:
                 raise ValueError(no_momentum(self.method, self.base, f"; it keeps {', '.join(map(repr, kept))}"))
         return self.store.momentum(state)

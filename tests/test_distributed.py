@@ -639,7 +639,7 @@ def zero(rank: int) -> Iterator[str]:
                     with torch.no_grad():
                         for p, q in zip(trio[2][0].parameters(), model.parameters(), strict=True):
                             p.copy_(q)
-                    mine = {"msam": checkpoint.saved(opt.engine)}  # the mean gradient is this rank's own
+                    mine = {"msam": checkpoint.remembered(opt.engine)}  # the mean gradient is this rank's own
                     trio[2][2].load_state_dict(copy.deepcopy({**files[0], **mine}))  # torch loads without a copy
             if off(weights(model), weights(first[0])) > 1e-14 or not of_all(list(model.parameters())):
                 yield f"views {views}, {ascent}: off by {off(weights(model), weights(first[0]))}"

@@ -69,9 +69,9 @@ def test_no_block_of_code_is_passed_by():
     }
     for page in PAGES:
         text = page.read_text("utf-8")
-        assert len(BLOCK.findall(text)) == text.count("```python") == len(re.findall(NEEDS, text)) + len(runnable(page)), (
-            page.name
-        )
+        assert (
+            len(BLOCK.findall(text)) == text.count("```python") == len(re.findall(NEEDS, text)) + len(runnable(page))
+        ), page.name
 
 
 def runnable(page: Path) -> list[str]:

@@ -830,7 +830,7 @@ def test_an_interruption_at_any_line_leaves_weights_and_modules_as_they_were(met
         before = [p.clone() for p in model.parameters()]
         memories = [flat.memory("ema", float("nan")).buffer for flat in opt.engine.store.flats]
         update, reached, ended = opt.engine.store.update, [], []
-        opt.engine.store.update = lambda *args: (reached.append(True), update(*args))
+        opt.engine.store.update = lambda *args, **more: (reached.append(True), update(*args, **more))
         monkeypatch.setattr(ParallelPasses, "commit", lambda self: (ended.append(True), commit(self)))
         trace, seen = interrupt_at(n, files)
         sys.settrace(trace)

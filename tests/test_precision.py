@@ -393,8 +393,9 @@ def test_without_a_seed_it_is_torchs():
     opts = [optimizer(short_mlp(), seed=None)]
     torch.manual_seed(12)
     opts.append(optimizer(short_mlp(), seed=None))
-    assert [opt.state_dict()["msam"]["seed"] for opt in opts] == [11, 12]
-    assert "seed" not in optimizer(short_mlp(), rounding="nearest", seed=None).state_dict()["msam"]
+    assert [opt.state_dict()["param_groups"][0]["msam_seed"] for opt in opts] == [11, 12]
+    groups = optimizer(short_mlp(), rounding="nearest", seed=None).state_dict()["param_groups"]
+    assert "msam_seed" not in groups[0]
 
 
 @pytest.mark.parametrize("way", ["state dict", "pickle", "deepcopy"])
