@@ -115,7 +115,7 @@ MUTANTS = [
     Mutant(
         "what is frozen and of no kind that kernels know is kept",
         P + "store.py",
-        "for p in flat.params if is_servable(p)}",
+        "for p in flat.params if is_servable(shard(p))}",
         "for p in flat.params}",
         FOLLOW,
     ),
@@ -1658,7 +1658,7 @@ MUTANTS = [
     Mutant(
         "the state of a base with its own dict is lost",
         P + "optimizer.py",
-        "**own, checkpoint",
+        "**self.base_optimizer.state_dict(), checkpoint",
         "checkpoint",
         SCENARIOS,
     ),

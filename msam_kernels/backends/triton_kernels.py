@@ -554,9 +554,11 @@ def draws(words, at, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 def rounded_to(
     x, words, at, S: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    if not STOCHASTIC:
-        return x.to(S)
-    return at_random(x, draws(words, at, BLOCK, ALIGNED), S)
+    if STOCHASTIC:
+        out = at_random(x, draws(words, at, BLOCK, ALIGNED), S)
+    else:
+        out = x.to(S)
+    return out
 
 
 @triton.jit
