@@ -100,6 +100,7 @@ def blocks_of(k: Kernel, architecture: str) -> int:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1200)  # nvcc takes minutes for all kernels of all storage types
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(architecture, cubin, tmp_path):
     if f"sm_{architecture}" not in cubin.output(cubin.tool("nvcc"), "--list-gpu-code").split():

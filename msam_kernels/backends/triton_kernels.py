@@ -554,11 +554,7 @@ def draws(words, at, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 def rounded_to(
     x, words, at, S: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    if STOCHASTIC:
-        out = at_random(x, draws(words, at, BLOCK, ALIGNED), S)
-    else:
-        out = x.to(S)
-    return out
+    return at_random(x, draws(words, at, BLOCK, ALIGNED), S) if STOCHASTIC else x.to(S)
 
 
 @triton.jit
