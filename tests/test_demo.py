@@ -83,6 +83,7 @@ def rows_of(label: str, lines: list[str]) -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quick_run_prints_a_row_per_contestant_and_task_and_writes_a_picture(demo, tmp_path):
     lines = quick_run(DEMO, demo.PACKAGES, tmp_path)
     assert str(tmp_path / "picture.png") in lines[-1]

@@ -1414,6 +1414,7 @@ def test_terms_too_small_to_count_alone_count_together():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_than_2_31_elements_are_all_summed_perturbed_and_restored():
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     if available < 5 << 30:

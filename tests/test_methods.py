@@ -464,7 +464,10 @@ def test_weights_come_back_wherever_gradients_are(name, there, backend):
 # ---- several methods at once -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("base", "way"), [("SGD", "train_step"), ("SGD", "passes"), ("RMSprop", "train_step")])
+@pytest.mark.parametrize(
+    ("base", "way"),
+    [("SGD", "train_step"), ("SGD", "passes"), pytest.param("RMSprop", "train_step", marks=pytest.mark.exhaustive)],
+)
 @pytest.mark.parametrize("count", [1, 3], ids=["one micro-batch", "three micro-batches"])
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_methods_that_add_up_follow_the_plain_loops(name, base, count, way, backend):

@@ -1075,6 +1075,7 @@ def test_every_shape_is_compiled_once_and_fresh_functions_are_no_others(graphs):
 
 
 @pytest.mark.host
+@pytest.mark.exhaustive
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_more_shapes_and_optimizers_than_dynamo_compiles_of_one_code_stay_compiled(graphs):
     expected, ours = twins(MODELS["mlp"][0], compile=True)
@@ -1105,6 +1106,7 @@ def test_a_limit_is_told_once_with_its_remedy_and_stops_no_other_pass(graphs, mo
 
 
 @pytest.mark.host
+@pytest.mark.exhaustive
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_losses_that_are_new_again_and_again_meet_dynamos_limit_by_their_shape_alone(graphs):
     _, (model, opt) = twins(MODELS["mlp"][0], compile=True)

@@ -547,7 +547,10 @@ def test_interpreted_kernels_serve_the_cpu_and_compiled_ones_the_gpu(kernels):
         for way, flat in zip(WAYS, (True, False, True), strict=True)
     ],
 )
-@pytest.mark.parametrize(("name", "micro_batches"), GOLDEN)
+@pytest.mark.parametrize(
+    ("name", "micro_batches"),
+    [pytest.param(*case, marks=pytest.mark.exhaustive if case[1] == 1 and not ON_GPU else []) for case in GOLDEN],
+)
 def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, way, flatten):
     options = {"num_micro_batches": micro_batches, "flatten": flatten, "backend": "triton"}
     with DEVICE:
