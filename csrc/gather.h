@@ -280,8 +280,10 @@ class Call {
     terms = terms.slice(0, terms.size() / 2);
     return ahead;
   }
-  void shift(Update& a, TensorList ahead, const MaybeTensor& rates, double factor) {
+  void shift(Update& a, TensorList ahead, const MaybeTensor& rates, double factor, const Tensor& settings) {
     if (!rates) return;
+    TORCH_CHECK(rates->dim() == 1 && rates->size(0) >= settings.size(0), "rates must have one number per group, ",
+                settings.size(0), ", got shape ", rates->sizes());
     a.ahead = list(ahead, "terms", int64_t(ahead.size()));
     a.rates = per_group(*rates, "rates", 1);
     a.factor = factor;

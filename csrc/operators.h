@@ -97,7 +97,7 @@ struct Operators {
     call.descent(a, weights, terms, coefs, sums, rescale, norm_sq, saved, status, shares);
     call.rule(a, states, rule, settings, step);
     a.found_inf = call.flag(found_inf, "found_inf");
-    call.shift(a, ahead, rates, factor);
+    call.shift(a, ahead, rates, factor, settings);
     call.run(a);
   }
 

@@ -333,6 +333,11 @@ class Flat:
     def parts(self, buffer: Tensor) -> list[Tensor]:
         return [self.part(buffer, i) for i in range(len(self.params))]
 
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The same in one storage, for what lasts no longer than a step: they are made in a tenth of the time."""
+        places = zip(self._shapes, self._strides, self.offsets, strict=True)
+        return [buffer.as_strided(shape, strides, buffer.storage_offset() + begin) for shape, strides, begin in places]
+
     @staticmethod
     def rounded(n: int, dtype: torch.dtype) -> int:
         """So many elements, up to where the next parameter would begin."""
@@ -380,7 +385,15 @@ class Flat:
 
         Args:
             number: of the parameters among all of the optimizer, by identity; needed where there is no ``noise`` yet.
+
+        Raises:
+            ValueError: of shards, which would all draw the same numbers.
         """
+        if self.spread is not None:
+            raise ValueError(
+                "rounding='stochastic' is for whole parameters, and every shard of a DTensor would draw the same numbers: "
+                "leave rounding out, or keep fp32 shards, as fully_shard's MixedPrecisionPolicy does"
+            )
         head = (seed - 2**64 if seed >= 2**63 else seed, step)
         if self._head == head:
             return

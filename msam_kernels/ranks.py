@@ -123,7 +123,7 @@ class Ranks:
         self._counts = []
         if not self.own:
             return
-        counts = None if parts is None else samples_of(parts)
+        counts = None if parts is None or not self.reduces else samples_of(parts)
         if counts is None:
             return
         groups = [(self.all, [float(sum(counts))])]
@@ -217,7 +217,7 @@ def summed(store: Store, descent: Descent, group: Any) -> Vectors:
         message = _message(sum(_length(flat) for _, flat in members), device, dtype)
         begin = 0
         for f, flat in members:
-            lists[f] = flat.parts(message[begin : begin + flat.size])
+            lists[f] = flat.views(message[begin : begin + flat.size])
             flags[f] = message[begin + flat.size : begin + _length(flat)]
             begin += _length(flat)
             flat.backend.descend([], lists[f], descent.lists(f), flat.table, **descent.on(device))

@@ -1222,7 +1222,7 @@ MSAM_DEVICE void count_steps(const P& p) {
 }
 
 template <class S, Rule rule, bool combined, bool stacked, bool shifted, class P>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S, rule, combined || shifted, stacked>)
+__global__ void __launch_bounds__(kThreads, shifted ? 2 : kUpdateBlocks<S, rule, combined, stacked>)
     update_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;

@@ -12,7 +12,7 @@ Every backend is a namespace with the functions below, called alike:
     weigh(shares, *, coefs, sums, rescale, norm_sq) -> shares
     descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!, shares)
     update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!,
-        found_inf, shares)
+        found_inf, shares, rates, factor)
 
 ``!`` marks what is mutated. Shapes, with P parameters (segments) and K rows of the table:
 
@@ -34,8 +34,7 @@ Every backend is a namespace with the functions below, called alike:
   is set.
 * ``radii``: float64 ``[groups, 2]``, ``settings``: float64 ``[groups, columns]``, columns as in ``reference.py``.
 * ``norm_sq``: float64 ``[n]``, of which the sum is the squared norm; n is the backend's choice, and of fp64 storage some terms
-  are what the rounding of others lost. ``achieved_sq``: float64
-  ``[K]``, the terms of ‖e‖² as it was stored. ``out_sq``: float64 ``[K]``, the terms of ‖out‖².
+  are what the rounding of others lost. ``out_sq``: float64 ``[K]``, the terms of ‖out‖².
 * ``achieved_sq``: float64 ``[K]``, the terms of ‖e‖² as it was stored. Of 16-bit weights ``[3, K]``: beside them those of the
   inner product with the e that was asked for, and of that one's ‖e‖².
 * ``noise``: int64 ``[1 + P, 2]``, for weights of 16 bits: (seed, step), then for every parameter its number and the index of
@@ -46,6 +45,7 @@ Every backend is a namespace with the functions below, called alike:
 * ``step``: float32 ``[P + 1]``; the last element, zero between calls, is where GPU kernels count the blocks that are done.
 * ``found_inf``: float32, one element, as ``torch.amp.GradScaler`` has it: where it is not 0, an update only brings back what is
   perturbed.
+* ``rates``: float64 by group, and ``factor``: what an update takes off the weights after the rule's, see ``reference.update``.
 
 What each computes stands in ``reference.py``, the specification.
 """
@@ -113,7 +113,13 @@ def declare(library: torch.library.Library) -> None:
 
 
 _library = torch.library.Library("msam_kernels", "DEF")
-declare(_library)
+try:
+    declare(_library)
+except RuntimeError as error:
+    raise ImportError(
+        f"the compiled extension {getattr(extension, '__file__', '')} is of other sources than this package: build it again, "
+        f"with `make build` or `pip install --no-build-isolation -e .` ({str(error).splitlines()[0]})"
+    ) from error
 
 
 def _terms(table: Tensor) -> int | torch.SymInt:

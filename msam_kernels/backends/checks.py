@@ -107,12 +107,12 @@ def check_stacks(stack: int, **lists: Argument) -> None:
 
 
 def split_ahead(
-    terms: list[Tensor], rates: Tensor | None, count: int, shares: Tensor | None
+    terms: list[Tensor], rates: Tensor | None, count: int, shares: Tensor | None, groups: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """An update's terms, and what is behind them where it has ``rates``.
 
     Raises:
-        RuntimeError: there is not one term, or there are stacks.
+        RuntimeError: there is not one term, or there are stacks, or fewer rates than groups.
     """
     if rates is None:
         return terms, []
@@ -121,15 +121,19 @@ def split_ahead(
             f"rates go with one term and one list more behind it, and no shares, got {count} coefficients for {len(terms)} "
             f"tensors, shares {'missing' if shares is None else 'there'}"
         )
+    if rates.dim() != 1 or len(rates) < groups:
+        raise RuntimeError(f"rates must have one number per group, {groups}, got shape {list(rates.shape)}")
     return terms[: len(terms) // 2], terms[len(terms) // 2 :]
 
 
-def check_noise(noise: Tensor | None, weights: Sequence[Tensor]) -> None:
-    """Refuse random rounding of what is not rounded.
+def check_noise(noise: Tensor | None, weights: Sequence[Tensor], draw: int = 0) -> None:
+    """Refuse random rounding of what is not rounded, and a draw of more than 32 bits.
 
     Raises:
-        RuntimeError: with the dtype of the weights.
+        RuntimeError: with the dtype of the weights, or the draw.
     """
+    if not 0 <= draw < 2**32:
+        raise RuntimeError(f"draw must be of 32 bits, got {draw}")
     if noise is not None and weights[0].itemsize != 2:
         raise RuntimeError(
             f"noise is for weights of 16 bits, got {str(weights[0].dtype)[6:]}, where w + e is not rounded"

@@ -268,7 +268,7 @@ def perturb(
     """
     numbers = {"norm_sq": norm_sq, "radii": radii, "status": status, "achieved_sq": achieved_sq, "mask": mask}
     check(table, weights=weights, grads=grads, saved=saved, ema=ema, noise=noise, **numbers)
-    check_noise(noise, weights)
+    check_noise(noise, weights, draw)
     if stack is not None:
         check_stacks(stack, grads=grads)
         check_stack("weights", weights[0], stack, contiguous=True)
@@ -573,7 +573,7 @@ def update(
     """
     numbers = {"settings": settings, "step": step, "sums": sums, "norm_sq": norm_sq, "status": status, "shares": shares}
     check(table, weights=weights, states=states, terms=terms, saved=saved, found_inf=found_inf, rates=rates, **numbers)
-    terms, ahead = split_ahead(terms, rates, len(coefs) // len(COEFFICIENT), shares)
+    terms, ahead = split_ahead(terms, rates, len(coefs) // len(COEFFICIENT), shares, len(settings))
     lists, c = _terms(terms, shares, coefs, sums, rescale, norm_sq)
     if found_inf is not None and bool(found_inf != 0):
         lists, c = [], []

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check, check_stack, check_values, split_ahead
+from .checks import check, check_noise, check_stack, check_values, split_ahead
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 THREADS = tl.constexpr(256)  # of a program
@@ -1368,6 +1368,7 @@ def _perturb(
             "status says how it stands with weights that are perturbed in place, and stack that they are copies: give one of "
             "them"
         )
+    check_noise(None, (), draw)
     kernel, first = (ascend_kernel, (arrived,)) if arrived else (perturb_kernel, ())
     radii_at = call.plain("radii", radii, dim=2)
     if radii.shape[1] != RADIUS_COLUMNS.value:
@@ -1567,7 +1568,7 @@ def update(
         raise RuntimeError(f"states must be {names} or those without the last, got {len(states)}")
     if states and step is None:
         raise RuntimeError("states need step, which is missing")
-    terms, ahead = split_ahead(terms, rates, len(coefs) // COEFFICIENT_COLUMNS.value, shares)
+    terms, ahead = split_ahead(terms, rates, len(coefs) // COEFFICIENT_COLUMNS.value, shares, len(settings))
     call = _Call(table, weights=weights)
     arguments, ahead_at, constants = _descent(
         call, weights, ahead, terms, coefs, sums, rescale, norm_sq, saved, status, shares
