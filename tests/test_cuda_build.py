@@ -82,7 +82,9 @@ def compiled(cubin, architecture: str, folder: Path) -> list[Kernel]:
 
 def blocks_of(k: Kernel, architecture: str) -> int:
     """Blocks of 256 threads that share a multiprocessor, at least: what the loads in flight of kernels.cuh take."""
-    if re.search(r"update_kernel<\S+, \(msam::Rule\)\d, \S+, \S+, true", k.name):  # of what goes off the weights after it
+    if re.search(
+        r"update_kernel<\S+, \(msam::Rule\)\d, \S+, \S+, true", k.name
+    ):  # of what goes off the weights after it
         return 2
     adam = re.search(r"update_kernel<(\S+), \(msam::Rule\)1, (true|false)", k.name)
     if adam and ("double" in k.name or int(architecture) >= 100 or (adam[2] == "true" and adam[1] != "float")):
