@@ -385,15 +385,7 @@ class Flat:
 
         Args:
             number: of the parameters among all of the optimizer, by identity; needed where there is no ``noise`` yet.
-
-        Raises:
-            ValueError: of shards, which would all draw the same numbers.
         """
-        if self.spread is not None:
-            raise ValueError(
-                "rounding='stochastic' is for whole parameters, and every shard of a DTensor would draw the same numbers: "
-                "leave rounding out, or keep fp32 shards, as fully_shard's MixedPrecisionPolicy does"
-            )
         head = (seed - 2**64 if seed >= 2**63 else seed, step)
         if self._head == head:
             return

@@ -219,6 +219,11 @@ class Store:
         left = [(name, p) for name, p in named if p not in served and not is_trained(p)]
         for name, p in taken:
             check_placements(name, p)
+            if self.seed is not None and is_short(p.dtype) and spread(p) is not None:
+                raise ValueError(
+                    f"rounding='stochastic' is for whole parameters, and {name} is a DTensor of {p.dtype}, whose shards would "
+                    "all draw the same numbers: leave rounding out, or keep fp32 shards, as MixedPrecisionPolicy does"
+                )
         check_parameters(*([(name, shard(p)) for name, p in named] for named in (taken, left if self.flatten else ())))
         spreads = {id(p): spread(p) for _, p in taken}
         is_sharded = any(lies is not None for lies in spreads.values())

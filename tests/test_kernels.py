@@ -988,6 +988,12 @@ ERRORS: dict[str, tuple[str, str, Callable[[dict], dict], str]] = {
     "a negative group": ("update", "adam", _row(group=-1), "row 2 of the table.* group -1"),
     "a segment that is not there": ("norm", "plain", _row(segment=3), "grads has 3 tensors.* segment 3"),
     "a group that is not there": ("perturb", "plain", _row(group=3), "radii has 3 .* group 3"),
+    "rates of too few groups": (
+        "update",
+        "sgd, shifted",
+        _with(rates=lambda t: t[:2]),
+        "rates must have one .* 3, got .*2",
+    ),
     "settings of too few groups": ("update", "adam", _with(settings=lambda t: t[:2]), "settings has 2 .* group 2"),
     "a count whose end wraps round": ("norm", "plain", _row(begin=1, numel=HUGE), f"row 2 of the table.* {HUGE}"),
     "an offset whose end wraps round": ("update", "sgd", _row(offset=HUGE), f"row 2 of the table.* {HUGE}"),

@@ -501,7 +501,7 @@ def refused(error: type[Exception], words: str, params: list[Tensor]) -> Iterato
 
 
 def what_cannot_be_is_refused_in_a_sentence() -> None:
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import DTensor, Partial, Shard
 
     opt, model, x, y = pair()
     params = list(model.parameters())
@@ -524,6 +524,9 @@ def what_cannot_be_is_refused_in_a_sentence() -> None:
         at_once.train_step(lambda xb, yb: loss(model(xb), yb), x, y)
     with refused(RuntimeError, "capture cannot hold sharded parameters.*use train_step", params):
         opt.capture(lambda xb, yb: loss(model(xb), yb), x, y)
+    short = nn.Parameter(DTensor.from_local(torch.ones(3, dtype=torch.bfloat16), mesh, [Shard(0)]))
+    with refused(ValueError, "whole parameters, and parameter 0 of group 0 is a DTensor of torch.bfloat16", []):
+        MicroBatchSAM(base([short]), rounding="stochastic")
     for group in (3, dist.GroupMember.NON_GROUP_MEMBER):
         with refused(TypeError, "process_group must be.*ProcessGroup that this rank is in.*got", params):
             MicroBatchSAM(base(params), process_group=group)

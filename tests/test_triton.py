@@ -380,6 +380,7 @@ GRAM_OF_4 = torch.ones(10, 1, dtype=torch.float64, device=DEVICE)
         ("descend", {"out_sq": lambda a: a["out_sq"][:1]}, "out_sq must have one element per row"),
         ("update", {"rule": lambda a: 2}, "rule must be"),
         ("update", {"settings": lambda a: a["settings"][:, :4].contiguous()}, "settings must have 8 columns"),
+        ("update", {"rates": lambda a: torch.zeros(0, dtype=torch.float64)}, "rates go with one term"),
         ("update", {"states": lambda a: a["states"][:1]}, "states must be"),
         ("update", {"states": lambda a: [t.bfloat16() for t in a["states"]]}, "exp_avg must be torch.float32"),
         ("update", {"step": lambda a: a["step"][:-1].clone()}, "step must have .* one more, 3, got 2"),

@@ -133,7 +133,7 @@ def check_noise(noise: Tensor | None, weights: Sequence[Tensor], draw: int = 0) 
         RuntimeError: with the dtype of the weights, or the draw.
     """
     if not 0 <= draw < 2**32:
-        raise RuntimeError(f"draw must be of 32 bits, got {draw}")
+        raise RuntimeError(f"draw must be a number of 32 bits, got {draw}")
     if noise is not None and weights[0].itemsize != 2:
         raise RuntimeError(
             f"noise is for weights of 16 bits, got {str(weights[0].dtype)[6:]}, where w + e is not rounded"
