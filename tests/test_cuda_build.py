@@ -91,9 +91,13 @@ def blocks_of(k: Kernel, architecture: str) -> int:
         return 2
     if re.search(r"update_kernel<\S+, \(msam::Rule\)\d, true, true", k.name):  # of stacks
         return 2
-    most = re.search(r"(perturb|ascend)_kernel<\S+, true, (true|false), true, (true|false)", k.name)
-    if most and (most[2] == "true" or int(architecture) >= 100):  # F-SAM, mostly with ASAM, rounded at random
-        return 1 if most[3] == "true" else 2
+    friendly = re.search(r"(?:perturb|ascend)_kernel<(\S+), true, (\w+), (\w+), (\w+)", k.name)
+    if friendly:
+        (adaptive, stochastic, stacked), later = (friendly[i] == "true" for i in (2, 3, 4)), int(architecture) >= 100
+        if stochastic and (adaptive or later):
+            return 1 if stacked else 2
+        if adaptive and stacked and later and friendly[1] in ("msam::bf16", "msam::half"):
+            return 1
     if re.search(r"(perturb|ascend)_kernel<\S+, \S+, \S+, \S+, true", k.name):  # of stacks
         return 2
     # From there on a kernel takes more registers, and the sums of fp64 hold twice the numbers.

@@ -71,9 +71,10 @@ constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 // 16-bit storage keeps three sums of a perturbation, and where it rounds at random the words of the generator.
 template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked>
 constexpr int kPerturbBlocks =
-    friendly && stochastic && (adaptive || kFewer) ? (stacked ? 1 : 2)
-    : stacked                                      ? 2
-                                                   : kBlocks<S> - (sizeof(S) == 2 && (friendly || (stochastic && kFewer)));
+    friendly && stochastic && (adaptive || kFewer)                         ? (stacked ? 1 : 2)
+    : friendly && adaptive && stacked && kFewer && sizeof(S) == 2          ? 1
+    : stacked                                                              ? 2
+                        : kBlocks<S> - (sizeof(S) == 2 && (friendly || (stochastic && kFewer)));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
 template <class S, bool combined, bool stacked>
