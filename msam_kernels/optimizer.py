@@ -19,6 +19,7 @@ from .between import Between
 from .buffers import Buffers, check_model
 from .compiled import Compiled
 from .gradients import set_grads
+from .mistakes import check_needs_no_closure
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
 from .rules import Radius, check_method, check_rho, rho_at
 from .step import Engine, Stats
@@ -26,7 +27,7 @@ from .step import Engine, Stats
 if TYPE_CHECKING:
     from .capture import CapturedStep
 
-__all__ = ["MicroBatchSAM", "Stats"]
+__all__ = ["MicroBatchSAM", "Stats", "find", "passes"]
 
 
 def _of_engine(name: str, doc: str) -> Any:
@@ -139,6 +140,8 @@ class MicroBatchSAM(Optimizer):
             a storage that holds more than them, as the weights of an RNN on a GPU and parts of a flat vector do.
         backend: "auto" (the fastest there is), "cuda" (CUDA C++), "triton" (CUDA, ROCm and XPU devices), "cpu" (C++) or
             "reference" (plain torch, on any device).
+        strict: what would train something else than the method, such as a ``step()`` on gradients that came out of no
+            ``passes`` loop, is an error. Otherwise it is done, as a framework may want it, and a warning says so once.
 
     Raises:
         ValueError, TypeError, RuntimeError: arguments or parameters that cannot be served; the message names them and
@@ -160,6 +163,7 @@ class MicroBatchSAM(Optimizer):
         compile: bool = False,
         flatten: bool = True,
         backend: str = "auto",
+        strict: bool = False,
     ):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -173,6 +177,7 @@ class MicroBatchSAM(Optimizer):
                 f"{type(base_optimizer).__name__} has a rho of its own, {base_optimizer.defaults['rho']!r}, in the place "
                 "where SAM's goes: use a base optimizer without one, e.g. SGD or AdamW"
             )
+        check_needs_no_closure(base_optimizer)
         method = methods.SAM() if method is None else method
         if not isinstance(method, methods.SAM):
             raise TypeError(f"method must be one of msam_kernels.methods, e.g. methods.FriendlySAM(), got {method!r}")
@@ -192,20 +197,21 @@ class MicroBatchSAM(Optimizer):
         self.base_optimizer = base_optimizer
         defaults = {**base_optimizer.defaults, "rho": rho}
         super().__setstate__({"defaults": defaults, **LIKE_NEW})
-        self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
-        self.micro_batch_size = micro_batch_size
         self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
-        self._make_engine(method, model)
+        split = Split(num_micro_batches or (None if micro_batch_size else 1), micro_batch_size)
+        self._make_engine(method, model, split, strict)
         self.engine.take_over()
 
-    def _make_engine(self, method: methods.SAM, model: nn.Module | None) -> None:
+    def _make_engine(self, method: methods.SAM, model: nn.Module | None, split: Split, strict: bool) -> None:
         leave_to_eager(__package__)
         self._auto = Auto()
         self._compiled: Compiled | None = None
         #: What runs the steps, for modules of this package.
         self.engine = Engine(
-            self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend
+            self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend, strict=strict
         )
+        self.engine.split = split
+        self._itself = ref(self)
         this = ref(self.engine)
 
         def keep_rho(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -217,6 +223,50 @@ class MicroBatchSAM(Optimizer):
     method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
     enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
     steps: int = _of_engine("steps", "Steps taken so far.")
+    split: Split = _of_engine("split", "How a batch becomes micro-batches.")
+
+    @property
+    def num_micro_batches(self) -> int | None:
+        """Parts into which a batch is split; None where their size is given."""
+        return self.split.parts
+
+    @num_micro_batches.setter
+    def num_micro_batches(self, parts: int | None) -> None:
+        self.split = self.split._replace(parts=parts)
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Samples per part of a batch; None where their number is given."""
+        return self.split.size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, size: int | None) -> None:
+        self.split = self.split._replace(size=size)
+
+    @property
+    def strict(self) -> bool:
+        """Whether what would train something else than the method is an error."""
+        return self.engine.mistakes.strict
+
+    @strict.setter
+    def strict(self, strict: bool) -> None:
+        self.engine.mistakes.strict = strict
+
+    @property
+    def rho(self) -> float:
+        """Not here.
+
+        Raises:
+            AttributeError: read or set: rho is in the parameter groups, as the learning rate is.
+        """
+        raise AttributeError("rho is in the parameter groups, as lr is: group['rho'] for group in opt.param_groups")
+
+    @rho.setter
+    def rho(self, rho: Radius) -> None:
+        raise AttributeError(
+            f"opt.rho = {rho!r} would change nothing, rho is in the parameter groups, as lr is: "
+            f"for group in opt.param_groups: group['rho'] = {rho!r}"
+        )
 
     @property
     def model(self) -> nn.Module | None:
@@ -282,7 +332,7 @@ class MicroBatchSAM(Optimizer):
             "backend",
         )
         return {
-            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled")},
+            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled", "strict")},
             "schedules": engine.radii.schedules,
             checkpoint.KEY: checkpoint.saved(engine),
         }
@@ -293,10 +343,13 @@ class MicroBatchSAM(Optimizer):
             return
         own, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
+        split = Split(state.pop("num_micro_batches"), state.pop("micro_batch_size"))
+        strict = state.pop("strict", False)
         super().__setstate__({"parallel": False, "compile": False, **state})
-        self._make_engine(method, model)
+        self._make_engine(method, model, split, strict)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
+        self.engine.watch()
         checkpoint.load(self.engine, own)
 
     def __repr__(self) -> str:
@@ -404,7 +457,9 @@ class MicroBatchSAM(Optimizer):
     def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Update the weights.
 
-        Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop.
+        Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop. Gradients that came out
+        of no such loop are taken too, as frameworks may want it; a warning says so once, see ``strict``. After a loop
+        there may be a closure that runs no backward, as frameworks pass one: it is called, and its value returned.
 
         With a closure, which runs forward and backward and returns the loss, or a sequence of them, one per micro-batch
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
@@ -417,7 +472,8 @@ class MicroBatchSAM(Optimizer):
             None, the closure's value at w, or for a sequence the detached mean of the values.
 
         Raises:
-            RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished.
+            RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished; a closure leaves no gradient; or,
+                with ``strict``, gradients came out of no loop, or would be dropped. Gradients are what they were.
             ValueError: a number of closures other than ``num_micro_batches``. With ``micro_batch_size`` the caller splits
                 the batch, into any number.
         """
@@ -430,6 +486,8 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("step()")
         if closure is None:
             return self.engine.update()
+        if self.engine.has_mean and callable(closure) and self.engine.follow():
+            return self.engine.update_after(closure)
         closures: list[Callable[[], Any]] = [closure] if callable(closure) else list(closure)
         shares = closure.shares if isinstance(closure, MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
         wanted = self.num_micro_batches
@@ -484,13 +542,10 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("train_step()")
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
-        loss: Tensor = self.step(self.micro_batches(loss_fn, batch, self.between(before_update, scaler)))
+        itself = self._itself()  # a framework's wrapper has another step
+        assert itself is not None
+        loss: Tensor = itself.step(itself.micro_batches(loss_fn, batch, itself.between(before_update, scaler)))
         return loss
-
-    @property
-    def split(self) -> Split:
-        """How a batch becomes micro-batches."""
-        return Split(self.num_micro_batches, self.micro_batch_size)
 
     def between(
         self, before_update: Callable[[], object] | None, scaler: torch.amp.GradScaler | None
@@ -615,8 +670,10 @@ class MicroBatchSAM(Optimizer):
         from .capture import CapturedStep, CudaRecorder
 
         recorder = CudaRecorder(torch.device(devices[0]), generators)
-        between = self.between(before_update, scaler)
-        return CapturedStep(self, loss_fn, example_batch, recorder, warm_up, between, other_shapes)
+        itself = self._itself()
+        assert itself is not None
+        between = itself.between(before_update, scaler)
+        return CapturedStep(itself, loss_fn, example_batch, recorder, warm_up, between, other_shapes)
 
     def update_hyper(self) -> None:
         """Bring the device's copy of learning rates, rho and other hyper-parameters up to date, without a host sync.
@@ -709,3 +766,45 @@ class MicroBatchSAM(Optimizer):
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         self.engine.restore()
+
+
+def find(optimizer: Any) -> MicroBatchSAM:
+    """The ``MicroBatchSAM`` inside of what a framework makes of it: Accelerate, Lightning, Fabric, a scheduler.
+
+    Raises:
+        TypeError: there is none; the message says what there is.
+    """
+    seen: list[Any] = []
+    inner, found = optimizer, None
+    while inner is not None and all(inner is not other for other in seen):
+        seen.append(inner)
+        found = inner if isinstance(inner, MicroBatchSAM) else found  # wrappers may imitate the class of what they wrap
+        inner = next((v for name in WRAPPED_AS if (v := getattr(inner, name, None)) is not None), None)
+    if found is None:
+        what = " around ".join(f"a {type(each).__name__}" for each in seen) or "None"
+        raise TypeError(
+            f"there is no MicroBatchSAM in it, got {what}: make one, MicroBatchSAM(base_optimizer), before a framework wraps it"
+        )
+    itself = found._itself()
+    assert itself is not None
+    return itself
+
+
+#: Under these names wrappers keep what they wrap.
+WRAPPED_AS = ("optimizer", "_optimizer", "optim", "_optim")
+
+
+def passes(optimizer: Any, *batch: Any) -> Passes:
+    """``optimizer.passes(*batch)``, also where a framework has wrapped the optimizer::
+
+        model, optimizer, loader = accelerator.prepare(model, MicroBatchSAM(...), loader)
+        for x, y in loader:
+            for xb, yb in msam_kernels.passes(optimizer, x, y):
+                accelerator.backward(loss_fn(model(xb), yb))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Raises:
+        TypeError: there is no ``MicroBatchSAM`` in it. Otherwise as ``MicroBatchSAM.passes``.
+    """
+    return find(optimizer).passes(*batch)

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from torch.optim import Optimizer
 
 from . import masks
 from ._torch import forget_casts, mark_stepped
+from .batches import Split
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
+from .mistakes import Mistakes
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
-from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, check_method, fused_rule, no_momentum
+from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, Watch, check_method, fused_rule, no_momentum
 from .store import PLAIN, Descent, Store
 
 
@@ -44,6 +47,8 @@ class Stats:
 LEFT = "; a loop that may be left early is given up at the end of `with opt.passes(...) as parts:`"
 #: By base optimizer: the groups whose rho a wrapper put there.
 RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+#: By base optimizer: the hook that tells the latest wrapper of steps that are not its own, and that wrapper's engine.
+WATCHES: WeakKeyDictionary[Optimizer, tuple[Watch, ref[Engine]]] = WeakKeyDictionary()
 
 
 class Engine:
@@ -55,6 +60,10 @@ class Engine:
         step: the one under way, or None.
         norms_sq: of the latest step, by micro-batch: the terms of the direction's squared norm.
         latest: the plan of that step.
+        split: how a batch becomes micro-batches. Frameworks wrap the optimizer: what changes is here, where all see it.
+        left: the gradients that the drop-in's last step left in ``p.grad``, and their versions.
+        has_mean: whether ``p.grad`` holds what ``passes`` loops ended in, and no step has taken it yet.
+        mistakes: says what would not train the method.
         v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
         mask_step: the step at which the mask was first used.
     """
@@ -68,8 +77,13 @@ class Engine:
         *,
         flatten: bool,
         backend: str,
+        strict: bool = False,
     ):
         self.base, self.method = base, method
+        self.split = Split(1, None)
+        self.left: Sequence[tuple[ref[Tensor], int]] = ()
+        self.has_mean = False
+        self.mistakes = Mistakes(strict)
         self.buffers = Buffers(model)
         self.store = Store(base, flatten=flatten, backend=backend)
         self.radii = Radii(base, default_rho)
@@ -115,10 +129,35 @@ class Engine:
         radii = [group.pop("rho") for group in earlier]
         try:
             self.adopt()
+            now = [group["rho"] for group in earlier]
+            if radii != now and self.base in WATCHES and WATCHES[self.base][1]() is not None:
+                self.mistakes.say(
+                    "second wrapper",
+                    f"another MicroBatchSAM wraps this {type(self.base).__name__}, and its rho goes from {radii} to {now}: "
+                    "wrap an optimizer once, or delete the first wrapper",
+                )
         except BaseException:
             for group, rho in zip(earlier, radii, strict=True):
                 group["rho"] = rho
             raise
+        self.watch()
+
+    def watch(self) -> None:
+        """Be told of steps that somebody else makes with the base optimizer."""
+        this = ref(self)
+
+        def tell() -> None:
+            engine = this()
+            if engine is not None:
+                engine.count_step_of_base()
+
+        if self.base not in WATCHES:
+            hook = Watch()
+            self.base.register_step_pre_hook(hook)
+        else:
+            hook = WATCHES[self.base][0]
+        hook.tell = tell
+        WATCHES[self.base] = hook, this
 
     def take_in(self) -> None:
         """Notice groups that came by the base optimizer's ``add_param_group`` since the last look, and what was unfrozen.
@@ -246,10 +285,12 @@ class Engine:
         self.check_idle("passes()")
         with self.begin(shares) as step:
             step.adds_to_v = step.had_gradients and self.v_step == self.steps
+            step.lacks = NO_BACKWARD
             for _, part in step.turns(parts):
                 yield part if renewed is None else renewed(part)
             step.conclude()
             step.end_in_grads()
+        self.has_mean = True
 
     def run(
         self,
@@ -273,13 +314,59 @@ class Engine:
                     value = call(closure)
                     if turn == 0:
                         values.append(value)
+            if step.had_gradients and not self.left:
+                self.mistakes.say("dropped", DROPPED, remedy_of_caller=True)
             step.update(between)
         self.count_step()
         return values
 
     def update(self) -> None:
         """The base optimizer's step on the gradients that are there."""
+        if not self.has_mean:
+            self.check_plain()
         self.update_uncounted()
+        self.count_step()
+
+    def update_after(self, closure: Callable[[], Any]) -> Any:
+        """``update`` on what a loop has left, after a closure that adds nothing to it, such as frameworks give; its value.
+
+        Raises:
+            RuntimeError: the closure runs backward.
+        """
+        trained = (p for p in reversed(self.store.parameters()) if p.grad is not None and p.requires_grad)
+        hooks = [p.register_hook(_refuse) for p in itertools.islice(trained, 1)]  # the last one: the first to get a gradient
+        try:
+            value = call(closure)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.update()
+        return value
+
+    def check_plain(self) -> None:
+        """Gradients that came out of no loop: a word where the method would have made others of them.
+
+        Raises:
+            RuntimeError: ``strict``.
+        """
+        if self.plan() is not BASE and self.follow() and any(g["rho"] for g in self.base.param_groups):
+            sentence = PLAIN_STEP.format(base=type(self.base).__name__)
+            self.mistakes.say("plain", sentence, remedy_of_caller=True)
+
+    def count_step_of_base(self) -> None:
+        """Before a step that somebody makes with the base optimizer, instead of ours.
+
+        Raises:
+            RuntimeError: the weights are perturbed, or the step would be another one than ours.
+        """
+        self.check_idle(f"{type(self.base).__name__}.step()")
+        if not self.has_mean:
+            self.check_plain()
+        elif self.plan().after:
+            raise RuntimeError(
+                f"{self.method} has a part of its own after the base optimizer's step: call step() of the MicroBatchSAM, not of "
+                f"the {type(self.base).__name__} in it"
+            )
         self.count_step()
 
     def update_uncounted(self, found_inf: Tensor | None = None) -> None:
@@ -290,7 +377,7 @@ class Engine:
             self.follow()
         self.refresh_settings(rule)
         if rule is None or grads is None:
-            self.base.step()
+            self._step_of_base()
         else:
             descent = Descent()
             descent.add(grads, PLAIN)
@@ -299,6 +386,14 @@ class Engine:
         if self.method.full.after and self.v_step == self.steps:
             self.shift(self.collect(clear=False))
         forget_casts()
+
+    def _step_of_base(self) -> None:
+        watch, _ = WATCHES[self.base]
+        watch.ours = True
+        try:
+            self.base.step()
+        finally:
+            watch.ours = False
 
     def shift(self, stepped: Vectors, gap: Vectors | None = None) -> None:
         """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights.
@@ -346,8 +441,10 @@ class Engine:
             self.step.drop_before()
         else:
             self.v_step = -1
+            self.has_mean = False
 
     def count_step(self) -> None:
+        self.has_mean = False
         if not self.store.is_capturing():  # what is captured has not run
             self.steps += 1
 
@@ -381,6 +478,31 @@ class Engine:
             raise error
 
 
+NO_BACKWARD = (
+    "no parameter of the optimizer has a gradient after this pass: the body of a passes() loop must call backward() in every pass, "
+    "also where it is not at w; list(opt.passes(...)) ends the loop before any body has run"
+)
+NO_BACKWARD_IN_CLOSURE = (
+    "the closure left no gradient for any parameter of the optimizer: it must call backward() on its loss. Without a closure, "
+    "step() takes p.grad as a passes() loop has left it"
+)
+PLAIN_STEP = (
+    "step() on gradients that did not come out of passes() is a plain step of {base}, without the perturbation (strict=True makes "
+    "this an error, opt.enabled = False is for plain steps): write "
+)
+DROPPED = (
+    "gradients of earlier backward passes are in p.grad, and step(closure) drops them (strict=True makes this an error): clear "
+    "them by zero_grad(), or to accumulate over batches write "
+)
+
+
+def _refuse(_: Tensor) -> None:
+    raise RuntimeError(
+        "this closure runs backward, and a passes() loop has left its gradient in p.grad already: use one of the two, step() after "
+        "the loop, or step(closure) alone"
+    )
+
+
 def call(closure: Callable[[], Any]) -> Any:
     return closure() if torch.is_grad_enabled() else torch.enable_grad()(closure)()
 
@@ -394,6 +516,7 @@ class Step:
         perturbed: whether weights may be perturbed: the kernels know which.
         saves: whether weights were saved that the kernels hold to be those of this step.
         had_gradients: whether any were there before it, and not dropped since.
+        lacks: what to say where a pass leaves no gradient at all.
         turn: which pass of its micro-batch is under way: 0 at w, or at w + e where the momentum gives that; 1 at w + e, 2 at
             w − e.
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
@@ -416,6 +539,7 @@ class Step:
         self.perturbed = self.saves = False
         self.chose_mask, self.had_gradients = False, had_gradients
         self.turn = 0
+        self.lacks = NO_BACKWARD_IN_CLOSURE
         self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
         self._scores = scores
@@ -649,16 +773,18 @@ class Step:
         self._held.insert(0, Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent))
 
     def _check_any(self, grads: Vectors) -> None:
-        """No gradient at all: has the model other parameters by now?"""
+        """No gradient at all: was backward forgotten, or has the model other parameters by now?"""
         model = self.engine.buffers.model
-        if not grads.absent or model is None or grads.absent < sum(len(flat.params) for flat in self.store.flats):
+        if not grads.absent or grads.absent < sum(len(flat.params) for flat in self.store.flats):
             return
-        own, theirs = set(map(id, self.store.parameters())), set(map(id, model.parameters()))
-        if theirs and own.isdisjoint(theirs):
-            raise RuntimeError(
-                "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
-                "make the optimizer after that"
-            )
+        if model is not None:
+            own, theirs = set(map(id, self.store.parameters())), set(map(id, model.parameters()))
+            if theirs and own.isdisjoint(theirs):
+                raise RuntimeError(
+                    "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
+                    "make the optimizer after that"
+                )
+        raise RuntimeError(self.lacks)
 
     def add_scores(self, grads: Vectors, *, needed: bool = False) -> None:
         """What a mask is chosen by: the gradients so far. ``needed``: these are left as they are."""
@@ -763,6 +889,7 @@ class Step:
             together, self._together = self._together, None
             return together
         vectors = [engine.collect(clear=clear), *self._held]
+        self._check_any(vectors[0])
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         if plan.keeps:
