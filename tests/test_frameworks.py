@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accelerate, transformers' Trainer, Lightning and Fabric train to the bits of a plain loop over the same micro-batches.
+
+Each framework has a function that trains with it, and all are held to ``plain_loop``. What is not installed is skipped;
+``make frameworks`` installs all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader, Dataset
+
+import msam_kernels
+from msam_kernels import MicroBatchSAM, methods
+from plain import same_bits, weights
+
+pytestmark = pytest.mark.host
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed: make frameworks")
+
+
+SAMPLES, BATCH, EPOCHS = 24, 4, 2
+STEPS_OF_EPOCH = SAMPLES // BATCH
+
+
+class Net(nn.Module):
+    """As transformers want a model: it returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.body, self.norm, self.head = nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.norm(F.gelu(self.body(x))))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Data(Dataset[dict[str, Tensor]]):
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(4)
+        self.x = torch.randn(SAMPLES, 6, generator=generator)
+        self.y = torch.randint(3, (SAMPLES,), generator=generator)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"x": self.x[i], "labels": self.y[i]}
+
+
+def loader() -> DataLoader[dict[str, Tensor]]:
+    return DataLoader(Data(), batch_size=BATCH)
+
+
+@dataclass
+class Case:
+    """What a training consists of, whoever runs it."""
+
+    accumulate: int = 1
+    split: int = 1
+    bf16: bool = False
+    clip: float = 0.0
+    method: methods.SAM = field(default_factory=methods.SAM)
+    base: str = "AdamW"
+
+    @property
+    def sam(self) -> dict[str, Any]:
+        return dict(rho=0.3, num_micro_batches=self.split, method=self.method)
+
+    def optimizer(self, model: nn.Module) -> MicroBatchSAM:
+        params = model.parameters()
+        base = AdamW(params, lr=0.02, weight_decay=0.0) if self.base == "AdamW" else SGD(params, lr=0.1, momentum=0.9)
+        return MicroBatchSAM(base, **self.sam)
+
+    def scheduler(self, opt: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        steps = EPOCHS * STEPS_OF_EPOCH // self.accumulate
+        return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: max(0.0, (steps - step) / steps))
+
+
+CASES = {
+    "as it comes": Case(),
+    "F-SAM, SGD": Case(method=methods.FriendlySAM(), base="SGD"),
+    "LookSAM": Case(method=methods.LookSAM(k=2), base="SGD"),
+    "late": Case(method=methods.SAM(start=2)),
+    "accumulation": Case(accumulate=2),
+    "F-SAM, accumulation": Case(accumulate=2, method=methods.FriendlySAM()),
+    "Bilateral, accumulation": Case(accumulate=2, method=methods.BilateralSAM()),
+    "bf16": Case(bf16=True),
+    "clipping": Case(clip=0.2),
+    "bf16, accumulation, clipping": Case(accumulate=2, bf16=True, clip=0.2),
+}
+SPLIT = {"split": Case(split=2), "split, accumulation, clipping": Case(split=2, accumulate=2, clip=0.2)}
+RESUMED = ["as it comes", "F-SAM, SGD", "LookSAM", "late", "F-SAM, accumulation", "bf16, accumulation, clipping"]
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_case_and_split = pytest.mark.parametrize("case", [*CASES.values(), *SPLIT.values()], ids=[*CASES, *SPLIT])
+
+
+def plain_loop(case: Case, model: nn.Module, opt: MicroBatchSAM) -> list[float]:
+    """The loss at w of every step."""
+    scheduler, losses = case.scheduler(opt), []
+    for _ in range(EPOCHS):
+        for i, batch in enumerate(loader()):
+            losses += [0.0] if i % case.accumulate == 0 else []
+            for part in opt.passes(batch):
+                with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
+                    loss = model(**part)["loss"]
+                (loss / case.accumulate).backward()
+                if not opt.pass_index:
+                    losses[-1] += loss.item() / case.accumulate / case.split
+            if (i + 1) % case.accumulate == 0:
+                if case.clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+                opt.step()
+                scheduler.step()
+                opt.zero_grad()
+    return losses
+
+
+def check(case: Case, model: nn.Module, opt: MicroBatchSAM, losses: list[float] | None = None) -> None:
+    """What a framework trained is what the plain loop trains."""
+    expected = Net()
+    theirs = case.optimizer(expected)
+    at_w = plain_loop(case, expected, theirs)
+    assert same_bits(model.parameters(), expected.parameters())
+    assert opt.steps == theirs.steps == EPOCHS * STEPS_OF_EPOCH // case.accumulate
+    if losses is not None:
+        assert losses == pytest.approx(at_w, rel=2e-3 if case.bf16 else 1e-6)
+    plain = Net()
+    plain_loop(Case(case.accumulate, case.split, case.bf16, case.clip, methods.SAM(), case.base), plain, without_sam(case, plain))
+    assert not same_bits(plain.parameters(), expected.parameters())
+
+
+def without_sam(case: Case, model: nn.Module) -> MicroBatchSAM:
+    opt = case.optimizer(model)
+    opt.enabled = False
+    return opt
+
+
+# ---- Accelerate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator_state() -> Iterator[None]:
+    """Accelerate keeps its settings for the whole process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+STOP = 4  # batches of the first epoch after which a training that is interrupted ends
+
+
+def with_accelerate(
+    case: Case, model: nn.Module, opt: MicroBatchSAM, *, save: Path | None = None, load: Path | None = None
+) -> None:
+    """``save``: leave in mid-epoch, with a checkpoint there. ``load``: go on from one."""
+    from accelerate import Accelerator, skip_first_batches
+
+    accelerator = Accelerator(
+        cpu=True, mixed_precision="bf16" if case.bf16 else "no", gradient_accumulation_steps=case.accumulate
+    )
+    net, optimizer, batches, scheduler = accelerator.prepare(model, opt, loader(), case.scheduler(opt))
+    if load is not None:
+        accelerator.load_state(load)
+    for epoch in range(EPOCHS):
+        done = STOP if load is not None and epoch == 0 else 0
+        for i, batch in enumerate(skip_first_batches(batches, done), done):
+            with accelerator.accumulate(net):
+                for part in msam_kernels.passes(optimizer, batch):
+                    accelerator.backward(net(**part)["loss"])
+                if case.clip and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(net.parameters(), case.clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            if save is not None and (epoch, i + 1) == (0, STOP):
+                accelerator.save_state(save)
+                return
+
+
+@needs("accelerate")
+@each_case_and_split
+def test_accelerate_trains_as_the_plain_loop(case, accelerator_state):
+    model = Net()
+    opt = case.optimizer(model)
+    with_accelerate(case, model, opt)
+    check(case, model, opt)
+
+
+each_to_resume = pytest.mark.parametrize(
+    "case", [CASES[name] for name in RESUMED], ids=RESUMED
+)
+
+
+@needs("accelerate")
+@each_to_resume
+def test_accelerate_resumes_in_mid_epoch(case, accelerator_state, tmp_path):
+    first = Net()
+    with_accelerate(case, first, case.optimizer(first), save=tmp_path)
+    model = Net()
+    opt = case.optimizer(model)
+    with_accelerate(case, model, opt, load=tmp_path)
+    check(case, model, opt)
+
+
+@needs("accelerate")
+def test_accelerate_as_it_was_written_for_another_optimizer_is_told_what_to_change(accelerator_state):
+    from accelerate import Accelerator
+
+    accelerator, model = Accelerator(cpu=True), Net()
+    net, optimizer = accelerator.prepare(model, CASES["as it comes"].optimizer(model))
+    accelerator.backward(net(**next(iter(loader())))["loss"])
+    with pytest.warns(UserWarning, match=r"with Accelerate, `for xb, yb in msam_kernels\.passes\(optimizer, x, y\)"):
+        optimizer.step()
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def trainer(case: Case, model: nn.Module, folder: Path, **arguments: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    from msam_kernels.integrations.transformers import SAMTrainerMixin
+
+    class MyTrainer(SAMTrainerMixin, Trainer): ...
+
+    own = {name: arguments.pop(name) for name in ("callbacks", "eval_dataset", "sam") if name in arguments}
+    options = dict(
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=case.accumulate,
+        num_train_epochs=EPOCHS,
+        max_grad_norm=case.clip,
+        bf16=case.bf16,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    if "sam" not in own:  # with an optimizer of the user's
+        opt = case.optimizer(model)
+        own["optimizers"] = opt, case.scheduler(opt)
+    return MyTrainer(model, TrainingArguments(str(folder), **{**options, **arguments}), train_dataset=Data(), **own)
+
+
+def losses_of(trained: Any) -> list[float]:
+    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+
+
+@needs("transformers")
+@each_case_and_split
+def test_transformers_train_as_the_plain_loop(case, accelerator_state, tmp_path):
+    model = Net()
+    trained = trainer(case, model, tmp_path)
+    trained.train()
+    # Reported with four digits after the point, or five.
+    losses = losses_of(trained)
+    check(case, model, trained.optimizer.optimizer, losses)
+
+
+@needs("transformers")
+@each_to_resume
+def test_transformers_resume_in_mid_epoch(case, accelerator_state, tmp_path):
+    step = STOP // case.accumulate
+    first = trainer(case, Net(), tmp_path, save_strategy="steps", save_steps=step, max_steps=EPOCHS * 6 // case.accumulate)
+    first.train()
+    model = Net()
+    with torch.no_grad():  # what is loaded replaces these
+        for p in model.parameters():
+            p.zero_()
+    second = trainer(case, model, tmp_path)
+    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    check(case, model, second.optimizer.optimizer)
+
+
+@needs("transformers")
+def test_transformers_wrap_the_optimizer_that_the_trainer_makes(accelerator_state, tmp_path):
+    """As the README of transformers has it: the arguments name the optimizer, its groups and the scheduler."""
+    model, expected = Net(), Net()
+    options = dict(sam=dict(rho=0.3), optim="sgd", learning_rate=0.1, lr_scheduler_type="linear")
+    trained = trainer(Case(), model, tmp_path, **options)
+    trained.train()
+    other = trainer(Case(), expected, tmp_path, **options)
+    opt = other.create_optimizer()
+    assert isinstance(opt.base_optimizer, SGD)
+    plain_loop(Case(), expected, opt)
+    assert same_bits(model.parameters(), expected.parameters())
+    with pytest.raises(ValueError, match="is for an optimizer that is no MicroBatchSAM yet"):
+        other.create_optimizer()
+
+
+@needs("transformers")
+def test_transformers_evaluate_stop_early_and_load_the_best_model(accelerator_state, tmp_path):
+    from transformers import EarlyStoppingCallback
+
+    model = Net()
+    trained = trainer(
+        Case(base="SGD"),
+        model,
+        tmp_path,
+        callbacks=[EarlyStoppingCallback(1, 1e9)],  # nothing is better by so much than the first
+        eval_dataset=Data(),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    trained.train()
+    opt = trained.optimizer.optimizer
+    assert trained.state.global_step == opt.steps == 4
+    evaluated = [entry["eval_loss"] for entry in trained.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 2
+    assert trained.evaluate()["eval_loss"] == pytest.approx(min(evaluated), rel=1e-6)
+    data = Data()
+    assert model(data.x, data.y)["loss"].item() == pytest.approx(min(evaluated), rel=1e-4), "the weights are w"
+
+
+class Sums(Net):
+    """As language models are: the loss is a sum, over the number of items that the Trainer counts in the whole step."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        logits = self.head(self.norm(F.gelu(self.body(x))))
+        if labels is None:
+            return {"logits": logits}
+        items = kwargs.get("num_items_in_batch", labels.numel())
+        return {"loss": F.cross_entropy(logits, labels, reduction="sum") / items, "logits": logits}
+
+
+@needs("transformers")
+def test_transformers_count_the_items_of_a_step_and_not_of_a_part(accelerator_state, tmp_path):
+    case, model = Case(accumulate=2, split=2), Sums()
+    trained = trainer(case, model, tmp_path)
+    trained.train()
+    expected = Net()
+    opt = case.optimizer(expected)
+    losses = plain_loop(case, expected, opt)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)  # AdamW's quotients magnify rounding
+    assert losses_of(trained) == pytest.approx(losses, rel=1e-4)
+
+
+@needs("transformers")
+def test_a_trainer_without_the_mixin_is_told_of_it(accelerator_state, tmp_path):
+    from transformers import Trainer
+
+    trained = trainer(Case(), Net(), tmp_path, max_steps=1)
+    trained.training_step = Trainer.training_step.__get__(trained)
+    with pytest.warns(UserWarning, match=r"with transformers, `class MyTrainer\(SAMTrainerMixin, Trainer\)`"):
+        trained.train()
