@@ -21,13 +21,14 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo family test lint bench gpu gpu-build gpu-picture clean FORCE
+.PHONY: help build demo family test frameworks lint bench gpu gpu-build gpu-picture clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train with SGD, SAM, mSAM and F-SAM on real data: a table, and a picture in demo.png"
 	@echo "make family   the demo for every method of the family, on MNIST-1D: a table, and a picture in family.png"
 	@echo "make test     build, then run the tests; with ARGS='-m exhaustive' those that only CI needs"
+	@echo "make frameworks   install Accelerate, transformers and Lightning into the environment, and test with them; torch stays"
 	@echo "make lint     style and types of the Python code, licence lines"
 	@echo "make bench    time the optimizer step against plain PyTorch: tables, and build/bench_*.csv and .png; with ARGS"
 	@echo "              SAM and F-SAM only"
@@ -63,6 +64,11 @@ family: build
 test: build
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$(PY)" -m pytest -n $(JOBS) -m "not exhaustive" $(ARGS)
 
+# Without what the packages ask for: torch is the environment's, and the rest of it stands in the file.
+frameworks: build
+	"$(PY)" -m pip install -q --no-deps -r requirements-frameworks.txt
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$(PY)" -m pytest -n $(JOBS) tests/test_frameworks.py $(ARGS)
+
 lint: build/environment
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
@@ -70,7 +76,8 @@ lint: build/environment
 	@missing=$$(grep -L 'SPDX-License-Identifier: Apache-2.0' $(LICENSED)); \
 	test -z "$$missing" || { echo "no SPDX-License-Identifier: Apache-2.0 in:" $$missing >&2; exit 1; }
 
-LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt .ci/run $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) \
+LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt requirements-frameworks.txt .ci/run \
+	$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) \
 	$(wildcard msam_kernels/*.py msam_kernels/*/*.py tests/*.py benchmarks/*.py examples/*.py)
 
 bench: build

@@ -260,8 +260,8 @@ def check_loss(loss: Any) -> None:
     """
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"loss_fn must return the mean loss of its micro-batch, a tensor, got a {type(loss).__name__}: return the loss alone, "
-            "and keep what else it computes in a list outside, where opt.pass_index is 0"
+            f"loss_fn must return the mean loss of its micro-batch, a tensor, got a {type(loss).__name__}: return the loss "
+            "alone, and keep what else it computes in a list outside, where opt.pass_index is 0"
         )
     if loss.numel() != 1:
         raise ValueError(f"loss_fn must return one value, the mean loss, got a tensor of shape {tuple(loss.shape)}")

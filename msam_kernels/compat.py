@@ -154,7 +154,9 @@ class SAM(MicroBatchSAM):
     def _note_what_is_left(self) -> None:
         grads = [p.grad for p in self.engine.store.parameters() if p.grad is not None]
         #: What the last step left there, or ``zero_grad`` filled with zeros.
-        self.engine.left = list(zip(map(ref, grads), versions_of(grads), strict=True))  # a reference would keep the memory
+        self.engine.left = list(
+            zip(map(ref, grads), versions_of(grads), strict=True)
+        )  # a reference would keep the memory
 
     def _has_gradients_of_this_step(self) -> bool:
         left = {id(g): version for old, version in self.engine.left if (g := old()) is not None}

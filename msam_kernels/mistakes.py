@@ -17,8 +17,8 @@ REMEDIES = {
         "msam_kernels.integrations.transformers"
     ),
     ("lightning.pytorch", "pytorch_lightning"): (
-        "with Lightning, `Trainer(callbacks=[SAMCallback()])` of msam_kernels.integrations.lightning runs every pass; in manual "
-        "optimization, `for xb, yb in self.optimizers().passes(x, y): self.manual_backward(loss_fn(self(xb), yb))`"
+        "with Lightning, `Trainer(callbacks=[SAMCallback()])` of msam_kernels.integrations.lightning runs every pass; in "
+        "manual optimization, `for xb, yb in self.optimizers().passes(x, y): self.manual_backward(loss_fn(self(xb), yb))`"
     ),
     ("lightning.fabric", "lightning_fabric"): (
         "with Fabric, `for xb, yb in optimizer.passes(x, y): fabric.backward(loss_fn(model(xb), yb))`"

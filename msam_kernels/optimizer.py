@@ -208,7 +208,13 @@ class MicroBatchSAM(Optimizer):
         self._compiled: Compiled | None = None
         #: What runs the steps, for modules of this package.
         self.engine = Engine(
-            self.base_optimizer, method, model, self.defaults["rho"], flatten=self.flatten, backend=self.backend, strict=strict
+            self.base_optimizer,
+            method,
+            model,
+            self.defaults["rho"],
+            flatten=self.flatten,
+            backend=self.backend,
+            strict=strict,
         )
         self.engine.split = split
         self._itself = ref(self)
@@ -457,9 +463,9 @@ class MicroBatchSAM(Optimizer):
     def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Update the weights.
 
-        Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop. Gradients that came out
-        of no such loop are taken too, as frameworks may want it; a warning says so once, see ``strict``. After a loop
-        there may be a closure that runs no backward, as frameworks pass one: it is called, and its value returned.
+        Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop. Gradients that came
+        out of no such loop are taken too, as frameworks may want it; a warning says so once, see ``strict``. After a loop there
+        may be a closure that runs no backward, as frameworks pass one: it is called, and its value returned.
 
         With a closure, which runs forward and backward and returns the loss, or a sequence of them, one per micro-batch
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
@@ -472,8 +478,8 @@ class MicroBatchSAM(Optimizer):
             None, the closure's value at w, or for a sequence the detached mean of the values.
 
         Raises:
-            RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished; a closure leaves no gradient; or,
-                with ``strict``, gradients came out of no loop, or would be dropped. Gradients are what they were.
+            RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished; a closure leaves no gradient;
+                or, with ``strict``, gradients came out of no loop, or would be dropped. Gradients are what they were.
             ValueError: a number of closures other than ``num_micro_batches``. With ``micro_batch_size`` the caller splits
                 the batch, into any number.
         """
@@ -795,7 +801,9 @@ WRAPPED_AS = ("optimizer", "_optimizer", "optim", "_optim")
 
 
 def passes(optimizer: Any, *batch: Any) -> Passes:
-    """``optimizer.passes(*batch)``, also where a framework has wrapped the optimizer::
+    """``optimizer.passes(*batch)``, also where a framework has wrapped the optimizer.
+
+    ::
 
         model, optimizer, loader = accelerator.prepare(model, MicroBatchSAM(...), loader)
         for x, y in loader:

@@ -20,7 +20,7 @@ from .batches import Split
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
-from .mistakes import Mistakes
+from .mistakes import Mistakes, remedy
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
 from .rules import MOMENTA, RULES, Radii, Radius, Rule, Tables, Watch, check_method, fused_rule, no_momentum
 from .store import PLAIN, Descent, Store
@@ -334,7 +334,9 @@ class Engine:
             RuntimeError: the closure runs backward.
         """
         trained = (p for p in reversed(self.store.parameters()) if p.grad is not None and p.requires_grad)
-        hooks = [p.register_hook(_refuse) for p in itertools.islice(trained, 1)]  # the last one: the first to get a gradient
+        hooks = [
+            p.register_hook(_refuse) for p in itertools.islice(trained, 1)
+        ]  # the last one: the first to get a gradient
         try:
             value = call(closure)
         finally:
@@ -364,8 +366,8 @@ class Engine:
             self.check_plain()
         elif self.plan().after:
             raise RuntimeError(
-                f"{self.method} has a part of its own after the base optimizer's step: call step() of the MicroBatchSAM, not of "
-                f"the {type(self.base).__name__} in it"
+                f"{self.method} has a part of its own after the base optimizer's step: call step() of the MicroBatchSAM, not "
+                f"of the {type(self.base).__name__} in it"
             )
         self.count_step()
 
@@ -479,16 +481,16 @@ class Engine:
 
 
 NO_BACKWARD = (
-    "no parameter of the optimizer has a gradient after this pass: the body of a passes() loop must call backward() in every pass, "
-    "also where it is not at w; list(opt.passes(...)) ends the loop before any body has run"
+    "no parameter of the optimizer has a gradient after this pass: the body of a passes() loop must call backward() in every "
+    "pass, not after the loop, and list(opt.passes(...)) ends the loop before any body has run"
 )
 NO_BACKWARD_IN_CLOSURE = (
-    "the closure left no gradient for any parameter of the optimizer: it must call backward() on its loss. Without a closure, "
-    "step() takes p.grad as a passes() loop has left it"
+    "the closure left no gradient for any parameter of the optimizer: it must call backward() on its loss, or come after a "
+    "passes() loop"
 )
 PLAIN_STEP = (
-    "step() on gradients that did not come out of passes() is a plain step of {base}, without the perturbation (strict=True makes "
-    "this an error, opt.enabled = False is for plain steps): write "
+    "step() on gradients that did not come out of passes() is a plain step of {base}, without the perturbation (strict=True "
+    "makes this an error, opt.enabled = False is for plain steps): write "
 )
 DROPPED = (
     "gradients of earlier backward passes are in p.grad, and step(closure) drops them (strict=True makes this an error): clear "
@@ -498,8 +500,8 @@ DROPPED = (
 
 def _refuse(_: Tensor) -> None:
     raise RuntimeError(
-        "this closure runs backward, and a passes() loop has left its gradient in p.grad already: use one of the two, step() after "
-        "the loop, or step(closure) alone"
+        "this closure runs backward, and a passes() loop has left its gradient in p.grad already: use one of the two, step() "
+        "after the loop, or step(closure) alone"
     )
 
 
@@ -784,7 +786,7 @@ class Step:
                     "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
                     "make the optimizer after that"
                 )
-        raise RuntimeError(self.lacks)
+        raise RuntimeError(f"{self.lacks}: {remedy()}")
 
     def add_scores(self, grads: Vectors, *, needed: bool = False) -> None:
         """What a mask is chosen by: the gradients so far. ``needed``: these are left as they are."""

@@ -7,7 +7,6 @@ Each framework has a function that trains with it, and all are held to ``plain_l
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
-from plain import same_bits, weights
+from plain import same_bits
 
 pytestmark = pytest.mark.host
 
@@ -144,7 +143,11 @@ def check(case: Case, model: nn.Module, opt: MicroBatchSAM, losses: list[float] 
     if losses is not None:
         assert losses == pytest.approx(at_w, rel=2e-3 if case.bf16 else 1e-6)
     plain = Net()
-    plain_loop(Case(case.accumulate, case.split, case.bf16, case.clip, methods.SAM(), case.base), plain, without_sam(case, plain))
+    plain_loop(
+        Case(case.accumulate, case.split, case.bf16, case.clip, methods.SAM(), case.base),
+        plain,
+        without_sam(case, plain),
+    )
     assert not same_bits(plain.parameters(), expected.parameters())
 
 
@@ -207,9 +210,7 @@ def test_accelerate_trains_as_the_plain_loop(case, accelerator_state):
     check(case, model, opt)
 
 
-each_to_resume = pytest.mark.parametrize(
-    "case", [CASES[name] for name in RESUMED], ids=RESUMED
-)
+each_to_resume = pytest.mark.parametrize("case", [CASES[name] for name in RESUMED], ids=RESUMED)
 
 
 @needs("accelerate")
@@ -284,7 +285,9 @@ def test_transformers_train_as_the_plain_loop(case, accelerator_state, tmp_path)
 @each_to_resume
 def test_transformers_resume_in_mid_epoch(case, accelerator_state, tmp_path):
     step = STOP // case.accumulate
-    first = trainer(case, Net(), tmp_path, save_strategy="steps", save_steps=step, max_steps=EPOCHS * 6 // case.accumulate)
+    first = trainer(
+        case, Net(), tmp_path, save_strategy="steps", save_steps=step, max_steps=EPOCHS * 6 // case.accumulate
+    )
     first.train()
     model = Net()
     with torch.no_grad():  # what is loaded replaces these
@@ -371,3 +374,222 @@ def test_a_trainer_without_the_mixin_is_told_of_it(accelerator_state, tmp_path):
     trained.training_step = Trainer.training_step.__get__(trained)
     with pytest.warns(UserWarning, match=r"with transformers, `class MyTrainer\(SAMTrainerMixin, Trainer\)`"):
         trained.train()
+
+
+# ---- Lightning -------------------------------------------------------------------------------------------------------
+
+
+def fit(case: Case, model: nn.Module, *, manual: bool = False, load: Path | None = None, **arguments: Any) -> Any:
+    """(the LightningModule, the Trainer), trained. ``callbacks`` come after ours, which automatic optimization needs."""
+    import lightning
+    from lightning.pytorch import seed_everything
+
+    from msam_kernels.integrations.lightning import SAMCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization, self.losses, self.befores = model, not manual, [], 0
+
+        def configure_optimizers(self) -> Any:
+            opt = case.optimizer(self.net)
+            return [opt], [{"scheduler": case.scheduler(opt), "interval": "step"}]
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+            if manual:
+                return self.manually(batch, batch_idx)
+            loss = self.net(batch.pop("x"), batch.pop("labels"))["loss"]
+            self.log("loss", loss, on_step=True, on_epoch=True, batch_size=BATCH)
+            return loss
+
+        def manually(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            opt = self.optimizers()
+            for part in opt.passes(batch):
+                loss = self.net(**part)["loss"]
+                self.manual_backward(loss / case.accumulate)
+                if not opt.pass_index:
+                    self.losses.append(loss.item())
+            if (batch_idx + 1) % case.accumulate == 0:
+                if case.clip:
+                    self.clip_gradients(opt, gradient_clip_val=case.clip)
+                opt.step()
+                self.lr_schedulers().step()
+                opt.zero_grad()
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.befores += 1
+            assert all(p.grad is not None for p in self.net.parameters()), "what will be clipped and stepped on"
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if not manual:
+                self.losses.append(self.trainer.callback_metrics["loss_step"].item())
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            self.log("val_loss", self.net(**batch)["loss"])
+
+    seed_everything(0, verbose=False)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    module = Module()
+    options = dict(
+        accelerator="cpu",
+        max_epochs=EPOCHS,
+        precision="bf16-mixed" if case.bf16 else 32,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if not manual:
+        options.update(
+            accumulate_grad_batches=case.accumulate,
+            gradient_clip_val=case.clip or None,
+            callbacks=[SAMCallback(), *arguments.pop("callbacks", [])],
+        )
+    trainer = lightning.Trainer(**{**options, **arguments})
+    trainer.fit(module, loader(), loader(), ckpt_path=load)  # evaluated in between
+    return module, trainer
+
+
+def of_steps(case: Case, losses: list[float]) -> list[float]:
+    """The mean of those of the batches that were accumulated."""
+    n = case.accumulate
+    return [sum(losses[i : i + n]) / n for i in range(0, len(losses), n)]
+
+
+@needs("lightning")
+@each_case
+def test_lightning_trains_as_the_plain_loop(case):
+    model = Net()
+    module, trainer = fit(case, model)
+    opt = trainer.optimizers[0]
+    check(case, model, opt, of_steps(case, module.losses))
+    assert trainer.global_step == module.befores == opt.steps
+    assert "optimizer_step" not in vars(module)
+    assert "log" not in vars(module)
+
+
+@needs("lightning")
+@each_case_and_split
+def test_lightning_trains_by_hand_as_the_plain_loop(case):
+    model = Net()
+    module, trainer = fit(case, model, manual=True)
+    opt = trainer.optimizers[0]
+    check(case, model, opt, of_steps(Case(case.accumulate * case.split), module.losses))
+    assert trainer.global_step == opt.steps
+
+
+@needs("lightning")
+@each_to_resume
+def test_lightning_resumes_in_mid_epoch(case, tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    save = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=STOP // case.accumulate, filename="{step}")
+    fit(case, Net(), enable_checkpointing=True, callbacks=[save])
+    model = Net()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    _, trainer = fit(case, model, load=tmp_path / f"step={STOP // case.accumulate}.ckpt")
+    check(case, model, trainer.optimizers[0])
+
+
+@needs("lightning")
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+def test_lightning_without_the_loop_or_the_callback_is_told_of_them(manual):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization = Net(), not manual
+
+        def configure_optimizers(self) -> Any:
+            return Case().optimizer(self.net)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+            loss = self.net(**batch)["loss"]
+            if not manual:
+                return loss
+            self.manual_backward(loss)
+            grads = [p.grad.clone() for p in self.net.parameters()]
+            try:
+                self.optimizers().step()
+            finally:
+                assert same_bits([p.grad for p in self.net.parameters()], grads)
+            return None
+
+    options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer = lightning.Trainer(
+        **options,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **({} if manual else {"accumulate_grad_batches": 2}),
+    )
+    told = pytest.raises(RuntimeError, match=r"the closure left no gradient.*self\.manual_backward")
+    if not manual:
+        told = pytest.warns(UserWarning, match=r"step\(closure\) drops them.*SAMCallback")
+    with told:
+        trainer.fit(Module(), loader())
+
+
+@needs("lightning")
+def test_lightning_refuses_what_the_callback_cannot_split():
+    with pytest.raises(ValueError, match="the micro-batches are those of accumulate_grad_batches, got"):
+        fit(SPLIT["split"], Net())
+
+
+# ---- Fabric, and wrappers in general ---------------------------------------------------------------------------------
+
+
+@needs("lightning")
+@each_case_and_split
+def test_fabric_trains_as_the_plain_loop_and_its_wrapper_has_no_state_of_its_own(case):
+    from lightning.fabric import Fabric
+
+    fabric, model = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if case.bf16 else 32), Net()
+    opt = case.optimizer(model)
+    scheduler = case.scheduler(opt)
+    net, optimizer = fabric.setup(model, opt)
+    for _ in range(EPOCHS):
+        for i, batch in enumerate(loader()):
+            for part in optimizer.passes(batch):
+                fabric.backward(net(**part)["loss"] / case.accumulate)
+            if (i + 1) % case.accumulate == 0:
+                if case.clip:
+                    fabric.clip_gradients(net, optimizer, max_norm=case.clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+    check(case, model, opt)
+    assert optimizer.steps == opt.steps == opt.state_dict()["msam"]["steps"]
+
+
+@needs("lightning")
+def test_what_is_set_on_a_wrapper_is_set_on_the_optimizer():
+    from lightning.fabric import Fabric
+
+    model = Net()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=methods.SparseSAM(0.5, update_every=None))
+    net, optimizer = Fabric(accelerator="cpu", devices=1).setup(model, opt)
+    optimizer.num_micro_batches, optimizer.enabled, optimizer.steps, optimizer.strict = 2, False, 7, True
+    optimizer.mask = [torch.ones_like(p, dtype=torch.bool) for p in model.parameters()]
+    assert (opt.num_micro_batches, opt.enabled, opt.steps, opt.strict) == (2, False, 7, True)
+    assert all(bits.all() for bits in opt.mask)
+    batch = next(iter(loader()))
+    loss = optimizer.train_step(lambda part: net(**part)["loss"], batch)
+    assert opt.steps == 8
+    assert loss.isfinite()
+
+
+@needs("lightning")
+def test_the_drop_in_counts_its_steps_on_the_optimizer_whoever_wraps_it():
+    from lightning.fabric import Fabric
+
+    model = Net()
+    opt = msam_kernels.SAM(model.parameters(), SGD, lr=0.1)
+    net, optimizer = Fabric(accelerator="cpu", devices=1).setup(model, opt)
+    for batch in loader():
+        for step in (optimizer.first_step, optimizer.second_step):
+            net(**batch)["loss"].backward()
+            step(zero_grad=True)
+    assert optimizer.steps == opt.state_dict()["msam"]["steps"] == STEPS_OF_EPOCH

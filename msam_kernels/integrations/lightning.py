@@ -19,12 +19,14 @@ __all__ = ["SAMCallback"]
 
 
 class SAMCallback(Callback):
-    """Runs every pass in automatic optimization, where ``configure_optimizers`` returns a ``MicroBatchSAM``::
+    """Runs every pass in automatic optimization, where ``configure_optimizers`` returns a ``MicroBatchSAM``.
+
+    ::
 
         Trainer(callbacks=[SAMCallback()], accumulate_grad_batches=4, gradient_clip_val=1.0).fit(model, loader)
 
-    ``training_step`` runs once for each pass, hooks around ``backward`` and the optimizer's step once for each batch. Each batch
-    of ``accumulate_grad_batches`` is a micro-batch, with an e of its own. Clipping is that of the descent gradient. What
+    ``training_step`` runs once for each pass, hooks around ``backward`` and the optimizer's step once for each batch. Each
+    batch of ``accumulate_grad_batches`` is a micro-batch, with an e of its own. Clipping is that of the descent gradient. What
     ``training_step`` logs, and the loss, is that at w; its later passes log nothing.
 
     In manual optimization it does nothing: ``for part in self.optimizers().passes(batch)`` is all that is needed there.
@@ -44,13 +46,14 @@ class SAMCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not pl_module.automatic_optimization:
             return
-        self._opt = find(trainer.optimizers[0])
-        if not self._opt.split.leaves_whole:
+        opt = find(trainer.optimizers[0])
+        if not opt.split.leaves_whole:
             raise ValueError(
-                f"Lightning runs a batch as one: the micro-batches are those of accumulate_grad_batches, got {self._opt.split}; or "
-                "use manual optimization with a passes() loop, which splits a batch"
+                f"Lightning runs a batch as one: the micro-batches are those of accumulate_grad_batches, got {opt.split}; "
+                "or use manual optimization with a passes() loop, which splits a batch"
             )
         pl_module.optimizer_step = partial(self._step, pl_module.optimizer_step)
+        self._opt = opt
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._leave(pl_module)

@@ -19,7 +19,9 @@ __all__ = ["SAMTrainerMixin"]
 
 
 class SAMTrainerMixin(Trainer):
-    """A ``Trainer`` that trains by the method; everything else of it stays what it is::
+    """A ``Trainer`` that trains by the method; everything else of it stays what it is.
+
+    ::
 
         class MyTrainer(SAMTrainerMixin, Trainer): ...
 
@@ -42,10 +44,14 @@ class SAMTrainerMixin(Trainer):
         if not isinstance(base, MicroBatchSAM):
             self.optimizer = MicroBatchSAM(base, **self._sam)
         elif self._sam:
-            raise ValueError(f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments")
+            raise ValueError(
+                f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments"
+            )
         return self.optimizer
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Every pass of one batch; the loss at w."""
         opt = find(self.optimizer)
         shares = iter(split((inputs,), opt.split)[1])
