@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator
 
@@ -39,10 +38,10 @@ def _is_of(module: str, names: tuple[str, ...]) -> bool:
 
 def callers() -> Iterator[str]:
     """The modules that are under way, the innermost first."""
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         yield frame.f_globals.get("__name__") or ""
-        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+        frame = frame.f_back
 
 
 def remedy() -> str:
@@ -73,8 +72,8 @@ class Mistakes:
         if self.strict:
             raise RuntimeError(text)
         self._said.add(kind)
-        outside = next((i for i, module in enumerate(modules) if not _is_of(module, OURS)), 1)
-        warnings.warn(text, stacklevel=outside + 1)
+        outside = next((i for i, module in enumerate(modules) if not _is_of(module, OURS)), 1)  # 0 is `callers` itself
+        warnings.warn(text, stacklevel=outside)
 
 
 def check_needs_no_closure(base: Optimizer) -> None:

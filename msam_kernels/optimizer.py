@@ -217,7 +217,7 @@ class MicroBatchSAM(Optimizer):
             strict=strict,
         )
         self.engine.split = split
-        self._itself = ref(self)
+        self.engine.owner = ref(self)
         this = ref(self.engine)
 
         def keep_rho(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -225,6 +225,12 @@ class MicroBatchSAM(Optimizer):
             return None if engine is None else engine.radii.kept_in(state_dict, engine.steps)
 
         self.base_optimizer.register_load_state_dict_pre_hook(keep_rho)
+
+    def _itself(self) -> MicroBatchSAM:
+        """Also where ``self`` is a framework's wrapper, which imitates this class."""
+        itself = self.engine.owner()
+        assert isinstance(itself, MicroBatchSAM)
+        return itself
 
     method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
     enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
@@ -238,7 +244,7 @@ class MicroBatchSAM(Optimizer):
 
     @num_micro_batches.setter
     def num_micro_batches(self, parts: int | None) -> None:
-        self.split = self.split._replace(parts=parts)
+        self.split = Split(parts, self.split.size)
 
     @property
     def micro_batch_size(self) -> int | None:
@@ -247,7 +253,7 @@ class MicroBatchSAM(Optimizer):
 
     @micro_batch_size.setter
     def micro_batch_size(self, size: int | None) -> None:
-        self.split = self.split._replace(size=size)
+        self.split = Split(self.split.parts, size)
 
     @property
     def strict(self) -> bool:
@@ -549,7 +555,6 @@ class MicroBatchSAM(Optimizer):
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
         itself = self._itself()  # a framework's wrapper has another step
-        assert itself is not None
         loss: Tensor = itself.step(itself.micro_batches(loss_fn, batch, itself.between(before_update, scaler)))
         return loss
 
@@ -677,7 +682,6 @@ class MicroBatchSAM(Optimizer):
 
         recorder = CudaRecorder(torch.device(devices[0]), generators)
         itself = self._itself()
-        assert itself is not None
         between = itself.between(before_update, scaler)
         return CapturedStep(itself, loss_fn, example_batch, recorder, warm_up, between, other_shapes)
 
@@ -791,13 +795,13 @@ def find(optimizer: Any) -> MicroBatchSAM:
         raise TypeError(
             f"there is no MicroBatchSAM in it, got {what}: make one, MicroBatchSAM(base_optimizer), before a framework wraps it"
         )
-    itself = found._itself()
-    assert itself is not None
+    itself = found.engine.owner()
+    assert isinstance(itself, MicroBatchSAM)
     return itself
 
 
 #: Under these names wrappers keep what they wrap.
-WRAPPED_AS = ("optimizer", "_optimizer", "optim", "_optim")
+WRAPPED_AS = [prefix + name for name in ("optimizer", "optim") for prefix in ("", "_")]
 
 
 def passes(optimizer: Any, *batch: Any) -> Passes:

@@ -86,11 +86,11 @@ class Watch:
         ours: whether the step under way is ours.
     """
 
-    def __init__(self, tell: Callable[[], None] | None = None):
+    def __init__(self, tell: Callable[[], None]):
         self.tell, self.ours = tell, False
 
     def __call__(self, base: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.tell is not None and not self.ours:
+        if not self.ours:
             self.tell()
 
 

@@ -47,8 +47,8 @@ class Stats:
 LEFT = "; a loop that may be left early is given up at the end of `with opt.passes(...) as parts:`"
 #: By base optimizer: the groups whose rho a wrapper put there.
 RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
-#: By base optimizer: the hook that tells the latest wrapper of steps that are not its own, and that wrapper's engine.
-WATCHES: WeakKeyDictionary[Optimizer, tuple[Watch, ref[Engine]]] = WeakKeyDictionary()
+#: By base optimizer: the hook that tells its wrapper of steps that are not the wrapper's own, and the engines of all of them.
+WATCHES: WeakKeyDictionary[Optimizer, tuple[Watch, list[ref[Engine]]]] = WeakKeyDictionary()
 
 
 class Engine:
@@ -63,6 +63,7 @@ class Engine:
         split: how a batch becomes micro-batches. Frameworks wrap the optimizer: what changes is here, where all see it.
         left: the gradients that the drop-in's last step left in ``p.grad``, and their versions.
         has_mean: whether ``p.grad`` holds what ``passes`` loops ended in, and no step has taken it yet.
+        owner: the optimizer itself, which wrappers imitate.
         mistakes: says what would not train the method.
         v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
         mask_step: the step at which the mask was first used.
@@ -84,6 +85,7 @@ class Engine:
         self.left: Sequence[tuple[ref[Tensor], int]] = ()
         self.has_mean = False
         self.mistakes = Mistakes(strict)
+        self.owner: ref[Optimizer]
         self.buffers = Buffers(model)
         self.store = Store(base, flatten=flatten, backend=backend)
         self.radii = Radii(base, default_rho)
@@ -130,7 +132,7 @@ class Engine:
         try:
             self.adopt()
             now = [group["rho"] for group in earlier]
-            if radii != now and self.base in WATCHES and WATCHES[self.base][1]() is not None:
+            if radii != now and self.base in WATCHES and latest(WATCHES[self.base][1]) is not None:
                 self.mistakes.say(
                     "second wrapper",
                     f"another MicroBatchSAM wraps this {type(self.base).__name__}, and its rho goes from {radii} to {now}: "
@@ -144,20 +146,17 @@ class Engine:
 
     def watch(self) -> None:
         """Be told of steps that somebody else makes with the base optimizer."""
-        this = ref(self)
-
-        def tell() -> None:
-            engine = this()
-            if engine is not None:
-                engine.count_step_of_base()
-
         if self.base not in WATCHES:
-            hook = Watch()
-            self.base.register_step_pre_hook(hook)
-        else:
-            hook = WATCHES[self.base][0]
-        hook.tell = tell
-        WATCHES[self.base] = hook, this
+            engines: list[ref[Engine]] = []
+
+            def tell() -> None:
+                engine = latest(engines)
+                if engine is not None:
+                    engine.count_step_of_base()
+
+            WATCHES[self.base] = Watch(tell), engines
+            self.base.register_step_pre_hook(WATCHES[self.base][0])
+        WATCHES[self.base][1].append(ref(self))
 
     def take_in(self) -> None:
         """Notice groups that came by the base optimizer's ``add_param_group`` since the last look, and what was unfrozen.
@@ -484,6 +483,9 @@ NO_BACKWARD = (
     "no parameter of the optimizer has a gradient after this pass: the body of a passes() loop must call backward() in every "
     "pass, not after the loop, and list(opt.passes(...)) ends the loop before any body has run"
 )
+NO_BACKWARD_IN_DROP_IN = (
+    "no parameter of the optimizer has a gradient: call backward() before first_step(), and again before second_step()"
+)
 NO_BACKWARD_IN_CLOSURE = (
     "the closure left no gradient for any parameter of the optimizer: it must call backward() on its loss, or come after a "
     "passes() loop"
@@ -496,6 +498,11 @@ DROPPED = (
     "gradients of earlier backward passes are in p.grad, and step(closure) drops them (strict=True makes this an error): clear "
     "them by zero_grad(), or to accumulate over batches write "
 )
+
+
+def latest(engines: Sequence[ref[Engine]]) -> Engine | None:
+    """Of those that are still there."""
+    return next((engine for this in reversed(engines) if (engine := this()) is not None), None)
 
 
 def _refuse(_: Tensor) -> None:
@@ -786,7 +793,7 @@ class Step:
                     "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True) replaces them): "
                     "make the optimizer after that"
                 )
-        raise RuntimeError(f"{self.lacks}: {remedy()}")
+        raise RuntimeError(f"{self.lacks}: {remedy()}" if self.clear else NO_BACKWARD_IN_DROP_IN)
 
     def add_scores(self, grads: Vectors, *, needed: bool = False) -> None:
         """What a mask is chosen by: the gradients so far. ``needed``: these are left as they are."""

@@ -8,6 +8,7 @@ Each framework has a function that trains with it, and all are held to ``plain_l
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -67,6 +68,24 @@ class Data(Dataset[dict[str, Tensor]]):
 
 def loader() -> DataLoader[dict[str, Tensor]]:
     return DataLoader(Data(), batch_size=BATCH)
+
+
+class Stateful(DataLoader[dict[str, Tensor]]):
+    """Of which Lightning keeps where it was: it asks the loader, and skips nothing by itself."""
+
+    done = skip = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        begin, self.skip = self.skip, 0
+        for self.done, batch in enumerate(super().__iter__(), 1):
+            if self.done > begin:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done % STEPS_OF_EPOCH}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skip = state["done"]
 
 
 @dataclass
@@ -163,9 +182,11 @@ def without_sam(case: Case, model: nn.Module) -> MicroBatchSAM:
 @pytest.fixture
 def accelerator_state() -> Iterator[None]:
     """Accelerate keeps its settings for the whole process."""
+    yield
+    if find_spec("accelerate") is None:
+        return
     from accelerate.state import AcceleratorState, GradientState
 
-    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -446,7 +467,7 @@ def fit(case: Case, model: nn.Module, *, manual: bool = False, load: Path | None
             callbacks=[SAMCallback(), *arguments.pop("callbacks", [])],
         )
     trainer = lightning.Trainer(**{**options, **arguments})
-    trainer.fit(module, loader(), loader(), ckpt_path=load)  # evaluated in between
+    trainer.fit(module, Stateful(Data(), batch_size=BATCH), loader(), ckpt_path=load)  # evaluated in between
     return module, trainer
 
 
@@ -593,3 +614,50 @@ def test_the_drop_in_counts_its_steps_on_the_optimizer_whoever_wraps_it():
             net(**batch)["loss"].backward()
             step(zero_grad=True)
     assert optimizer.steps == opt.state_dict()["msam"]["steps"] == STEPS_OF_EPOCH
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "frameworks.md"
+RECIPES = {
+    "Accelerate": "accelerate",
+    "transformers": "transformers",
+    "Lightning": "lightning",
+    "Fabric": "lightning",
+}
+
+
+def recipe(heading: str) -> list[str]:
+    """The blocks under headings that begin so."""
+    sections = PAGE.read_text(encoding="utf-8").split("\n## ")[1:]
+    return [
+        code
+        for section in sections
+        if section.startswith(heading)
+        for code in re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def test_every_block_of_the_page_is_of_a_recipe():
+    assert sum(len(recipe(heading)) for heading in RECIPES) == PAGE.read_text(encoding="utf-8").count("```python") == 5
+
+
+@pytest.mark.parametrize("heading", [pytest.param(h, marks=needs(library)) for h, library in RECIPES.items()])
+def test_the_recipe_of_the_page_runs_as_it_is_written(heading, tmp_path, accelerator_state, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [(sample["x"], sample["labels"]) for sample in map(Data().__getitem__, range(SAMPLES))]
+    model = Net() if heading == "transformers" else nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    names = dict(
+        torch=torch,
+        F=F,
+        model=model,
+        loader=DataLoader(pairs, batch_size=BATCH),
+        dataset=Data(),
+        folder=str(tmp_path),
+        options=dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False),
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    for code in recipe(heading):
+        exec(compile(code, str(PAGE), "exec"), names)
+        assert not same_bits(model.parameters(), before)
+        before = [p.detach().clone() for p in model.parameters()]
