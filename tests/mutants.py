@@ -49,6 +49,10 @@ FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf1
 LOOPS_OVER_PARAMETERS, PARAMETERS = "csrc/parameters.cpp", ("parameters",)
 LOOPS, DEVICE = "csrc/cpu/loops.h", "csrc/cuda/kernels.cuh"
 TRITON = "tests/test_triton.py -k 'bits_of_the_specification'"
+MISTAKES = "tests/test_mistakes.py"
+FRAMEWORK = (
+    "tests/test_frameworks.py -k 'lightning_trains_as and accumulation'"  # needs what `make frameworks` installs
+)
 P, B = "msam_kernels/", "msam_kernels/backends/"
 
 MUTANTS = [
@@ -505,7 +509,91 @@ MUTANTS = [
         "        at_once",
         "tests/test_optimizer.py -k within_a_step",
     ),
-    Mutant("a patched step is not called", P + "rules.py", "or any(step_hooks(base))", "", "tests/test_conventions.py"),
+    Mutant("a patched step is not called", P + "rules.py", "or _is_listened_to(base)", "", "tests/test_conventions.py"),
+    # -- what would train something else than the method
+    Mutant(
+        "a plain step is not told",
+        P + "step.py",
+        "if not self.has_mean:\n            self.check_plain()\n        self.up",
+        "self.up",
+        MISTAKES,
+    ),
+    Mutant(
+        "a loop counts for ever",
+        P + "step.py",
+        "self.has_mean = False\n        if not self.store",
+        "if not self.store",
+        MISTAKES,
+    ),
+    Mutant("cleared gradients are those of a loop", P + "step.py", "            self.has_mean = False\n", "", MISTAKES),
+    Mutant("a mistake is told every time", P + "mistakes.py", "self._said.add(kind)", "pass", MISTAKES),
+    Mutant(
+        "a plain step is told where rho is 0",
+        P + "step.py",
+        'and any(g["rho"] for g in self.base.param_groups)',
+        "",
+        MISTAKES,
+    ),
+    Mutant("a step of the base is not counted", P + "rules.py", "if not self.ours:", "if False:", MISTAKES),
+    Mutant("our steps of the base count twice", P + "step.py", "watch.ours = True", "watch.ours = False", MISTAKES),
+    Mutant("the hook on the base stops the fused update", P + "rules.py", "type(hook) is not Watch", "True", MISTAKES),
+    Mutant(
+        "a pass without a gradient is none",
+        P + "step.py",
+        "        self._check_any(vectors[0])\n        products",
+        "        products",
+        MISTAKES,
+    ),
+    Mutant(
+        "dropped gradients are not told",
+        P + "step.py",
+        "if step.had_gradients and not self.left:",
+        "if False:",
+        MISTAKES,
+    ),
+    Mutant("a closure after a loop may run backward", P + "step.py", "itertools.islice(trained, 1)", "()", MISTAKES),
+    Mutant(
+        "a split mapping loses its class",
+        P + "batches.py",
+        "if not isinstance(mapping, MutableMapping):",
+        "if True:",
+        MISTAKES,
+    ),
+    Mutant(
+        "a wrapper in a wrapper is not opened",
+        P + "optimizer.py",
+        "inner = next((v for name",
+        "inner = found and next((v for name",
+        MISTAKES,
+    ),
+    Mutant(
+        "a part divides by the items of all parts",
+        P + "integrations/transformers.py",
+        "num_items_in_batch * share",
+        "num_items_in_batch",
+        "tests/test_frameworks.py -k count_the_items",
+    ),
+    Mutant(
+        "later passes log",
+        P + "integrations/lightning.py",
+        "with _without_logging(pl_module):",
+        "if True:",
+        FRAMEWORK,
+    ),
+    Mutant(
+        "later passes are not divided by the accumulation",
+        P + "integrations/lightning.py",
+        "loss = loss / trainer.accumulate_grad_batches",
+        "pass",
+        FRAMEWORK,
+    ),
+    Mutant(
+        "later passes get what the first one left of the batch",
+        P + "integrations/lightning.py",
+        "(rebuilt(batch), batch_idx)",
+        "(batch, batch_idx)",
+        FRAMEWORK,
+    ),
     # -- flat and checkpoint
     Mutant(
         "what lies among other things moves",
