@@ -642,6 +642,8 @@ def test_every_block_of_the_page_is_of_a_recipe():
     assert sum(len(recipe(heading)) for heading in RECIPES) == PAGE.read_text(encoding="utf-8").count("```python") == 5
 
 
+# The recipe leaves the Trainer's setting for GPUs as it is.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
 @pytest.mark.parametrize("heading", [pytest.param(h, marks=needs(library)) for h, library in RECIPES.items()])
 def test_the_recipe_of_the_page_runs_as_it_is_written(heading, tmp_path, accelerator_state, monkeypatch):
     monkeypatch.chdir(tmp_path)
