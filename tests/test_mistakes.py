@@ -405,3 +405,15 @@ def test_where_there_is_none_the_error_names_what_there_is():
     ):
         with pytest.raises(TypeError, match=f"there is no MicroBatchSAM in it, got {got}: make one"):
             msam_kernels.passes(wrapped, *batch())
+
+
+def test_torchs_own_step_that_only_makes_state_is_not_told():
+    """``get_state_dict`` steps a fresh optimizer on gradients that are zero."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1, momentum=0.9), strict=True)
+    before = weights(model)
+    _, state = get_state_dict(model, opt)
+    assert state["state"]
+    assert same_bits(model.parameters(), before)
