@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from . import masks
 from ._torch import forget_casts, mark_stepped
-from .batches import Split
+from .batches import MicroBatches, Split
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
@@ -313,7 +313,7 @@ class Engine:
                     value = call(closure)
                     if turn == 0:
                         values.append(value)
-            if step.had_gradients and not self.left:
+            if step.had_gradients and not self.left and not isinstance(closures, MicroBatches):
                 self.mistakes.say("dropped", DROPPED, remedy_of_caller=True)
             step.update(between)
         self.count_step()
