@@ -23,7 +23,7 @@ from .batches import MicroBatches, Split
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
-from .mistakes import Mistakes
+from .mistakes import Mistakes, remedy
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
 from .precision import Watch, is_short
 from .ranks import USE, Ascent, Ranks
@@ -689,15 +689,15 @@ class Engine:
 
 
 NO_BACKWARD = (
-    "no parameter of the optimizer has a gradient after this pass (strict=True makes this an error): the body of a passes() "
-    "loop calls backward() in every pass, not after the loop, and list(opt.passes(...)) ends the loop before any body has run: "
+    "no parameter of the optimizer has a gradient after this pass: the body of a passes() loop "
+    "calls backward() in every pass, not after the loop, and list(opt.passes(...)) ends the loop before any body has run: "
 )
 NO_BACKWARD_IN_DROP_IN = (
     "no parameter of the optimizer has a gradient in second_step(): call backward() again after first_step()"
 )
 NO_BACKWARD_IN_CLOSURE = (
-    "the closure left no gradient for any parameter of the optimizer (strict=True makes this an error): it calls backward() on "
-    "its loss, or comes after a passes() loop: "
+    "the closure left no gradient for any parameter of the optimizer: it calls backward() on its loss, or comes after a passes() "
+    "loop: "
 )
 PLAIN_STEP = (
     "step() on gradients that did not come out of passes() is a plain step of {base}, without the perturbation (strict=True "
@@ -766,7 +766,7 @@ class Step:
         self.perturbed = self.saves = False
         self.chose_mask, self.had_gradients = False, had_gradients
         self.turn = 0
-        self.lacks = NO_BACKWARD_IN_CLOSURE
+        self.lacks = NO_BACKWARD_IN_CLOSURE if clear else NO_BACKWARD_IN_DROP_IN
         self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
         self._scores = scores
@@ -1160,10 +1160,9 @@ class Step:
                 "no sharded parameter got a gradient in the first pass, so that there is nothing to perturb along: call "
                 "backward() in it, and model.set_requires_gradient_sync(True) before"
             )
-        if self.clear:
-            self.engine.mistakes.say("no backward", self.lacks, remedy_of_caller=True)
-        else:
-            self.engine.mistakes.say("no backward", NO_BACKWARD_IN_DROP_IN)
+        if self.clear and self.had_gradients and not self.accumulates:  # which would be dropped, for nothing
+            raise RuntimeError(f"{self.lacks}{remedy()}")
+        self.engine.mistakes.say("no backward", self.lacks, remedy_of_caller=self.clear)
 
     def add_scores(self, grads: Vectors, *, needed: bool = False) -> None:
         """What a mask is chosen by: the gradients so far. ``needed``: these are left as they are."""

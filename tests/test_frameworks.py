@@ -582,7 +582,7 @@ def test_fabric_trains_as_the_plain_loop_and_its_wrapper_has_no_state_of_its_own
                 scheduler.step()
                 optimizer.zero_grad()
     check(case, model, opt)
-    assert optimizer.steps == opt.steps == opt.state_dict()["msam"]["steps"]
+    assert optimizer.steps == opt.steps == opt.state_dict()["param_groups"][0]["msam_steps"]
 
 
 @needs("lightning")
@@ -613,7 +613,7 @@ def test_the_drop_in_counts_its_steps_on_the_optimizer_whoever_wraps_it():
         for step in (optimizer.first_step, optimizer.second_step):
             net(**batch)["loss"].backward()
             step(zero_grad=True)
-    assert optimizer.steps == opt.state_dict()["msam"]["steps"] == STEPS_OF_EPOCH
+    assert optimizer.steps == opt.state_dict()["param_groups"][0]["msam_steps"] == STEPS_OF_EPOCH
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
