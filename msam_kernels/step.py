@@ -696,8 +696,8 @@ NO_BACKWARD_IN_DROP_IN = (
     "no parameter of the optimizer has a gradient in second_step(): call backward() again after first_step()"
 )
 NO_BACKWARD_IN_CLOSURE = (
-    "the closure left no gradient for any parameter of the optimizer: it calls backward() on its loss, or comes after a passes() "
-    "loop: "
+    "the closure left no gradient for any parameter of the optimizer: it calls backward() on its loss, or comes after a "
+    "passes() loop: "
 )
 PLAIN_STEP = (
     "step() on gradients that did not come out of passes() is a plain step of {base}, without the perturbation (strict=True "
