@@ -21,13 +21,14 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build wheel demo family test lint docs bench gpu gpu-build gpu-picture clean FORCE
+.PHONY: help build wheel demo family test frameworks lint docs bench gpu gpu-build gpu-picture clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train with SGD, SAM, mSAM and F-SAM on real data: a table, and a picture in demo.png"
 	@echo "make family   the demo for every method of the family, on MNIST-1D: a table, and a picture in family.png"
 	@echo "make test     build, then run the tests; with ARGS='-m exhaustive' those that only CI needs"
+	@echo "make frameworks   install Accelerate, transformers and Lightning into the environment, and test with them; torch stays"
 	@echo "make lint     style and types of the Python code, licence lines"
 	@echo "make docs     the site, in build/site; a broken link or reference stops it"
 	@echo "make bench    time the optimizer step against plain PyTorch: tables, and build/bench_*.csv and .png; with ARGS"
@@ -65,6 +66,11 @@ family: build
 test: build
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$(PY)" -m pytest -n $(JOBS) -m "not exhaustive" $(ARGS)
 
+# Without what the packages ask for: torch is the environment's, and the rest of it stands in the file.
+frameworks: build
+	"$(PY)" -m pip install -q --no-deps -r requirements-frameworks.txt
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$(PY)" -m pytest -n $(JOBS) tests/test_frameworks.py $(ARGS)
+
 lint: build/environment
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
@@ -82,7 +88,8 @@ $(DOCS)/done: requirements-docs.txt
 	"$(DOCS)/bin/pip" install -q -r requirements-docs.txt
 	touch "$@"
 
-LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt requirements-docs.txt mkdocs.yml .ci/run $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) \
+LICENSED = Makefile setup.py pyproject.toml requirements-dev.txt requirements-docs.txt requirements-frameworks.txt mkdocs.yml .ci/run \
+	$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) \
 	$(wildcard msam_kernels/*.py msam_kernels/*/*.py tests/*.py benchmarks/*.py examples/*.py docs/*.py)
 
 bench: build

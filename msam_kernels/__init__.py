@@ -3,8 +3,8 @@
 
 from . import flatness, methods
 from .compat import SAM
-from .optimizer import MicroBatchSAM
+from .optimizer import MicroBatchSAM, passes
 
 __version__ = "0.1.0"
 
-__all__ = ["SAM", "MicroBatchSAM", "flatness", "methods"]
+__all__ = ["SAM", "MicroBatchSAM", "flatness", "methods", "passes"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping, MutableSequence, MutableSet, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ def split(batch: tuple[Any, ...], how: Split) -> tuple[list[Any], list[float]]:
     if how.leaves_whole:
         return [whole], [1.0]
     plain = all(isinstance(t, Tensor) for t in batch)  # the usual case, without the cost of walking a tree
-    leaves, spec = (batch, None) if plain else tree_flatten(whole, is_leaf=lambda t: isinstance(t, PackedSequence))
+    leaves, rebuild = (batch, None) if plain else _flattened(whole)
     lengths = set()
     for leaf in leaves:
         if leaf is not None and (what := _why_not(leaf)):
@@ -85,11 +85,40 @@ def split(batch: tuple[Any, ...], how: Split) -> tuple[list[Any], list[float]]:
         return [whole], [1.0]
     columns = [[None] * len(sizes) if leaf is None else leaf.split(sizes) for leaf in leaves]
     rows = zip(*columns, strict=True)
-    if spec is None:
+    if rebuild is None:
         parts: list[Any] = [row[0] if len(batch) == 1 else row for row in rows]
     else:
-        parts = [tree_unflatten(list(row), spec) for row in rows]
+        parts = [rebuild(row) for row in rows]
     return parts, [size / samples for size in sizes]
+
+
+def _flattened(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves, and what makes such a tree of others. Torch's trees, and mappings that are no dicts, such as a UserDict."""
+    leaves, spec = tree_flatten(tree, is_leaf=lambda t: isinstance(t, PackedSequence))
+    if not any(isinstance(leaf, Mapping) for leaf in leaves):
+        return leaves, lambda row: tree_unflatten(list(row), spec)
+    opened = [_opened(leaf) if isinstance(leaf, Mapping) else ([leaf], None) for leaf in leaves]
+
+    def rebuild(row: Sequence[Any]) -> Any:
+        values = iter(row)
+        new = [next(values) if of is None else of([next(values) for _ in inner]) for inner, of in opened]
+        return tree_unflatten(new, spec)
+
+    return [leaf for inner, _ in opened for leaf in inner], rebuild
+
+
+def _opened(mapping: Mapping[Any, Any]) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    leaves, rebuild = _flattened(dict(mapping))
+
+    def closed(row: Sequence[Any]) -> Any:
+        items = rebuild(row)
+        if not isinstance(mapping, MutableMapping):
+            return items
+        new = copy.copy(mapping)
+        new.update(items)
+        return new
+
+    return leaves, closed
 
 
 def _why_not(leaf: Any) -> str:
@@ -221,8 +250,37 @@ class MicroBatches(list[Callable[[], Any]]):
     def _run(self, part: Any) -> Tensor:
         """Forward and backward; the detached loss."""
         loss = self.loss_fn(part)
-        (loss if self.scale is None else self.scale(loss)).backward()
+        check_loss(loss)
+        try:
+            (loss if self.scale is None else self.scale(loss)).backward()
+        except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                raise RuntimeError(
+                    "loss_fn must not call backward() itself, nor use a graph of another pass: it returns the loss, and the "
+                    "optimizer calls backward()"
+                ) from error
+            raise
         return loss.detach()
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what ``backward()`` cannot be called on.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: several values, or none that depends on parameters.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn must return the mean loss of its micro-batch, a tensor, got a {type(loss).__name__}: return the loss "
+            "alone, and keep what else it computes in a list outside, where opt.pass_index is 0"
+        )
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn must return one value, the mean loss, got a tensor of shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss_fn returned a loss that depends on no parameter: do not detach it, and do not compute it under no_grad()"
+        )
 
 
 def micro_batches(

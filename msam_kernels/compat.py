@@ -47,9 +47,6 @@ class SAM(MicroBatchSAM):
     Source: the interface is that of github.com/davda54/sam.
     """
 
-    #: The gradients that the last step left in ``p.grad``, or ``zero_grad`` filled with zeros, and their versions.
-    _left: Sequence[tuple[ref[Tensor], int]] = ()
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -218,10 +215,11 @@ class SAM(MicroBatchSAM):
 
     def _note_what_is_left(self) -> None:
         grads = [p.grad for p in self.engine.store.parameters() if p.grad is not None]
-        self._left = list(zip(map(ref, grads), versions_of(grads), strict=True))  # a reference would keep the memory
+        # What the last step left there, or ``zero_grad`` filled with zeros; a reference would keep the memory.
+        self.engine.left = list(zip(map(ref, grads), versions_of(grads), strict=True))
 
     def _has_gradients_of_this_step(self) -> bool:
-        left = {id(g): version for old, version in self._left if (g := old()) is not None}
+        left = {id(g): version for old, version in self.engine.left if (g := old()) is not None}
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if [left.get(id(g)) for g in grads] == versions_of(grads):
             return False

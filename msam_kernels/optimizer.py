@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .capture import CapturedStep
 
-__all__ = ["MicroBatchSAM", "Stats"]
+__all__ = ["MicroBatchSAM", "Stats", "find", "passes"]
 
 
 def _of_engine(name: str, doc: str) -> Any:
@@ -160,6 +160,8 @@ class MicroBatchSAM(Optimizer):
         process_group: ranks that hold other parameters of the same model, as the stages of a pipeline do: norms and inner
             products are over the parameters of all of them. Sharded parameters (DTensors) need no group, see
             ``docs/sharded.md``.
+        strict: what would train something else than the method, such as a ``step()`` on gradients that came out of no
+            ``passes`` loop, is an error. Otherwise it is done, as a framework may want it, and a warning says so once.
 
     Raises:
         ValueError, TypeError, RuntimeError: arguments or parameters that cannot be served; the message names them and
@@ -185,6 +187,7 @@ class MicroBatchSAM(Optimizer):
         rounding: Rounding = "nearest",
         seed: int | None = None,
         process_group: ProcessGroup | None = None,
+        strict: bool = False,
     ):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -215,14 +218,21 @@ class MicroBatchSAM(Optimizer):
         self.base_optimizer = base_optimizer
         defaults = {**base_optimizer.defaults, "rho": rho}
         super().__setstate__({"defaults": defaults, **LIKE_NEW})
-        self.num_micro_batches = num_micro_batches or (None if micro_batch_size else 1)
-        self.micro_batch_size = micro_batch_size
         self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
         self.rounding, self.process_group = rounding, process_group
-        self._make_engine(method, model, ascent, seed)
+        split = Split(num_micro_batches or (None if micro_batch_size else 1), micro_batch_size)
+        self._make_engine(method, model, split, ascent, seed, strict)
         self.engine.take_over()
 
-    def _make_engine(self, method: methods.SAM, model: nn.Module | None, ascent: Ascent, seed: int | None) -> None:
+    def _make_engine(
+        self,
+        method: methods.SAM,
+        model: nn.Module | None,
+        split: Split,
+        ascent: Ascent,
+        seed: int | None,
+        strict: bool,
+    ) -> None:
         leave_to_eager(__package__)
         self._auto = Auto()
         self._compiled: Compiled | None = None
@@ -237,7 +247,10 @@ class MicroBatchSAM(Optimizer):
             ascent=ascent,
             seed=seed,
             process_group=self.process_group,
+            strict=strict,
         )
+        self.engine.split = split
+        self.engine.owner = ref(self)
         self._watch = checkpoint.watch(self.engine, model)
         this = ref(self.engine)
 
@@ -276,9 +289,59 @@ class MicroBatchSAM(Optimizer):
             base.register_load_state_dict_pre_hook(take_apart)
             base.register_load_state_dict_post_hook(load)
 
+    def _itself(self) -> MicroBatchSAM:
+        """Also where ``self`` is a framework's wrapper, which imitates this class."""
+        itself = self.engine.owner()
+        assert isinstance(itself, MicroBatchSAM)
+        return itself
+
     method: methods.SAM = _of_engine("method", "The method: how the perturbation is made.")
     enabled: bool = _of_engine("enabled", "Without it the base optimizer works alone.")
     steps: int = _of_engine("steps", "Steps taken so far.")
+    split: Split = _of_engine("split", "How a batch becomes micro-batches.")
+
+    @property
+    def num_micro_batches(self) -> int | None:
+        """Parts into which a batch is split; None where their size is given."""
+        return self.split.parts
+
+    @num_micro_batches.setter
+    def num_micro_batches(self, parts: int | None) -> None:
+        self.split = Split(parts, self.split.size)
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Samples per part of a batch; None where their number is given."""
+        return self.split.size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, size: int | None) -> None:
+        self.split = Split(self.split.parts, size)
+
+    @property
+    def strict(self) -> bool:
+        """Whether what would train something else than the method is an error."""
+        return self.engine.mistakes.strict
+
+    @strict.setter
+    def strict(self, strict: bool) -> None:
+        self.engine.mistakes.strict = strict
+
+    @property
+    def rho(self) -> float:
+        """Not here.
+
+        Raises:
+            AttributeError: read or set: rho is in the parameter groups, as the learning rate is.
+        """
+        raise AttributeError("rho is in the parameter groups, as lr is: group['rho'] for group in opt.param_groups")
+
+    @rho.setter
+    def rho(self, rho: Radius) -> None:
+        raise AttributeError(
+            f"opt.rho = {rho!r} would change nothing, rho is in the parameter groups, as lr is: "
+            f"for group in opt.param_groups: group['rho'] = {rho!r}"
+        )
 
     @property
     def model(self) -> nn.Module | None:
@@ -358,7 +421,7 @@ class MicroBatchSAM(Optimizer):
             "process_group",
         )
         return {
-            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled", "ascent")},
+            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled", "ascent", "strict")},
             "schedules": engine.radii.schedules,
             checkpoint.KEY: checkpoint.show(engine),
         }
@@ -369,13 +432,15 @@ class MicroBatchSAM(Optimizer):
             return
         left, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
-        ascent = state.pop("ascent", "global")
+        split = Split(state.pop("num_micro_batches"), state.pop("micro_batch_size"))
+        ascent, strict = state.pop("ascent", "global"), state.pop("strict", False)
         later = {"parallel": False, "compile": False, "rounding": "nearest", "process_group": None}
         super().__setstate__({**later, **state})
         seed = None if self.rounding == "nearest" else self.param_groups[0][SEED]
-        self._make_engine(method, model, ascent, seed)
+        self._make_engine(method, model, split, ascent, seed, strict)
         self.engine.enabled, self.engine.radii.schedules = enabled, schedules
         self.engine.adopt()
+        self.engine.listen()
         checkpoint.load(self.engine, checkpoint.out_of_state(self.base_optimizer, left))
 
     def __repr__(self) -> str:
@@ -524,7 +589,9 @@ class MicroBatchSAM(Optimizer):
     ) -> Any:
         """Update the weights.
 
-        Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop.
+        Without ``closure``: the base optimizer's step on ``p.grad``, as it stands after a ``passes`` loop. Gradients that came
+        out of no such loop are taken too, as frameworks may want it; a warning says so once, see ``strict``. After a loop there
+        may be a closure that runs no backward, as frameworks pass one: it is called, and its value returned.
 
         With a closure, which runs forward and backward and returns the loss, or a sequence of them, one per micro-batch
         of equal weight: the whole step. Each is called as often as the method needs. Restoring, accumulating and updating
@@ -542,7 +609,8 @@ class MicroBatchSAM(Optimizer):
             None, the closure's value at w, or for a sequence the detached mean of the values.
 
         Raises:
-            RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished.
+            RuntimeError: the weights are perturbed, by a ``passes`` loop that is not finished; a closure leaves no gradient;
+                or, with ``strict``, gradients came out of no loop, or would be dropped. Gradients are what they were.
             ValueError: a number of closures other than ``num_micro_batches``. With ``micro_batch_size`` the caller splits
                 the batch, into any number.
         """
@@ -558,10 +626,11 @@ class MicroBatchSAM(Optimizer):
     ) -> Any:
         """``step``, where nobody listens or the hooks have run."""
         self.engine.check_idle("step()")
-        if closure is None:
+        if closure is None or (self.engine.has_mean and callable(closure) and self.engine.follow()):
             if between is not None and between.scaled is not None:
                 raise ValueError("step(scaler=...) is for closures; after a passes() loop call scaler.step(opt)")
-            return self.engine.update(None if between is None else between.max_grad_norm)
+            most = None if between is None else between.max_grad_norm
+            return self.engine.update_after(closure, most) if callable(closure) else self.engine.update(most)
         closures: list[Callable[[], Any]] = [closure] if callable(closure) else list(closure)
         shares = closure.shares if isinstance(closure, MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
         wanted = self.num_micro_batches
@@ -623,14 +692,10 @@ class MicroBatchSAM(Optimizer):
         self.engine.check_idle("train_step()")
         if not batch:
             raise ValueError("train_step needs a batch: train_step(loss_fn, x, y)")
-        between = self.between(before_update, scaler, max_grad_norm)
-        loss: Tensor = self.step(self.micro_batches(loss_fn, batch, between))
+        itself = self._itself()  # a framework's wrapper has another step
+        between = itself.between(before_update, scaler, max_grad_norm)
+        loss: Tensor = itself.step(itself.micro_batches(loss_fn, batch, between))
         return loss
-
-    @property
-    def split(self) -> Split:
-        """How a batch becomes micro-batches."""
-        return Split(self.num_micro_batches, self.micro_batch_size)
 
     def between(
         self,
@@ -765,8 +830,9 @@ class MicroBatchSAM(Optimizer):
         from .capture import CapturedStep, CudaRecorder
 
         recorder = CudaRecorder(torch.device(devices[0]), generators)
-        between = self.between(before_update, scaler, max_grad_norm)
-        return CapturedStep(self, loss_fn, example_batch, recorder, warm_up, between, other_shapes)
+        itself = self._itself()
+        between = itself.between(before_update, scaler, max_grad_norm)
+        return CapturedStep(itself, loss_fn, example_batch, recorder, warm_up, between, other_shapes)
 
     def update_hyper(self) -> None:
         """Bring the device's copy of learning rates, rho and other hyper-parameters up to date, without a host sync.
@@ -860,3 +926,47 @@ class MicroBatchSAM(Optimizer):
     def restore(self) -> None:
         """Give up the step under way: weights and gradients are at once, bit for bit, what they were before it."""
         self.engine.restore()
+
+
+def find(optimizer: Any) -> MicroBatchSAM:
+    """The ``MicroBatchSAM`` inside of what a framework makes of it: Accelerate, Lightning, Fabric, a scheduler.
+
+    Raises:
+        TypeError: there is none; the message says what there is.
+    """
+    seen: list[Any] = []
+    inner, found = optimizer, None
+    while inner is not None and all(inner is not other for other in seen):
+        seen.append(inner)
+        found = inner if isinstance(inner, MicroBatchSAM) else found  # wrappers may imitate the class of what they wrap
+        inner = next((v for name in WRAPPED_AS if (v := getattr(inner, name, None)) is not None), None)
+    if found is None:
+        what = " around ".join(f"a {type(each).__name__}" for each in seen) or "None"
+        raise TypeError(
+            f"there is no MicroBatchSAM in it, got {what}: make one, MicroBatchSAM(base_optimizer), before a framework wraps it"
+        )
+    itself = found.engine.owner()
+    assert isinstance(itself, MicroBatchSAM)
+    return itself
+
+
+#: Under these names wrappers keep what they wrap.
+WRAPPED_AS = [prefix + name for name in ("optimizer", "optim") for prefix in ("", "_")]
+
+
+def passes(optimizer: Any, *batch: Any) -> Passes:
+    """``optimizer.passes(*batch)``, also where a framework has wrapped the optimizer.
+
+    ::
+
+        model, optimizer, loader = accelerator.prepare(model, MicroBatchSAM(...), loader)
+        for x, y in loader:
+            for xb, yb in msam_kernels.passes(optimizer, x, y):
+                accelerator.backward(loss_fn(model(xb), yb))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Raises:
+        TypeError: there is no ``MicroBatchSAM`` in it. Otherwise as ``MicroBatchSAM.passes``.
+    """
+    return find(optimizer).passes(*batch)

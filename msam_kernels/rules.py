@@ -84,13 +84,34 @@ RULES: dict[type[Optimizer], Rule] = {
 }
 
 
+class StepHook:
+    """A hook of ours on a base optimizer: tells of a step that somebody else makes with it.
+
+    Attributes:
+        tell: called before such a step.
+        ours: whether the step under way is ours.
+    """
+
+    def __init__(self, tell: Callable[[], None]):
+        self.tell, self.ours = tell, False
+
+    def __call__(self, base: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.ours:
+            self.tell()
+
+
+def _is_listened_to(base: Optimizer) -> bool:
+    before, after = step_hooks(base)
+    return bool(after) or any(type(hook) is not StepHook for hook in before.values())
+
+
 def fused_rule(base: Optimizer) -> Rule | None:
     """How to update in one kernel; None where only the base optimizer's own step will do."""
     rule = RULES.get(type(base))
     if rule is None:
         return None
     step = base.__dict__.get("step")  # patched on the instance: by a scheduler, which only counts, or by the user
-    if (step is not None and getattr(step, "__wrapped__", None) is not type(base).step) or any(step_hooks(base)):
+    if (step is not None and getattr(step, "__wrapped__", None) is not type(base).step) or _is_listened_to(base):
         return None
     for group in base.param_groups:
         if group.get("differentiable") or group.get("capturable"):

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,11 @@ from torch.optim import Optimizer
 
 from . import masks
 from ._torch import Scaled, is_shared, mark_stepped, versions_of
-from .batches import MicroBatches
+from .batches import MicroBatches, Split
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
 from .methods import BASE, SAM, Coefficient, Plan, SparseSAM
+from .mistakes import Mistakes, remedy
 from .parallel import SEQUENTIAL, ParallelPasses, Refused
 from .precision import Watch, is_short
 from .ranks import USE, Ascent, Ranks
@@ -33,6 +36,7 @@ from .rules import (
     Radii,
     Radius,
     Rule,
+    StepHook,
     Tables,
     check_method,
     fused_rule,
@@ -93,6 +97,8 @@ class Between(Protocol):
 LEFT = "; a loop that may be left early is given up at the end of `with opt.passes(...) as parts:`"
 #: By base optimizer: the groups whose rho a wrapper put there.
 RHO_OF_OURS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+#: By base optimizer: the hook that tells its wrapper of steps that are not the wrapper's own, and the engines of all of them.
+HOOKS: WeakKeyDictionary[Optimizer, tuple[StepHook, list[ref[Engine]]]] = WeakKeyDictionary()
 
 
 def _in_groups(key: str) -> Any:
@@ -114,6 +120,11 @@ class Engine:
         step: the one under way, or None.
         norms_sq: of the latest step, by micro-batch: the terms of the direction's squared norm.
         latest: the plan of that step.
+        split: how a batch becomes micro-batches. Frameworks wrap the optimizer: what changes is here, where all see it.
+        left: the gradients that the drop-in's last step left in ``p.grad``, and their versions.
+        has_mean: whether ``p.grad`` holds what ``passes`` loops ended in, and no step has taken it yet.
+        owner: the optimizer itself, which wrappers imitate.
+        mistakes: says what would not train the method.
         v_step: the step that "v", which LookSAM remembers, or WSAM's "gap" was made in; -1 where the next one starts it anew.
         mask_step: the step at which the mask was first used; in the groups as "msam_mask_step", where a method has one.
         ranks: whose gradients are averaged.
@@ -136,8 +147,14 @@ class Engine:
         ascent: Ascent = "global",
         seed: int | None = None,
         process_group: ProcessGroup | None = None,
+        strict: bool = False,
     ):
         self.base, self.method = base, method
+        self.split = Split(1, None)
+        self.left: Sequence[tuple[ref[Tensor], int]] = ()
+        self.has_mean = False
+        self.mistakes = Mistakes(strict)
+        self.owner: ref[Optimizer]
         self.buffers = Buffers(model)
         self.ranks = Ranks(ascent, model)
         self.unreduced = False
@@ -210,12 +227,35 @@ class Engine:
         counted = self.base in RHO_OF_OURS
         try:
             self.adopt()
+            now = [group["rho"] for group in earlier]
+            if radii != now and self.base in HOOKS and latest(HOOKS[self.base][1]) is not None:
+                self.mistakes.say(
+                    "second wrapper",
+                    f"another MicroBatchSAM wraps this {type(self.base).__name__}, and its rho goes from {radii} to {now}: "
+                    "wrap an optimizer once, or delete the first wrapper",
+                )
         except BaseException:
             for group, rho in zip(earlier, radii, strict=True):
                 group["rho"] = rho
             raise
         if counted:  # by that wrapper
             self.steps = 0
+        self.listen()
+
+    def listen(self) -> None:
+        """Be told of steps that somebody else makes with the base optimizer."""
+        if self.base not in HOOKS:
+            engines: list[ref[Engine]] = []
+
+            def tell() -> None:
+                engine = latest(engines)
+                if engine is not None:
+                    engine.count_step_of_base()
+
+            HOOKS[self.base] = hook, _ = StepHook(tell), engines
+            with suppress(AttributeError):  # some wrappers of optimizers have no hooks
+                self.base.register_step_pre_hook(hook)
+        HOOKS[self.base][1].append(ref(self))
 
     def take_in(self, *, moved: bool = False) -> None:
         """Notice groups that came by the base optimizer's ``add_param_group`` since the last look, and what was unfrozen.
@@ -365,11 +405,13 @@ class Engine:
         self.check_idle("passes()")
         with self.begin(shares, scaled, parts=parts, accumulates=True) as step:
             step.adds_to_v = step.had_gradients and self.v_step == self.steps
+            step.lacks = NO_BACKWARD
             for _, part in step.turns(parts):
                 yield part if renewed is None else renewed(part)
             step.conclude()
             step.end_in_grads()
             self.store.drawn += len(parts)
+        self.has_mean = True
 
     def run(
         self,
@@ -395,6 +437,8 @@ class Engine:
                     value = call(closure)
                     if turn == 0:
                         values.append(value)
+            if step.had_gradients and not self.left and not isinstance(closures, MicroBatches):
+                self.mistakes.say("dropped", DROPPED, remedy_of_caller=True)
             step.update(between)
         self.count_step()
         return values
@@ -403,7 +447,53 @@ class Engine:
         """The base optimizer's step on the gradients that are there, as if no longer than ``most``."""
         if self._is_asked_for_state():
             return self._begin_state()
+        if not self.has_mean:
+            self.check_plain()
         self.update_uncounted(most=most)
+        self.count_step()
+
+    def update_after(self, closure: Callable[[], Any], most: float | None = None) -> Any:
+        """``update`` on what a loop has left, after a closure that adds nothing to it, such as frameworks give; its value.
+
+        Raises:
+            RuntimeError: the closure runs backward.
+        """
+        trained = (p for p in reversed(self.store.parameters()) if p.grad is not None and p.requires_grad)
+        hooks = [p.register_hook(_refuse) for p in itertools.islice(trained, 1)]  # the last one gets its gradient first
+        try:
+            value = call(closure)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.update(most)
+        return value
+
+    def check_plain(self) -> None:
+        """Gradients that came out of no loop: a word where the method would have made others of them.
+
+        Raises:
+            RuntimeError: ``strict``.
+        """
+        if self.plan() is not BASE and self.follow() and any(group.get("rho") for group in self.base.param_groups):
+            sentence = PLAIN_STEP.format(base=type(self.base).__name__)
+            self.mistakes.say("plain", sentence, remedy_of_caller=True)
+
+    def count_step_of_base(self) -> None:
+        """Before a step that somebody makes with the base optimizer, instead of ours.
+
+        Raises:
+            RuntimeError: the weights are perturbed, or the step would be another one than ours.
+        """
+        self.check_idle(f"{type(self.base).__name__}.step()")
+        if self._is_asked_for_state():
+            return
+        if not self.has_mean:
+            self.check_plain()
+        elif self.plan().after:
+            raise RuntimeError(
+                f"{self.method} has a part of its own after the base optimizer's step: call step() of the MicroBatchSAM, not "
+                f"of the {type(self.base).__name__} in it"
+            )
         self.count_step()
 
     def _is_asked_for_state(self) -> bool:
@@ -438,7 +528,7 @@ class Engine:
         if rule is None or grads is None:
             if most is not None:
                 clip_grad_norm_(self.store.parameters(), most)
-            self.base.step()
+            self._step_of_base()
         else:
             if most is None:
                 descent = Descent()
@@ -450,6 +540,14 @@ class Engine:
         if self.method.full.after and self.v_step == self.steps:
             self.shift(self.collect(clear=False), found_inf=found_inf)
         self.store.forget_copies()
+
+    def _step_of_base(self) -> None:
+        hook, _ = HOOKS[self.base]
+        hook.ours = True
+        try:
+            self.base.step()
+        finally:
+            hook.ours = False
 
     def shift(self, stepped: Vectors, gap: Vectors | None = None, found_inf: Tensor | None = None) -> None:
         """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights.
@@ -527,7 +625,7 @@ class Engine:
         else:
             self.skipped()
             self.v_step = -1
-            self.unreduced = False
+            self.unreduced = self.has_mean = False
 
     def skipped(self, *, values: bool = True) -> None:
         """The gradients of loops since the latest update are gone, and what those loops changed with them.
@@ -544,7 +642,7 @@ class Engine:
 
     def count_step(self) -> None:
         self.undo = None
-        self.unreduced = False
+        self.unreduced = self.has_mean = False
         self.store.drawn = 0
         if not self.store.is_capturing():  # what is captured has not run
             self.steps += 1
@@ -590,6 +688,39 @@ class Engine:
             raise error
 
 
+NO_BACKWARD = (
+    "no parameter of the optimizer has a gradient after this pass: the body of a passes() loop "
+    "calls backward() in every pass, not after the loop, and list(opt.passes(...)) ends the loop before any body has run: "
+)
+NO_BACKWARD_IN_DROP_IN = (
+    "no parameter of the optimizer has a gradient in second_step(): call backward() again after first_step()"
+)
+NO_BACKWARD_IN_CLOSURE = (
+    "the closure left no gradient for any parameter of the optimizer: it calls backward() on its loss, or comes after a "
+    "passes() loop: "
+)
+PLAIN_STEP = (
+    "step() on gradients that did not come out of passes() is a plain step of {base}, without the perturbation (strict=True "
+    "makes this an error, opt.enabled = False is for plain steps): write "
+)
+DROPPED = (
+    "gradients of earlier backward passes are in p.grad, and step(closure) drops them (strict=True makes this an error): clear "
+    "them by zero_grad(), or to accumulate over batches write "
+)
+
+
+def latest(engines: Sequence[ref[Engine]]) -> Engine | None:
+    """Of those that are still there."""
+    return next((engine for this in reversed(engines) if (engine := this()) is not None), None)
+
+
+def _refuse(_: Tensor) -> None:
+    raise RuntimeError(
+        "this closure runs backward, and a passes() loop has left its gradient in p.grad already: use one of the two, step() "
+        "after the loop, or step(closure) alone"
+    )
+
+
 def call(closure: Callable[[], Any]) -> Any:
     return closure() if torch.is_grad_enabled() else torch.enable_grad()(closure)()
 
@@ -603,6 +734,7 @@ class Step:
         perturbed: whether weights may be perturbed: the kernels know which.
         saves: whether weights were saved that the kernels hold to be those of this step.
         had_gradients: whether any were there before it, and not dropped since.
+        lacks: what to say where a pass leaves no gradient at all.
         turn: which pass of its micro-batch is under way: 0 at w, or at w + e where the momentum gives that; 1 at w + e, 2 at
             w − e.
         aside: by flat, the gradients that were there before the step, and their values in memory that nobody else writes to;
@@ -634,6 +766,7 @@ class Step:
         self.perturbed = self.saves = False
         self.chose_mask, self.had_gradients = False, had_gradients
         self.turn = 0
+        self.lacks = NO_BACKWARD_IN_CLOSURE if clear else NO_BACKWARD_IN_DROP_IN
         self.aside: list[tuple[Optionals, Optionals]] | None = None
         self.adds_to_v = False
         self._scores = scores
@@ -1011,7 +1144,7 @@ class Step:
         self._held.insert(0, Vectors([own_memory(tensors) for tensors in grads.lists], grads.absent))
 
     def _check_any(self, grads: Vectors) -> None:
-        """No gradient at all: has the model other parameters by now, or are gradients kept elsewhere?"""
+        """No gradient at all: was backward forgotten, has the model other parameters by now, or are gradients elsewhere?"""
         store = self.store
         if not grads.absent or grads.absent < sum(len(flat.params) for flat in store.flats):
             return
@@ -1027,6 +1160,9 @@ class Step:
                 "no sharded parameter got a gradient in the first pass, so that there is nothing to perturb along: call "
                 "backward() in it, and model.set_requires_gradient_sync(True) before"
             )
+        if self.clear and self.had_gradients and not self.accumulates:  # which would be dropped, for nothing
+            raise RuntimeError(f"{self.lacks}{remedy()}")
+        self.engine.mistakes.say("no backward", self.lacks, remedy_of_caller=self.clear)
 
     def add_scores(self, grads: Vectors, *, needed: bool = False) -> None:
         """What a mask is chosen by: the gradients so far. ``needed``: these are left as they are."""
@@ -1183,6 +1319,8 @@ class Step:
             together, self._together = self._together, None
             return together
         vectors = [self._collect(clear=clear), *self._held]
+        if not store.is_sharded:
+            self._check_any(vectors[0])
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
         norm_sq = self._seen(self._norm_sq, vectors[0])

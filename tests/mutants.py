@@ -57,6 +57,9 @@ OWN_ASCENTS, SCENARIOS, ACCUMULATED = (
 )
 FOLLOW = "tests/test_follow.py -m 'not exhaustive'"
 COMPAT, OPTIM_DB = "tests/test_compat.py", "tests/test_optim_db.py -m 'not exhaustive'"
+MISTAKES = "tests/test_mistakes.py"
+# These need what `make frameworks` installs.
+FRAMEWORK = "tests/test_frameworks.py -k 'lightning_trains_as and accumulation'"
 P, B = "msam_kernels/", "msam_kernels/backends/"
 
 MUTANTS = [
@@ -682,7 +685,113 @@ MUTANTS = [
         "        self._look_at_scale()",
         "tests/test_optimizer.py -k within_a_step",
     ),
-    Mutant("a patched step is not called", P + "rules.py", "or any(step_hooks(base))", "", "tests/test_conventions.py"),
+    Mutant("a patched step is not called", P + "rules.py", "or _is_listened_to(base)", "", "tests/test_conventions.py"),
+    # -- what would train something else than the method
+    Mutant(
+        "a plain step is not told",
+        P + "step.py",
+        "if not self.has_mean:\n            self.check_plain()\n        self.up",
+        "self.up",
+        MISTAKES,
+    ),
+    Mutant(
+        "a loop counts for ever",
+        P + "step.py",
+        "self.unreduced = self.has_mean = False\n        self.store",
+        "self.unreduced = False\n        self.store",
+        MISTAKES,
+    ),
+    Mutant(
+        "cleared gradients are those of a loop",
+        P + "step.py",
+        "            self.unreduced = self.has_mean = False\n",
+        "",
+        MISTAKES,
+    ),
+    Mutant("a mistake is told every time", P + "mistakes.py", "self._said.add(kind)", "pass", MISTAKES),
+    Mutant(
+        "a plain step is told where rho is 0",
+        P + "step.py",
+        'and any(group.get("rho") for group in self.base.param_groups)',
+        "",
+        MISTAKES,
+    ),
+    Mutant("a step of the base is not counted", P + "rules.py", "if not self.ours:", "if False:", MISTAKES),
+    Mutant(
+        "a step of the base that asks for state is counted",
+        P + "step.py",
+        "if self._is_asked_for_state():\n            return\n",
+        "pass\n",
+        MISTAKES,
+    ),
+    Mutant(
+        "a closure may drop gradients for nothing",
+        P + "step.py",
+        "if self.clear and self.had_gradients and not self.accumulates:",
+        "if False:",
+        MISTAKES,
+    ),
+    Mutant("our steps of the base count twice", P + "step.py", "hook.ours = True", "hook.ours = False", MISTAKES),
+    Mutant(
+        "the hook on the base stops the fused update", P + "rules.py", "type(hook) is not StepHook", "True", MISTAKES
+    ),
+    Mutant(
+        "a pass without a gradient is none",
+        P + "step.py",
+        "            self._check_any(vectors[0])\n        products",
+        "            pass\n        products",
+        MISTAKES,
+    ),
+    Mutant(
+        "dropped gradients are not told",
+        P + "step.py",
+        "if step.had_gradients and not self.left and not isinstance(closures, MicroBatches):",
+        "if False:",
+        MISTAKES,
+    ),
+    Mutant("a closure after a loop may run backward", P + "step.py", "itertools.islice(trained, 1)", "()", MISTAKES),
+    Mutant(
+        "a split mapping loses its class",
+        P + "batches.py",
+        "if not isinstance(mapping, MutableMapping):",
+        "if True:",
+        MISTAKES,
+    ),
+    Mutant(
+        "a wrapper in a wrapper is not opened",
+        P + "optimizer.py",
+        "inner = next((v for name",
+        "inner = found and next((v for name",
+        MISTAKES,
+    ),
+    Mutant(
+        "a part divides by the items of all parts",
+        P + "integrations/transformers.py",
+        "num_items_in_batch * share",
+        "num_items_in_batch",
+        "tests/test_frameworks.py -k count_the_items",
+    ),
+    Mutant(
+        "later passes log",
+        P + "integrations/lightning.py",
+        "with _without_logging(pl_module):",
+        "if True:",
+        FRAMEWORK,
+    ),
+    Mutant(
+        "later passes are not divided by the accumulation",
+        P + "integrations/lightning.py",
+        "loss = loss / trainer.accumulate_grad_batches",
+        "pass",
+        FRAMEWORK,
+    ),
+    Mutant(
+        "later passes get what the first one left of the batch",
+        P + "integrations/lightning.py",
+        "(rebuilt(batch), batch_idx)",
+        "(batch, batch_idx)",
+        FRAMEWORK,
+    ),
     # -- flat and checkpoint
     Mutant(
         "what lies among other things moves",
@@ -951,8 +1060,8 @@ MUTANTS = [
     Mutant(
         "a step that asks for state is counted",
         P + "step.py",
-        "if self._is_asked_for_state():",
-        "if False:",
+        "if self._is_asked_for_state():\n            return self._b",
+        "if False:\n            return self._b",
         "tests/test_checkpoint.py -k asking",
     ),
     Mutant(

@@ -29,6 +29,9 @@ MAY_KNOW = {
     "compat": {"_torch", "methods", "optimizer"},
     "capture": {"_checks", "_torch", "batches", "between", "methods", "optimizer", "rules"},
     "flatness": {"_checks", "_torch", "batches", "buffers", "flat", "gradients", "methods", "optimizer"},
+    "integrations": set(),
+    "integrations.lightning": {"batches", "optimizer"},
+    "integrations.transformers": {"batches", "optimizer"},
     "optimizer": {
         *(
             "_checks",
@@ -40,6 +43,7 @@ MAY_KNOW = {
             "compiled",
             "gradients",
             "methods",
+            "mistakes",
             "parallel",
             "precision",
             "ranks",
@@ -50,8 +54,8 @@ MAY_KNOW = {
     "between": {"_checks", "_torch", "gradients", "rules", "step", "store"},
     "checkpoint": {"_torch", "flat", "rules", "sharded", "step", "store"},
     "step": {
-        *("_torch", "batches", "buffers", "gradients", "masks", "methods", "parallel", "precision", "ranks", "rules"),
-        *("sharded", "store", "units"),
+        *("_torch", "batches", "buffers", "gradients", "masks", "methods", "mistakes", "parallel", "precision"),
+        *("ranks", "rules", "sharded", "store", "units"),
     },
     "units": {"_torch", "backends.reference", "flat", "methods", "store"},
     "ranks": {"batches", "flat", "gradients", "methods", "sharded", "store"},
@@ -69,6 +73,7 @@ MAY_KNOW = {
     "buffers": {"_torch", "backends.checks", "gradients"},
     "_torch": set(),
     "_checks": set(),
+    "mistakes": set(),
     "backends": {"_C", "backends.checks", "backends.reference", "backends.triton_kernels"},
     "backends.triton_kernels": {"backends.checks"},
     "backends.reference": {"backends.checks"},
@@ -81,7 +86,11 @@ LATER = {"optimizer": {"capture"}}
 MODULES = [module for module in MAY_KNOW if module != "_C"]
 # What an installed package brings with it; the command line may look for more when asked to.
 DEPENDENCIES = {"torch"}
-OPTIONAL = {"backends.triton_kernels": {"triton"}}  # imported only when it is there
+OPTIONAL = {
+    "backends.triton_kernels": {"triton"},
+    "integrations.lightning": {"lightning"},
+    "integrations.transformers": {"transformers"},
+}  # imported only when it is there
 
 
 def module_of(path: Path) -> str:
@@ -179,7 +188,8 @@ def test_every_module_has_a_row_in_the_table():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_whom_it_may_know(module):
-    package = "msam_kernels.backends" if module.startswith("backends") else "msam_kernels"
+    inside = next((name for name in ("backends", "integrations") if module.startswith(name)), None)
+    package = "msam_kernels" if inside is None else f"msam_kernels.{inside}"
     now, later, others = imports(source_of(module), package)
     assert now <= MAY_KNOW[module]
     assert later <= MAY_KNOW[module] | LATER.get(module, set())
@@ -192,7 +202,9 @@ def test_knowledge_goes_one_way():
 
 
 def test_only_what_stands_above_the_optimizer_knows_it():
-    assert {m for m, known in MAY_KNOW.items() if "optimizer" in known} == {"__init__", "compat", "capture", "flatness"}
+    assert {m for m, known in MAY_KNOW.items() if "optimizer" in known} == {
+        *("__init__", "compat", "capture", "flatness", "integrations.lightning", "integrations.transformers")
+    }
 
 
 def test_kernels_and_specification_do_not_know_each_other_or_parameter_groups():

@@ -136,6 +136,7 @@ def test_an_error_before_the_update_leaves_the_mask_as_it_was(backend):
 # ---- scalers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the closure left no gradient for any parameter of the optimizer")
 def test_a_scaler_without_any_gradient_to_look_at_says_so_and_the_next_step_works(backend):
     trained, scaler = Trained(backend, "SAM", "SGD", count=1), new_scaler()
     alone = torch.ones((), device=DEVICE, requires_grad=True)

@@ -137,6 +137,7 @@ def test_a_step_of_learning_rate_zero_is_a_step_where_there_is_a_gradient(backen
     train(model, opt, range(1))
     assert opt.steps == 1
     model, opt = new(methods.SAM(), "AdamW", backend=backend)
+    opt.enabled = False
     loss_of(model, *batch(6, F64)).backward()
     for group in opt.param_groups:
         group["lr"] = 0.0
@@ -212,7 +213,7 @@ def test_a_wrapper_that_copies_the_attributes_counts_and_saves_the_same_steps(me
 def test_another_wrapper_of_the_same_optimizer_counts_anew():
     model, opt = new(methods.SAM(), "SGD")
     train(model, opt, range(3))
-    assert MicroBatchSAM(opt.base_optimizer, method=methods.SAM(start=2)).steps == 0
+    assert MicroBatchSAM(opt.base_optimizer, 0.1, method=methods.SAM(start=2)).steps == 0
 
 
 # ---- inside of a loop ------------------------------------------------------------------------------------------------

@@ -412,6 +412,7 @@ def test_a_compiled_function_around_the_step_trains_as_the_plain_one(way):
         if way in WAYS:
             WAYS[way](opt, model, data)
         else:
+            opt.enabled = False
             opt.zero_grad()
             loss_of(model, *data).backward()
             opt.step()

@@ -932,6 +932,7 @@ def test_loops_and_closures_stay_sequential(monkeypatch):
     for part in opt.passes(x, y):
         loss_of(model)(*part).backward()
     opt.step()
+    opt.zero_grad()
 
     def closure():
         loss = loss_of(model)(x, y)

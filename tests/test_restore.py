@@ -570,6 +570,7 @@ def each_old_or_new(now, old, new):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:gradients of earlier backward passes are in p.grad")
 @pytest.mark.parametrize(
     ("first", "stride"),
     [

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``SAMCallback``: Lightning's automatic optimization with every pass of the method."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from ..batches import rebuilt
+from ..optimizer import MicroBatchSAM, find
+
+__all__ = ["SAMCallback"]
+
+
+class SAMCallback(Callback):
+    """Runs every pass in automatic optimization, where ``configure_optimizers`` returns a ``MicroBatchSAM``.
+
+    ::
+
+        Trainer(callbacks=[SAMCallback()], accumulate_grad_batches=4, gradient_clip_val=1.0).fit(model, loader)
+
+    ``training_step`` runs once for each pass, hooks around ``backward`` and the optimizer's step once for each batch. Each
+    batch of ``accumulate_grad_batches`` is a micro-batch, with an e of its own. Clipping is that of the descent gradient. What
+    ``training_step`` logs, and the loss, is that at w; its later passes log nothing.
+
+    In manual optimization it does nothing: ``for part in self.optimizers().passes(batch)`` is all that is needed there.
+
+    Raises:
+        TypeError: the optimizer is no ``MicroBatchSAM``.
+        ValueError: ``num_micro_batches`` or ``micro_batch_size`` of it would split Lightning's batches.
+    """
+
+    def __init__(self) -> None:
+        self._opt: MicroBatchSAM | None = None
+        self._turns: Generator[Any, None, None] | None = None
+        self._batch: tuple[Any, ...] = ()
+
+    # -- around training ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not pl_module.automatic_optimization:
+            return
+        opt = find(trainer.optimizers[0])
+        if not opt.split.leaves_whole:
+            raise ValueError(
+                f"Lightning runs a batch as one: the micro-batches are those of accumulate_grad_batches, got {opt.split}; "
+                "or use manual optimization with a passes() loop, which splits a batch"
+            )
+        pl_module.optimizer_step = partial(self._step, pl_module.optimizer_step)
+        self._opt = opt
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._leave(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._leave(pl_module)
+
+    def _leave(self, pl_module: Any) -> None:
+        if self._turns is not None:
+            self._turns.close()
+        self._turns, self._batch = None, ()
+        if self._opt is not None:
+            del pl_module.optimizer_step
+        self._opt = None
+
+    # -- a batch ------------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
+        self._batch = (rebuilt(batch), batch_idx) if takes_index else (rebuilt(batch),)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """The pass at w is Lightning's own, but for the gradients of batches before."""
+        if self._opt is not None and self._turns is None:
+            self._turns = iter(self._opt.passes())
+            next(self._turns)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if self._turns is None:
+            return
+        precision = trainer.precision_plugin
+        scaler = getattr(precision, "scaler", None)
+        try:
+            for _ in self._turns:
+                with _without_logging(pl_module):
+                    output = trainer.strategy.training_step(*rebuilt(self._batch))
+                loss = output["loss"] if isinstance(output, Mapping) else output
+                if loss is None:
+                    raise RuntimeError("training_step returned a loss at w, and None in a later pass of the same batch")
+                loss = loss / trainer.accumulate_grad_batches
+                precision.backward(loss if scaler is None else scaler.scale(loss), pl_module, self._opt)
+        finally:
+            self._turns.close()
+            self._turns = None
+
+    def _step(
+        self,
+        own: Callable[..., None],
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """The module's ``optimizer_step``, after every pass has run: Lightning clips and steps on what they left."""
+        result = None if optimizer_closure is None else optimizer_closure()
+        if result is not None or (self._opt is not None and self._opt.engine.has_mean):
+            own(epoch, batch_idx, optimizer, lambda: result)
+
+
+@contextmanager
+def _without_logging(pl_module: Any) -> Iterator[None]:
+    pl_module.log = pl_module.log_dict = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del pl_module.log, pl_module.log_dict
