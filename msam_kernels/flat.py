@@ -333,7 +333,7 @@ class Flat:
     def parts(self, buffer: Tensor) -> list[Tensor]:
         return [self.part(buffer, i) for i in range(len(self.params))]
 
-    def views(self, buffer: Tensor) -> list[Tensor]:
+    def slices(self, buffer: Tensor) -> list[Tensor]:
         """The same in one storage, for what lasts no longer than a step: they are made in a tenth of the time."""
         places = zip(self._shapes, self._strides, self.offsets, strict=True)
         return [buffer.as_strided(shape, strides, buffer.storage_offset() + begin) for shape, strides, begin in places]

@@ -217,7 +217,7 @@ def summed(store: Store, descent: Descent, group: Any) -> Vectors:
         message = _message(sum(_length(flat) for _, flat in members), device, dtype)
         begin = 0
         for f, flat in members:
-            lists[f] = flat.views(message[begin : begin + flat.size])
+            lists[f] = flat.slices(message[begin : begin + flat.size])
             flags[f] = message[begin + flat.size : begin + _length(flat)]
             begin += _length(flat)
             flat.backend.descend([], lists[f], descent.lists(f), flat.table, **descent.on(device))
