@@ -1882,8 +1882,8 @@ MUTANTS = [
     Mutant(
         "random rounding: loops are counted over all steps",
         P + "step.py",
-        "        self.store.drawn = 0\n",
-        "",
+        "        self.store.drawn = 0\n        if not",
+        "        if not",
         "tests/test_precision.py -k goes_on",
     ),
     Mutant(
