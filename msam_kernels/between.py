@@ -98,6 +98,12 @@ class Between:
 
     def __call__(self) -> Tensor | None:
         """Unscale ``p.grad``, clip it, then the user's turn; what was found, for the update."""
+        found_inf = self._limit_with_ranks() if self._engine.store.has_ranks else self._limit()
+        if self._before_update is not None:
+            self._before_update()
+        return found_inf
+
+    def _limit(self) -> Tensor | None:
         found_inf = None
         if self.scaled is not None:
             self.scaled.scaler.unscale_(self._opt)
@@ -110,8 +116,15 @@ class Between:
                 found_inf = found if found_inf is None else found_inf + found
         if self.max_grad_norm is not None:
             clip_grad_norm_(self._engine.store.parameters(), self.max_grad_norm)
-        if self._before_update is not None:
-            self._before_update()
+        return found_inf
+
+    def _limit_with_ranks(self) -> Tensor | None:
+        """The same of the parameters of all ranks, which decide alike: torch's functions look at those of this one."""
+        if self.scaled is None and self.max_grad_norm is None:
+            return None
+        found_inf = self.note(*self._engine.limit(self._engine.units.scale, self.max_grad_norm))
+        if self.scaled is not None:
+            self.scaled.has_stepped(self.found_infs)  # so that its ``unscale_`` does not do it again
         return found_inf
 
     def note(self, found_inf: Tensor, mean: Vectors) -> Tensor | None:

@@ -207,6 +207,7 @@ class CapturedStep:
         for static, leaf in zip(inputs, leaves, strict=True):
             if static is not None and leaf is not None:
                 static.copy_(leaf.detach(), non_blocking=True)
+        engine.skipped()  # gradients of before take no part
         engine.prepare()
         plan = engine.plan()
         if engine.chooses_mask(plan):  # looks at values, as no graph can

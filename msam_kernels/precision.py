@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,8 @@ def seed_of(rounding: Any, seed: Any) -> int | None:
 class Watch:
     """Warns, once, where less than half of the first perturbation arrives.
 
-    On a GPU it never waits: the numbers are copied behind a step, and looked at in a later one, when they are there.
+    On a GPU it never waits: the numbers are copied behind a step, and looked at in a later one, when they are there. Until
+    then there are no others.
     """
 
     LEAST = 0.5
@@ -52,10 +54,12 @@ class Watch:
         self._copied: Tensor | None = None  # on the host: the product with what was asked for, and that one's square
         self._event: Any = None  # after which it is there
 
-    def note(self, sums: Tensor) -> None:
-        """``sums``: float64 ``[3]``, see ``Store.achieved``."""
+    def note(self, measure: Callable[[], Tensor]) -> None:
+        """Look at what is there, and ``measure`` what is to come: float64 ``[3]``, see ``Store.achieved``."""
+        self.look()
         if self.is_over or self._copied is not None:
             return
+        sums = measure()
         if sums.device.type == "cpu":
             self._copied = sums
         else:

@@ -171,6 +171,7 @@ class Engine:
         self.norms_sq: list[Tensor] = []
         self.latest = BASE
         self.watch = Watch()
+        self.watches = False  # whether there is anything to watch
 
     # -- between steps ----------------------------------------------------------------------------------------------------
 
@@ -203,9 +204,17 @@ class Engine:
         """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
         self.check_mask(self.method.full.sparse, any(map(is_dtensor, self.store.parameters())))
         before = self.store.flats
+        if self.undo is not None and self.step is None and self.store.left_home():
+            # What it would bring back is about to move. Gradients that are still there are taken to become a step.
+            if any(p.grad is not None for p in self.store.parameters()):
+                self.undo = None
+            self.skipped()
         self.store.adopt(self.check_idle, self.method.full.only, also)
         if any(flat not in self.store.flats for flat in before):
             self.norms_sq = []  # of flats that are gone
+        # With random rounding all arrives, on average. Of several ranks some might measure, which is a message, and others not.
+        is_short_ = any(is_short(flat.dtype) for flat in self.store.flats)
+        self.watches = is_short_ and self.store.seed is None and not self.store.has_ranks
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -527,7 +536,10 @@ class Engine:
         self.refresh_settings(rule)
         if rule is None or grads is None:
             if most is not None:
-                clip_grad_norm_(self.store.parameters(), most)
+                if self.store.has_ranks:
+                    self.limit(None, most)
+                else:
+                    clip_grad_norm_(self.store.parameters(), most)
             self._step_of_base()
         else:
             if most is None:
@@ -548,6 +560,19 @@ class Engine:
             self.base.step()
         finally:
             hook.ours = False
+
+    def limit(self, scale: Tensor | None, most: float | None) -> tuple[Tensor, Vectors]:
+        """``p.grad`` without its scale, and no longer than ``most``, of the parameters of all ranks.
+
+        Returns:
+            Whether it was not finite, as on all ranks, and what ``p.grad`` is then.
+        """
+        grads = self.collect(clear=False)
+        grads.lists = own_memory_of_lists(grads.lists, whole=False)
+        limited, not_finite = self.store.limited(grads, None, scale, most)
+        self.store.descend(grads, limited, weights=False)
+        self.store.set_grads(self.store.optionals(grads))
+        return not_finite, grads
 
     def shift(self, stepped: Vectors, gap: Vectors | None = None, found_inf: Tensor | None = None) -> None:
         """After the base optimizer's step: ``gap``, or what the step's micro-batches kept of it, off the weights.
@@ -632,6 +657,7 @@ class Engine:
 
         ``values``: memories may have changed, which they do not in what a CUDA graph captures.
         """
+        self.store.drawn = 0
         if self.undo is not None:
             if values:
                 self.undo.bring_back()
@@ -646,14 +672,8 @@ class Engine:
         self.store.drawn = 0
         if not self.store.is_capturing():  # what is captured has not run
             self.steps += 1
-            if not self.watch.is_over:
-                self._watch()
-
-    def _watch(self) -> None:
-        """Warn where little of a perturbation arrives; with random rounding all does, on average."""
-        store = self.store
-        if store.seed is None and self.norms_sq and any(is_short(flat.dtype) for flat in store.flats):
-            self.watch.note(store.achieved(self.latest.only, len(self.norms_sq)).sum(0))
+            if self.watches and self.norms_sq and not self.watch.is_over:
+                self.watch.note(lambda: self.store.achieved(self.latest.only, len(self.norms_sq)).sum(0))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -814,6 +834,8 @@ class Step:
 
     def drop_before(self) -> None:
         """The user has cleared the gradients: those of before the step too."""
+        if not self._has_looked:
+            self.engine.skipped()
         self.adds_to_v = self.had_gradients = False  # v is of gradients that are gone
         if self.aside is not None:
             self.aside = [([], []) for _ in self.store.flats]
@@ -830,18 +852,21 @@ class Step:
         self.store.set_grads([list(map(_written, before, own)) if values else before for before, own in self.aside])
 
     def _look_at_scale(self) -> None:
-        """Before the step's first gradients are read: by now a loss was scaled."""
-        if self._has_looked:
-            return
-        self._has_looked = True
+        """Before gradients are read: by now a loss was scaled. And whoever looked at the means has them in other units."""
         engine, plan = self.engine, self.plan
-        engine.units.read(self._scaled)
-        engine.tables.scale = engine.units.scale if plan.budget != math.inf else None
+        has_looked, self._has_looked = self._has_looked, True
+        if not has_looked:
+            engine.units.read(self._scaled)
+            engine.tables.scale = engine.units.scale if plan.budget != math.inf else None
         if plan.lmbda is not None:
             engine.units.bring_means()
+        if has_looked:
+            return
         if self._scaled is not None and engine.undo is None:
             chooses = self._scores is not None
-            engine.undo = Undo(self.store, plan, chooses=chooses, v_step=engine.v_step, mask_step=engine.mask_step)
+            engine.undo = Undo(
+                self.store, engine.units, plan, chooses=chooses, v_step=engine.v_step, mask_step=engine.mask_step
+            )
             self.began_undo = True
 
     def _remember(self, memories: Sequence[Tensor]) -> None:
@@ -914,6 +939,7 @@ class Step:
                     self.turn = 1
                     vectors.insert(0, self._run(passes, which, copies)[1])
                     if plan.opposite is not None:
+                        self._look_at_scale()
                         store.cross(vectors[1], plan, engine.tables, norm_sq, which, copies)
                         del vectors[plan.holds :]
                         self.turn = 2
@@ -1131,6 +1157,7 @@ class Step:
 
     def _cross(self) -> None:
         """p.grad is the gradient at w + e: perturb the weights to the other side, and clear p.grad for the next pass."""
+        self._look_at_scale()
         grads = self._collect(clear=True)
         at_w = self._held[0]
         self._hold(grads)

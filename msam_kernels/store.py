@@ -148,6 +148,11 @@ class Store:
         return self.flats[0].device if self.flats else torch.device("cpu")
 
     @property
+    def has_ranks(self) -> bool:
+        """Whether sums over all parameters are sums over several ranks."""
+        return self._ranks is not None
+
+    @property
     def backends(self) -> list[str]:
         """By name, those that were chosen."""
         return list(dict.fromkeys(name_of(flat.backend, flat.device) for flat in self.flats))

@@ -30,6 +30,7 @@ class Units:
         self._scale: Tensor | None = None
         self._of_means: Tensor | None = None  # None: those of the loss
         self._scaled_means = False
+        self._brought = False  # whether they are in those of the step under way
 
     def read(self, scaled: Scaled | None) -> None:
         """Whose gradients are about to be looked at.
@@ -37,7 +38,7 @@ class Units:
         Raises:
             RuntimeError: the scaler has not scaled any loss yet.
         """
-        self.scale = None
+        self.scale, self._brought = None, False
         if scaled is None:
             return
         scale = scaled.scale
@@ -48,8 +49,10 @@ class Units:
         if self._scale is None or self._scale.device != self._store.device:
             self._store.check_not_capturing("the loss scale")
             self._scale = torch.ones(1, dtype=torch.float64, device=self._store.device)
-            self._of_means = torch.ones_like(self._scale)
-        self._scale.copy_(scale.reshape(1), non_blocking=True)
+            self._of_means = (
+                torch.ones_like(self._scale) if self._of_means is None else moved(self._of_means, self._store.device)
+            )
+        self._scale.copy_(moved(scale.reshape(1), self._store.device))
         self.scale = self._scale
 
     @property
@@ -66,20 +69,28 @@ class Units:
         return [t for t in (self._scale, self._of_means) if t is not None]
 
     def bring_means(self) -> None:
-        """Means of gradients into the units of the gradients of this step; they are only touched where these are others."""
-        if self._of_means is None or (self.scale is None and not self._scaled_means):
-            return
-        to = torch.ones_like(self._of_means) if self.scale is None else self.scale
-        self._store.multiply("ema", to / self._of_means)
-        self._of_means.copy_(to)
-        self._scaled_means = self.scale is not None
+        """Means of gradients into the units of the gradients of this step; they are only touched where these are others.
+
+        Called before each ascent, as somebody may have looked since the last one; where nobody has, it does nothing.
+        """
+        if not self._brought:
+            self.bring_means_to(self.scale)
+            self._brought = True
 
     def bring_back(self) -> None:
-        """Means of gradients into the units of the loss, for whoever looks at them between steps."""
+        """Means of gradients into the units of the loss, for whoever looks at them."""
         if self._scaled_means:
-            scale, self.scale = self.scale, None
-            self.bring_means()
-            self.scale = scale
+            self.bring_means_to(None)
+            self._brought = False
+
+    def bring_means_to(self, scale: Tensor | None) -> None:
+        """Means of gradients into the units of that scale; None: of the loss."""
+        if self._of_means is None or (scale is None and not self._scaled_means):
+            return
+        to = torch.ones_like(self._of_means) if scale is None else moved(scale, self._of_means.device)
+        self._store.multiply("ema", to / self._of_means)
+        self._of_means.copy_(to)
+        self._scaled_means = scale is not None
 
 
 class Undo:
@@ -87,13 +98,16 @@ class Undo:
 
     Args:
         store: whose.
+        units: of its means, which are those of the step's gradients by now.
         plan: of the step.
         chooses: whether the step may choose a mask.
         v_step, mask_step: the engine's.
     """
 
-    def __init__(self, store: Store, plan: Plan, *, chooses: bool, v_step: int, mask_step: int):
-        self._store = store
+    def __init__(self, store: Store, units: Units, plan: Plan, *, chooses: bool, v_step: int, mask_step: int):
+        self._units = units
+        #: What the means are kept in the units of.
+        self._scale = units.scale.clone() if units.scale is not None and plan.lmbda is not None else None
         self.v_step, self.mask_step = v_step, mask_step if chooses else None
         changed = [(flat, "ema") for _, flat, _ in store.parts(plan.only)] if plan.lmbda is not None else []
         changed += [(flat, "v") for flat in store.flats] if plan.remembers_v else []
@@ -102,22 +116,26 @@ class Undo:
             memory = flat.memory(name, math.nan)
             before = [t.clone() for t in (memory.buffer, memory.terms, memory.square)]
             self._memories.append((flat, memory, memory.started, before))
-        masks = [flat.mask for flat in store.flats] if chooses else []
-        self._masks = [(mask, None if mask is None else mask.clone()) for mask in masks]
+        masks = [(flat, flat.mask) for flat in store.flats] if chooses else []
+        self._masks = [(flat, mask, None if mask is None else mask.clone()) for flat, mask in masks]
 
     def bring_back(self) -> None:
         """The step was skipped."""
+        if self._scale is not None:  # somebody may have looked, or the scale have changed
+            self._units.bring_means_to(self._scale)
         for _, memory, started, before in self._memories:
             for t, values in zip((memory.buffer, memory.terms, memory.square), before, strict=True):
                 t.copy_(values)
             memory.started = started
-        for flat, (mask, bits) in zip(self._store.flats, self._masks, strict=False):
+        for flat, mask, bits in self._masks:
             flat.mask = mask
             if mask is not None and bits is not None:
                 mask.copy_(bits)
 
     def bring_back_where(self, found_inf: Tensor) -> None:
         """The memories, where ``found_inf``, on the device, is not 0; else they are neither read nor written."""
+        if self._scale is not None:
+            self._units.bring_means()
         for flat, memory, _, (buffer, *sums) in self._memories:
             skipped = moved(found_inf, flat.device) != 0
             status = (skipped.to(torch.uint8) * PERTURBED).expand(flat.rows).contiguous()

@@ -186,6 +186,118 @@ def test_what_is_remembered_is_saved_without_the_scale_and_bits_do_not_depend_on
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
 
 
+def look_in_passes(run, look, i, bad):
+    """A step of ``run``, in which somebody looks at what is remembered."""
+    opt, scaler = run.opt, run.scaler
+    for seen, part in enumerate(opt.passes(*batch(6, F64, seed=i), scaler=scaler)):
+        loss = loss_of(run.model, *part) * (math.inf if bad and seen == 3 else 1.0)
+        if look == "in every pass" or (look == "at w" and opt.pass_index == 0):
+            _ = opt.state
+        scaler.scale(loss).backward()
+        if look == "after backward":
+            _ = opt.state
+    if look == "after the loop":
+        opt.state_dict()
+    scaler.step(opt)
+    scaler.update()
+    if look == "after the step":
+        opt.base_optimizer.state_dict()
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("look", ["in every pass", "at w", "after backward", "after the loop", "after the step"])
+@pytest.mark.parametrize("method", ["F-SAM", METHODS["F-SAM"] + METHODS["Bilateral SAM"]], ids=["F-SAM", "two-sided"])
+def test_a_look_at_any_time_changes_nothing(method, look, backend):
+    """What is remembered is then in units of the loss, and has to be in those of the scale again; steps are skipped too."""
+    watched, alone = (Run(method, count=2, backend=backend) for _ in range(2))
+    for i in range(5):
+        look_in_passes(watched, look, i, bad=i == 2)
+        look_in_passes(alone, None, i, bad=i == 2)
+        assert same_bits(weights(watched.model), weights(alone.model)), f"step {i}"
+        assert same_bits(watched.everything(), alone.everything()), f"step {i}"
+
+
+@pytest.mark.parametrize("where", ["loss_fn", "before_update"])
+@pytest.mark.parametrize("way", ["train_step", "parallel"])
+def test_a_look_inside_a_whole_step_changes_nothing(way, where, backend):
+    runs = [Run("F-SAM", count=2, way=way, backend=backend) for _ in range(2)]
+    for i in range(5):
+        for run in runs:
+            calls = []
+
+            def look(at, run=run):
+                if run is runs[0] and at == where:
+                    _ = run.opt.state
+
+            def loss(x, y, run=run, i=i, calls=calls, look=look):
+                look("loss_fn")
+                calls.append(1)
+                return loss_of(run.model, x, y) * (math.inf if i == 2 and len(calls) == 2 else 1.0)
+
+            run.opt.train_step(
+                loss, *batch(6, F64, seed=i), scaler=run.scaler, before_update=lambda look=look: look("before_update")
+            )
+            run.scaler.update()
+        assert same_bits(*(run.everything() for run in runs)), f"step {i}"
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["a step that is taken", "a step that is skipped"])
+def test_a_model_that_is_converted_after_a_loop_keeps_what_the_step_leaves(taken, backend):
+    """Converted before the gradients are cleared, so that what is kept moves before anybody knows that they are."""
+    run, other = (Run("F-SAM", backend=backend) for _ in range(2))
+    for i in range(3):
+        look_in_passes(run, None, i, bad=False)
+        look_in_passes(other, None, i, bad=False)
+    for part in run.opt.passes(*batch(6, F64, seed=3), scaler=run.scaler):
+        run.scaler.scale(loss_of(run.model, *part)).backward()
+    if taken:
+        run.model.float()
+        run.scaler.step(run.opt)
+        run.scaler.update()
+        run.opt.zero_grad()
+        look_in_passes(other, None, 3, bad=False)
+        other.model.float()
+    else:
+        run.model.float()
+        run.model.zero_grad()
+        other.model.float()
+    for r in (run, other):
+        for part in r.opt.passes(*(t.float() for t in batch(6, F64, seed=4)), scaler=r.scaler):
+            r.scaler.scale(loss_of(r.model, *part)).backward()
+    for a, b in zip(*(remembered(r.opt, "ema").values() for r in (run, other)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert run.opt.engine.undo is not None
+
+
+@pytest.mark.parametrize("drop", ["before the loop", "in the loop"])
+def test_a_run_that_is_resumed_after_a_skipped_step_rounds_alike(drop):
+    def run(resumed):
+        model = mlp(torch.bfloat16)
+        opt = new(model)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
+        for i in range(4):
+            if resumed and i == 2:
+                saved, weights_ = opt.state_dict(), model.state_dict()
+                model = mlp(torch.bfloat16, seed=1)
+                model.load_state_dict(weights_)
+                opt = new(model)
+                opt.load_state_dict(saved)
+            for part in opt.passes(*batch(6, torch.bfloat16, seed=i), scaler=scaler):
+                if drop == "in the loop":
+                    opt.zero_grad()
+                scaler.scale(loss_of(model, *part) * (math.inf if i == 1 else 1.0)).backward()
+            scaler.step(opt)
+            scaler.update()
+            if drop == "before the loop":
+                opt.zero_grad()
+        return weights(model)
+
+    def new(model):
+        return MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.05, rounding="stochastic", seed=1)
+
+    assert same_bits(run(False), run(True))
+
+
 @pytest.mark.parametrize("drop", ["the optimizer's zero_grad", "the model's zero_grad", "zeros"])
 def test_a_skipped_loop_is_told_from_one_that_is_accumulated(drop, backend):
     """Two loops a step: the second adds to the first. Where the step was skipped, both are forgotten."""

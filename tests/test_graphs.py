@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msam_kernels import MicroBatchSAM, _torch, buffers, capture, flat, methods
 from msam_kernels.capture import CapturedStep, CudaRecorder
-from plain import same_bits, without_ours
+from plain import remembered, same_bits, without_ours
 
 pytestmark = pytest.mark.host  # each test says where its model is
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -532,6 +532,25 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale():
         assert (scaler.get_scale() < scale) == (i in (1, 4))
     assert recorder.replays == 4
     assert training.opt.steps == 6, "the host does not know of what was skipped"
+
+
+def test_a_captured_step_forgets_a_loop_whose_gradients_it_drops():
+    model, opt, loss_fn = setup("SGD", "F-SAM")
+    other, plain, other_loss_fn = setup("SGD", "F-SAM")
+    step, _ = captured(opt, model, loss_fn, *data(), warm_up=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for i in range(4):
+        step(*data(seed=i))
+        plain.train_step(other_loss_fn, *data(seed=i))
+        for o, net in ((opt, model), (plain, other)):
+            for x, y in o.passes(*data(seed=i + 9), scaler=scaler):
+                scaler.scale(F.cross_entropy(net(x), y)).backward()
+        assert same_bits(model.state_dict().values(), other.state_dict().values()), f"step {i}"
+    for o in (opt, plain):
+        o.zero_grad()
+        assert o.engine.store.drawn == 0
+    for a, b in zip(*(remembered(o, "ema").values() for o in (opt, plain)), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("calls", [1, 3], ids=["warming up", "replayed"])

@@ -326,8 +326,8 @@ def test_every_pass_of_every_step_has_numbers_of_its_own_and_weights_come_back(b
             assert same_bits(points[0], before)
             assert same_bits(points[3], before)
             seen += [torch.cat([t.flatten() for t in point]) for i, point in enumerate(points) if i % 3]
-            opt.zero_grad()
         opt.engine.count_step()
+        opt.zero_grad()
     assert len(seen) == 16
     for i, one in enumerate(seen):
         assert not any(torch.equal(one, other) for other in seen[:i]), i
@@ -517,6 +517,19 @@ def test_there_is_no_warning_otherwise(options, backend):
     assert opt.engine.watch.is_over == (options == {"rho": 1.0})
 
 
+@pytest.mark.parametrize("short", [True, False])
+def test_what_arrives_is_measured_until_that_is_known_and_of_16_bits_alone(short, monkeypatch):
+    model, opt = coarse("auto", methods.AdaptiveSAM(), rho=1.0)
+    opt.train_step(lambda *part: loss_of(model, *part), *short_batch())
+    if not short:
+        model.float()
+        opt.engine.watch = Watch()
+    monkeypatch.setattr(opt.engine.store, "achieved", None)
+    for _ in range(2):
+        opt.train_step(lambda *part: loss_of(model, *part), *(t.to(model[0].weight.dtype) for t in short_batch()))
+    assert opt.engine.watches == short
+
+
 def test_the_warning_waits_for_a_step_in_which_anything_is_asked_for():
     model, opt = coarse("auto", methods.AdaptiveSAM(), rho=lambda step: 0.001 * (step > 1))
     for _ in range(2):
@@ -544,15 +557,26 @@ def test_the_watch_on_a_gpu_looks_when_the_numbers_are_there(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: real(*a, **k))
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
     monkeypatch.setattr(Tensor, "copy_", lambda self, other, non_blocking=False: self.set_(numbers.clone()))
-    watch = Watch()
-    watch.note(OnGpu())
+    measured = []
+
+    def measure():
+        measured.append(OnGpu())
+        return measured[-1]
+
+    watch, other = Watch(), Watch()
+    watch.note(measure)
     watch.look()
-    watch.note(OnGpu())  # one copy at a time
+    watch.note(measure)
+    assert len(measured) == 1  # one copy at a time
     assert not watch.is_over
+    other.note(measure)
     monkeypatch.setattr(Event, "done", True)
     with pytest.warns(UserWarning, match="only 20%"):
         watch.look()
     assert watch.is_over
+    with pytest.warns(UserWarning, match="only 20%"):
+        other.note(measure)  # where nobody else looks
+    assert len(measured) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch.look()

@@ -490,6 +490,77 @@ def a_scaler_sees_all_ranks() -> None:
     assert not any(map(torch.equal, values_of(model.parameters())[:2], before))
 
 
+def stages_of_a_pipeline_clip_and_skip_alike() -> None:
+    """What is before the update looks at all stages, also where the mean gradient goes through ``p.grad``."""
+    rank, limit = dist.get_rank(), 1.0
+
+    def stage(lr: float, base: Any = SGD) -> tuple[nn.Linear, MicroBatchSAM]:
+        model = nn.Linear(4, 1, bias=False).double()
+        nn.init.ones_(model.weight)
+        return model, MicroBatchSAM(base(model.parameters(), lr=lr), 0.0, process_group=dist.group.WORLD)
+
+    x = torch.full((1, 4), 10.0 * (rank + 1), dtype=torch.float64)
+    wanted = torch.tensor((rank + 1) / 5**0.5, dtype=torch.float64)
+    for before_update in (None, lambda: None):
+        model, opt = stage(1.0)
+        opt.train_step(lambda x, m=model: m(x).sum(), x, max_grad_norm=limit, before_update=before_update)
+        torch.testing.assert_close((1 - model.weight).norm(), wanted, rtol=1e-6, atol=0)
+        model, opt = stage(0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for bad in (False, True):
+            before = values_of(model.parameters())
+            factor = torch.inf if bad and rank else 1.0
+            opt.train_step(lambda x, m=model, by=factor: m(x).sum() * by, x, scaler=scaler, before_update=before_update)
+            scaler.update()
+            assert torch.equal(before[0], model.weight) == bad
+            torch.testing.assert_close(before[0] - model.weight, (0 if bad else 0.1) * x)
+        assert scaler.get_scale() == 2.0
+    model, opt = stage(1.0, RMSprop)  # has no kernel
+    for xb in opt.passes(x):
+        model(xb).sum().backward()
+    opt.step(max_grad_norm=limit)
+    torch.testing.assert_close(model.weight.grad.norm(), wanted, rtol=1e-6, atol=0)
+    model, opt = stage(1.0)
+
+    def twice() -> None:
+        with pytest.raises(RuntimeError, match="unscale_"):
+            scaler.unscale_(opt)
+
+    opt.train_step(lambda x, m=model: m(x).sum(), x, scaler=scaler, before_update=twice)
+
+
+def plain_parameters_beside_sharded_ones_are_clipped_and_unscaled() -> None:
+    results = []
+    for make in (tp_beside_plain, lambda: (Net(), 0, 1)):
+        model, *_ = make()
+        opt = MicroBatchSAM(BASES["SGD"](model.parameters()), RHO, num_micro_batches=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for _ in range(2):
+            opt.train_step(
+                lambda x, y, m=model: F.mse_loss(m(x), y),
+                *data(),
+                max_grad_norm=0.05,
+                scaler=scaler,
+                before_update=list,
+            )
+            scaler.update()
+        results.append(values_of(model.parameters()))
+    for p, q in zip(*results, strict=True):
+        assert_same(p, q)
+
+
+def nobody_watches_what_arrives_in_16_bits() -> None:
+    """Which would be one message more of ranks that measure, and none of others."""
+    model, part, parts = LAYOUTS["FSDP2"]()
+    model.to(torch.bfloat16)
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 1e-5)
+    x, y = (mine(t.bfloat16(), 1, part, parts) for t in data())
+    for _ in range(2):
+        with Messages() as messages:
+            opt.train_step(lambda xb, yb: F.mse_loss(model(xb), yb), x, y)
+        assert messages.scalars == 1
+
+
 @contextmanager
 def refused(error: type[Exception], words: str, params: list[Tensor]) -> Iterator[None]:
     before = values_of(params)
@@ -600,6 +671,9 @@ def table() -> dict[str, tuple[int, bool, Case]]:
         stages_of_a_pipeline_have_one_norm,
         a_rank_may_hold_nothing_at_all,
         a_scaler_sees_all_ranks,
+        stages_of_a_pipeline_clip_and_skip_alike,
+        plain_parameters_beside_sharded_ones_are_clipped_and_unscaled,
+        nobody_watches_what_arrives_in_16_bits,
         what_cannot_be_is_refused_in_a_sentence,
     ):
         cases[f.__name__] = 2, True, f
