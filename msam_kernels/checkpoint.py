@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat
 from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho, saves_itself, theirs_in
-from .sharded import shard, shown, values
+from .sharded import check_alike, shard, shown, values
 from .step import Engine
 from .store import Store
 
@@ -124,9 +124,9 @@ def _places(store: Store) -> list[tuple[int, Flat, int]]:
 
 
 def _has_begun(memory: Tensor) -> bool:
-    """Whether a parameter's part of a memory holds anything."""
+    """Whether a parameter's part of a memory holds anything. An empty shard says yes, as those of other ranks may."""
     memory = shard(memory)
-    return memory.numel() > 0 and not bool(memory[(0,) * memory.dim()].isnan())
+    return memory.numel() == 0 or not bool(memory[(0,) * memory.dim()].isnan())
 
 
 def saved(state_dict: dict[str, Any], left: dict[str, dict[int, Tensor]]) -> dict[str, Any]:
@@ -170,17 +170,36 @@ def apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def out_of_state(base: Optimizer, left: dict[str, Any]) -> dict[str, Any]:
     """The same, out of the state of an optimizer that was copied or unpickled."""
-    params = [p for group in base.param_groups for p in group["params"]]
-    entries = {i: base.state[p] for i, p in enumerate(params) if base.state.get(p)}
-    groups = [{**group, "params": range(len(params))} for group in base.param_groups[:1]]
-    own = apart({"state": entries, "param_groups": groups, KEY: left})[1]
-    for p in params:
+    own = apart({**_state_of(base), KEY: left})[1]
+    for p in [p for group in base.param_groups for p in group["params"]]:
         entry = base.state.get(p, {})
         for name in [name for name in entry if name.startswith(OURS)]:
             del entry[name]
         if p in base.state and not entry:
             del base.state[p]
     return own
+
+
+def check_state(engine: Engine) -> bool:
+    """Whether entries of the base optimizer's state, which was loaded before it was wrapped, hold anything of ours.
+
+    Raises:
+        ValueError, TypeError: as ``check``.
+    """
+    state_dict = _state_of(engine.base)
+    found = not apart(state_dict)[1].keys().isdisjoint(_TENSORS)
+    if found:
+        check(state_dict, engine.store)
+    return found
+
+
+def _state_of(base: Optimizer) -> dict[str, Any]:
+    """Its state and our numbers as a state dict has them, all parameters in one group."""
+    params = [p for group in base.param_groups for p in group["params"]]
+    entries = {i: base.state[p] for i, p in enumerate(params) if base.state.get(p)}
+    numbers = {key: base.param_groups[0][key] for key in (STEPS, MASK_STEP, SEED) if key in base.param_groups[0]}
+    groups = [{**numbers, "params": range(len(params))}]
+    return {"state": entries, "param_groups": groups}
 
 
 def _begun(own: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +246,7 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
         mine = {i: at for at, other, i in places if other is flat}
         for name in _MEMORIES:
             there = {i: tensors[name][at] for i, at in mine.items() if at in tensors[name]}
-            if not there:
+            if not (tensors["v"] if name == "v" else there):  # "v" is of all flats, also of empty shards alone
                 flat.memories.pop(name, None)
                 continue
             memory = flat.memory(name, math.nan)
@@ -278,6 +297,7 @@ def check(state_dict: Any, store: Store) -> None:
 
     Raises:
         ValueError: with what is wrong.
+        TypeError: a tensor is sharded and its parameter is not, or the other way round.
     """
     own_format = saves_itself(store.base)
     if not isinstance(state_dict, dict) or not ({"state", "param_groups"} <= state_dict.keys() or own_format):
@@ -324,7 +344,10 @@ def _check_entry(where: str, key: Any, entry: dict[str, Any], params: list[Tenso
         raise ValueError(f"state_dict has {where} of parameter {key}, the optimizer has {len(params)} parameters")
     shape = params[i].shape
     for name, value in entry.items():
-        if name in shaped and isinstance(value, Tensor) and value.shape != shape:
+        if name not in shaped or not isinstance(value, Tensor):
+            continue
+        check_alike(value, params[i])
+        if value.shape != shape:
             raise ValueError(
                 f"state_dict has {name} of shape {tuple(value.shape)} for parameter {key}, whose shape is "
                 f"{tuple(shape)}: it was saved for another model"

@@ -22,9 +22,9 @@ from .compiled import Compiled
 from .gradients import set_grads
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
 from .precision import Rounding, seed_of
-from .ranks import Ascent, Ranks
+from .ranks import Ascent, GroupInCopies, Ranks
 from .rules import SEED, Radius, check_base, check_method, check_rho, rho_at, saves_itself
-from .step import Engine, Stats
+from .step import RHO_OF_OURS, Engine, Stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -222,7 +222,10 @@ class MicroBatchSAM(Optimizer):
         self.rounding, self.process_group = rounding, process_group
         split = Split(num_micro_batches or (None if micro_batch_size else 1), micro_batch_size)
         self._make_engine(method, model, split, ascent, seed, strict)
+        loaded = base_optimizer not in RHO_OF_OURS and checkpoint.check_state(self.engine)
         self.engine.take_over()
+        if loaded:
+            checkpoint.load(self.engine, checkpoint.out_of_state(base_optimizer, {}))
 
     def _make_engine(
         self,
@@ -420,8 +423,9 @@ class MicroBatchSAM(Optimizer):
             "rounding",
             "process_group",
         )
+        names = (*own, "method", "model", "enabled", "ascent", "strict")
         return {
-            **{name: getattr(self, name) for name in (*own, "method", "model", "enabled", "ascent", "strict")},
+            **{name: GroupInCopies.of(name, getattr(self, name)) for name in names},
             "schedules": engine.radii.schedules,
             checkpoint.KEY: checkpoint.show(engine),
         }
@@ -430,6 +434,7 @@ class MicroBatchSAM(Optimizer):
         if "base_optimizer" not in state:  # Optimizer.load_state_dict hands over what it loaded
             self.base_optimizer.__setstate__(state)
             return
+        state = {name: GroupInCopies.out_of(value) for name, value in state.items()}
         left, method, model = state.pop(checkpoint.KEY), state.pop("method"), state.pop("model")
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
         split = Split(state.pop("num_micro_batches"), state.pop("micro_batch_size"))

@@ -251,3 +251,32 @@ def _length(flat: Flat) -> int:
 @torch.inference_mode(False)
 def _message(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.empty(numel, dtype=dtype, device=device)
+
+
+class GroupInCopies:
+    """A process group in the state of an optimizer that is copied: the copy has the same one. Pickles cannot have it.
+
+    Attributes:
+        name: of the optimizer's argument.
+    """
+
+    def __init__(self, name: str, group: dist.ProcessGroup):
+        self.name, self.group = name, group
+
+    @staticmethod
+    def of(name: str, value: Any) -> Any:
+        """``value`` itself where it is no group."""
+        return GroupInCopies(name, value) if dist.is_available() and isinstance(value, dist.ProcessGroup) else value
+
+    @staticmethod
+    def out_of(value: Any) -> Any:
+        return value.group if isinstance(value, GroupInCopies) else value
+
+    def __deepcopy__(self, memo: object) -> GroupInCopies:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            f"an optimizer with {self.name}={self.group!r} cannot be pickled, as a process group is this process's alone: save "
+            "opt.state_dict(), and load it into an optimizer that is made with the group of the process that loads"
+        )

@@ -58,15 +58,22 @@ def values(t: Tensor, p: Tensor) -> Tensor:
     Raises:
         TypeError: one of the two is a DTensor, the other is not.
     """
-    if is_dtensor(t) and is_dtensor(p):
-        return _placed(t, p)
-    if is_dtensor(t) or is_dtensor(p):
+    check_alike(t, p)
+    return _placed(t, p) if is_dtensor(t) and is_dtensor(p) else t
+
+
+def check_alike(t: Tensor, p: Tensor) -> None:
+    """Refuse a tensor of the base optimizer's state that does not lie as its parameter.
+
+    Raises:
+        TypeError: one of the two is a DTensor, the other is not.
+    """
+    if is_dtensor(t) != is_dtensor(p):
         kinds = [type(x).__name__ if is_dtensor(x) else "an ordinary tensor" for x in (p, t)]
         raise TypeError(
             f"a parameter of shape {tuple(p.shape)} is {kinds[0]} and its state {kinds[1]}: load it with "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
         )
-    return t
 
 
 def _placed(t: DTensor, p: DTensor) -> Tensor:

@@ -63,6 +63,56 @@ FRAMEWORK = "tests/test_frameworks.py -k 'lightning_trains_as and accumulation'"
 P, B = "msam_kernels/", "msam_kernels/backends/"
 
 MUTANTS = [
+    # -- what was loaded, on ranks and before wrapping
+    Mutant(
+        "an empty shard has not begun",
+        P + "checkpoint.py",
+        "return memory.numel() == 0 or not",
+        "return memory.numel() > 0 and not",
+        SHARDED + "reused_by_all_ranks",
+    ),
+    Mutant(
+        "a direction is not that of empty buffers",
+        P + "checkpoint.py",
+        'tensors["v"] if name == "v" else there',
+        "there",
+        "tests/test_resume.py -k nothing_but_empty",
+    ),
+    Mutant(
+        "what was loaded before wrapping begins anew",
+        P + "optimizer.py",
+        "        if loaded:",
+        "        if False:",
+        "tests/test_resume.py -k before_the_optimizer_was_wrapped",
+    ),
+    Mutant(
+        "what an earlier wrapper remembered is taken over",
+        P + "optimizer.py",
+        "loaded = base_optimizer not in RHO_OF_OURS and",
+        "loaded =",
+        "tests/test_resume.py -k before_the_optimizer_was_wrapped",
+    ),
+    Mutant(
+        "what was loaded before wrapping is not looked at first",
+        P + "checkpoint.py",
+        "        check(state_dict, engine.store)\n    return found",
+        "        pass\n    return found",
+        "tests/test_resume.py -k before_anything_moves",
+    ),
+    Mutant(
+        "whole state replaces that of sharded parameters",
+        P + "checkpoint.py",
+        "        check_alike(value, params[i])",
+        "        pass",
+        SHARDED + "refused_in",
+    ),
+    Mutant(
+        "a copy's process group is another one",
+        P + "ranks.py",
+        "    def __deepcopy__(self, memo: object)",
+        "    def copied(self, memo: object)",
+        "tests/test_resume.py -k same_process_group",
+    ),
     # -- a model that moves, other people's state
     Mutant(
         "what methods remember stays behind when the model is converted",
@@ -887,7 +937,7 @@ MUTANTS = [
     Mutant(
         "shapes of a state dict are not looked at",
         P + "checkpoint.py",
-        "if name in shaped and isinstance(value, Tensor) and value.shape != shape:",
+        "if value.shape != shape:",
         "if False:",
         "tests/test_errors.py",
     ),

@@ -526,6 +526,88 @@ def test_a_direction_of_some_of_the_parameters_is_not_taken(backend):
     assert not remembered(opt, "v")
 
 
+@pytest.mark.parametrize("entry", [True, False], ids=["saved", "not saved"])
+def test_a_direction_of_nothing_but_empty_parameters_is_loaded(entry, backend):
+    """Earlier versions left those out of what has no entry to stand in."""
+    model = nn.ParameterList([torch.ones(3), torch.zeros(0, dtype=torch.float64)])
+    method = methods.LookSAM(k=4)
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.1, method=method, num_micro_batches=2, backend=backend)
+    calls = []
+
+    def loss(x):
+        calls.append(x)
+        return (model[0] * x).square().sum() + model[1].sum()
+
+    for passes in (4, 2, 2):
+        calls.clear()
+        opt.train_step(loss, torch.ones(2, 3))
+        saved = opt.state_dict()
+        if not entry:
+            del saved["state"][1]
+        opt.load_state_dict(saved)
+        assert len(calls) == passes
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=4", "Sparse SAM"])
+def test_what_was_loaded_before_the_optimizer_was_wrapped_goes_on(method, base, backend):
+    method = {**METHODS, "LookSAM k=4": methods.LookSAM(k=4)}[method]
+    model = mlp(torch.float64)
+    opt = MicroBatchSAM(BASES[base](model.parameters()), 0.1, method=method, backend=backend)
+    for step in range(2):
+        step_with_train_step(opt, model, batch(dtype=torch.float64, seed=step))
+    other = copy.deepcopy(model)
+    plain = BASES[base](other.parameters())
+    plain.load_state_dict(through_a_file(opt.state_dict()))
+    again = MicroBatchSAM(plain, 0.1, method=method, backend=backend)
+    states_same(again.state_dict(), opt.state_dict())
+    assert again.steps == 2
+    for step in range(2, 5):
+        for m, o in ((model, opt), (other, again)):
+            step_with_train_step(o, m, batch(dtype=torch.float64, seed=step))
+    assert same_bits(model.parameters(), other.parameters())
+    # What an earlier wrapper of the same optimizer remembered is not taken over.
+    anew = MicroBatchSAM(plain, 0.1, method=method, backend=backend)
+    assert anew.steps == 0
+    assert anew.mask is None
+    assert not remembered(anew, "ema")
+    assert not remembered(anew, "v")
+
+
+def test_what_was_loaded_of_another_model_is_refused_before_anything_moves():
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), method=methods.FriendlySAM())
+    step_with_train_step(opt, model, batch())
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["msam_ema"] = torch.ones(3)
+    other = mlp()
+    plain = SGD(other.parameters(), lr=0.1)
+    plain.load_state_dict(saved)
+    pointers = [p.data_ptr() for p in other.parameters()]
+    with pytest.raises(ValueError, match=r"ema of shape \(3,\) for parameter 0.*another model"):
+        MicroBatchSAM(plain, method=methods.FriendlySAM())
+    assert [p.data_ptr() for p in other.parameters()] == pointers
+    assert "msam_ema" in plain.state[next(other.parameters())]
+
+
+@pytest.mark.parametrize("argument", ["process_group", "ascent"])
+@pytest.mark.filterwarnings("ignore:.*returned a view tensor:UserWarning")
+def test_copies_have_the_same_process_group_and_pickles_none(argument, process_group):
+    model = mlp()
+    module = nn.parallel.DistributedDataParallel(model) if argument == "ascent" else model
+    group = torch.distributed.group.WORLD
+    method = methods.FriendlySAM()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), model=module, method=method, **{argument: group})
+    step_with_train_step(opt, module, batch())
+    twin, twin_opt = copy.deepcopy((module, opt))
+    assert getattr(twin_opt, argument) is group
+    for m, o in ((module, opt), (twin, twin_opt)):
+        step_with_train_step(o, m, batch(seed=1))
+    assert same_bits(module.parameters(), twin.parameters())
+    with pytest.raises(TypeError, match=rf"{argument}=.*cannot be pickled.*save opt.state_dict\(\)"):
+        pickle.dumps(opt)
+
+
 def test_the_drop_in_copies_and_resumes_as_well():
     model = mlp()
     opt = msam_kernels.SAM(model.parameters(), SGD, rho=0.1, adaptive=True, lr=0.1, momentum=0.9)

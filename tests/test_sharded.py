@@ -415,6 +415,41 @@ def own_state_dicts_go_on_where_they_were(name: str) -> None:
     assert_equal([again.stats.grad_norm], [opt.stats.grad_norm])
 
 
+def a_direction_that_was_loaded_is_reused_by_all_ranks(empty: str) -> None:
+    """Rank 1 has nothing of the head, whose parameters have buffers of their own; or nothing at all."""
+    from torch.distributed.fsdp import fully_shard
+
+    def fresh() -> tuple[MicroBatchSAM, nn.Module]:
+        model = (
+            nn.Linear(5, 1).double() if empty == "rank" else nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 1)).double()
+        )
+        fully_shard(model, mesh=mesh_of(dp=2))
+        only = None if empty == "rank" else list(model[1].parameters())
+        base = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return MicroBatchSAM(base, RHO, method=methods.LookSAM(k=4, only=only)), model
+
+    opt, model = fresh()
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x, y = (torch.randn(4, n, generator=generator, dtype=torch.float64) for n in (5, 1))
+    for _ in range(2):
+        by_passes(opt, model, x, y, None)
+    again, other = fresh()
+    other.load_state_dict(model.state_dict())
+    for p in other.parameters():
+        p.requires_grad_(False)  # what was trained is taken in all the same, on each rank
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    known = torch.tensor([float(again.engine.store.has_v()), float(len(again.engine.store.flats))])
+    assert_same_bits_on_all_ranks(known)  # else they would wait for each other
+    assert known[0]
+    assert len(again.engine.store.flats) == len(opt.engine.store.flats)
+    for p in other.parameters():
+        p.requires_grad_(True)
+    for o, net in ((opt, model), (again, other)):
+        for _ in range(3):
+            by_passes(o, net, x, y, None)
+    assert_equal(values_of(other.parameters()), values_of(model.parameters()))
+
+
 def stages_of_a_pipeline_have_one_norm() -> None:
     """Each rank trains half of the layers, and hears of the other half what it has become."""
     one, model = Net(), Net()
@@ -609,9 +644,19 @@ def what_cannot_be_is_refused_in_a_sentence() -> None:
     fully_sharded(plain, mesh)
     with refused(RuntimeError, "fully_shard.*make the optimizer after that", []):
         early.train_step(lambda xb, yb: loss(plain(xb), yb), x, y)
-    other, net, *_ = pair()
+    other, net, *_ = pair(method=methods.FriendlySAM())
     by_train_step(other, net, x, y, None)
+    whole = Net()
+    alone = MicroBatchSAM(BASES["AdamW"](whole.parameters()), RHO, method=methods.FriendlySAM())
+    for _ in range(2):
+        by_train_step(alone, whole, x, y, None)
+    with refused(TypeError, "is DTensor and its state an ordinary tensor.*set_optimizer_state_dict", []):
+        other.load_state_dict(alone.state_dict())
+    with refused(TypeError, "is an ordinary tensor and its state DTensor", list(whole.parameters())):
+        alone.load_state_dict(other.state_dict())
+    assert (other.steps, alone.steps) == (1, 2)
     p = next(net.parameters())
+    assert type(other.state[p]["exp_avg"]) is type(other.state[p]["msam_ema"]) is DTensor
     other.state[p]["exp_avg"] = torch.zeros(p.shape, dtype=p.dtype)
     with refused(
         TypeError, "is DTensor and its state an ordinary tensor.*set_optimizer_state_dict", list(net.parameters())
@@ -680,6 +725,10 @@ def table() -> dict[str, tuple[int, bool, Case]]:
     for name in ("F-SAM", "LookSAM k=2"):
         cases[f"{own_state_dicts_go_on_where_they_were.__name__}, {name}"] = (
             2, True, partial(own_state_dicts_go_on_where_they_were, name),
+        )  # fmt: skip
+    for empty in ("buffer", "rank"):
+        cases[f"{a_direction_that_was_loaded_is_reused_by_all_ranks.__name__}, empty {empty}"] = (
+            2, True, partial(a_direction_that_was_loaded_is_reused_by_all_ranks, empty),
         )  # fmt: skip
     cases["meshes_that_do_not_hold_each_other_are_refused"] = 4, False, meshes_that_do_not_hold_each_other_are_refused
     return cases
