@@ -914,7 +914,7 @@ class MicroBatchSAM(Optimizer):
 
     def _check_sparse(self, what: str) -> methods.SparseSAM:
         sparse = self.method.full.sparse
-        self.engine.check_mask(sparse, self.engine.store.is_sharded)
+        self.engine.check_mask(sparse, self.engine.store.in_parts)
         if sparse is None:
             raise RuntimeError(f"{what} is for methods with a mask, e.g. methods.SparseSAM(), got {self.method}")
         return sparse

@@ -202,7 +202,7 @@ class Engine:
 
     def adopt(self, also: Sequence[Tensor] = ()) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
-        self.check_mask(self.method.full.sparse, any(map(is_dtensor, self.store.parameters())))
+        self.check_mask(self.method.full.sparse, self.store.in_parts or any(map(is_dtensor, self.store.parameters())))
         before = self.store.flats
         if self.undo is not None and self.step is None and self.store.left_home():
             # What it would bring back is about to move. Gradients that are still there are taken to become a step.
@@ -361,16 +361,16 @@ class Engine:
     def mask_is_due(self, sparse: SparseSAM) -> bool:
         return sparse.update_every is not None and self.steps + 1 - self.mask_step >= sparse.update_every
 
-    def check_mask(self, sparse: SparseSAM | None, is_sharded: bool) -> None:
-        """Refuse a mask of sharded parameters.
+    def check_mask(self, sparse: SparseSAM | None, in_parts: bool) -> None:
+        """Refuse a mask where a rank holds only a part of the parameters.
 
         Raises:
             ValueError: the method has one.
         """
-        if sparse is not None and is_sharded:
+        if sparse is not None and in_parts:
             raise ValueError(
-                f"{sparse} chooses its mask by comparing elements of all parameters, and a rank holds only its shards of "
-                "these: use a method without a mask"
+                f"{sparse} chooses its mask by comparing elements of all parameters, and a rank holds only its shards or "
+                "its stage of these: use a method without a mask"
             )
 
     def choose_mask(self, scores: masks.Scores, sparse: SparseSAM, step: int) -> None:
@@ -611,7 +611,7 @@ class Engine:
         plan = self.plan()
         if plan is not BASE:
             check_method(self.method, self.base)
-            self.check_mask(plan.sparse, self.store.is_sharded)
+            self.check_mask(plan.sparse, self.store.in_parts)
             self.store.check_only(plan.only)
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:

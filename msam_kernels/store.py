@@ -153,6 +153,11 @@ class Store:
         return self._ranks is not None
 
     @property
+    def in_parts(self) -> bool:
+        """Whether this rank holds only a part of the parameters: shards, or a stage."""
+        return self.is_sharded or self.process_group is not None
+
+    @property
     def backends(self) -> list[str]:
         """By name, those that were chosen."""
         return list(dict.fromkeys(name_of(flat.backend, flat.device) for flat in self.flats))

@@ -630,6 +630,9 @@ def what_cannot_be_is_refused_in_a_sentence() -> None:
         at_once.train_step(lambda xb, yb: loss(model(xb), yb), x, y)
     with refused(RuntimeError, "capture cannot hold sharded parameters.*use train_step", params):
         opt.capture(lambda xb, yb: loss(model(xb), yb), x, y)
+    stage = list(nn.Linear(2, 2).parameters())
+    with refused(ValueError, "holds only its shards or its stage of these", stage):
+        MicroBatchSAM(base(stage), method=methods.SparseSAM(), process_group=dist.group.WORLD)
     short = nn.Parameter(DTensor.from_local(torch.ones(3, dtype=torch.bfloat16), mesh, [Shard(0)]))
     with refused(ValueError, "whole parameters, and parameter 0 of group 0 is a DTensor of torch.bfloat16", []):
         MicroBatchSAM(base([short]), rounding="stochastic")
