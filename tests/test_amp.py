@@ -298,6 +298,29 @@ def test_a_run_that_is_resumed_after_a_skipped_step_rounds_alike(drop):
     assert same_bits(run(False), run(True))
 
 
+def test_a_scaler_may_step_the_base_optimizer(backend):
+    """A loop's step that the base takes is one, and what the loop moved stays."""
+    means, runs = [], []
+    for through_base in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3, dtype=F64)
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        opt = MicroBatchSAM(base, 0.05, method=METHODS["F-SAM"], backend=backend)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for x in opt.passes(torch.randn(4, 5, dtype=F64, generator=generator), scaler=scaler):
+                scaler.scale(model(x).square().mean()).backward()
+            scaler.step(base if through_base else opt)
+            scaler.update()
+            opt.zero_grad()
+        assert opt.steps == 3
+        means.append(remembered(opt, "ema")[0])
+        runs.append(model.weight.detach())
+    torch.testing.assert_close(*means, rtol=1e-12, atol=1e-14)  # torch's own step rounds otherwise
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("drop", ["the optimizer's zero_grad", "the model's zero_grad", "zeros"])
 def test_a_skipped_loop_is_told_from_one_that_is_accumulated(drop, backend):
     """Two loops a step: the second adds to the first. Where the step was skipped, both are forgotten."""
