@@ -279,7 +279,12 @@ def perturb(
             for row in _rows(table):
                 row.within(copy).copy_(row.within(saved))
             from_saved = torch.full((len(table),), PERTURBED, dtype=torch.uint8, device=table.device)
-            each = {"norm_sq": norm_sq[i], "status": from_saved, "achieved_sq": achieved_sq[i], "draw": draw + i}
+            each = {
+                "norm_sq": norm_sq[i],
+                "status": from_saved,
+                "achieved_sq": achieved_sq[i],
+                "draw": (draw + i) % 2**32,
+            }
             perturb([copy], _of(grads, i), table, **each, **own)  # type: ignore[arg-type]
         return
     assert status is not None
@@ -347,7 +352,7 @@ def ascend(
             norms.append(norm([saved], one, table, stack=1, **rest))  # type: ignore[arg-type]
             perturb(
                 [weights[0][i : i + 1]], one, table, norm_sq=norms[i], radii=radii, saved=saved,
-                achieved_sq=achieved_sq[i : i + 1], mask=mask, noise=noise, draw=draw + i, lmbda=lmbda, stack=1, **rest,  # type: ignore[arg-type]
+                achieved_sq=achieved_sq[i : i + 1], mask=mask, noise=noise, draw=(draw + i) % 2**32, lmbda=lmbda, stack=1, **rest,  # type: ignore[arg-type]
             )  # fmt: skip
         return torch.cat(norms)
     norm_sq = norm(weights, grads, table, ema=ema, sigma=sigma, eta=eta)
