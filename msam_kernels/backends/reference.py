@@ -352,7 +352,8 @@ def ascend(
             norms.append(norm([saved], one, table, stack=1, **rest))  # type: ignore[arg-type]
             perturb(
                 [weights[0][i : i + 1]], one, table, norm_sq=norms[i], radii=radii, saved=saved,
-                achieved_sq=achieved_sq[i : i + 1], mask=mask, noise=noise, draw=(draw + i) % 2**32, lmbda=lmbda, stack=1, **rest,  # type: ignore[arg-type]
+                achieved_sq=achieved_sq[i : i + 1], mask=mask, noise=noise, draw=(draw + i) % 2**32, lmbda=lmbda, stack=1,
+                **rest,  # type: ignore[arg-type]
             )  # fmt: skip
         return torch.cat(norms)
     norm_sq = norm(weights, grads, table, ema=ema, sigma=sigma, eta=eta)
