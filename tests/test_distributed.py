@@ -73,6 +73,7 @@ def _rank(rank: int, world: int, folder: str, job: Callable[..., Any], args: tup
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.save(job(rank, *args), Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
+    os._exit(0)  # without torch's own end, in which gloo's threads may abort
 
 
 def on_ranks(world: int, folder: Path, job: Callable[..., Any], *args: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import copy
 import fcntl
 import itertools
 import os
+import tempfile
 import traceback
 import warnings
 from collections import Counter
@@ -761,15 +762,20 @@ def run_rank(rank: int, ranks: int, folder: str, jobs: list[tuple[str, Case]]) -
             if dist.is_initialized():
                 dist.destroy_process_group()
     torch.save(wrong, f"{folder}/rank{rank}")
+    os._exit(0)  # without torch's own end, in which gloo's threads may abort
 
 
 def run(ranks: int, folder: Path, jobs: list[tuple[str, Case]]) -> dict[str, str]:
     """What went wrong, by case."""
-    torch.multiprocessing.spawn(run_rank, (ranks, str(folder), jobs), nprocs=ranks)
     found: dict[str, str] = {}
-    for rank in range(ranks):
-        for name, words in torch.load(folder / f"rank{rank}").items():
-            found[name] = found.get(name, "") + f"rank {rank}: {words}"
+    with tempfile.TemporaryDirectory(dir=folder) as new:  # where no earlier run has left its stores
+        try:
+            torch.multiprocessing.spawn(run_rank, (ranks, new, jobs), nprocs=ranks)
+        except Exception:
+            return dict.fromkeys((name for name, _ in jobs), traceback.format_exc())
+        for rank in range(ranks):
+            for name, words in torch.load(Path(new, f"rank{rank}")).items():
+                found[name] = found.get(name, "") + f"rank {rank}: {words}"
     return found
 
 
