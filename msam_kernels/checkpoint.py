@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat
+from .precision import SEEDS
 from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho, saves_itself, theirs_in
 from .sharded import check_alike, shard, shown, values
 from .step import Engine
@@ -316,6 +317,8 @@ def check(state_dict: Any, store: Store) -> None:
         least = -1 if name == "mask_step" else 0
         if type(own.get(name, 0)) is not int or own.get(name, 0) < least:
             raise ValueError(f"{name!r} in state_dict must be an integer >= {least}, got {own[name]!r}")
+    if own.get("seed", 0) >= SEEDS:
+        raise ValueError(f"'seed' in state_dict must be < 2**64, got {own['seed']}")
     groups = () if own_format else state_dict["param_groups"]
     for i, group in enumerate(groups):
         if "params" not in group:

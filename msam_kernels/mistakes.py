@@ -46,6 +46,13 @@ def remedy() -> str:
     return next((text for names, text in REMEDIES.items() if any(_is_of(m, names) for m in modules)), REMEDY)
 
 
+def warn(text: str) -> None:
+    """A warning about the line outside of this package and torch that has led here."""
+    modules = list(callers())
+    outside = next((i for i, module in enumerate(modules) if not _is_of(module, OURS)), 1)  # 0 is `callers` itself
+    warnings.warn(text, stacklevel=outside)
+
+
 class Mistakes:
     """Says each of them once; with ``strict`` it is an error every time."""
 
@@ -65,6 +72,4 @@ class Mistakes:
         if self.strict:
             raise RuntimeError(text)
         self._said.add(kind)
-        modules = list(callers())
-        outside = next((i for i, module in enumerate(modules) if not _is_of(module, OURS)), 1)  # 0 is `callers` itself
-        warnings.warn(text, stacklevel=outside)
+        warn(text)

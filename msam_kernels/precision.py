@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer
+from .mistakes import warn
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS = ("nearest", "stochastic")
+SEEDS = 2**64
 
 
 def is_short(dtype: torch.dtype) -> bool:
@@ -31,13 +32,13 @@ def seed_of(rounding: Any, seed: Any) -> int | None:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
     if seed is not None:
         check_integer("seed", seed, 0)
-        if seed >= 2**64:
+        if seed >= SEEDS:
             raise ValueError(f"seed must be < 2**64, got {seed}")
         if rounding == "nearest":
             raise ValueError(f"seed={seed} is for rounding='stochastic', got rounding='nearest': leave it out")
     if rounding == "nearest":
         return None
-    return torch.initial_seed() % 2**64 if seed is None else int(seed)
+    return torch.initial_seed() % SEEDS if seed is None else int(seed)
 
 
 class Watch:
@@ -79,9 +80,8 @@ class Watch:
             return
         self.is_over = True
         if not product >= self.LEAST * asked:
-            warnings.warn(
+            warn(
                 f"only {max(product, 0) / asked:.0%} of the perturbation arrives in weights of 16 bits, where w + e is rounded "
                 "back to w unless e is half of the distance to the next number: use rounding='stochastic', or keep the weights "
-                "in float32, under autocast; opt.stats.along says how much arrives",
-                stacklevel=2,
+                "in float32, under autocast; opt.stats.along says how much arrives"
             )

@@ -18,14 +18,12 @@ from .batches import samples_of
 from .flat import Flat
 from .gradients import Vectors
 from .methods import Coefficient
-from .sharded import is_dtensor
-from .store import Descent, Store
+from .sharded import is_dtensor, is_group
+from .store import RATIO, Descent, Store
 
 DDP = nn.parallel.DistributedDataParallel
 #: ``MicroBatchSAM``'s argument: "global", "local" or a process group.
 Ascent: TypeAlias = 'Literal["global", "local"] | dist.ProcessGroup'
-#: The quotient of two sums.
-_SHARE = Coefficient(0.0, 1.0, p=0, q=1, eps=0.0).row()
 USE = 'use ascent="local", which reduces once and by itself'
 
 
@@ -60,7 +58,7 @@ class Ranks:
         if isinstance(ascent, str):
             if ascent != "local":
                 raise ValueError(f"ascent must be 'global', 'local' or a process group, got {ascent!r}")
-        elif not dist.is_available() or not isinstance(ascent, dist.ProcessGroup):
+        elif not is_group(ascent):
             raise TypeError(
                 f"ascent must be 'global', 'local' or the torch.distributed process group that this rank is in, got {ascent!r}"
             )
@@ -152,7 +150,7 @@ class Ranks:
         place = slice(0, 1) if i is None else slice(i, i + 1)
         known = summed[-1:] == size
         sums = [torch.where(known, mine[place], 1.0), torch.where(known, summed[place], float(size))]
-        return sums, _SHARE
+        return sums, RATIO
 
     # -- messages ------------------------------------------------------------------------------------------------------------
 
@@ -266,7 +264,7 @@ class GroupInCopies:
     @staticmethod
     def of(name: str, value: Any) -> Any:
         """``value`` itself where it is no group."""
-        return GroupInCopies(name, value) if dist.is_available() and isinstance(value, dist.ProcessGroup) else value
+        return GroupInCopies(name, value) if is_group(value) else value
 
     @staticmethod
     def out_of(value: Any) -> Any:

@@ -180,15 +180,20 @@ class Reduction:
         return there.to(device)
 
 
+def is_group(group: Any) -> bool:
+    """Whether it is a process group that this rank is in; of another one torch gives a rank something else."""
+    import torch.distributed as dist
+
+    return dist.is_available() and isinstance(group, dist.ProcessGroup)
+
+
 def check_group(group: Any) -> None:
     """Refuse what is no group of this rank's.
 
     Raises:
-        TypeError: with what it is; of a group that a rank is not in, torch gives it something else.
+        TypeError: with what it is.
     """
-    import torch.distributed as dist
-
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+    if not is_group(group):
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup that this rank is in, e.g. mesh['pp'].get_group(), got "
             f"{group!r}"

@@ -607,11 +607,13 @@ class Engine:
         if not had_gradients:
             self.skipped()
         self._refresh_radii()
-        self.store.refresh_noise(self.steps)
+        if self.store.seed is not None:
+            self.store.refresh_noise(self.steps)
         plan = self.plan()
         if plan is not BASE:
             check_method(self.method, self.base)
-            self.check_mask(plan.sparse, self.store.in_parts)
+            if plan.sparse is not None:
+                self.check_mask(plan.sparse, self.store.in_parts)
             self.store.check_only(plan.only)
         scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
         if scores is not None:

@@ -52,7 +52,7 @@ MAY_KNOW = {
         )
     },
     "between": {"_checks", "_torch", "gradients", "rules", "step", "store"},
-    "checkpoint": {"_torch", "flat", "rules", "sharded", "step", "store"},
+    "checkpoint": {"_torch", "flat", "precision", "rules", "sharded", "step", "store"},
     "step": {
         *("_torch", "batches", "buffers", "gradients", "masks", "methods", "mistakes", "parallel", "precision"),
         *("ranks", "rules", "sharded", "store", "units"),
@@ -67,7 +67,7 @@ MAY_KNOW = {
     "gradients": {"_torch", "backends", "backends.checks", "sharded"},
     "sharded": {"_torch"},
     "rules": {"_checks", "_torch", "backends.reference", "methods"},
-    "precision": {"_checks"},
+    "precision": {"_checks", "mistakes"},
     "methods": {"_checks", "backends.reference"},
     "batches": {"_torch"},
     "buffers": {"_torch", "backends.checks", "gradients"},
