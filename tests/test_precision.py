@@ -617,3 +617,19 @@ def test_a_parameter_of_more_than_2_31_elements_trains():
     opt.step()
     stepped = torch.tensor(w - 0.5 * 0.25).to(torch.bfloat16)
     assert all(bool((part == stepped).all()) for part in p.data.split(1 << 26))
+
+
+def test_a_seed_of_a_file_has_64_bits_too():
+    opt = optimizer(short_mlp(), seed=3)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["msam_seed"] = 2**70
+    with pytest.raises(ValueError, match=r"'seed' in state_dict must be < 2\*\*64, got 1180591620717411303424"):
+        opt.load_state_dict(saved)
+    assert opt.state_dict()["param_groups"][0]["msam_seed"] == 3
+
+
+def test_the_warning_is_about_the_line_that_led_there():
+    watch = Watch()
+    with pytest.warns(UserWarning, match="of the perturbation arrives") as caught:
+        watch.note(lambda: torch.tensor([1.0, 0.1, 1.0], dtype=torch.float64))
+    assert [warning.filename for warning in caught] == [__file__]
