@@ -413,21 +413,29 @@ py::object collect_grads(const py::list& groups, const py::bytes& known, const p
   return py::make_tuple(std::move(lists), regular, absent);
 }
 
-// Whether the state's values are these very entries, and each dict has the very value under its key.
+// Whether the values of a dict, or of a list, are these very entries, and each dict has the very value under its key, or has
+// not that key where the value is None.
 bool holds(
-    const py::dict& state, const py::list& entries, const py::list& dicts, const py::list& keys, const py::list& values) {
+    py::handle whole, const py::list& entries, const py::list& dicts, const py::list& keys, const py::list& values) {
   TORCH_CHECK(dicts.size() == values.size() && keys.size() == values.size(), "holds takes a dict and a key per value");
-  if (state.size() != entries.size()) return false;
+  const bool is_dict = PyDict_Check(whole.ptr());
+  TORCH_CHECK_TYPE(is_dict || PyList_Check(whole.ptr()), "holds takes a dict or a list");
+  if (py::len(whole) != entries.size()) return false;
   Py_ssize_t place = 0;
   PyObject* entry;
-  for (size_t i = 0; PyDict_Next(state.ptr(), &place, nullptr, &entry); ++i)
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (!is_dict)
+      entry = PyList_GET_ITEM(whole.ptr(), i);
+    else if (!PyDict_Next(whole.ptr(), &place, nullptr, &entry))
+      return false;
     if (entry != PyList_GET_ITEM(entries.ptr(), i)) return false;
+  }
   for (size_t i = 0; i < values.size(); ++i) {
     PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
     TORCH_CHECK_TYPE(PyDict_Check(dict), "holds takes dicts");
     PyObject* value = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys.ptr(), i));
     if (!value && PyErr_Occurred()) throw py::error_already_set();
-    if (value != PyList_GET_ITEM(values.ptr(), i)) return false;
+    if ((value ? value : Py_None) != PyList_GET_ITEM(values.ptr(), i)) return false;
   }
   return true;
 }
@@ -447,7 +455,7 @@ void define_parameters(py::module_& m) {
   m.def("joined", &joined, "(lists) -> the tensors of all of them, one list after the other");
   m.def("memory_layout", &memory_layout, "(parameter groups, lists of the served) -> bytes that say which they are and where these lie");
   m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether they say so still, and no others are trained");
-  m.def("holds", &holds, "(state, entries, dicts, keys, values) -> whether these are its values, and each dict's");
+  m.def("holds", &holds, "(dict or list, entries, dicts, keys, values) -> whether these are its values, and each dict's");
 }
 
 }  // namespace msam

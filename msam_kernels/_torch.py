@@ -81,9 +81,8 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], dict[i
 
 def has_listeners(optimizer: torch.optim.Optimizer) -> bool:
     """Whether hooks or a profiler listen to this optimizer's steps."""
-    return bool(
-        profiler_enabled() or any(step_hooks(optimizer)) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    )
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return bool(profiler_enabled() or before or after or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 def is_of_fsdp(p: Tensor) -> bool:

@@ -126,6 +126,8 @@ class Buffers:
 
     def thaw(self, *, values: bool = True) -> None:
         """``rewind``, and from now on changes last."""
+        if self._now is None:
+            return
         try:
             self.rewind(values=values)
         except Exception:  # it would fail again

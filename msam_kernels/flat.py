@@ -209,6 +209,7 @@ class Flat:
         state: the base optimizer's, by its names.
         views: parts of ``state``, by parameter and name: what ``bind`` left in the base optimizer's.
         absent: stands in a list for a parameter that is absent from it.
+        empty: the parameters without elements.
         shown: the mask by parameter, as bools, and of which mask they are.
     """
 
@@ -217,9 +218,8 @@ class Flat:
         self.shards, self.spread = shards(params), spread(params[0])
         flatten = flatten and self.spread is None
         self.device, self.dtype = params[0].device, params[0].dtype
-        self._is_cuda = params[
-            0
-        ].is_cuda  # torch makes a string of a device's type, which takes longer than the question
+        # Torch makes a string of a device's type, which takes longer than the question.
+        self._is_cuda = params[0].is_cuda
         step = ALIGNMENT // params[0].element_size()
         self.offsets: list[int] = []
         self.size = 0
@@ -234,8 +234,8 @@ class Flat:
         ]
         self.rows = len(rows)
         # Of shards some have no elements on some ranks.
-        self._empty = [i for i, p in enumerate(self.shards) if not p.numel()]
-        self._empty_index = torch.tensor(self._empty, dtype=torch.int64, device=self.device)
+        self.empty = [i for i, p in enumerate(self.shards) if not p.numel()]
+        self._index_of_empty = torch.tensor(self.empty, dtype=torch.int64, device=self.device)
         ends = {g: k + 1 for k, (*_, g) in enumerate(rows)}  # of the groups, which come one after the other
         self._ends = list(ends.items())
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
@@ -564,11 +564,11 @@ class Flat:
     def count_empty(self, absent: tuple[int, ...], found_inf: Tensor | None) -> None:
         """Count an update of the parameters without elements, which are in no row of the table, as torch does."""
         step = self.state.get("step")
-        if step is None or not self._empty:
+        if step is None:
             return
-        index = self._empty_index
-        if not set(absent).isdisjoint(self._empty):
-            present = [i for i in self._empty if i not in absent]
+        index = self._index_of_empty
+        if not set(absent).isdisjoint(self.empty):
+            present = [i for i in self.empty if i not in absent]
             index = torch.tensor(present, dtype=torch.int64, device=self.device)
         step[index] += 1.0 if found_inf is None else (found_inf == 0).to(step.dtype)
 

@@ -152,12 +152,12 @@ def _served(groups: Groups, layout: Any) -> list[list[Tensor]] | None:
 
 
 def _holds(
-    state: dict[Any, Any], entries: list[Any], dicts: list[dict[str, Any]], names: list[str], values: list[Any]
+    whole: dict[Any, Any] | list[Any], entries: list[Any], dicts: list[dict[Any, Any]], keys: list[Any], values: list[Any]
 ) -> bool:
     return (
-        len(state) == len(entries)
-        and all(map(is_, state.values(), entries))
-        and all(d.get(name) is value for d, name, value in zip(dicts, names, values, strict=True))
+        len(whole) == len(entries)
+        and all(map(is_, whole.values() if isinstance(whole, dict) else whole, entries))
+        and all(d.get(key) is value for d, key, value in zip(dicts, keys, values, strict=True))
     )
 
 
@@ -184,9 +184,9 @@ without_own_memory: Callable[[Sequence[Tensor | None], bool], list[int]] = getat
 memory_layout: Callable[[Groups, list[list[Tensor]]], object] = getattr(extension, "memory_layout", _memory_layout)
 #: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
 has_layout: Callable[[Groups, object], bool] = getattr(extension, "has_layout", _has_layout)
-#: (state, entries, dicts, keys, values) -> whether the state's values are these very entries, and each dict has the very
-#: value under its key.
-holds: Callable[[dict[Any, Any], list[Any], list[dict[str, Any]], list[str], list[Any]], bool] = getattr(
+#: (whole, entries, dicts, keys, values) -> whether the values of a dict, or of a list, are these very entries, and each dict has
+#: the very value under its key, or has not that key where the value is None.
+holds: Callable[[dict[Any, Any] | list[Any], list[Any], list[dict[Any, Any]], list[Any], list[Any]], bool] = getattr(
     extension, "holds", _holds
 )
 

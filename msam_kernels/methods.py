@@ -100,32 +100,32 @@ class Plan:
     reuses: Coefficient | None = None
     after: float = 0.0
 
-    @property
+    @cached_property
     def climbs(self) -> bool:
         """Whether each micro-batch has an ascent of its own, by its gradient at w."""
         return self.perturbs and not self.momentum
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the direction is the gradient itself, where it is perturbed."""
         return self.lmbda is None and self.eta is None
 
-    @property
+    @cached_property
     def times(self) -> float:
         """How many times the method's direction is that of the kernels, see ``sigma``."""
         return 1 - min(self.sigma, 0.0)
 
-    @property
+    @cached_property
     def knows_length(self) -> bool:
         """Whether the norm of the direction is that of the gradient at w."""
         return self.is_plain and self.only is None
 
-    @property
+    @cached_property
     def combines(self) -> bool:
         """Whether the descent is made of more than the last gradients as they are: all must then be the same ranks'."""
         return bool(self.holds or self.keeps or self.rescale or self.reuses)
 
-    @property
+    @cached_property
     def takes_held(self) -> bool:
         """Whether the first vector of the descent, in whose memory the mean comes to be, is one that is held."""
         return bool(self.holds) and not (self.descent[0].a or self.descent[0].b)
@@ -143,12 +143,12 @@ class Plan:
         used = [place for c in (*self.descent, *self.keeps) if c.b for place in (c.p, c.q)]
         return 1 + max(v for v in range(3) if dot(0, v) <= max(used)) if used else 0
 
-    @property
+    @cached_property
     def remembers_v(self) -> bool:
         """Whether "v" outlives the step."""
         return bool(self.keeps) and not self.after
 
-    @property
+    @cached_property
     def kept(self) -> str:
         """The name of the memory that ``keeps`` adds to."""
         return "gap" if self.after else "v"

@@ -638,7 +638,7 @@ class MicroBatchSAM(Optimizer):
             return self.engine.update_after(closure, most) if callable(closure) else self.engine.update(most)
         closures: list[Callable[[], Any]] = [closure] if callable(closure) else list(closure)
         shares = closure.shares if isinstance(closure, MicroBatches) else [1 / max(len(closures), 1)] * len(closures)
-        wanted = self.num_micro_batches
+        wanted = self.engine.split.parts
         if not closures or (wanted and len(closures) != wanted):
             raise ValueError(
                 f"num_micro_batches={wanted} takes as many closures, one per micro-batch, got {len(closures)}"

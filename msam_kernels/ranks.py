@@ -22,6 +22,7 @@ from .sharded import is_dtensor, is_group
 from .store import RATIO, Descent, Store
 
 DDP = nn.parallel.DistributedDataParallel
+IS_AVAILABLE = dist.is_available()
 #: ``MicroBatchSAM``'s argument: "global", "local" or a process group.
 Ascent: TypeAlias = 'Literal["global", "local"] | dist.ProcessGroup'
 USE = 'use ascent="local", which reduces once and by itself'
@@ -33,12 +34,14 @@ class Ranks:
     Attributes:
         ascent: see ``MicroBatchSAM``.
         own: whether the passes do not synchronise, and the optimizer itself averages at their end.
+        inner: the group within which the perturbation is shared; None where each rank has its own.
         is_known: whether the model is there, in which a DistributedDataParallel would be found.
         reduces: of the step under way, whether that happens at its end: not inside of somebody's ``no_sync``.
     """
 
     def __init__(self, ascent: Ascent, model: nn.Module | None):
         self.ascent, self.own, self.reduces = ascent, ascent != "global", True
+        self.inner: Any = ascent if self.own and ascent != "local" else None
         self.is_known = model is not None
         self._ddps = [] if model is None else [module for module in model.modules() if isinstance(module, DDP)]
         self._before: list[tuple[Any, bool, bool]] = []  # what the modules were told before the step
@@ -62,7 +65,7 @@ class Ranks:
             raise TypeError(
                 f"ascent must be 'global', 'local' or the torch.distributed process group that this rank is in, got {ascent!r}"
             )
-        if not (dist.is_available() and dist.is_initialized()):
+        if not (IS_AVAILABLE and dist.is_initialized()):
             raise RuntimeError(
                 f"ascent={ascent!r} averages over ranks, and torch.distributed is not initialised: call init_process_group "
                 "first, as under torchrun, or leave ascent out"
@@ -79,7 +82,7 @@ class Ranks:
     @property
     def is_several(self) -> bool:
         """Whether there may be other ranks that train the same model."""
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return IS_AVAILABLE and dist.is_initialized() and dist.get_world_size() > 1
 
     @property
     def synchronised(self) -> bool | None:
@@ -110,11 +113,6 @@ class Ranks:
     def all(self) -> Any:
         """The group of all ranks."""
         return self._ddps[0].process_group
-
-    @property
-    def inner(self) -> Any:
-        """The group within which the perturbation is shared; None where each rank has its own."""
-        return self.ascent if self.own and self.ascent != "local" else None
 
     def count(self, store: Store, parts: Sequence[Any] | None) -> None:
         """Begin to add up the samples of all ranks; nobody waits for it here. ``parts``: the micro-batches of a batch."""

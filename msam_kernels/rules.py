@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ._checks import check_number
 from ._torch import step_hooks
 from .backends import reference
+from .gradients import holds
 from .methods import SAM, Plan
 
 Group = dict[str, Any]
@@ -31,6 +33,7 @@ class Rule:
 
     Attributes:
         number: as the operator ``update`` takes it.
+        keys: of a group, under which stands what settings and names are made of.
         settings: a group's row of the kernels' table, columns as in ``backends.reference``.
         names: the state that the group's parameters need.
         shaped: what may be there that is shaped like its parameter.
@@ -38,14 +41,11 @@ class Rule:
     """
 
     number: int
+    keys: tuple[str, ...]
     settings: Callable[[Group], tuple[Any, ...]]
     names: Callable[[Group], tuple[str, ...]]
     shaped: tuple[str, ...]
     counts: bool
-
-
-def _sgd_settings(group: Group) -> tuple[Any, ...]:
-    return tuple([group[name] for name in reference.SGD_COLUMNS])
 
 
 def _sgd_names(group: Group) -> tuple[str, ...]:
@@ -75,12 +75,20 @@ def _adam_names(group: Group) -> tuple[str, ...]:
     return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
 
+_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 _ADAM_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Exact types only, since a subclass may have a step of its own.
 RULES: dict[type[Optimizer], Rule] = {
-    SGD: Rule(reference.SGD, _sgd_settings, _sgd_names, ("momentum_buffer",), counts=True),
-    Adam: Rule(reference.ADAM, _adam_settings, _adam_names, _ADAM_SHAPED, counts=False),
-    AdamW: Rule(reference.ADAM, _adamw_settings, _adam_names, _ADAM_SHAPED, counts=False),
+    SGD: Rule(
+        reference.SGD,
+        reference.SGD_COLUMNS,
+        itemgetter(*reference.SGD_COLUMNS),
+        _sgd_names,
+        ("momentum_buffer",),
+        counts=True,
+    ),
+    Adam: Rule(reference.ADAM, _ADAM_KEYS, _adam_settings, _adam_names, _ADAM_SHAPED, counts=False),
+    AdamW: Rule(reference.ADAM, _ADAM_KEYS, _adamw_settings, _adam_names, _ADAM_SHAPED, counts=False),
 }
 
 
@@ -102,7 +110,10 @@ class StepHook:
 
 def _is_listened_to(base: Optimizer) -> bool:
     before, after = step_hooks(base)
-    return bool(after) or any(type(hook) is not StepHook for hook in before.values())
+    for hook in before.values():  # a generator would take longer
+        if type(hook) is not StepHook:
+            return True
+    return bool(after)
 
 
 def fused_rule(base: Optimizer) -> Rule | None:
@@ -238,6 +249,37 @@ class Radii:
         return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
 
+class Noted:
+    """What stood in the parameter groups at the last look, and whether these very values stand there still.
+
+    The extension looks in one call, where Python would take as long as a kernel.
+    """
+
+    def __init__(self, base: Optimizer):
+        self._base = base
+        self._groups: list[Group] | None = None
+        self._dicts: list[dict[Any, Any]] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
+
+    def note(self, keys: Sequence[str], *others: tuple[dict[Any, Any], Any]) -> None:
+        """Under ``keys`` of every group, and under other dicts' own; nothing where a group's value may change by itself."""
+        groups = self._base.param_groups
+        places = [*((group, key) for group in groups for key in keys), *others]
+        self._dicts, self._keys = [d for d, _ in places], [key for _, key in places]
+        self._values = [d.get(key) for d, key in places]
+        constant = all(map(_is_constant, self._values[: len(groups) * len(keys)]))
+        self._groups = list(groups) if constant else None
+
+    def forget(self) -> None:
+        self._groups = None
+
+    def stands(self) -> bool:
+        return self._groups is not None and holds(
+            self._base.param_groups, self._groups, self._dicts, self._keys, self._values
+        )
+
+
 class Tables:
     """The kernels' tables of radii and settings, one row per group, float64, on every device.
 
@@ -251,8 +293,9 @@ class Tables:
     def __init__(self, radii: Radii):
         self._radii = radii
         self._rows: dict[str, list[Any]] = {}  # by table, as it stands on the devices
-        # What the groups and the plan said of a table at the last look; nothing where that changes by itself.
-        self._said: dict[str, object] = {}
+        self._noted = {name: Noted(radii.base) for name in ("radii", "rates", "rule")}
+        self._plan: Plan | None = None  # that the radii were made for
+        self._rule: Rule | None = None  # as it was noted
         self._on: dict[tuple[str, torch.device], Tensor] = {}
         self.names: tuple[tuple[str, ...], ...] = ()
         self.scale: Tensor | None = None  # of the step's gradients, where a budget is to be in their units
@@ -267,16 +310,11 @@ class Tables:
         Raises:
             ValueError: what stands in a group, or what a function of the step gives, is no radius.
         """
+        if plan is self._plan and self._noted["radii"].stands():
+            return
         groups = self._radii.base.param_groups
         # Momentum is that of what is minimised, whatever the group says, and e points against it.
         turned = [plan.momentum or maximizes for maximizes in self._maximized()]
-        said = (
-            (plan.opposite, plan.budget),
-            [(group.get("rho"), turn) for group, turn in zip(groups, turned, strict=True)],
-            plan.times,
-        )
-        if said == self._said.get("radii"):
-            return
         radii = [_number(self._radii.of(g, group, steps)) for g, group in enumerate(groups)]
         for rho in radii:
             check_rho(rho)
@@ -291,9 +329,10 @@ class Tables:
         for name, values, most in (("radii", radii, float(budget) * plan.times), ("opposite", opposite, math.inf)):
             rows = [(-r if turn and r else r, most) for r, turn in zip(values, turned, strict=False)]
             self._write(name, rows, devices, changed)
-        own = [*said[0], *(group.get("rho") for group in groups)]
-        by_itself = any(map(callable, said[0])) or bool(self._radii.schedules) or _hold_tensors(own)
-        self._note("radii", said, by_itself)
+        self._plan = plan
+        self._noted["radii"].note(("rho", "maximize"), (vars(self._radii.base), "maximize"))
+        if self._radii.schedules or callable(plan.opposite) or callable(plan.budget):
+            self._noted["radii"].forget()
 
     def _maximized(self) -> list[bool]:
         """By group; some optimizers have the flag for all, as an attribute."""
@@ -304,21 +343,34 @@ class Tables:
     def refresh_settings(self, rule: Rule, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
         """The same of the rule's settings."""
         groups = self._radii.base.param_groups
-        said = [rule.settings(group) for group in groups]
-        if said == self._said.get("settings"):
-            return
-        self._write("settings", [tuple(map(_number, row)) for row in said], devices, changed)
+        rows = [tuple(map(_number, rule.settings(group))) for group in groups]
+        self._write("settings", rows, devices, changed)
         self.names = tuple(rule.names(group) for group in groups)
-        self._note("settings", said, any(map(_hold_tensors, said)))
+
+    def refresh_rule(self, devices: Iterable[torch.device], changed: Callable[[], None]) -> Rule | None:
+        """How to update in one kernel, its settings up to date; None where only the base optimizer's own step will do."""
+        base, noted = self._radii.base, self._noted["rule"]
+        before, after = step_hooks(base)
+        if len(before) == 1 and not after and noted.stands():
+            return self._rule
+        self._rule = rule = fused_rule(base)
+        if rule is None:
+            noted.forget()
+        else:
+            self.refresh_settings(rule, devices, changed)
+            keys = (*rule.keys, "differentiable", "capturable")
+            noted.note(keys, (vars(base), "step"), *((before, key) for key in before))
+        return rule
 
     def refresh_rates(self, devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
         """The same of −lr, or lr where a group is maximised; the last row is 1."""
-        said = [(group["lr"], m) for group, m in zip(self._radii.base.param_groups, self._maximized(), strict=True)]
-        if said == self._said.get("rates"):
+        base, noted = self._radii.base, self._noted["rates"]
+        if noted.stands():
             return
-        rows = [_number(lr) if maximizes else -_number(lr) for lr, maximizes in said]
+        rates = [_number(group["lr"]) for group in base.param_groups]
+        rows = [lr if maximizes else -lr for lr, maximizes in zip(rates, self._maximized(), strict=True)]
         self._write("rates", [*rows, 1.0], devices, changed)
-        self._note("rates", said, _hold_tensors(lr for lr, _ in said))
+        noted.note(("lr", "maximize"), (vars(base), "maximize"))
 
     @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
     def _write(self, name: str, rows: list[Any], devices: Iterable[torch.device], changed: Callable[[], None]) -> None:
@@ -330,15 +382,11 @@ class Tables:
             self._put(name, device, table)
         self._rows[name] = rows
 
-    def _note(self, name: str, said: object, changes_by_itself: bool) -> None:
-        self._said.pop(name, None)
-        if not changes_by_itself:
-            self._said[name] = said
-
     def forget(self) -> None:
         """There are new groups or devices."""
         self._rows.clear()
-        self._said.clear()
+        for noted in self._noted.values():
+            noted.forget()
 
     def on(self, name: str, device: torch.device) -> Tensor:
         table = self._on[name, device]
@@ -357,8 +405,9 @@ class Tables:
             self._on[name, device] = table.to(device, non_blocking=True)
 
 
-def _hold_tensors(values: Iterable[Any]) -> bool:
-    return any(isinstance(x, Tensor) for x in values)
+def _is_constant(x: Any) -> bool:
+    """Whether an object has this value for good, as numbers have and tensors and functions have not."""
+    return x is None or type(x) in (float, int, bool) or (type(x) is tuple and all(map(_is_constant, x)))
 
 
 def _number(x: Any) -> Any:

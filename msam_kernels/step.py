@@ -39,7 +39,6 @@ from .rules import (
     StepHook,
     Tables,
     check_method,
-    fused_rule,
     no_momentum,
     theirs_in,
 )
@@ -187,8 +186,8 @@ class Engine:
             group[SEED] = seed
 
     def check_idle(self, what: str) -> None:
-        self.check_restored(what)
-        if self.step is not None:
+        if self.broken or self.step is not None:
+            self.check_restored(what)
             raise RuntimeError(
                 f"{what} inside a passes() loop or a closure: let that finish first, or call opt.restore() to give it up{LEFT}"
             )
@@ -299,22 +298,23 @@ class Engine:
 
     def prepare(self) -> bool:
         """Notice what the user changed since the last step: groups, addresses, hyper-parameters. Returns as ``follow``."""
-        have_grads = self.follow()
-        self._refresh_radii()
-        self.store.refresh_noise(self.steps)
+        have_grads, steps = self.follow(), self.steps
+        self.tables.refresh_radii(self.method.full, steps, self.store.devices, self._check_may_change)
+        self.store.refresh_noise(steps)
         self.watch.look()
-        self.refresh_settings(RULES.get(type(self.base)))
+        if self.rule() is None and type(self.base) in RULES:  # a captured step may be one by it
+            self.tables.refresh_settings(RULES[type(self.base)], self.store.devices, self._check_may_change)
         return have_grads
 
-    def _refresh_radii(self) -> None:
-        self.tables.refresh_radii(self.method.full, self.steps, self.store.devices, self._check_may_change)
+    def rule(self) -> Rule | None:
+        """How the base optimizer's step is a kernel, if it is, with what that reads up to date.
 
-    def refresh_settings(self, rule: Rule | None) -> None:
-        """Bring what the update reads up to date: a closure may set a learning rate, as for the base optimizer itself."""
-        if rule is not None:
-            self.tables.refresh_settings(rule, self.store.devices, self._check_may_change)
+        Right before the update, as a closure may set a learning rate for the base optimizer itself.
+        """
+        rule = self.tables.refresh_rule(self.store.devices, self._check_may_change)
         if self.method.full.after:
             self.tables.refresh_rates(self.store.devices, self._check_may_change)
+        return rule
 
     def _check_may_change(self) -> None:
         self.store.check_not_capturing("hyper-parameters")
@@ -349,8 +349,9 @@ class Engine:
         Raises:
             RuntimeError: there is no mask, and the method does not choose one by itself.
         """
-        if plan.sparse is None or not plan.perturbs:
+        if not plan.perturbs:
             return False
+        assert plan.sparse is not None
         missing = any(flat.mask is None for flat in self.store.flats)
         if missing and plan.sparse.update_every is None:
             raise RuntimeError(
@@ -521,19 +522,17 @@ class Engine:
         return not any(bool(g.any()) for g in grads)
 
     def _begin_state(self) -> None:
-        rule = fused_rule(self.base)
+        rule = self.rule()
         if rule is None:
             return self.update_uncounted()
-        self.refresh_settings(rule)
         self.store.begin_state(rule, self.tables, self.base.state, self.collect(clear=False))
 
     def update_uncounted(self, found_inf: Tensor | None = None, most: float | None = None) -> None:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
-        rule = fused_rule(self.base)
-        grads = self.collect(clear=False) if rule is not None else None
+        grads = self.collect(clear=False) if self.rule() is not None else None
         if grads is None:
             self.follow()
-        self.refresh_settings(rule)
+        rule = self.rule()  # there may be parameters by now that are new
         if rule is None or grads is None:
             if most is not None:
                 if self.store.has_ranks:
@@ -606,16 +605,19 @@ class Engine:
         had_gradients = self.follow()
         if not had_gradients:
             self.skipped()
-        self._refresh_radii()
+        steps = self.steps
+        self.tables.refresh_radii(self.method.full, steps, self.store.devices, self._check_may_change)
         if self.store.seed is not None:
-            self.store.refresh_noise(self.steps)
+            self.store.refresh_noise(steps)
         plan = self.plan()
         if plan is not BASE:
-            check_method(self.method, self.base)
+            if plan.momentum or plan.after:
+                check_method(self.method, self.base)
             if plan.sparse is not None:
                 self.check_mask(plan.sparse, self.store.in_parts)
-            self.store.check_only(plan.only)
-        scores: list[list[Tensor]] | None = [] if self.chooses_mask(plan) else None
+            if plan.only is not None:
+                self.store.check_only(plan.only)
+        scores: list[list[Tensor]] | None = [] if plan.sparse is not None and self.chooses_mask(plan) else None
         if scores is not None:
             self.store.check_not_capturing("the mask")
         self.norms_sq, self.latest = [], plan
@@ -766,6 +768,20 @@ class Step:
         accumulates: whether it adds to the gradients that were there before.
     """
 
+    # Here, and not in __init__, since that takes as long as a kernel of a small model.
+    turn = 0
+    perturbed = saves = chose_mask = adds_to_v = began_undo = False
+    aside: list[tuple[Optionals, Optionals]] | None = None
+    _has_looked = False  # whether ``_look_at_scale`` has, in this step
+    _i = 0  # the micro-batch under way
+    _norm_sq: Tensor | None = None  # of its ascent
+    _mean: Vectors | None = None  # of the descents so far
+    _together: Descent | None = None  # of the latest micro-batches, where those ran at once
+    _kept = False  # whether any micro-batch has
+    _ahead: Vectors | None = None  # ĝ, where the update makes the gap of it
+    _gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
+    _hands_mean = False
+
     def __init__(
         self,
         engine: Engine,
@@ -779,32 +795,19 @@ class Step:
         scaled: Scaled | None = None,
         accumulates: bool = False,
     ):
-        self._scaled, self._has_looked = scaled, False
-        self.began_undo = False
+        self._scaled = scaled
+        self._has_units = scaled is not None or engine.units.are_known
         self.engine, self.store, self.plan, self.shares = engine, engine.store, plan, shares
         self.ranks, self._parts, self.accumulates = engine.ranks, parts, accumulates
         self._several = self.ranks.own or self.ranks.is_several
-        self.clear = clear
-        self.perturbed = self.saves = False
-        self.chose_mask, self.had_gradients = False, had_gradients
-        self.turn = 0
+        self.clear, self.had_gradients = clear, had_gradients
         self.lacks = NO_BACKWARD_IN_CLOSURE if clear else NO_BACKWARD_IN_DROP_IN
-        self.aside: list[tuple[Optionals, Optionals]] | None = None
-        self.adds_to_v = False
         self._scores = scores
-        self._i = 0  # the micro-batch under way
         self._held: list[Vectors] = []  # its gradients of earlier passes, the latest first
-        self._norm_sq: Tensor | None = None  # of its ascent
-        self._mean: Vectors | None = None  # of the descents so far
-        self._together: Descent | None = None  # of the latest micro-batches, where those ran at once
-        self._kept = False  # whether any micro-batch has
         self._memories: list[tuple[Tensor, Tensor]] = []  # memories that change, and what they held before
-        self._ahead: Vectors | None = None  # ĝ, where the update makes the gap of it
-        self._gap: Vectors | None = None  # what goes off the weights after the update, where no memory holds it
         self._synced: list[bool] = []  # by pass, where it is known: whether DDP has reduced it
         self._lacking: list[tuple[int, ...]] = []  # by flat: parameters without a gradient in the latest ascent
         self._handed: list[tuple[Tensor, Tensor, int]] = []  # parameters, what they were handed over, and its version
-        self._hands_mean = False
 
     def __enter__(self) -> Step:
         try:
@@ -831,7 +834,8 @@ class Step:
         if kind is not None:
             self.engine.restore()
         else:
-            self.ranks.release()
+            if self._several:
+                self.ranks.release()
             self.engine.step = None
 
     def drop_before(self) -> None:
@@ -890,25 +894,33 @@ class Step:
         The descent of the last one is left to ``end_in_grads`` or ``update``.
         """
         plan, buffers = self.plan, self.engine.buffers
-        self._lean()
+        if plan.momentum:
+            self._lean()
         for i, part in enumerate(parts):
             self._i, self.turn = i, 0
-            if not plan.climbs:
+            if self._several and not plan.climbs:
                 self._hand_over()
             yield 0, part
-            self._after_pass()
+            self.check_current()
+            if self._several:
+                self._after_pass()
             if plan.climbs:
                 self.ascend()
                 buffers.freeze()
-                self._hand_over()
+                if self._several:
+                    self._hand_over()
                 yield 1, part
-                self._after_pass()
+                self.check_current()
+                if self._several:
+                    self._after_pass()
                 buffers.thaw()
             if plan.opposite is not None and plan.perturbs:
                 self._cross()
                 buffers.freeze()
                 yield 2, part
-                self._after_pass()
+                self.check_current()
+                if self._several:
+                    self._after_pass()
                 buffers.thaw()
             if i + 1 < len(parts):
                 self._accumulate()
@@ -920,7 +932,8 @@ class Step:
         to ``update``.
         """
         plan, store, engine, values = self.plan, self.store, self.engine, []
-        self._lean()
+        if plan.momentum:
+            self._lean()
         engine.buffers.freeze()
         try:
             for which in passes.turns:
@@ -929,10 +942,12 @@ class Step:
                 self._look_at_scale()
                 if which.start == 0 and plan.lmbda is not None and plan.climbs:  # it moves on while they may still fail
                     self._remember(store.means(plan))
-                self._check_any(vectors[0])
+                if vectors[0].absent:
+                    self._check_any(vectors[0])
                 values += losses
                 if plan.climbs:
-                    self._look_at_each(vectors[0], len(which))
+                    for j in range(len(which) if self._scores is not None else 0):
+                        self._look_at(vectors[0].micro_batch(j), needed=True)
                     copies = store.stacks(len(which), plan.only)
                     norm_sq = store.ascend(vectors[0], plan, engine.tables, which, copies)
                     engine.norms_sq += norm_sq.unbind()
@@ -973,10 +988,6 @@ class Step:
             )
         return found
 
-    def _look_at_each(self, grads: Vectors, n: int) -> None:
-        for j in range(n if self._scores is not None else 0):
-            self._look_at(grads.micro_batch(j), needed=True)
-
     def _descent_of(self, which: range, vectors: Sequence[Vectors], norm_sq: Tensor | None) -> Descent:
         """``_descent`` of several micro-batches, whose vectors are stacks."""
         store, plan, shares = self.store, self.plan, [self.shares[i] for i in which]
@@ -987,7 +998,8 @@ class Step:
             sums = [] if products is None else [products]
             kept = Descent(stacks=vectors[: len(plan.keeps)], shares=store.weigh(shares, coefs, sums, -1, None))
             self._keep(kept, begins=which.start == 0)
-        norm_sq = self._seen(norm_sq, vectors[0], len(which))
+        if self._scaled is not None and plan.after and norm_sq is not None:
+            norm_sq = self._seen(norm_sq, vectors[0], len(which))
         sums, rescale = self._sums(products, norm_sq)
         terms = list(self._terms(vectors))
         coefs = [number for _, coefficient in terms for number in coefficient.row()]
@@ -1015,9 +1027,6 @@ class Step:
 
     def _after_pass(self) -> None:
         """Refuse gradients of which DDP has reduced some and not others, where these are combined: ranks would part."""
-        self.check_current()
-        if not self._several:
-            return
         engine, plan, synced = self.engine, self.plan, self.ranks.synchronised
         is_last = self._i + 1 == len(self.shares) and self.turn == (1 if plan.opposite is None else 2) * plan.climbs
         if self._handed and is_last:
@@ -1044,8 +1053,6 @@ class Step:
 
         That are the gradients of before the step, the mean so far, and NaN where an ascent was not finite on this rank.
         """
-        if not self._several:
-            return
         self._handed, self._hands_mean = [], False
         plan, last = self.plan, self._i + 1 == len(self.shares)
         if not last or self.ranks.own or plan.combines:
@@ -1114,9 +1121,7 @@ class Step:
     # -- ascent -----------------------------------------------------------------------------------------------------------
 
     def _lean(self) -> None:
-        """Perturb the weights against the momentum, for the whole step, where the plan says so."""
-        if not self.plan.momentum:
-            return
+        """Perturb the weights against the momentum, for the whole step."""
         v = self.engine.momentum()
         self.perturbed = self.saves = True
         self.engine.norms_sq.append(self.store.ascend(v, self.plan, self.engine.tables, 0))
@@ -1125,14 +1130,17 @@ class Step:
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         engine, store, plan = self.engine, self.store, self.plan
-        self._look_at_scale()
+        if self._has_units:
+            self._look_at_scale()
         grads = self._collect(clear=self.clear)
-        self._check_any(grads)
+        if grads.absent:
+            self._check_any(grads)
         if self._several and self.ranks.synchronised is False:
             self._lacking = [flat.absent_from(ts) for flat, ts in zip(store.flats, grads.lists, strict=True)]
         if plan.holds:
             self._hold(grads)
-        self._look_at(grads, needed=plan.takes_held)
+        if self._scores is not None:
+            self._look_at(grads, needed=plan.takes_held)
         self.perturbed = self.saves = True
         self.turn = 1
         self._norm_sq = store.ascend(grads, plan, engine.tables, self._i)
@@ -1148,8 +1156,6 @@ class Step:
 
     def _look_at(self, grads: Vectors, *, needed: bool) -> None:
         """What a mask is chosen by, from gradients at w. ``needed``: what becomes of them otherwise is not to be changed."""
-        if self._scores is None:
-            return
         engine, sparse = self.engine, self.plan.sparse
         self.add_scores(grads, needed=needed)
         if any(flat.mask is None for flat in self.store.flats):
@@ -1175,7 +1181,7 @@ class Step:
     def _check_any(self, grads: Vectors) -> None:
         """No gradient at all: was backward forgotten, has the model other parameters by now, or are gradients elsewhere?"""
         store = self.store
-        if not grads.absent or grads.absent < sum(len(flat.params) for flat in store.flats):
+        if grads.absent < sum(len(flat.params) for flat in store.flats):
             return
         model, params = self.engine.buffers.model, store.parameters()
         own, theirs = set(map(id, params)), set(map(id, model.parameters() if model is not None else ()))
@@ -1261,14 +1267,14 @@ class Step:
         ``p.grad``, it only tells what the update is limited by.
         """
         engine, plan, ranks = self.engine, self.plan, self.ranks
-        if ranks.synchronised is False:
+        if self._several and ranks.synchronised is False:
             raise RuntimeError(
                 "this step updates at once, and DistributedDataParallel was told not to reduce its gradients (no_sync): ranks "
                 f"would part. Leave no_sync out, or {USE}; or use a passes() loop, and reduce p.grad yourself"
             )
-        rule = fused_rule(engine.base)
-        engine.refresh_settings(rule)
-        self._look_at_scale()
+        rule = engine.rule()
+        if self._has_units:
+            self._look_at_scale()
         if rule is not None and between is not None and between.is_unseen and not ranks.own:
             return self._update_limited(rule, between)
         at_once = rule is not None and between is None and not ranks.own
@@ -1348,12 +1354,16 @@ class Step:
             together, self._together = self._together, None
             return together
         vectors = [self._collect(clear=clear), *self._held]
-        if not store.is_sharded:
+        if vectors[0].absent and not store.is_sharded:
             self._check_any(vectors[0])
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
-        norm_sq = self._seen(self._norm_sq, vectors[0])
-        descent = Descent(*self._sums(products, norm_sq), norm_sq)
+        norm_sq = self._norm_sq
+        if self._scaled is not None and plan.after and norm_sq is not None:
+            norm_sq = self._seen(norm_sq, vectors[0])
+        descent = Descent(norm_sq=norm_sq)
+        if products is not None:
+            descent.sums, descent.rescale = self._sums(products, norm_sq)
         for vector, coefficient in self._terms(vectors):
             descent.add(vector, coefficient.row(share))
         if plan.keeps:
@@ -1373,13 +1383,11 @@ class Step:
         self._norm_sq = None
         return descent
 
-    def _seen(self, norm_sq: Tensor | None, latest: Vectors, stack: int | None = None) -> Tensor | None:
-        """The terms that make a descent NaN where they are not finite.
+    def _seen(self, norm_sq: Tensor, latest: Vectors, stack: int | None = None) -> Tensor:
+        """The terms that make a descent NaN where they are not finite, for a scaler.
 
-        Decoupled WSAM's last gradient is no term of what a scaler looks at: its norm is one of these then.
+        Decoupled WSAM's last gradient is no term of what that looks at: its norm is one of these then.
         """
-        if self._scaled is None or not self.plan.after or norm_sq is None:
-            return norm_sq
         return torch.cat([norm_sq, self.store.gram([latest], stack).sum(-1)], -1)
 
     def _sums(self, products: Tensor | None, norm_sq: Tensor | None) -> tuple[list[Tensor], int]:

@@ -95,7 +95,7 @@ class Descent:
             return {"coefs": self.coefs, "sums": []}
         return {
             "coefs": self.coefs,
-            "sums": [moved(t, device) for t in self.sums],
+            "sums": self.sums and [moved(t, device) for t in self.sums],
             "rescale": self.rescale,
             "norm_sq": None if self.norm_sq is None else moved(self.norm_sq, device),
         }
@@ -127,6 +127,8 @@ class Store:
         self.drawn = 0
         self.process_group = process_group
         self.flats: list[Flat] = []
+        self._lists: list[list[Tensor]] = []  # the parameters by flat
+        self._absent: list[Tensor] = []  # by flat, what stands for one without a gradient
         self.is_sharded = False
         self._ranks: Reduction | None = None  # where sums over all parameters are sums over several ranks
         self._gathered: Gathered | None = None
@@ -136,11 +138,6 @@ class Store:
         self.layout: object = None  # of all parameters, as the flats know it
         self._shares: dict[tuple[float, ...], Tensor] = {}  # on the device, for good: graphs read them
         self._left: set[int] = set()  # the parameters that were frozen at the last look and are in no flat, by identity
-
-    @property
-    def _lists(self) -> list[list[Tensor]]:
-        """The parameters by flat."""
-        return [flat.params for flat in self.flats]
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +176,10 @@ class Store:
         return [flat for flat in self.flats if not all(map(flat.is_at_home, flat.params))]
 
     def is_capturing(self) -> bool:
-        return any(map(Flat.is_capturing, self.flats))
+        for flat in self.flats:  # a generator would take longer
+            if flat.is_capturing():
+                return True
+        return False
 
     def check_not_capturing(self, what: str) -> None:
         for flat in self.flats:
@@ -286,6 +286,8 @@ class Store:
                     self._move_state(p, flat, groups[flat.groups[i]])
             self._shares = {}
         self.flats = staying + new_flats
+        self._lists = [flat.params for flat in self.flats]
+        self._absent = [flat.absent for flat in self.flats]
         self._parts = None, -1, []
         self.devices = list({flat.device: None for flat in self.flats})
         self.is_sharded, self._ranks, self._loops = is_sharded, ranks, OF_SHARDS if is_sharded else FAST
@@ -343,8 +345,7 @@ class Store:
 
         None where the parameters are not where they were at the last look.
         """
-        placeholders = [flat.absent for flat in self.flats]
-        found = collect(self.base.param_groups, self.layout, self._lists, placeholders, self._loops, clear=clear)
+        found = collect(self.base.param_groups, self.layout, self._lists, self._absent, self._loops, clear=clear)
         if found is None:
             return None
         lists: Sequence[Tensors] = found[0]
@@ -446,7 +447,7 @@ class Store:
         if len(parts) == 1 and self._ranks is None:
             (f, flat, left), *_ = parts
             weights, options = self._perturbation(f, flat, plan, tables, "radii", which, renew, into)
-            chosen = _chosen(grads, f, flat, left)
+            chosen = _chosen(grads, f, flat, left) if left else grads.lists[f]
             return flat.backend.ascend(weights, chosen, flat.table, arrived=flat.arrived, **options)
         if isinstance(which, range) and into is not None and plan.lmbda is not None and len(which) > 1:
             # The direction of one is made of the mean that the one before has left.
@@ -541,7 +542,8 @@ class Store:
         copies = None if into is None else into[f]
         options: dict[str, Any] = {"radii": tables.on(radii, flat.device)}
         if copies is None:
-            options["saved"], options["status"] = flat.save_buffer(), flat.status
+            options["saved"] = flat.saved if flat.saved is not None else flat.save_buffer()
+            options["status"] = flat.status
         else:
             options["saved"], options["stack"] = flat.weights[0], len(copies)
         if radii == "opposite":
@@ -703,7 +705,8 @@ class Store:
                 settings=tables.on("settings", flat.device),
                 **options,
             )
-            flat.count_empty(absent, options.get("found_inf"))
+            if flat.empty:
+                flat.count_empty(absent, options.get("found_inf"))
 
     def begin_state(self, rule: Rule, tables: Tables, state: State, grads: Vectors) -> None:
         """The base optimizer's state of whatever has a gradient, as its first step would find it."""

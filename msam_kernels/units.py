@@ -22,11 +22,13 @@ class Units:
 
     Attributes:
         scale: float64 ``[1]``, that of the latest step; None where its loss was not scaled.
+        are_known: whether the loss of any step was scaled; until then there is nothing to read or to bring anywhere.
     """
 
     def __init__(self, store: Store):
         self._store = store
         self.scale: Tensor | None = None
+        self.are_known = False
         self._scale: Tensor | None = None
         self._of_means: Tensor | None = None  # None: those of the loss
         self._scaled_means = False
@@ -53,7 +55,7 @@ class Units:
                 torch.ones_like(self._scale) if self._of_means is None else moved(self._of_means, self._store.device)
             )
         self._scale.copy_(moved(scale.reshape(1), self._store.device))
-        self.scale = self._scale
+        self.scale, self.are_known = self._scale, True
 
     @property
     def now(self) -> tuple[Tensor | None, bool]:

@@ -624,10 +624,10 @@ MUTANTS = [
         "tests/test_schedules.py",
     ),
     Mutant(
-        "a stale table of settings",
+        "a stale table of radii",
         P + "rules.py",
-        'if said == self._said.get("radii"):',
-        'if self._said.get("radii"):',
+        'if plan is self._plan and self._noted["radii"].stands():',
+        "if plan is self._plan:",
         "tests/test_conventions.py tests/test_schedules.py",
     ),
     Mutant(
@@ -729,11 +729,32 @@ MUTANTS = [
         GOLDEN,
     ),
     Mutant(
-        "settings are read where the step begins only",
-        P + "step.py",
-        "        engine.refresh_settings(rule)\n        self._look_at_scale()",
-        "        self._look_at_scale()",
+        "settings are read once",
+        P + "rules.py",
+        "if len(before) == 1 and not after and noted.stands():",
+        "if self._rule is not None:",
         "tests/test_optimizer.py -k within_a_step",
+    ),
+    Mutant(
+        "a hook that came later is not seen",
+        P + "rules.py",
+        "if len(before) == 1 and not after and noted.stands():",
+        "if noted.stands():",
+        "tests/test_conventions.py",
+    ),
+    Mutant(
+        "a tensor is held to be constant",
+        P + "rules.py",
+        "return x is None or type(x) in",
+        "return True or type(x) in",
+        "tests/test_conventions.py tests/test_schedules.py",
+    ),
+    Mutant(
+        "groups that were exchanged are not seen",
+        "csrc/parameters.cpp",
+        "    if (entry != PyList_GET_ITEM(entries.ptr(), i)) return false;",
+        "    if (is_dict && entry != PyList_GET_ITEM(entries.ptr(), i)) return false;",
+        "tests/test_conventions.py tests/test_schedules.py tests/test_checkpoint.py",
     ),
     Mutant("a patched step is not called", P + "rules.py", "or _is_listened_to(base)", "", "tests/test_conventions.py"),
     # -- what would train something else than the method
@@ -1249,11 +1270,11 @@ MUTANTS = [
         "tests/test_before_update.py",
     ),
     Mutant(
-        "settings are those of before before_update",
+        "settings are those of before a group was added",
         P + "step.py",
-        "        self.refresh_settings(rule)\n        if rule is None or grads is None:",
-        "        if rule is None or grads is None:",
-        "tests/test_before_update.py",
+        "rule = self.rule()  # there may be parameters by now that are new",
+        "rule = self.tables._rule",
+        "tests/test_conventions.py tests/test_groups.py",
     ),
     # -- the specification
     Mutant(

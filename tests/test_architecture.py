@@ -66,7 +66,7 @@ MAY_KNOW = {
     "flat": {"_torch", "backends", "backends.checks", "backends.reference", "gradients", "precision", "sharded"},
     "gradients": {"_torch", "backends", "backends.checks", "sharded"},
     "sharded": {"_torch"},
-    "rules": {"_checks", "_torch", "backends.reference", "methods"},
+    "rules": {"_checks", "_torch", "backends.reference", "gradients", "methods"},
     "precision": {"_checks", "mistakes"},
     "methods": {"_checks", "backends.reference"},
     "batches": {"_torch"},
