@@ -14,7 +14,9 @@ descend  from the end of the backward at w + e to the next micro-batch, or the e
 update   from the end of the last backward to the return of ``step(closure)``; or all of ``step()`` after a loop
 clear    ``zero_grad()``
 
-"free", for comparison: what freeing a model's gradients takes, as any ``zero_grad()`` does. It is part of ascend and descend.
+Of each, "to the kernel" is what a kernel waits for: until the first operator has all its pointers and would launch. On a GPU
+the rest runs beside the kernel. "free", for comparison: what freeing a model's gradients takes, as any ``zero_grad()`` does. It
+is part of ascend and descend, and comes after the kernel.
 """
 
 from __future__ import annotations
@@ -36,8 +38,15 @@ from measure import Others, Results, Say, Timing, no_collector, number, print_ta
 
 METHODS = {"SAM": {}, "F-SAM": {}, "GSAM": {"alpha": 0.4}}
 KINDS = {"SAM": "SAM", "F-SAM": "FriendlySAM", "GSAM": "GapSAM"}
+OPERATORS = ("norm", "perturb", "ascend", "gram", "weigh", "descend", "update")
 WAYS = ("closure", "passes")
-CALLS = ("begin", "ascend", "descend", "update", "clear", "free")
+TO_KERNEL = ", to the kernel"
+CALLS = (
+    "begin",
+    *(call + part for call in ("ascend", "descend", "update") for part in (TO_KERNEL, "")),
+    "clear",
+    "free",
+)
 CONVOLUTIONS = 53
 WIDTH = 4
 
@@ -55,14 +64,39 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
-        self._since = 0.0
+        self._since = self._launch = 0.0
 
     def start(self) -> None:
         """The optimizer works from now on."""
+        self._launch = 0.0
         self._since = time.perf_counter()
 
+    def launch(self) -> None:
+        """A kernel would run now."""
+        self._launch = self._launch or time.perf_counter()
+
     def stop(self, what: str) -> None:
-        self.seconds.setdefault(what, []).append(time.perf_counter() - self._since)
+        now = time.perf_counter()
+        self.seconds.setdefault(what, []).append(now - self._since)
+        if self._launch:
+            self.seconds.setdefault(what + TO_KERNEL, []).append(self._launch - self._since)
+
+
+class Launching:
+    """A backend whose operators tell a stopwatch when they have been called."""
+
+    def __init__(self, backend: Any):
+        self.watch = Stopwatch()
+        for name in OPERATORS:
+            setattr(self, name, self.telling(getattr(backend, name)))
+
+    def telling(self, operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            found = operator(*args, **options)
+            self.watch.launch()
+            return found
+
+        return call
 
 
 class Training:
@@ -76,7 +110,7 @@ class Training:
         base = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         chosen = getattr(methods, KINDS[method])(**METHODS[method])
         self.opt = MicroBatchSAM(base, 0.05, method=chosen, num_micro_batches=micro_batches)
-        without_rows(self.opt)
+        self.backends = without_rows(self.opt)
         self.x = torch.randn(4 * micro_batches, WIDTH, 1, 1, device=device)
         self.count, self.way = micro_batches, way
 
@@ -89,6 +123,8 @@ class Training:
         return value
 
     def step(self, watch: Stopwatch) -> None:
+        for backend in self.backends:
+            backend.watch = watch
         (self.closures if self.way == "closure" else self.loop)(watch)
 
     def before(self, calls: int) -> str:
@@ -123,11 +159,15 @@ class Training:
             watch.stop(what)
 
 
-def without_rows(opt: Any) -> None:
-    """Kernels get all pointers from now on, and have nothing to do."""
+def without_rows(opt: Any) -> list[Launching]:
+    """Kernels get all pointers from now on, and have nothing to do. Returns what tells of them."""
+    backends = []
     for flat in opt.engine.store.flats:
+        flat.backend = Launching(flat.backend)
+        backends.append(flat.backend)
         flat.table, flat.status, flat.rows = flat.table[:0], flat.status[:0], 0
         flat.sums = (*flat.sums[:-1], 0)
+    return backends
 
 
 def free(training: Training, watch: Stopwatch) -> None:

@@ -152,7 +152,11 @@ def _served(groups: Groups, layout: Any) -> list[list[Tensor]] | None:
 
 
 def _holds(
-    whole: dict[Any, Any] | list[Any], entries: list[Any], dicts: list[dict[Any, Any]], keys: list[Any], values: list[Any]
+    whole: dict[Any, Any] | list[Any],
+    entries: list[Any],
+    dicts: list[dict[Any, Any]],
+    keys: list[Any],
+    values: list[Any],
 ) -> bool:
     return (
         len(whole) == len(entries)
@@ -184,8 +188,8 @@ without_own_memory: Callable[[Sequence[Tensor | None], bool], list[int]] = getat
 memory_layout: Callable[[Groups, list[list[Tensor]]], object] = getattr(extension, "memory_layout", _memory_layout)
 #: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
 has_layout: Callable[[Groups, object], bool] = getattr(extension, "has_layout", _has_layout)
-#: (whole, entries, dicts, keys, values) -> whether the values of a dict, or of a list, are these very entries, and each dict has
-#: the very value under its key, or has not that key where the value is None.
+#: (whole, entries, dicts, keys, values) -> whether the values of a dict, or of a list, are these very entries, and each dict
+#: has the very value under its key, or has not that key where the value is None.
 holds: Callable[[dict[Any, Any] | list[Any], list[Any], list[dict[Any, Any]], list[Any], list[Any]], bool] = getattr(
     extension, "holds", _holds
 )

@@ -1001,7 +1001,7 @@ class Step:
         if self._scaled is not None and plan.after and norm_sq is not None:
             norm_sq = self._seen(norm_sq, vectors[0], len(which))
         sums, rescale = self._sums(products, norm_sq)
-        terms = list(self._terms(vectors))
+        terms = self._terms(vectors)
         coefs = [number for _, coefficient in terms for number in coefficient.row()]
         descent = Descent(
             stacks=[vector for vector, _ in terms], shares=store.weigh(shares, coefs, sums, rescale, norm_sq)
@@ -1278,7 +1278,7 @@ class Step:
         if rule is not None and between is not None and between.is_unseen and not ranks.own:
             return self._update_limited(rule, between)
         at_once = rule is not None and between is None and not ranks.own
-        if between is None:
+        if between is None and self._scores is not None:
             self.conclude()
         descent = self._descent(clear=self.clear, updates=at_once)
         of_one = self._mean is None and descent.shares is None
@@ -1400,14 +1400,16 @@ class Step:
         assert norm_sq is not None
         return [products, norm_sq], plan.length
 
-    def _terms(self, vectors: Sequence[Vectors]) -> Iterator[tuple[Vectors, Coefficient]]:
+    def _terms(self, vectors: Sequence[Vectors]) -> list[tuple[Vectors, Coefficient]]:
         """The vectors of the descent, with their coefficients; without those that neither count nor have its length."""
+        terms = []
         for vector, coefficient in zip(vectors, self.plan.descent, strict=False):
             if coefficient.a or coefficient.b:
-                yield vector, coefficient
+                terms.append((vector, coefficient))
             elif self.plan.rescale:
                 # What is there for its length alone does not make a parameter one that has a gradient.
-                yield vector.present(vectors[0]), coefficient
+                terms.append((vector.present(vectors[0]), coefficient))
+        return terms
 
     def _into(self, descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:
         """Where the descent goes: into the memory of what it is added to, where that is absent into its own gradients'."""

@@ -176,10 +176,7 @@ class Store:
         return [flat for flat in self.flats if not all(map(flat.is_at_home, flat.params))]
 
     def is_capturing(self) -> bool:
-        for flat in self.flats:  # a generator would take longer
-            if flat.is_capturing():
-                return True
-        return False
+        return any(map(Flat.is_capturing, self.flats))
 
     def check_not_capturing(self, what: str) -> None:
         for flat in self.flats:
