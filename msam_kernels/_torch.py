@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every private name of torch that the package uses, each with the reason."""
+"""Every private name of torch that the package uses, each with the reason; and what is easy to get wrong."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ __all__ = [
     "leave_to_eager",
     "mark_stepped",
     "modules_of",
+    "moved",
     "parameters_of",
     "profiler_enabled",
     "scaled",
@@ -95,6 +96,11 @@ def is_shared(grad: Tensor) -> bool:
     holders = getattr(torch._C, "_storage_Use_Count", None)
     # What untyped_storage() returns holds it as well.
     return holders is None or holders(grad.untyped_storage()._cdata) > 2
+
+
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """On that device, without waiting for it; to the CPU with, as a copy that does not block returns before its values do."""
+    return t if t.device == device else t.to(device, non_blocking=device.type != "cpu")
 
 
 def is_lazy(t: Tensor) -> bool:

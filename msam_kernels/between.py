@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ._checks import check_number
-from ._torch import Scaled
+from ._torch import Scaled, moved
 from .gradients import Vectors
 from .rules import fused_rule
 from .step import Engine
-from .store import moved
 
 _NO_GRADIENT = "no parameter has a gradient for the scaler to look at: does the loss depend on the parameters?"
 

@@ -65,17 +65,20 @@ class Ranks:
             raise TypeError(
                 f"ascent must be 'global', 'local' or the torch.distributed process group that this rank is in, got {ascent!r}"
             )
-        if not (IS_AVAILABLE and dist.is_initialized()):
-            raise RuntimeError(
-                f"ascent={ascent!r} averages over ranks, and torch.distributed is not initialised: call init_process_group "
-                "first, as under torchrun, or leave ascent out"
-            )
+        self._check_initialised()
         if not self._ddps:
             raise ValueError(
                 f"ascent={ascent!r} needs model=, the DistributedDataParallel module, whose all-reduces it holds back"
             )
         if any(is_dtensor(p) for ddp in self._ddps for p in ddp.parameters()):
             raise ValueError(f"ascent={ascent!r} is for whole parameters, and the model has DTensors: leave it out")
+
+    def _check_initialised(self) -> None:
+        if not (IS_AVAILABLE and dist.is_initialized()):
+            raise RuntimeError(
+                f"ascent={self.ascent!r} averages over ranks, and torch.distributed is not initialised: call "
+                "init_process_group first, as under torchrun, or leave ascent out"
+            )
 
     # -- what DistributedDataParallel does by itself ------------------------------------------------------------------------
 
@@ -95,7 +98,7 @@ class Ranks:
         """From now on no pass synchronises, if each rank is to perturb by its own gradients."""
         if not self.own:
             return
-        self.check()
+        self._check_initialised()
         self._before = [(m, m.require_backward_grad_sync, m.require_forward_param_sync) for m in self._ddps]
         self.reduces = all(reduces for _, reduces, _ in self._before)
         for module in self._ddps:

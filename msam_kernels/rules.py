@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ._checks import check_number
-from ._torch import step_hooks
+from ._torch import moved, step_hooks
 from .backends import reference
 from .gradients import holds
 from .methods import SAM, Plan
@@ -392,7 +392,7 @@ class Tables:
         table = self._on[name, device]
         if name != "radii" or self.scale is None:
             return table
-        return torch.cat([table[:, :1], table[:, 1:] * self.scale.to(device, non_blocking=device.type != "cpu")], 1)
+        return torch.cat([table[:, :1], table[:, 1:] * moved(self.scale, device)], 1)
 
     def tensors(self) -> list[Tensor]:
         return list(self._on.values())

@@ -15,7 +15,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from ._torch import fsdp_modules, shard_of
+from ._torch import fsdp_modules, moved, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -174,10 +174,10 @@ class Reduction:
         there, device = sums, sums.device
         if self._mesh is not None and self._mesh.device_type != device.type:
             index = torch.get_device_module(self._mesh.device_type).current_device()
-            there = sums.to(torch.device(self._mesh.device_type, index), non_blocking=True)
+            there = moved(sums, torch.device(self._mesh.device_type, index))
         for group in self._groups:
             dist.all_reduce(there, group=group)
-        return there.to(device)
+        return moved(there, device)
 
 
 def is_group(group: Any) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from . import masks
-from ._torch import Scaled, is_shared, mark_stepped, versions_of
+from ._torch import Scaled, is_shared, mark_stepped, moved, versions_of
 from .batches import MicroBatches, Split
 from .buffers import Buffers
 from .gradients import Optionals, Vectors, apart, is_writable, own_memory, own_memory_of_lists, regular_gradient
@@ -43,7 +43,7 @@ from .rules import (
     theirs_in,
 )
 from .sharded import Gathered, is_dtensor
-from .store import PLAIN, Descent, Store, moved
+from .store import PLAIN, Descent, Store
 from .units import Undo, Units
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ class Engine:
     def adopt(self, also: Sequence[Tensor] = ()) -> None:
         """Take in parameters that are new or were re-pointed, and groups without a rho. ``also``: see ``Store.adopt``."""
         self.check_mask(self.method.full.sparse, self.store.in_parts or any(map(is_dtensor, self.store.parameters())))
+        self.ranks.check()
         before = self.store.flats
         if self.undo is not None and self.step is None and self.store.left_home():
             # What it would bring back is about to move. Gradients that are still there are taken to become a step.
@@ -349,9 +350,8 @@ class Engine:
         Raises:
             RuntimeError: there is no mask, and the method does not choose one by itself.
         """
-        if not plan.perturbs:
+        if plan.sparse is None or not plan.perturbs:
             return False
-        assert plan.sparse is not None
         missing = any(flat.mask is None for flat in self.store.flats)
         if missing and plan.sparse.update_every is None:
             raise RuntimeError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from ._torch import forget_casts
+from ._torch import forget_casts, moved
 from .backends import get_backend, name_of
 from .flat import SUMS, Flat, Memory, State, check_parameters, is_servable
 from .gradients import (
@@ -808,10 +808,3 @@ def _direction(flat: Flat, plan: Plan) -> dict[str, Any]:
     if plan.lmbda is not None:
         direction["ema"], direction["sigma"] = flat.memory("ema", float("nan")).buffer, plan.sigma
     return direction
-
-
-def moved(t: Tensor, device: torch.device) -> Tensor:
-    if t.device == device:
-        return t
-    # A copy to the CPU that does not block returns before the values are there.
-    return t.to(device, non_blocking=device.type != "cpu")

@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from ._torch import Scaled
+from ._torch import Scaled, moved
 from .backends.reference import PERTURBED
 from .flat import Flat, Memory
 from .methods import Plan
-from .store import Store, moved
+from .store import Store
 
 
 class Units:

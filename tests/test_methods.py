@@ -241,7 +241,9 @@ def test_nothing_is_kept_longer_than_the_step_but_what_methods_name(method, back
         assert set(flat.memories) == {
             name for name, has in (("ema", plan.lmbda is not None), (plan.kept, plan.keeps)) if has
         }
-        assert holders(opt) == holders(opt.engine) == holders(opt.engine.store) == set()
+        assert holders(opt) == holders(opt.engine) == set()
+        assert holders(opt.engine.store) == {"_lists"}
+        assert opt.engine.store._lists[0] is flat.params, "the same list, not the parameters once more"
 
     loops = 2 * passes_of(method)
     for stop in (loops - 1, None, 1, 2, 0):
