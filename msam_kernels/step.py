@@ -529,11 +529,9 @@ class Engine:
 
     def update_uncounted(self, found_inf: Tensor | None = None, most: float | None = None) -> None:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
-        grads = self.collect(clear=False) if self.rule() is not None else None
-        if grads is None:
-            self.follow()
-        rule = self.rule()  # there may be parameters by now that are new
-        if rule is None or grads is None:
+        self.follow()  # there may be parameters by now that are new
+        rule = self.rule()
+        if rule is None:
             if most is not None:
                 if self.store.has_ranks:
                     self.limit(None, most)
@@ -541,6 +539,7 @@ class Engine:
                     clip_grad_norm_(self.store.parameters(), most)
             self._step_of_base()
         else:
+            grads = self.collect(clear=False)
             if most is None:
                 descent = Descent()
                 descent.add(grads, PLAIN)

@@ -133,6 +133,21 @@ def test_rho_may_be_scheduled_in_the_groups(backend):
         torch.testing.assert_close(opt.stats.perturbation_norm[0].item(), 0.1 * (4 - step))
 
 
+def test_groups_may_be_exchanged(backend):
+    expected = mlp(FLOAT64)
+    actual = copy.deepcopy(expected)
+    theirs = PlainSAM(SGD(expected.parameters(), lr=0.1, momentum=0.9), 0.1)
+    opt = wrap(actual, backend=backend)
+    for step in range(4):
+        if step == 2:
+            for groups in (theirs.base.param_groups, opt.param_groups):
+                groups[0] = {**groups[0], "lr": 0.03, "rho": 0.3}
+        data = batch(6, FLOAT64, seed=step)
+        WAYS["passes"](opt, actual, data)
+        theirs.step([closure_of(expected, part) for part in split(data, [3, 3])])
+        assert_close(actual, expected)
+
+
 # ---- hooks ------------------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +158,8 @@ def test_step_hooks_run_once_a_step_on_whichever_object_they_are(on, way):
     opt = wrap(model)
     target = opt if on == "wrapper" else opt.base_optimizer
     calls = []
+    for step in range(2):  # hooks that come later count too
+        WAYS[way](opt, model, batch(6, seed=step))
     handles = [
         target.register_step_pre_hook(lambda o, args, kwargs: calls.append(("pre", o))),
         target.register_step_post_hook(lambda o, args, kwargs: calls.append(("post", o))),
