@@ -209,6 +209,8 @@ class MicroBatchSAM(Optimizer):
             check_model(model)
         check_parallel(parallel, model, compile, ascent)
         Ranks(ascent, model).check()
+        if seed is None and rounding == "stochastic" and base_optimizer not in RHO_OF_OURS:
+            seed = base_optimizer.param_groups[0].get(SEED)  # of a file that it has loaded
         seed = seed_of(rounding, seed)
         check_rho(rho_at(rho, 0))
         for group in base_optimizer.param_groups:

@@ -619,6 +619,22 @@ def test_a_parameter_of_more_than_2_31_elements_trains():
     assert all(bool((part == stepped).all()) for part in p.data.split(1 << 26))
 
 
+def test_a_seed_that_the_base_optimizer_has_loaded_is_taken():
+    model = short_mlp()
+    saved = optimizer(model, seed=7).state_dict()
+    bases = [SGD(short_mlp().parameters(), lr=0.1, momentum=0.9) for _ in range(2)]
+    for base in bases:
+        base.load_state_dict(saved)
+    seeds = [
+        MicroBatchSAM(base, rounding="stochastic", seed=s).engine.seed for base, s in zip(bases, (None, 8), strict=True)
+    ]
+    assert seeds == [7, 8], "what is asked for by name comes first"
+    torch.manual_seed(3)
+    assert MicroBatchSAM(bases[0], rounding="stochastic").engine.seed == 3, (
+        "that of an earlier wrapper is not this one's"
+    )
+
+
 def test_a_seed_of_a_file_has_64_bits_too():
     opt = optimizer(short_mlp(), seed=3)
     saved = copy.deepcopy(opt.state_dict())
