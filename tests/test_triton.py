@@ -678,6 +678,9 @@ def test_every_kernel_compiles_ahead_of_time(target, dtype):
         if target.startswith("sm_"):
             assert report["inexact"] == [], report
             assert (report["usage"]["STACK"], report["usage"]["LOCAL"]) == ("0", "0"), report
+            plain = "True" not in report["constants"].values()
+            if report["kernel"] in ("ascend_kernel", "perturb_kernel") and plain and dtype == "fp32":
+                assert int(report["usage"]["REG"]) <= 64, "four programs of 256 threads share a multiprocessor's registers"
 
 
 if __name__ == "__main__":
