@@ -84,6 +84,7 @@ def runnable(page: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
+@pytest.mark.filterwarnings("error::UserWarning")  # a page shows no mistake
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_every_page_runs(page, tmp_path, monkeypatch):
     """One block after the other, with a model and a loader such as the reader has."""
