@@ -288,6 +288,34 @@ LARGEST = [
 ]
 each_case = pytest.mark.parametrize(("operator", "variant"), CASES, ids=lambda v: v)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+#: (dtype, flat weights, elements that memory is shifted by)
+LAYOUTS = [
+    pytest.param(dtype, flat, shift, id=f"{name}, {layout}")
+    for layout, flat, shift in (("flat weights", True, 0), ("listed weights, misaligned", False, 1))
+    for name, dtype in DTYPES.items()
+]
+
+
+def with_layouts(
+    some: Callable[[int, int], bool], tried: Callable[[int, int], bool] = lambda k, j: True
+) -> pytest.MarkDecorator:
+    """Case k in layout j, where ``tried`` says so: those of ``some`` always, the rest where everything is."""
+    params = [
+        pytest.param(*case, *layout.values, id="-".join((*case, str(layout.id))), marks=marks)
+        for k, case in enumerate(CASES)
+        for j, layout in enumerate(LAYOUTS)
+        if tried(k, j)
+        for marks in [[] if some(k, j) else [pytest.mark.exhaustive]]
+    ]
+    return pytest.mark.parametrize(("operator", "variant", "dtype", "flat", "shift"), params)
+
+
+def some_cases(every: int) -> pytest.MarkDecorator:
+    """``each_case``, of which the rest runs where everything does."""
+    params = [pytest.param(*case, marks=[pytest.mark.exhaustive] if k % every else []) for k, case in enumerate(CASES)]
+    return pytest.mark.parametrize(("operator", "variant"), params, ids=lambda v: v)
+
+
 POSITIONAL = {
     **dict.fromkeys(("norm", "perturb", "ascend"), ("weights", "grads", "table")),
     "gram": ("terms", "table"),

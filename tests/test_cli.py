@@ -195,7 +195,9 @@ def test_scripts_need_a_checkout(command, tmp_path, monkeypatch):
     assert "\n" not in stop.value.code
 
 
-@pytest.mark.parametrize("command", ["bench", "demo", "rho"])
+@pytest.mark.parametrize(
+    "command", ["rho", *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ("bench", "demo"))]
+)
 def test_scripts_answer_help(command):
     done = python("-m", "msam_kernels", command, "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -442,6 +442,7 @@ def test_a_compiled_function_around_the_step_trains_as_the_plain_one(way):
     assert same_bits(*(model.parameters() for model in models))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_an_optimizer_from_a_file_is_not_traced_either(tmp_path):
     """In a process that made none."""

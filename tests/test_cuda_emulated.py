@@ -29,6 +29,7 @@ from cases import (
     CASES,
     EXPONENT,
     LARGEST,
+    LAYOUTS,
     MIXED,
     VARIANTS,
     Call,
@@ -41,8 +42,10 @@ from cases import (
     each_dtype,
     exact_sum_of_squares,
     halves,
+    some_cases,
     spread,
     table,
+    with_layouts,
 )
 from msam_kernels import MicroBatchSAM, backends, flat, methods, store
 from msam_kernels.flat import CHUNK, row_length
@@ -190,9 +193,7 @@ def assert_same(one: Call, other: Call, *results: torch.Tensor | None) -> None:
 # ---- the CPU's bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("flat", "shift"), [(True, 0), (False, 1)], ids=["flat weights", "listed weights, misaligned"])
-@each_dtype
-@each_case
+@with_layouts(lambda k, j: j in (0, 1 + k % (len(LAYOUTS) - 1)))
 def test_the_kernels_give_the_bits_of_the_cpu(operator, variant, dtype, flat, shift, emulated):
     assert_matches_cpu(emulated, make(operator, variant, dtype, SIZES, flat=flat, shift=shift, absent=ABSENT))
 
@@ -203,7 +204,7 @@ def test_listed_aligned_weights_give_the_bits_of_the_cpu(operator, variant, dtyp
     assert_matches_cpu(emulated, make(operator, variant, dtype, (257, 0, 8, ROW + 5), flat=False))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("chunk", [7, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 100))])
 @each_case
 def test_rows_of_any_length_give_the_bits_of_the_cpu(operator, variant, chunk, emulated):
     absent = {name: numbers[:1] for name, numbers in ABSENT.items()}
@@ -264,7 +265,7 @@ def test_every_operator_is_one_launch(operator, variant, sizes, emulated):
 
 
 @pytest.mark.parametrize("pointers", [11, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (10, 13))])
-@each_case
+@some_cases(2)
 def test_pointers_beyond_one_launch_take_several(operator, variant, pointers, emulated, monkeypatch):
     sizes = (5, 0, 300, 33, ROW + 5, 1, 257, 8, 1, 40, 7, 5, 3, 9)
     calls = [make(operator, variant, torch.float32, sizes, flat=False, absent=ABSENT) for _ in range(2)]
@@ -429,7 +430,7 @@ def test_one_term_that_is_not_finite_is_enough(where, emulated):
 # ---- order and repetition ------------------------------------------------------------------------------------------------
 
 
-@each_case
+@some_cases(2)
 def test_no_order_of_threads_and_blocks_changes_a_bit(operator, variant, emulated, monkeypatch):
     calls, results = [], []
     for order in (0, 0, 1, 2):
@@ -510,7 +511,7 @@ def test_state_that_a_group_needs_and_the_call_lacks_shows(emulated):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("flatten", [True, False], ids=["flat", "not flat"])
+@pytest.mark.parametrize("flatten", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["flat", "not flat"])
 @pytest.mark.parametrize(("name", "micro_batches"), GOLDEN)
 def test_the_optimizer_follows_the_golden_trajectory(name, micro_batches, flatten, way, emulated, monkeypatch):
     monkeypatch.setattr(store, "get_backend", lambda *_: emulated)

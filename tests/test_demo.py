@@ -157,6 +157,7 @@ def test_the_family_has_every_method(family):
     assert len({c.label for c in family.family(100)}) == len(family.family(100))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no terminal to pretend")
 def test_ctrl_c_in_mid_training_stops_it_within_two_seconds_with_one_line(demo, tmp_path):

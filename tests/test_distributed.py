@@ -770,6 +770,7 @@ def resume(rank: int, folder: str) -> tuple[list[list[Tensor]], list[list[Tensor
     return train_until(rank, folder, 3, 6, None), train_until(rank, folder, 0, 6, None)
 
 
+@pytest.mark.exhaustive
 def test_a_job_whose_rank_was_killed_in_a_perturbed_pass_goes_on_from_its_checkpoint(tmp_path):
     with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
         on_ranks(2, tmp_path / "killed", train_until, str(tmp_path), 0, 6, 3)

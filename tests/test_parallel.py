@@ -1068,6 +1068,7 @@ def test_what_the_compiler_makes_of_them_is_that_too(name):
     assert counters["inductor"].total() > before[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.host
 def test_every_shape_is_compiled_once_and_fresh_functions_are_no_others(graphs):
     expected, ours = twins(MODELS["mlp"][0], compile=True, parallel=2)
@@ -1089,6 +1090,7 @@ def test_more_shapes_and_optimizers_than_dynamo_compiles_of_one_code_stay_compil
     assert len(graphs) == 10
 
 
+@pytest.mark.exhaustive
 @pytest.mark.host
 def test_a_limit_is_told_once_with_its_remedy_and_stops_no_other_pass(graphs, monkeypatch):
     monkeypatch.setattr(compiled_module, "MOST", 4)
@@ -1161,6 +1163,7 @@ def test_compiled_dropout_draws_for_every_micro_batch_and_pass(graphs):
     assert graphs
 
 
+@pytest.mark.exhaustive
 @pytest.mark.host
 def test_a_compiled_model_evaluates_and_trains_again(graphs):
     expected, ours = twins(convolutions, compile=True)

@@ -73,6 +73,7 @@ def test_a_run_says_which_instruction_sets_it_covered(options, tmp_path):
     assert line == f"whole run as {whole}; bits compared: baseline, avx2; not on this processor: avx512"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize(
     ("isa", "whole"), [("baseline", "baseline"), ("sse5", "none of them")], ids=["baseline", "one that is not there"]
@@ -202,6 +203,7 @@ def test_fails_where_it_returns_what_it_should_assert():
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", PROCESSES)
 def test_a_plugin_that_warns_stops_nothing_and_a_warning_of_ours_does(options, tmp_path):
     (tmp_path / "other_peoples_plugin.py").write_text(PLUGIN)
@@ -212,6 +214,7 @@ def test_a_plugin_that_warns_stops_nothing_and_a_warning_of_ours_does(options, t
         assert words in output  # shown all the same
 
 
+@pytest.mark.exhaustive
 def test_without_pytest_timeout_its_setting_is_no_mistake(tmp_path):
     outcomes, output = suite(tmp_path, "def test_nothing():\n    pass\n", "-p", "no:timeout")
     assert outcomes == {"test_nothing": "PASSED"}, output

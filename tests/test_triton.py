@@ -30,6 +30,7 @@ from cases import (
     DTYPES,
     EXPONENT,
     LARGEST,
+    LAYOUTS,
     MIXED,
     VARIANTS,
     Call,
@@ -37,9 +38,10 @@ from cases import (
     assert_same_memory,
     assert_sums_are_rounded_once,
     coefs,
-    each_case,
     make,
+    some_cases,
     table,
+    with_layouts,
 )
 from msam_kernels import MicroBatchSAM, backends, methods
 from plain import DEVICE
@@ -135,26 +137,11 @@ def assert_as_specified(call: Call) -> None:
 
 # ---- against the specification ---------------------------------------------------------------------------------------
 
-LAYOUTS = [
-    pytest.param(dtype, flat, shift, id=f"{name}, {layout}")
-    for layout, flat, shift in (("flat weights", True, 0), ("listed weights, misaligned", False, 1))
-    for name, dtype in DTYPES.items()
-]
+
 # The interpreter takes its time, and does the same to aligned memory: fp32 in every case, the others in turn.
-CASES_AND_LAYOUTS = [
-    pytest.param(
-        *case,
-        *layout.values,
-        id="-".join((*case, str(layout.id))),
-        marks=[] if ON_GPU or (j == 0) == (k % 2 == 0) else pytest.mark.exhaustive,
-    )
-    for k, case in enumerate(CASES)
-    for j, layout in enumerate(LAYOUTS)
-    if ON_GPU or j in (0, 1 + k % (len(LAYOUTS) - 1))
-]
-
-
-@pytest.mark.parametrize(("operator", "variant", "dtype", "flat", "shift"), CASES_AND_LAYOUTS)
+@with_layouts(
+    lambda k, j: ON_GPU or k % 4 == (0 if j == 0 else 1), lambda k, j: ON_GPU or j in (0, 1 + k % (len(LAYOUTS) - 1))
+)
 def test_triton_kernels_give_the_bits_of_the_specification(operator, variant, dtype, flat, shift):
     assert_as_specified(make(operator, variant, dtype, SIZES, flat=flat, shift=shift, absent=ABSENT))
 
@@ -173,7 +160,7 @@ def test_random_rounding_gives_the_bits_of_the_specification(operator, variant, 
     assert_as_specified(make(operator, variant, dtype, (4096, 80, 33, 16, 5), chunk=2064))
 
 
-@each_case
+@some_cases(1 if ON_GPU else 3)
 def test_rows_of_any_length(operator, variant):
     assert_as_specified(make(operator, variant, sizes=(100, 33, 1), chunk=48, groups=2))
 
@@ -680,7 +667,9 @@ def test_every_kernel_compiles_ahead_of_time(target, dtype):
             assert (report["usage"]["STACK"], report["usage"]["LOCAL"]) == ("0", "0"), report
             plain = "True" not in report["constants"].values()
             if report["kernel"] in ("ascend_kernel", "perturb_kernel") and plain and dtype == "fp32":
-                assert int(report["usage"]["REG"]) <= 64, "four programs of 256 threads share a multiprocessor's registers"
+                assert int(report["usage"]["REG"]) <= 64, (
+                    "four programs of 256 threads share a multiprocessor's registers"
+                )
 
 
 if __name__ == "__main__":
