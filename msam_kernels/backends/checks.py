@@ -126,6 +126,18 @@ def split_ahead(
     return terms[: len(terms) // 2], terms[len(terms) // 2 :]
 
 
+def check_masters(weights: Sequence[Tensor], saved: Tensor | None, rates: Tensor | None) -> None:
+    """Refuse what goes off the weights after an update, where that is of masters.
+
+    Raises:
+        RuntimeError: with both dtypes.
+    """
+    if rates is not None and saved is not None and saved.dtype != weights[0].dtype:
+        raise RuntimeError(
+            f"rates are not there for masters: saved must be {weights[0].dtype} like the weights then, got {saved.dtype}"
+        )
+
+
 def check_noise(noise: Tensor | None, weights: Sequence[Tensor], draw: int = 0) -> None:
     """Refuse random rounding of what is not rounded, and a draw of more than 32 bits.
 
