@@ -27,7 +27,7 @@ Every backend is a namespace with the functions below, called alike:
   so many of the lists in ``terms``, the first ones, are stacks.
 * ``saved``, ``ema``, ``states``: flat buffers of the weights' dtype. An element of ``ema`` that is NaN has not begun; without
   ``lmbda`` it is only read. Of weights of 16 bits ``saved`` may be of fp32: masters, see ``reference.py``. ``states`` are then of
-  fp32 too, and there are neither ``stack`` nor ``rates``.
+  fp32 too, and there are neither ``stack``, ``shares`` nor ``rates``.
 * ``status``: uint8 ``[K]``, how it stands with a row's weights: 0 untouched, 1 saved, 2 perturbed.
 * ``arrived``: int32 ``[1]``, zero between calls, where GPU kernels count the blocks that are done; without it ``ascend`` is two
   launches there.

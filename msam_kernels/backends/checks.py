@@ -126,16 +126,19 @@ def split_ahead(
     return terms[: len(terms) // 2], terms[len(terms) // 2 :]
 
 
-def check_masters(weights: Sequence[Tensor], saved: Tensor | None, rates: Tensor | None) -> None:
-    """Refuse what goes off the weights after an update, where that is of masters.
+def check_masters(weights: Sequence[Tensor], saved: Tensor | None, **others: Tensor | None) -> None:
+    """Refuse what no kernel does with masters: stacks, and what goes off the weights after an update.
 
     Raises:
-        RuntimeError: with both dtypes.
+        RuntimeError: with its name, and both dtypes.
     """
-    if rates is not None and saved is not None and saved.dtype != weights[0].dtype:
-        raise RuntimeError(
-            f"rates are not there for masters: saved must be {weights[0].dtype} like the weights then, got {saved.dtype}"
-        )
+    if saved is None or not weights or saved.dtype == weights[0].dtype:
+        return
+    for name, value in others.items():
+        if value is not None:
+            raise RuntimeError(
+                f"{name} are not there for masters: saved must be {weights[0].dtype} like the weights then, got {saved.dtype}"
+            )
 
 
 def check_noise(noise: Tensor | None, weights: Sequence[Tensor], draw: int = 0) -> None:

@@ -151,7 +151,7 @@ def _ema_next(ema: Tensor, g: Tensor, lmbda: float) -> Tensor:
 def _masters(row: _Row, saved: Tensor, weight: Tensor, status: Tensor) -> Tensor:
     """Of a row, which also stand in ``saved`` afterwards."""
     kept = row.within(saved)
-    stays = (status == PERTURBED) | (kept.to(weight.dtype) == weight)
+    stays = (status == PERTURBED) | (kept.to(weight.dtype).view(torch.int16) == weight.view(torch.int16))
     return kept.copy_(torch.where(stays, kept, weight)).clone()
 
 
@@ -545,6 +545,7 @@ def descend(
     """
     numbers = {"sums": sums, "norm_sq": norm_sq, "status": status, "out_sq": out_sq, "shares": shares}
     check(table, weights=weights, out=out, terms=terms, saved=saved, **numbers)
+    check_masters(weights, saved, shares=shares)
     lists, c = _terms(terms, shares, coefs, sums, rescale, norm_sq)
     for row in _rows(table):
         weight = row.weights(weights) if weights else None
@@ -598,7 +599,7 @@ def update(
     numbers = {"settings": settings, "step": step, "sums": sums, "norm_sq": norm_sq, "status": status, "shares": shares}
     check(table, weights=weights, states=states, terms=terms, saved=saved, found_inf=found_inf, rates=rates, **numbers)
     terms, ahead = split_ahead(terms, rates, len(coefs) // len(COEFFICIENT), shares, len(settings))
-    check_masters(weights, saved, rates)
+    check_masters(weights, saved, rates=rates, shares=shares)
     lists, c = _terms(terms, shares, coefs, sums, rescale, norm_sq)
     if found_inf is not None and bool(found_inf != 0):
         lists, c = [], []
