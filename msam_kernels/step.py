@@ -214,9 +214,11 @@ class Engine:
         self.store.adopt(self.check_idle, self.method.full.only, also)
         if any(flat not in self.store.flats for flat in before):
             self.norms_sq = []  # of flats that are gone
-        # With random rounding all arrives, on average. Of several ranks some might measure, which is a message, and others not.
+        # With random rounding all arrives, on average, and with masters, once updates have taken them off the numbers of 16 bits
+        # that they begin as. Of several ranks some might measure, which is a message, and others not.
         is_short_ = any(is_short(flat.dtype) for flat in self.store.flats)
-        self.watches = is_short_ and self.store.seed is None and not self.store.has_ranks
+        all_arrives = self.store.seed is not None or self.store.masters
+        self.watches = is_short_ and not all_arrives and not self.store.has_ranks
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -623,6 +625,8 @@ class Engine:
         self.tables.refresh_radii(self.method.full, steps, self.store.devices, self._check_may_change)
         if self.store.seed is not None:
             self.store.refresh_noise(steps)
+        if self.store.masters:
+            self.rule()  # which refuses
         plan = self.plan()
         if plan is not BASE:
             if plan.momentum or plan.after:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from cases import DTYPES
+from cases import DTYPES, Call, assert_same_memory, make
 from msam_kernels import MicroBatchSAM, methods
 from msam_kernels.backends import reference
 from plain import batch, loss_of, mlp, random_numbers, same_bits, through_a_file, weights
@@ -87,7 +88,7 @@ def test_masters_train_as_an_fp32_model_does_with_the_gradients_of_16_bits(metho
         assert same_bits(model.parameters(), before)
         for p, q in zip(model.parameters(), wide.parameters(), strict=True):
             q.grad = p.grad.float()
-        with pytest.warns(UserWarning) if not seed else _nothing():  # that these came out of no loop
+        with pytest.warns(UserWarning) if not seed else nullcontext():  # that these came out of no loop
             plain.step()
         opt.step()
         opt.zero_grad()
@@ -97,14 +98,6 @@ def test_masters_train_as_an_fp32_model_does_with_the_gradients_of_16_bits(metho
             state = {name: t for name, t in opt.state[p].items() if not name.startswith("msam_")}
             assert same_bits(state.values(), [plain.state[q][name] for name in state])
     assert not same_bits(masters(opt), [p.float() for p in model.parameters()])
-
-
-class _nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 @each_short
@@ -152,7 +145,7 @@ def test_of_a_small_e_as_much_arrives_as_was_asked_for_once_masters_lie_between_
     along = []
     for step in range(2):
         for _ in opt.passes():
-            p.grad = torch.randn(20_000, generator=random_numbers(step)).to(torch.bfloat16)
+            p.grad = torch.randn(20_000, generator=random_numbers(10 + step)).to(torch.bfloat16)
         along.append(float(opt.stats.along))
         opt.step()
         opt.zero_grad()
@@ -408,18 +401,13 @@ def test_masters_of_another_shape_are_refused():
 # ---- models that change ------------------------------------------------------------------------------------------------
 
 
-def _moves(model: nn.Module) -> Iterator[None]:
-    for p in model.parameters():
-        p.data = p.data.t().contiguous().t() if p.dim() == 2 else p.data
-    yield
-
-
 def test_another_memory_order_keeps_the_masters():
     model, other = model_of(), model_of()
     opts = [optimizer(m) for m in (model, other)]
     for o, m in zip(opts, (model, other), strict=True):
         train(o, m)
-    list(_moves(model))
+    for p in model.parameters():
+        p.data = p.data.t().contiguous().t() if p.dim() == 2 else p.data
     for o, m in zip(opts, (model, other), strict=True):
         train(o, m, [5, 6])
     assert same_bits([t.contiguous() for t in masters(opts[0])], masters(opts[1]))
@@ -457,6 +445,43 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "Momentum-SAM": ({"method": methods.MomentumSAM()}, ValueError, "perturbs along momentum .*: use another method"),
     "parallel passes": ({"parallel": True}, ValueError, "parallel=True perturbs copies .*: leave one of them out"),
 }
+
+
+STATES = {"states": lambda states: [t.bfloat16() for t in states]}
+ONE = torch.ones(1, 1, dtype=torch.float64)
+BAD: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...], str]] = {
+    "states of 16 bits": ("update", "adam, masters", STATES, ("cpu",), r"states\[0\] must be Float .*BFloat16"),
+    "masters of fp64": ("descend", "masters", {"saved": Tensor.double}, ("cpu",), "saved must be BFloat16 .*Double"),
+    "a stack": ("perturb", "a stack", {"saved": Tensor.float}, ("cpu",), "saved must be BFloat16 .*Float"),
+    "stacks of terms": (
+        "descend",
+        "masters and mean",
+        {"shares": ONE},
+        ("cpu", "reference"),
+        "shares are not there for masters: saved must be .*loat16 like the weights then",
+    ),
+    "what goes off after": (
+        "update",
+        "sgd, masters",
+        {"rates": ONE[0].repeat(3), "terms": lambda terms: [*terms, *terms]},
+        ("cpu", "reference"),
+        "rates are not there for masters: saved must be .*loat16 like the weights then",
+    ),
+}
+
+
+@pytest.mark.host
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_call_is_refused_and_changes_nothing(what):
+    operator, variant, changes, backends, message = BAD[what]
+    call = make(operator, variant, torch.bfloat16, sizes=(5, 40, 33))
+    before = copy.deepcopy(call)
+    changed = {name: change(call.arguments[name]) if callable(change) else change for name, change in changes.items()}
+    for backend in backends:
+        with pytest.raises(RuntimeError, match=message):
+            Call(operator, {**call.arguments, **changed}).run(backend)
+        assert_same_memory(call, before)
 
 
 @pytest.mark.parametrize("what", REFUSED)
