@@ -7,8 +7,8 @@
 Weights have 16 bits, or 32 for comparison; forward and backward compute in fp32, so that nothing but the rounding of w + e
 differs. Of each perturbation, e as it arrived against e as it was asked for: the ratio of the lengths, the cosine, ``along``
 (the product of the two), how many entries move, and how far the loss rises. The radius is SAM's usual one; ASAM's ten times
-as large, as its authors have it, and the same. Data are random, and the same for all. Masters are what the weights were drawn as,
-before they were rounded to bf16; beside fp16 weights, that much of them less which is left of three bits more.
+as large, as its authors have it, and the same. Data are random, and the same for all. Masters are what the weights were drawn
+as, before they were rounded to bf16; of fp16, which has three bits more, an eighth as far from the weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,9 @@ def perturbed_once(task: Task, method: tuple[str, float], dtype: str, rounding: 
         drawn, rounded = p.detach(), p.detach().to(torch.bfloat16)
         p.data = rounded.to(DTYPES[dtype])
         kept.append(rounded.float() + (drawn - rounded.float()) * LEFT.get(dtype, 0.0))
-    options = {"rounding": rounding, "seed": seed} if rounding == "stochastic" else {"masters": rounding == "of masters"}
+    options: dict[str, Any] = {"masters": rounding == "of masters"}
+    if rounding == "stochastic":
+        options |= {"rounding": rounding, "seed": seed}
     opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1), method[1], method=METHODS[method], **options)
     if rounding == "of masters":
         state = {i: {"msam_master": master} for i, master in enumerate(kept)}

@@ -33,10 +33,10 @@ _NUMBERS = ("steps", "mask_step", "seed")
 
 
 def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
-    """Bring ``state[p]["msam_ema"]``, ``["msam_v"]``, ``["msam_mask"]`` and ``["msam_master"]`` up to date, what is kept of each.
+    """Bring ``state[p]["msam_ema"]``, ``["msam_v"]``, ``["msam_mask"]`` and ``["msam_master"]`` up to date.
 
-    Memories and masters are views, shaped like the parameter, and NaN where nothing has begun; masks are bools. Names are there from the
-    first step of the base optimizer on, whether or not anything has begun, so that who loads in place finds them all.
+    Memories, NaN where nothing has begun, and masters are views, shaped like the parameter; masks are bools. Names are there
+    from the first step of the base optimizer on, whether or not anything has begun, so that who loads in place finds them all.
 
     An entry that the base optimizer has yet to begin stays empty: torch's begin those that are.
 
@@ -145,8 +145,8 @@ def saved(state_dict: dict[str, Any], left: dict[str, dict[int, Tensor]]) -> dic
 def apart(state_dict: dict[str, Any], store: Store | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """A state dict without what is ours of its entries, and that: ``{"steps": …, "ema": {parameter: tensor}, …}``.
 
-    Numbers are those of older files, or what stands in the groups. With a ``store`` of masters, ``{"wide": {parameter: entry}}``
-    has what torch is about to round to the parameter's 16 bits.
+    Numbers are those of older files, or what stands in the groups. With a ``store`` of masters, "wide" has the entries by
+    parameter, which torch is about to round to 16 bits.
     """
     own = state_dict.get(KEY, {})
     if not isinstance(own, dict):

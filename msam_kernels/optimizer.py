@@ -157,9 +157,9 @@ class MicroBatchSAM(Optimizer):
         seed: of stochastic rounding, < 2**64; ``torch.initial_seed()`` without it. It is part of the state dict. The random
             numbers depend on it, the step, the micro-batch and the element's place alone: they are the same on every backend
             and in every layout.
-        masters: keep weights of 16 bits in fp32 too, as masters, which the perturbation and the fused update of ``SGD``, ``Adam``
-            and ``AdamW`` start from: w + e is master + e, rounded, and between steps ``p.data`` is the master rounded to
-            nearest. Small updates are not lost then, and the base optimizer's state is in fp32. What you write to ``p.data``
+        masters: keep weights of 16 bits in fp32 too, as masters, which the perturbation and the fused update of ``SGD``,
+            ``Adam`` and ``AdamW`` start from: w + e is master + e, rounded, and between steps ``p.data`` is the master rounded
+            to nearest. Small updates are not lost then, and the base optimizer's state is in fp32. What you write to ``p.data``
             yourself, ``model.load_state_dict`` too, counts: where a master does not round to the weight that stands there, the
             weight is the master from then on. Masters are ``state[p]["msam_master"]``; where none is loaded they begin as the
             weights. Weights of 32 and 64 bits have none. See ``docs/precision.md``.
@@ -475,10 +475,10 @@ class MicroBatchSAM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, which plain torch optimizers load, with what the method keeps among its entries.
 
-        That is ``state[p]["msam_ema"]``, ``["msam_v"]``, ``["msam_mask"]`` and ``["msam_master"]``, and in each group "msam_steps" and
-        "msam_mask_step", where whatever saves an optimizer finds it; see ``docs/checkpoints.md``. What has no entry to stand
-        in, because the base optimizer has yet to begin that, is under "msam". The base optimizer's own ``state_dict`` has the
-        same.
+        That is ``state[p]["msam_ema"]``, ``["msam_v"]``, ``["msam_mask"]`` and ``["msam_master"]``, and in each group
+        "msam_steps" and "msam_mask_step", where whatever saves an optimizer finds it; see ``docs/checkpoints.md``. What has no
+        entry to stand in, because the base optimizer has yet to begin that, is under "msam". The base optimizer's own
+        ``state_dict`` has the same.
 
         A base optimizer whose class makes its state dicts itself makes this one too, and loads it.
 

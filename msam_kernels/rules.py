@@ -207,8 +207,8 @@ def check_masters(masters: Any, method: SAM, base: Optimizer, parallel: Any) -> 
         )
     if plan.after:
         raise ValueError(
-            f"{method} takes a step of its own off the weights of 16 bits, not off their masters: use decoupled=False, or leave "
-            "masters out"
+            f"{method} takes a step of its own off the weights of 16 bits, not off their masters: use decoupled=False, or "
+            "leave masters out"
         )
     if plan.momentum:
         raise ValueError(

@@ -214,8 +214,8 @@ class Engine:
         self.store.adopt(self.check_idle, self.method.full.only, also)
         if any(flat not in self.store.flats for flat in before):
             self.norms_sq = []  # of flats that are gone
-        # With random rounding all arrives, on average, and with masters, once updates have taken them off the numbers of 16 bits
-        # that they begin as. Of several ranks some might measure, which is a message, and others not.
+        # With random rounding all arrives, on average; with masters once updates have taken them off the numbers that they
+        # begin as. Of several ranks some might measure, which is a message, and others not.
         is_short_ = any(is_short(flat.dtype) for flat in self.store.flats)
         all_arrives = self.store.seed is not None or self.store.masters
         self.watches = is_short_ and not all_arrives and not self.store.has_ranks

@@ -284,7 +284,10 @@ class Store:
             flat.take_back()
         new_flats = [
             Flat(
-                [p for p, _ in members], [g for _, g in members], flatten=self.flatten, backend=backends[device],
+                [p for p, _ in members],
+                [g for _, g in members],
+                flatten=self.flatten,
+                backend=backends[device],
                 masters=self.masters,
             )
             for (device, *_), members in buckets.items()

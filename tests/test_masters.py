@@ -88,7 +88,7 @@ def test_masters_train_as_an_fp32_model_does_with_the_gradients_of_16_bits(metho
         assert same_bits(model.parameters(), before)
         for p, q in zip(model.parameters(), wide.parameters(), strict=True):
             q.grad = p.grad.float()
-        with pytest.warns(UserWarning) if not seed else nullcontext():  # that these came out of no loop
+        with pytest.warns(UserWarning, match="did not come out of passes") if not seed else nullcontext():
             plain.step()
         opt.step()
         opt.zero_grad()
@@ -413,6 +413,19 @@ def test_another_memory_order_keeps_the_masters():
     assert same_bits([t.contiguous() for t in masters(opts[0])], masters(opts[1]))
 
 
+def test_masters_stay_where_others_are_converted():
+    model = model_of()
+    opt = optimizer(model)
+    train(opt, model)
+    kept = masters(opt)
+    model[0].float()
+    opt.update_hyper()
+    assert len(opt.engine.store.flats) == 2
+    stays = [p for p in model.parameters() if p.dtype == torch.bfloat16]
+    opt.state_dict()
+    assert same_bits([opt.state[p]["msam_master"] for p in stays], kept[-len(stays) :])
+
+
 def test_a_model_that_is_converted_trains_on_with_its_state():
     model = model_of()
     opt = optimizer(model)
@@ -506,7 +519,9 @@ def test_a_step_that_is_not_the_fused_one_is_refused_before_anything_changes():
         points_of(opt, model, 5)
     hook.remove()
     points_of(opt, model, 5)
-    with pytest.raises(RuntimeError, match=r"SGD.step\(\) is of the weights of 16 bits.*: call step\(\) of the MicroBatch"):
+    with pytest.raises(
+        RuntimeError, match=r"SGD.step\(\) is of the weights of 16 bits.*: call step\(\) of the MicroBatch"
+    ):
         opt.base_optimizer.step()
     assert same_bits(model.parameters(), before)
     opt.step()

@@ -71,7 +71,7 @@ constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 // 16-bit storage keeps three sums of a perturbation, and where it rounds at random the words of the generator.
 template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, bool masters>
 constexpr int kPerturbBlocks =
-    masters                                                                ? (friendly ? 1 : 2)
+    masters                                                                ? 2
     : friendly && stochastic && (adaptive || kFewer)                         ? (stacked ? 1 : 2)
     : friendly && adaptive && stacked && kFewer && sizeof(S) == 2          ? 1
     : stacked                                                              ? 2
@@ -79,11 +79,11 @@ constexpr int kPerturbBlocks =
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
 template <class S, bool combined, bool stacked, bool masters>
-constexpr int kDescendBlocks = masters ? 2 : stacked ? 3 - kFewer : kBlocks<S> - (combined ? kFewer : 0);
+constexpr int kDescendBlocks = stacked || masters ? 3 - kFewer : kBlocks<S> - (combined ? kFewer : 0);
 // Adam keeps more values than SGD, several terms more than one, and 16-bit storage widens twice as many at once as fp32. Stacks
 // are read four terms ahead.
 template <class S, Rule rule, bool combined, bool stacked, bool masters>
-constexpr int kUpdateBlocks = masters                                     ? (rule == kSgd ? 2 : 1)
+constexpr int kUpdateBlocks = masters                                     ? 2
                               : stacked                                   ? 2
                               : rule == kSgd                              ? (sizeof(S) == 4 ? 4 : 3)
                               : kFewer || sizeof(S) == 8 || (sizeof(S) == 2 && combined) ? 2

@@ -26,8 +26,8 @@ Every backend is a namespace with the functions below, called alike:
 * ``shares``: of ``weigh`` float64 ``[m]``; of the others, as ``weigh`` returns it, float64 ``[stacks, m]``, of at most 3:
   so many of the lists in ``terms``, the first ones, are stacks.
 * ``saved``, ``ema``, ``states``: flat buffers of the weights' dtype. An element of ``ema`` that is NaN has not begun; without
-  ``lmbda`` it is only read. Of weights of 16 bits ``saved`` may be of fp32: masters, see ``reference.py``. ``states`` are then of
-  fp32 too, and there are neither ``stack``, ``shares`` nor ``rates``.
+  ``lmbda`` it is only read. Of weights of 16 bits ``saved`` may be of fp32: masters, see ``reference.py``. ``states`` are then
+  of fp32 too, and there are neither ``stack``, ``shares`` nor ``rates``.
 * ``status``: uint8 ``[K]``, how it stands with a row's weights: 0 untouched, 1 saved, 2 perturbed.
 * ``arrived``: int32 ``[1]``, zero between calls, where GPU kernels count the blocks that are done; without it ``ascend`` is two
   launches there.
@@ -97,8 +97,8 @@ _SCHEMAS = (
     f"descend(Tensor(a!)[] weights, Tensor(b!)[] out, Tensor[] terms, Tensor table, *, {_COMBINATION}, "
     "Tensor? saved=None, Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None, Tensor? shares=None) -> ()",
     "update(Tensor(a!)[] weights, Tensor(b!)[] states, Tensor[] terms, Tensor table, *, int rule, Tensor settings, "
-    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(e!)? saved=None, Tensor(d!)? status=None, Tensor? found_inf=None, Tensor? shares=None, "
-    "Tensor? rates=None, float factor=0.) -> ()",
+    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(e!)? saved=None, Tensor(d!)? status=None, Tensor? found_inf=None, "
+    "Tensor? shares=None, Tensor? rates=None, float factor=0.) -> ()",
 )
 OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 

@@ -25,8 +25,9 @@ are what ``saved`` holds) or PERTURBED (``saved`` holds what they were). ``pertu
 from ``saved`` what it finds PERTURBED; ``descend`` and ``update`` bring back what is PERTURBED and nothing else.
 
 Where ``saved`` is of fp32 beside weights of 16 bits it holds their masters, which no perturbation changes: w + e is master + e,
-w comes back as the master rounded to nearest, and ``update`` is of the masters, with states in fp32. Unless its row is PERTURBED,
-a weight that its master does not round to is one that somebody else wrote, or has no master yet: then it is the master.
+w comes back as the master rounded to nearest, and ``update`` is of the masters, with states in fp32. Unless its row is
+PERTURBED, a weight that its master does not round to, bit for bit, is one that somebody else wrote, or has no master yet: then
+it is the master.
 
 An element of the ema that is NaN has not begun: its first gradient is its d and its next value; where sigma is negative (VaSSO:
 d is the ema's next value times 1 − sigma) its d is 1 − sigma times that. A non-finite ‖d‖ means
