@@ -146,26 +146,22 @@ inline void copy(const S* from, S* to, int64_t n, bool stream) {
   if (i < n) std::memcpy(to + i, from + i, (n - i) * sizeof(S));
 }
 
-// The type of masters, which are kept beside weights of 16 bits alone.
+// What masters are, beside weights of 16 bits alone; of other weights their own type.
 template <class S>
-using Wide16 = typename Arithmetic<S>::type;
+using MasterOf = typename Arithmetic<S>::type;
 template <class S, class M>
 constexpr bool kMasters = !std::is_same_v<S, M>;
 
-// The masters of a block, and in `rounded` the weights that they round to. Where the weights are not perturbed, a master that is
-// another one than what is kept is kept from now on; where they are, `weights` is null.
+// A block of masters as it is to be, and in `rounded` the weights that they round to. `weights` is null where these are perturbed.
 template <class S>
-inline void load_masters(float* kept, const S* weights, float* masters, float* rounded, int n) {
+inline void hold(float* masters, const S* weights, float* rounded, int n) {
   alignas(64) S narrowed[kBlock];
-  narrow(kept, narrowed, n);
+  narrow(masters, narrowed, n);
   widen(narrowed, rounded, n);
-  std::memcpy(masters, kept, n * sizeof(float));
-  if (!weights) return;
-  if (std::memcmp(narrowed, weights, n * sizeof(S)) == 0) return;
+  if (!weights || std::memcmp(narrowed, weights, n * sizeof(S)) == 0) return;
   alignas(64) float now[kBlock];
   widen(weights, now, n);
-  for (int j = 0; j < n; ++j) masters[j] = master(kept[j], rounded[j], now[j]);
-  std::memcpy(kept, masters, n * sizeof(float));
+  for (int j = 0; j < n; ++j) masters[j] = master(masters[j], rounded[j], now[j]);
   std::memcpy(rounded, now, n * sizeof(float));
 }
 
@@ -180,9 +176,9 @@ inline void for_blocks(int64_t numel, F&& body) {
 
 // Weights from their masters.
 template <class S>
-inline void round_masters(const Wide16<S>* masters, S* weights, int64_t numel) {
+inline void round_masters(const MasterOf<S>* masters, S* weights, int64_t numel) {
   for_blocks(numel, [&](int64_t i, auto count) {
-    if constexpr (kMasters<S, Wide16<S>>) narrow(masters + i, weights + i, count);
+    if constexpr (kMasters<S, MasterOf<S>>) narrow(masters + i, weights + i, count);
   });
 }
 
@@ -558,8 +554,8 @@ void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Ch
     T* saved_new = nullptr;
     const T *w, *rounded;  // w, and as it is stored
     if constexpr (kMasters<S, M>) {
-      load_masters(saved + i, base ? base + i : nullptr, wt, rt, n);
-      w = padded<T>(wt, wt, n), rounded = padded<T>(rt, rt, n);
+      hold(saved + i, base ? base + i : nullptr, rt, n);
+      w = padded<T>(saved + i, wt, n), rounded = padded<T>(rt, rt, n);
     } else {
       // What is saved is stored as it is read, where neither its type nor the cache stands against it.
       saved_new = saved && !stream && std::is_same_v<S, T> && n == kBlock ? reinterpret_cast<T*>(saved + i) : nullptr;
@@ -654,12 +650,11 @@ void perturb_rows(const Perturb& a, const Context& x, int64_t first, int64_t las
       if (grads && is_finite(norm_sq)) {
         row(a, i, norm_sq, c, grads + i * size_of(x, c), base, out, untouched || kMasters<S, M> ? saved : nullptr, achieved);
       } else if constexpr (kMasters<S, M>) {
-        if (!grads) continue;
-        for_blocks(base ? c.numel : 0, [&](int64_t j, auto count) {
-          float masters[kBlock], rounded[kBlock];
-          load_masters(saved + j, base + j, masters, rounded, count);
-        });
         if (!base) round_masters(saved, out, c.numel);
+        for_blocks(base ? c.numel : 0, [&](int64_t j, auto count) {
+          alignas(64) float rounded[kBlock];
+          hold(saved + j, base + j, rounded, count);
+        });
       } else {  // no perturbation, and an EMA that stays usable
         if (untouched) copy<S>(weights, saved, c.numel, x.large);
         if (base != out) copy(base, out, c.numel, x.large);
@@ -672,7 +667,7 @@ void perturb_rows(const Perturb& a, const Context& x, int64_t first, int64_t las
 
 template <class S>
 void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
-  return a.masters ? perturb_rows<S, Wide16<S>>(a, x, first, last) : perturb_rows<S, S>(a, x, first, last);
+  return a.masters ? perturb_rows<S, MasterOf<S>>(a, x, first, last) : perturb_rows<S, S>(a, x, first, last);
 }
 
 // ---- the linear combination ---------------------------------------------------------------------------------------
@@ -818,7 +813,7 @@ double combine(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool s
 template <class S>
 void bring_back(const Descent& a, const Chunk& c, S* weights, bool stream) {
   if (a.masters)
-    round_masters(at<Wide16<S>>(a.saved, c), weights, c.numel);
+    round_masters(at<MasterOf<S>>(a.saved, c), weights, c.numel);
   else
     copy(at<S>(a.saved, c), weights, c.numel, stream);
 }
@@ -859,11 +854,13 @@ void update_row(const Update& a, const Context& x, const Chunk& c, const Terms<S
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], result[kBlock], before[kOwn + 1][kBlock], after[kOwn + 1][kBlock];
     const Rule apply = rule;  // a local copy stays in registers: stores cannot alias it
-    const T *w = wt, *g = gt, *old[kOwn + 1];
-    if constexpr (kMasters<S, M>)
-      load_masters(masters + i, start ? start + i : nullptr, wt, result, n);
-    else
+    const T *w, *g = gt, *old[kOwn + 1];
+    if constexpr (kMasters<S, M>) {
+      if (start) hold(masters + i, start + i, result, n);
+      w = masters + i;
+    } else {
       w = load(start + i, wt, n);
+    }
     if (terms.is_plain())
       g = load(terms.from[0] + i, gt, n);
     else
@@ -927,5 +924,5 @@ void update_rows(const Update& a, const Context& x, int64_t first, int64_t last)
 
 template <class S>
 void update(const Update& a, const Context& x, int64_t first, int64_t last) {
-  return a.masters ? update_rows<S, Wide16<S>>(a, x, first, last) : update_rows<S, S>(a, x, first, last);
+  return a.masters ? update_rows<S, MasterOf<S>>(a, x, first, last) : update_rows<S, S>(a, x, first, last);
 }
