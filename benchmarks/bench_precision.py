@@ -7,7 +7,8 @@
 Weights have 16 bits, or 32 for comparison; forward and backward compute in fp32, so that nothing but the rounding of w + e
 differs. Of each perturbation, e as it arrived against e as it was asked for: the ratio of the lengths, the cosine, ``along``
 (the product of the two), how many entries move, and how far the loss rises. The radius is SAM's usual one; ASAM's ten times
-as large, as its authors have it, and the same. Data are random, and the same for all.
+as large, as its authors have it, and the same. Data are random, and the same for all. Masters are what the weights were drawn
+as, before they were rounded to bf16; of fp16, which has three bits more, an eighth as far from the weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +35,9 @@ METHODS = {("SAM", 0.05): methods.SAM(), ("ASAM", 0.5): methods.AdaptiveSAM(), (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [
     ("fp32", "nearest"),
-    *((dtype, rounding) for dtype in ("bf16", "fp16") for rounding in ("nearest", "stochastic")),
+    *((dtype, rounding) for dtype in ("bf16", "fp16") for rounding in ("nearest", "stochastic", "of masters")),
 ]
+LEFT = {"bf16": 1.0, "fp16": 2.0**-3}  # of a master, how much of what bf16 leaves out
 SEEDS = 3  # of random rounding, whose means are told
 
 
@@ -43,10 +46,18 @@ def perturbed_once(task: Task, method: tuple[str, float], dtype: str, rounding: 
     torch.manual_seed(0)
     model = task.make()
     x, y = task.data(task.samples, torch.device("cpu"))
+    kept = []
     for p in model.parameters():  # the same point for all: that of the fewest bits
-        p.data = p.detach().to(torch.bfloat16).to(DTYPES[dtype])
-    options = {"rounding": rounding, "seed": seed} if rounding == "stochastic" else {}
+        drawn, rounded = p.detach(), p.detach().to(torch.bfloat16)
+        p.data = rounded.to(DTYPES[dtype])
+        kept.append(rounded.float() + (drawn - rounded.float()) * LEFT.get(dtype, 0.0))
+    options: dict[str, Any] = {"masters": rounding == "of masters"}
+    if rounding == "stochastic":
+        options |= {"rounding": rounding, "seed": seed}
     opt = MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1), method[1], method=METHODS[method], **options)
+    if rounding == "of masters":
+        state = {i: {"msam_master": master} for i, master in enumerate(kept)}
+        opt.load_state_dict({**opt.state_dict(), "state": state})
     losses, points = [], []
     for _ in opt.passes():
         points.append([p.detach().float().clone() for p in model.parameters()])

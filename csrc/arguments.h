@@ -78,6 +78,7 @@ struct Perturb : Norm {
   Sums norm_sq;  // one row
   const double* radii = nullptr;  // [groups, kRadiusColumns]
   void* saved = nullptr;
+  bool masters = false;            // of weights of 16 bits, in fp32, are in `saved`
   uint8_t* status = nullptr;       // [rows]
   void* copies = nullptr;          // of a stack: where w + e of micro-batch 0 goes; the weights, w, are only read
   int64_t stride = 0;              // from one to the next
@@ -114,7 +115,8 @@ struct Descent : Common, Coefficients {
   int stacked = 0;                 // how many stacks
   int64_t count = 0;               // micro-batches of each
   const double* shares = nullptr;  // their coefficients, [stacked, count]
-  const void* saved = nullptr;
+  void* saved = nullptr;
+  bool masters = false;       // see Perturb; the states of an update are in fp32 then, too
   uint8_t* status = nullptr;  // [rows]
 };
 

@@ -92,13 +92,19 @@ class Call {
         out[k - stacked] = list(part, "terms", k * size);
     }
   }
-  // A buffer of the weights' dtype.
-  void* flat(const Tensor& t, Label label) const {
-    check_dense(t, label, dtype_, device());
+  // A buffer of the weights' dtype, unless told.
+  void* flat(const Tensor& t, Label label) const { return flat(t, label, dtype_); }
+  void* flat(const Tensor& t, Label label, at::ScalarType dtype) const {
+    check_dense(t, label, dtype, device());
     TORCH_CHECK(t.numel() >= reach_.flat, label, " has ", t.numel(), " elements, the table reaches ", reach_.flat);
     return t.data_ptr();
   }
   void* flat(const MaybeTensor& t, Label label) const { return t ? flat(*t, label) : nullptr; }
+  // Whether it holds masters is told by its dtype.
+  void* saved(const Tensor& t, bool& masters) const {
+    masters = t.scalar_type() == at::kFloat && achieved_of(storage_of(dtype_)) > 1;
+    return flat(t, {"saved"}, masters ? at::kFloat : dtype_);
+  }
   // One flat buffer, or a tensor per parameter.
   Place weights(TensorList tensors, const char* name = "weights") {
     return tensors.size() == 1 ? Place{flat(tensors[0], {name}), -1} : list(tensors, name);
@@ -181,14 +187,14 @@ class Call {
     a.eta = eta.value_or(0);
   }
   // And what w + e is made of, but for the norm.
-  void perturbation(Perturb& a, TensorList weights_, TensorList grads, const Tensor& radii, const Tensor& saved,
+  void perturbation(Perturb& a, TensorList weights_, TensorList grads, const Tensor& radii, const Tensor& saved_,
                     const Tensor& achieved_sq, const MaybeTensor& status, const MaybeTensor& ema, const MaybeTensor& mask_,
                     const MaybeTensor& noise_, int64_t draw, double sigma, MaybeDouble lmbda, MaybeDouble eta,
                     std::optional<int64_t> stack) {
     TORCH_CHECK(!weights_.empty() && !grads.empty(), "a perturbation needs weights and grads, and one of the lists is empty");
     TORCH_CHECK(status.has_value() != stack.has_value(), "status says how it stands with weights that are perturbed in place, "
                 "and stack that they are copies: give one of them");
-    direction(a, stack ? TensorList(saved) : weights_, grads, ema, sigma, eta, stack, stack ? "saved" : "weights");
+    direction(a, stack ? TensorList(saved_) : weights_, grads, ema, sigma, eta, stack, stack ? "saved" : "weights");
     if (stack) {
       TORCH_CHECK(weights_.size() == 1, "weights must be one stack of flat buffers, got ", weights_.size(), " tensors");
       check_dense(weights_[0], {"weights"}, dtype_, device());
@@ -199,7 +205,7 @@ class Call {
                   reach_.flat);
       a.copies = weights_[0].data_ptr();
     } else {
-      a.saved = flat(saved, {"saved"});
+      a.saved = this->saved(saved_, a.masters);
       a.status = per_row<uint8_t>(*status, "status");
     }
     a.radii = per_group(radii, "radii", 2);
@@ -216,15 +222,16 @@ class Call {
 
   // The weights' return, and the linear combination.
   void descent(Descent& a, TensorList weights_, TensorList terms_, at::ArrayRef<double> coefs, TensorList sums_,
-               int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved, const MaybeTensor& status,
+               int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved_, const MaybeTensor& status,
                const MaybeTensor& shares) {
     begin(a);
-    TORCH_CHECK(saved.has_value() == status.has_value(), "saved and status go together: give both or neither");
+    TORCH_CHECK(saved_.has_value() == status.has_value(), "saved and status go together: give both or neither");
     a.weights = weights(weights_);
-    a.saved = flat(saved, {"saved"});
+    if (saved_) a.saved = saved(*saved_, a.masters);
     a.status = per_row<uint8_t>(status, "status");
     made_of(a, coefs, sums_, rescale, norm_sq, {});
     if (shares) {
+      check_no_masters(a, "shares");
       check_plain(*shares, {"shares"}, at::kDouble, device(), 2);
       TORCH_CHECK(shares->numel() > 0 && shares->size(0) <= kVectors, "shares must be of 1 to ", kVectors,
                   " stacks of micro-batches, got shape ", shares->sizes());
@@ -253,7 +260,7 @@ class Call {
     const int64_t count = int64_t(states.size()), few = rule == kSgd ? 0 : 2;
     TORCH_CHECK(count == few || count == few + 1, rule == kSgd ? "SGD has states [] or [momentum_buffer], got "
                     : "Adam has states [exp_avg, exp_avg_sq] or [exp_avg, exp_avg_sq, max_exp_avg_sq], got ", count);
-    for (int64_t k = 0; k < count; ++k) a.states[k] = flat(states[k], {"states", k});
+    for (int64_t k = 0; k < count; ++k) a.states[k] = flat(states[k], {"states", k}, a.masters ? at::kFloat : dtype_);
     TORCH_CHECK(count == 0 || step, "states need step, which is missing");
     if (step) {
       check_plain(*step, {"step"}, at::kFloat, device(), 1);
@@ -282,6 +289,7 @@ class Call {
   }
   void shift(Update& a, TensorList ahead, const MaybeTensor& rates, double factor, const Tensor& settings) {
     if (!rates) return;
+    check_no_masters(a, "rates");
     TORCH_CHECK(rates->dim() == 1 && rates->size(0) >= settings.size(0), "rates must have one number per group, ",
                 settings.size(0), ", got shape ", rates->sizes());
     a.ahead = list(ahead, "terms", int64_t(ahead.size()));
@@ -294,6 +302,9 @@ class Call {
   explicit Call(const Tensor& shares) : table_(shares), dtype_(at::kDouble) {}
 
  private:
+  void check_no_masters(const Descent& a, const char* name) const {
+    TORCH_CHECK(!a.masters, name, " are not there for masters: saved must be ", dtype_, " like the weights then, got ", at::kFloat);
+  }
   static void check_stack(const Tensor& t, Label label, int64_t stack) {
     TORCH_CHECK(t.dim() > 0 && t.size(0) == stack, label, " must have one row for each of ", stack,
                 " micro-batches, got shape ", t.sizes());

@@ -157,6 +157,10 @@ MSAM_FN uint32_t float_to_bits(float f) {
   return u;
 }
 
+// A weight's master: what is kept, if that rounds to the weight's very bits. If not, somebody else wrote the weight, or nothing is
+// kept yet.
+MSAM_FN float master(float kept, float rounded, float w) { return float_to_bits(rounded) == float_to_bits(w) ? kept : w; }
+
 // Philox4x32 of 7 rounds, the fewest that pass all of TestU01's BigCrush (Salmon et al., "Parallel random numbers: as easy as
 // 1, 2, 3", SC 2011). T has numbers of 32 bits in places of 64: uint64_t, or the compiler's vector of them, which times(x,
 // constant) multiplies.

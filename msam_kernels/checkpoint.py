@@ -26,17 +26,17 @@ from .store import Store
 #: Where older files have all of it, and newer ones what has no entry to stand in.
 KEY = "msam"
 _MEMORIES = ("ema", "v")
-_TENSORS = (*_MEMORIES, "mask")  # by parameter, counted over all groups
+_TENSORS = (*_MEMORIES, "mask", "master")  # by parameter, counted over all groups
 #: What the most copied implementations keep by parameter: weights, perturbations, F-SAM's mean gradient.
 _THEIRS = ("old_p", "e_w", "momentum")
 _NUMBERS = ("steps", "mask_step", "seed")
 
 
 def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
-    """Bring ``state[p]["msam_ema"]``, ``["msam_v"]`` and ``["msam_mask"]`` up to date, what the method keeps of each parameter.
+    """Bring ``state[p]["msam_ema"]``, ``["msam_v"]``, ``["msam_mask"]`` and ``["msam_master"]`` up to date.
 
-    Memories are views, shaped like the parameter, and NaN where nothing has begun; masks are bools. Names are there from the
-    first step of the base optimizer on, whether or not anything has begun, so that who loads in place finds them all.
+    Memories, NaN where nothing has begun, and masters are views, shaped like the parameter; masks are bools. Names are there
+    from the first step of the base optimizer on, whether or not anything has begun, so that who loads in place finds them all.
 
     An entry that the base optimizer has yet to begin stays empty: torch's begin those that are.
 
@@ -54,17 +54,17 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
     for at, flat, i in _places(store):
         names = [name for name in wanted if name != "ema" or plan.only is None or flat.params[i] in plan.only]
         names += [name for name in _MEMORIES if name in flat.memories and name not in names]
+        names += ["master"] if flat.has_masters else []
         masked = plan.sparse is not None or flat.mask is not None
         entry = entry_of(groups[at], flat.params[i]) if names or masked else None
         for name in names:
-            there = flat.memories.get(name)
-            if entry is not None:
-                old = entry.get(OURS + name)
-                buffer = flat.memory(name, math.nan).buffer
+            there = _buffer(flat, name, begin=entry is not None)
+            if entry is not None and there is not None:
+                old, buffer = entry.get(OURS + name), there
                 entry[OURS + name] = (
                     old if flat.is_part(buffer, i, old) else shown(flat.part(buffer, i), flat.params[i])
                 )
-            elif there is not None and _has_begun(part := flat.part(there.buffer, i)):
+            elif there is not None and _has_begun(part := flat.part(there, i)):
                 left.setdefault(name, {})[at] = shown(part, flat.params[i])
         if masked and entry is not None:
             entry[OURS + "mask"] = _bits(flat)[i]
@@ -73,6 +73,13 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
     if plan.sparse is not None and any(flat.mask is None for flat in store.flats):
         engine.mask_step = -1
     return left
+
+
+def _buffer(flat: Flat, name: str, *, begin: bool) -> Tensor | None:
+    """Of a memory, or of masters, which the first step makes; without ``begin`` None where there is none."""
+    if name == "master":
+        return flat.saved
+    return flat.memory(name, math.nan).buffer if begin or name in flat.memories else None
 
 
 def _entries(engine: Engine) -> Callable[[int, Tensor], dict[str, Any] | None]:
@@ -135,10 +142,11 @@ def saved(state_dict: dict[str, Any], left: dict[str, dict[int, Tensor]]) -> dic
     return {**state_dict, KEY: left} if left else state_dict
 
 
-def apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def apart(state_dict: dict[str, Any], store: Store | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """A state dict without what is ours of its entries, and that: ``{"steps": …, "ema": {parameter: tensor}, …}``.
 
-    Numbers are those of older files, or what stands in the groups.
+    Numbers are those of older files, or what stands in the groups. With a ``store`` of masters, "wide" has the entries by
+    parameter, which torch is about to round to 16 bits.
     """
     own = state_dict.get(KEY, {})
     if not isinstance(own, dict):
@@ -166,6 +174,8 @@ def apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, tensors in found.items():
         if tensors and isinstance(own.get(name, {}), dict):
             own[name] = {**tensors, **own.get(name, {})}
+    if store is not None and store.masters:
+        own["wide"] = {index[key]: entry for key, entry in entries.items() if key in index}
     return {**{k: v for k, v in state_dict.items() if k != KEY}, "state": entries}, own
 
 
@@ -241,6 +251,12 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     if not all(at in tensors["v"] or not flat.shards[i].numel() for at, flat, i in places):
         tensors["v"] = {}  # of some parameters only, it is of no use
     rule = RULES.get(type(engine.base))
+    for at, flat, i in places:
+        if flat.has_masters:
+            flat.set_master(i, tensors["master"].get(at))
+            entry, wide = engine.base.state.get(flat.params[i], {}), own.get("wide", {}).get(at, {})
+            for name in entry.keys() & wide.keys() & set(() if rule is None else rule.shaped):
+                entry[name] = wide[name].to(flat.device, flat.dtype_kept)
     for flat in engine.store.flats:
         if rule is not None and rule.counts:
             flat.count_loaded(engine.base.state)

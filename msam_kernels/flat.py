@@ -24,7 +24,7 @@ from ._torch import is_of_fsdp
 from .backends import Backend, reference
 from .backends.checks import lost_memory, span
 from .gradients import has_layout, holds, memory_layout, regular_values
-from .precision import is_short
+from .precision import dtype_kept, is_short
 from .sharded import is_dtensor, shard, shards, shown, spread, values
 
 # Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
@@ -191,6 +191,7 @@ class Flat:
         flatten: re-point every ``p.data``, once, into one flat buffer of weights. Without it, and where others rely on the
             place of any of them, see ``_stays``, all stay where they are and are reached by segment.
         backend: the namespace of operators, see ``backends``.
+        masters: see ``MicroBatchSAM``.
 
     Attributes:
         shards: what this rank holds of the parameters, and kernels work on: of DTensors their shards, which stay where they
@@ -203,7 +204,9 @@ class Flat:
         status: uint8 ``[K]``, what the kernels know about each row's weights, see ``backends``.
         arrived: int32 ``[1]``, where the blocks of a kernel are counted, see ``backends``; None where the environment asks for
             two launches.
-        saved: the weights of before the step, a flat buffer; None until a step perturbs.
+        dtype_kept: of ``saved`` and ``state``.
+        has_masters: whether that is another one than the weights'.
+        saved: the weights of before the step, or their masters, a flat buffer; None until a step perturbs, or updates those.
         memories: what methods remember, by name.
         mask: Sparse SAM's, uint8: bit k of byte j is that of element 8·j + k.
         state: the base optimizer's, by its names.
@@ -213,11 +216,15 @@ class Flat:
         shown: the mask by parameter, as bools, and of which mask they are.
     """
 
-    def __init__(self, params: list[Tensor], groups: list[int], *, flatten: bool, backend: Backend):
+    def __init__(
+        self, params: list[Tensor], groups: list[int], *, flatten: bool, backend: Backend, masters: bool = False
+    ):
         self.params, self.groups, self.backend = params, groups, backend
         self.shards, self.spread = shards(params), spread(params[0])
         flatten = flatten and self.spread is None
         self.device, self.dtype = params[0].device, params[0].dtype
+        self.dtype_kept = dtype_kept(self.dtype, masters)
+        self.has_masters = self.dtype_kept != self.dtype
         # Torch makes a string of a device's type, which takes longer than the question.
         self._is_cuda = params[0].is_cuda
         step = ALIGNMENT // params[0].element_size()
@@ -308,8 +315,8 @@ class Flat:
     # -- layout -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
-    def new_buffer(self) -> Tensor:
-        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+    def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(self.size, dtype=dtype or self.dtype, device=self.device)
 
     def alias(self, buffer: Tensor, i: int) -> Tensor:
         """A parameter's part of a flat buffer, in its shape and memory order."""
@@ -325,7 +332,7 @@ class Flat:
         if not isinstance(t, Tensor) or is_dtensor(t) != is_dtensor(self.params[i]):
             return False
         t = shard(t)
-        if t.dtype != self.dtype or t.device != self.device or t.shape != self._shapes[i]:
+        if t.dtype != buffer.dtype or t.device != self.device or t.shape != self._shapes[i]:
             return False
         place = buffer.data_ptr() + self.offsets[i] * buffer.element_size()
         return not t.numel() or (t.data_ptr() == place and t.stride() == self._strides[i])
@@ -403,8 +410,15 @@ class Flat:
         """``saved``, made when first needed."""
         if self.saved is None:
             self.check_not_capturing("the buffer of saved weights")
-            self.saved = self.new_buffer()
+            self.saved = self.new_buffer(self.dtype_kept)
         return self.saved
+
+    def set_master(self, i: int, master: Tensor | None) -> None:
+        """A parameter's master; None: the weights are, as zeros stand for none."""
+        if master is not None:
+            self.alias(self.save_buffer(), i).copy_(master)
+        elif self.saved is not None:
+            self.alias(self.saved, i).zero_()
 
     @property
     def copies(self) -> list[Tensor]:
@@ -462,6 +476,9 @@ class Flat:
                 memory.parts[i].copy_(flat.memories[name].parts[at])
             if name == "v":
                 self.measure(memory)
+        for i, home in enumerate(old):
+            if self.has_masters and home and home[0].has_masters and home[0].saved is not None:
+                self.set_master(i, home[0].part(home[0].saved, home[1]))
         if all(home and home[0].mask is not None for home in old):
             for i, home in enumerate(old):
                 if home:
@@ -703,7 +720,7 @@ class Flat:
             if name == "step":
                 self.state[name] = torch.zeros(len(self.params) + 1, dtype=torch.float32, device=self.device)
             else:
-                self.state[name] = self.new_buffer()
+                self.state[name] = self.new_buffer(self.dtype_kept)
         return self.state[name]
 
     def _state_view(self, i: int, name: str) -> Tensor:

@@ -23,7 +23,7 @@ from .gradients import set_grads
 from .parallel import SUPPLIED, Auto, Parallel, ParallelPasses, Refused, check_parallel
 from .precision import Rounding, seed_of
 from .ranks import Ascent, GroupInCopies, Ranks
-from .rules import SEED, Radius, check_base, check_method, check_rho, rho_at, saves_itself
+from .rules import SEED, Radius, check_base, check_masters, check_method, check_rho, rho_at, saves_itself
 from .step import RHO_OF_OURS, Engine, Stats
 
 if TYPE_CHECKING:
@@ -157,6 +157,12 @@ class MicroBatchSAM(Optimizer):
         seed: of stochastic rounding, < 2**64; ``torch.initial_seed()`` without it. It is part of the state dict. The random
             numbers depend on it, the step, the micro-batch and the element's place alone: they are the same on every backend
             and in every layout.
+        masters: keep weights of 16 bits in fp32 too, as masters, which the perturbation and the fused update of ``SGD``,
+            ``Adam`` and ``AdamW`` start from: w + e is master + e, rounded, and between steps ``p.data`` is the master rounded
+            to nearest. Small updates are not lost then, and the base optimizer's state is in fp32. What you write to ``p.data``
+            yourself, ``model.load_state_dict`` too, counts: where a master does not round to the weight that stands there, the
+            weight is the master from then on. Masters are ``state[p]["msam_master"]``; where none is loaded they begin as the
+            weights. Weights of 32 and 64 bits have none. See ``docs/precision.md``.
         process_group: ranks that hold other parameters of the same model, as the stages of a pipeline do: norms and inner
             products are over the parameters of all of them. Sharded parameters (DTensors) need no group, see
             ``docs/sharded.md``.
@@ -186,6 +192,7 @@ class MicroBatchSAM(Optimizer):
         backend: str = "auto",
         rounding: Rounding = "nearest",
         seed: int | None = None,
+        masters: bool = False,
         process_group: ProcessGroup | None = None,
         strict: bool = False,
     ):
@@ -216,12 +223,13 @@ class MicroBatchSAM(Optimizer):
         for group in base_optimizer.param_groups:
             check_rho(rho_at(group.get("rho", rho), 0))
         check_method(method, base_optimizer)
+        check_masters(masters, method, base_optimizer, parallel)
         # The hook tables and profiling of an Optimizer, without its own groups and state: those are the base's.
         self.base_optimizer = base_optimizer
         defaults = {**base_optimizer.defaults, "rho": rho}
         super().__setstate__({"defaults": defaults, **LIKE_NEW})
         self.parallel, self.compile, self.flatten, self.backend = parallel, compile, flatten, backend
-        self.rounding, self.process_group = rounding, process_group
+        self.rounding, self.masters, self.process_group = rounding, masters, process_group
         split = Split(num_micro_batches or (None if micro_batch_size else 1), micro_batch_size)
         self._make_engine(method, model, split, ascent, seed, strict)
         loaded = base_optimizer not in RHO_OF_OURS and checkpoint.check_state(self.engine)
@@ -251,6 +259,7 @@ class MicroBatchSAM(Optimizer):
             backend=self.backend,
             ascent=ascent,
             seed=seed,
+            masters=self.masters,
             process_group=self.process_group,
             strict=strict,
         )
@@ -277,7 +286,7 @@ class MicroBatchSAM(Optimizer):
             engine = this()
             if engine is None:
                 return None
-            state_dict, own = checkpoint.apart(state_dict)
+            state_dict, own = checkpoint.apart(state_dict, engine.store)
             loaded.append(own)
             return engine.radii.kept_in(state_dict, engine.steps)
 
@@ -423,6 +432,7 @@ class MicroBatchSAM(Optimizer):
             "flatten",
             "backend",
             "rounding",
+            "masters",
             "process_group",
         )
         names = (*own, "method", "model", "enabled", "ascent", "strict")
@@ -441,7 +451,7 @@ class MicroBatchSAM(Optimizer):
         enabled, schedules = state.pop("enabled"), state.pop("schedules")
         split = Split(state.pop("num_micro_batches"), state.pop("micro_batch_size"))
         ascent, strict = state.pop("ascent", "global"), state.pop("strict", False)
-        later = {"parallel": False, "compile": False, "rounding": "nearest", "process_group": None}
+        later = {"parallel": False, "compile": False, "rounding": "nearest", "masters": False, "process_group": None}
         super().__setstate__({**later, **state})
         seed = None if self.rounding == "nearest" else self.param_groups[0][SEED]
         self._make_engine(method, model, split, ascent, seed, strict)
@@ -459,6 +469,7 @@ class MicroBatchSAM(Optimizer):
         split += f", parallel={self.parallel!r}" if self.parallel else ""
         split += ", compile=True" if self.compile else ""
         split += f", rounding={self.rounding!r}" if self.rounding != "nearest" else ""
+        split += ", masters=True" if self.masters else ""
         chosen = self.engine.store.backends or [self.backend]
         split += f", backend={' and '.join(map(repr, chosen))}"
         return f"{type(self).__name__}(\n  method={self.method}, {split}\n  {base}\n)"
@@ -466,10 +477,10 @@ class MicroBatchSAM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, which plain torch optimizers load, with what the method keeps among its entries.
 
-        That is ``state[p]["msam_ema"]``, ``["msam_v"]`` and ``["msam_mask"]``, and in each group "msam_steps" and
-        "msam_mask_step", where whatever saves an optimizer finds it; see ``docs/checkpoints.md``. What has no entry to stand
-        in, because the base optimizer has yet to begin that, is under "msam". The base optimizer's own ``state_dict`` has the
-        same.
+        That is ``state[p]["msam_ema"]``, ``["msam_v"]``, ``["msam_mask"]`` and ``["msam_master"]``, and in each group
+        "msam_steps" and "msam_mask_step", where whatever saves an optimizer finds it; see ``docs/checkpoints.md``. What has no
+        entry to stand in, because the base optimizer has yet to begin that, is under "msam". The base optimizer's own
+        ``state_dict`` has the same.
 
         A base optimizer whose class makes its state dicts itself makes this one too, and loads it.
 
@@ -509,7 +520,7 @@ class MicroBatchSAM(Optimizer):
 
         def last_hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check(state_dict, engine.store)  # the user's hooks may have changed it
-            state_dict, own = checkpoint.apart(state_dict)
+            state_dict, own = checkpoint.apart(state_dict, engine.store)
             checkpoint.take_in(engine, own)
             loaded.update(own)
             return engine.radii.kept_in(state_dict, engine.steps)

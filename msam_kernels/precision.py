@@ -22,6 +22,11 @@ def is_short(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
 
 
+def dtype_kept(dtype: torch.dtype, masters: bool) -> torch.dtype:
+    """Of the saved weights and of the base optimizer's state: with ``masters`` fp32, where weights have 16 bits."""
+    return torch.float32 if masters and is_short(dtype) else dtype
+
+
 def seed_of(rounding: Any, seed: Any) -> int | None:
     """Of stochastic rounding; None where it is to nearest.
 

@@ -187,6 +187,40 @@ def check_method(method: SAM, base: Optimizer) -> None:
         )
 
 
+def check_masters(masters: Any, method: SAM, base: Optimizer, parallel: Any) -> None:
+    """Refuse masters where weights of 16 bits would not come from them.
+
+    Raises:
+        TypeError: ``masters`` is no bool.
+        ValueError: the base optimizer has no fused update, the method takes a step of its own or perturbs along momentum, or
+            passes are parallel; with the remedy.
+    """
+    if not isinstance(masters, bool):
+        raise TypeError(f"masters must be a bool, got {masters!r}")
+    if not masters:
+        return
+    plan = method.full
+    if type(base) not in RULES:
+        raise ValueError(
+            f"masters=True is for fused updates, and {type(base).__name__} takes its own step, which is of the weights of 16 "
+            f"bits: use {', '.join(kind.__name__ for kind in RULES)}, or leave masters out"
+        )
+    if plan.after:
+        raise ValueError(
+            f"{method} takes a step of its own off the weights of 16 bits, not off their masters: use decoupled=False, or "
+            "leave masters out"
+        )
+    if plan.momentum:
+        raise ValueError(
+            f"{method} perturbs along momentum of the weights' dtype, which masters keep in float32: use another method, or "
+            "leave masters out"
+        )
+    if parallel:
+        raise ValueError(
+            f"parallel={parallel!r} perturbs copies of the weights of 16 bits, not of their masters: leave one of them out"
+        )
+
+
 def _has_momentum(group: Group) -> bool:
     """Whether a group's settings speak of momentum, by the names that these have in torch."""
     return bool(group.get("momentum")) or not group.keys().isdisjoint(("betas", "beta1"))

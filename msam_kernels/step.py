@@ -145,6 +145,7 @@ class Engine:
         backend: str,
         ascent: Ascent = "global",
         seed: int | None = None,
+        masters: bool = False,
         process_group: ProcessGroup | None = None,
         strict: bool = False,
     ):
@@ -158,7 +159,9 @@ class Engine:
         self.ranks = Ranks(ascent, model)
         self.unreduced = False
         self.v_synced: bool | None = None
-        self.store = Store(base, flatten=flatten, backend=backend, seed=seed, process_group=process_group)
+        self.store = Store(
+            base, flatten=flatten, backend=backend, seed=seed, process_group=process_group, masters=masters
+        )
         self.radii = Radii(base, default_rho)
         self.tables = Tables(self.radii)
         self.units = Units(self.store)
@@ -212,9 +215,11 @@ class Engine:
         self.store.adopt(self.check_idle, self.method.full.only, also)
         if any(flat not in self.store.flats for flat in before):
             self.norms_sq = []  # of flats that are gone
-        # With random rounding all arrives, on average. Of several ranks some might measure, which is a message, and others not.
+        # With random rounding all arrives, on average; with masters once updates have taken them off the numbers that they
+        # begin as. Of several ranks some might measure, which is a message, and others not.
         is_short_ = any(is_short(flat.dtype) for flat in self.store.flats)
-        self.watches = is_short_ and self.store.seed is None and not self.store.has_ranks
+        all_arrives = self.store.seed is not None or self.store.masters
+        self.watches = is_short_ and not all_arrives and not self.store.has_ranks
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -313,6 +318,12 @@ class Engine:
         Right before the update, as a closure may set a learning rate for the base optimizer itself.
         """
         rule = self.tables.refresh_rule(self.store.devices, self._check_may_change)
+        if rule is None and self.store.has_masters:
+            raise RuntimeError(
+                f"masters=True needs the fused update of {type(self.base).__name__}, which its flags or somebody's hooks on it "
+                "replace by its own step, of the weights of 16 bits: leave differentiable, capturable and the hooks out, or "
+                "masters"
+            )
         if self.method.full.after:
             self.tables.refresh_rates(self.store.devices, self._check_may_change)
         return rule
@@ -497,6 +508,11 @@ class Engine:
         self.check_idle(f"{type(self.base).__name__}.step()")
         if self._is_asked_for_state():
             return
+        if self.store.has_masters:
+            raise RuntimeError(
+                f"{type(self.base).__name__}.step() is of the weights of 16 bits, not of their masters: call step() of the "
+                "MicroBatchSAM"
+            )
         if not self.has_mean:
             self.check_plain()
         elif self.plan().after:
@@ -608,6 +624,8 @@ class Engine:
         self.tables.refresh_radii(self.method.full, steps, self.store.devices, self._check_may_change)
         if self.store.seed is not None:
             self.store.refresh_noise(steps)
+        if self.store.masters:
+            self.rule()  # which refuses
         plan = self.plan()
         if plan is not BASE:
             if plan.momentum or plan.after:

@@ -28,7 +28,7 @@ from .gradients import (
     regular_gradient,
 )
 from .methods import Coefficient, Parameters, Plan
-from .precision import is_short
+from .precision import dtype_kept, is_short
 from .rules import MOMENTA, Rule, Tables
 from .sharded import Gathered, Reduction, Spread, check_placements, shard, spread
 
@@ -106,7 +106,7 @@ class Store:
 
     Args:
         base: whose parameter groups hold the parameters.
-        flatten, backend, process_group: see ``MicroBatchSAM``.
+        flatten, backend, process_group, masters: see ``MicroBatchSAM``.
         seed: of the random rounding of w + e to 16 bits; None where it is to nearest.
 
     Attributes:
@@ -122,8 +122,9 @@ class Store:
         backend: str,
         seed: int | None = None,
         process_group: ProcessGroup | None = None,
+        masters: bool = False,
     ):
-        self.base, self.flatten, self.backend, self.seed = base, flatten, backend, seed
+        self.base, self.flatten, self.backend, self.seed, self.masters = base, flatten, backend, seed, masters
         self.drawn = 0
         self.process_group = process_group
         self.flats: list[Flat] = []
@@ -148,6 +149,11 @@ class Store:
     def has_ranks(self) -> bool:
         """Whether sums over all parameters are sums over several ranks."""
         return self._ranks is not None
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether any weights have 16 bits and masters."""
+        return any(flat.has_masters for flat in self.flats)
 
     @property
     def in_parts(self) -> bool:
@@ -231,6 +237,11 @@ class Store:
                     f"rounding='stochastic' is for whole parameters, and {name} is a DTensor of {p.dtype}, whose shards would "
                     "all draw the same numbers: leave rounding out, or keep fp32 shards, as MixedPrecisionPolicy does"
                 )
+            if self.masters and is_short(p.dtype) and spread(p) is not None:
+                raise ValueError(
+                    f"masters=True is for whole parameters, and {name} is a DTensor of {p.dtype}: leave it out, or keep fp32 "
+                    "shards, as MixedPrecisionPolicy does"
+                )
         check_parameters(*([(name, shard(p)) for name, p in named] for named in (taken, left if self.flatten else ())))
         spreads = {id(p): spread(p) for _, p in taken}
         is_sharded = any(lies is not None for lies in spreads.values())
@@ -272,7 +283,13 @@ class Store:
         for flat in staying:
             flat.take_back()
         new_flats = [
-            Flat([p for p, _ in members], [g for _, g in members], flatten=self.flatten, backend=backends[device])
+            Flat(
+                [p for p, _ in members],
+                [g for _, g in members],
+                flatten=self.flatten,
+                backend=backends[device],
+                masters=self.masters,
+            )
             for (device, *_), members in buckets.items()
         ]
         if homes:
@@ -301,8 +318,8 @@ class Store:
 
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor) and value.device == was.device:
-                dtype = p.dtype if value.dim() and value.dtype == was.dtype else value.dtype
-                return value.to(p.device, dtype)
+                follows = value.dim() and value.dtype == was.dtype
+                return value.to(p.device, dtype_kept(p.dtype, self.masters) if follows else value.dtype)
             if isinstance(value, dict):
                 return {name: moved(v) for name, v in value.items()}
             return type(value)(map(moved, value)) if type(value) in (list, tuple) else value
@@ -685,8 +702,9 @@ class Store:
             turns = [(f, flat, a, flat.bind(state, tables.names, rule.counts, a)) for f, flat, a, _ in turns]
         for f, flat, absent, states in turns:
             options = descent.on(flat.device)
-            if flat.saved is not None:
-                options.update(saved=flat.saved, status=flat.status)
+            saved = flat.save_buffer() if flat.has_masters else flat.saved
+            if saved is not None:
+                options.update(saved=saved, status=flat.status)
             if states:
                 options["step"] = flat.state["step"]
             if found_inf is not None:

@@ -95,6 +95,18 @@ _DIRECTIONS: dict[str, dict[str, Any]] = {
         **{"noise": True, "mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01}
     },
     "stochastic, not finite": {"noise": True, "infinite": True, "norm_sq": (INF, 0.25)},
+    "masters": {"masters": True, "status": MIXED},
+    "masters, masked, friendly and adaptive": {
+        **{"masters": True, "mask": True, "sigma": 0.3, "lmbda": 0.95, "eta": 0.01}
+    },
+    "masters, any status, friendly and adaptive": {
+        **{"masters": True, "status": (UNTOUCHED, SAVED), "sigma": 0.7, "lmbda": 0.9, "fresh": True, "eta": 0.01}
+    },
+    "masters, stochastic, masked": {"masters": True, "noise": True, "status": MIXED, "mask": True},
+    "masters, stochastic, not finite": {"masters": True, "noise": True, "status": MIXED, "norm_sq": (INF,)},
+    "masters, not finite, masked, friendly": {
+        **{"masters": True, "mask": True, "sigma": 1.0, "lmbda": 0.9, "fresh": True, "status": MIXED, "norm_sq": (NAN,)}
+    },
     "not finite": {"sigma": 1.0, "lmbda": 0.9, "fresh": True, "norm_sq": (0.25, NAN)},
     "not finite, any status, masked": {"status": MIXED, "mask": True, "norm_sq": (INF,)},
     "not finite, infinite weights": {"infinite": True, "norm_sq": (INF, 0.25)},
@@ -195,6 +207,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "descend": {
         "weights": {"status": MIXED},
         "weights, not the last": {"status": MIXED, "last": False},
+        "masters": {"masters": True, "status": MIXED},
+        "masters and mean": {"masters": True, "status": MIXED, "terms": (0.25, 0.3), "alias": 0, "last": False},
         "first micro-batch": {"status": MIXED, "terms": (1.0,), "alias": 0, "last": False, "norm_sq": (2.0, 0.5)},
         "first micro-batch, not finite": {"status": (PERTURBED,), "terms": (1.0,), "alias": 0, "norm_sq": (NAN, 1.0)},
         "first micro-batch, scaled": {
@@ -246,6 +260,18 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "adam, a square that is not finite": {**_ADAM, "amsgrad": 1.0, "terms": (2e20,)},
         "adam, small beta1, maximize": {**_ADAM, "beta1": 0.3, "maximize": 1.0, "terms": (0.7,)},
         "adam, everything": {**_ADAM, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,), "found_inf": -0.0},
+        **{
+            f"{name}, masters": {**rule, **options, "masters": True, "status": MIXED}
+            for name, rule, options in (
+                ("sgd", _SGD, {}),
+                ("sgd, everything", _SGD, {**_EVERYTHING, "terms": (2 / 3, 1 / 3), "norm_sq": (2.0,)}),
+                ("sgd, perturbed", _SGD, {"momentum": 0.9}),
+                ("sgd, skipped", _SGD, {**_EVERYTHING, "unread": (0,), "found_inf": 2.0}),
+                ("adam", _ADAM, {"weight_decay": 0.01}),
+                ("adam, everything", _ADAM, {**_EVERYTHING, "terms": (2 / 3, 1 / 3), "found_inf": 0.0}),
+                ("adam, not finite", _ADAM, {"norm_sq": (NAN,)}),
+            )
+        },
         "sgd, skipped": {**_SGD, **_EVERYTHING, "terms": (2 / 3, 1 / 3), "unread": (1,), "found_inf": 2.0},
         "adam, skipped": {**_ADAM, **_EVERYTHING, "unread": (0,), "found_inf": NAN},
         **{f"sgd, {name}": {**_SGD, "momentum": 0.9, **options} for name, options in _OF_STACKS.items()},
@@ -261,7 +287,7 @@ ROUNDED_ONCE = [
     for operator, variant in CASES
     if "not finite" not in variant
     and not {"stack", "lmbda"} <= VARIANTS[operator][variant].keys()
-    and not {"ahead", "noise"} & VARIANTS[operator][variant].keys()
+    and not {"ahead", "noise", "masters"} & VARIANTS[operator][variant].keys()
     and VARIANTS[operator][variant].get("alias") != "row"
 ]
 # Variants that use most arguments.
@@ -278,6 +304,8 @@ LARGEST = [
     ("update", "sgd, many sums"),
     ("update", "adam, everything"),
     ("update", "adam, combined and rescaled"),
+    ("perturb", "masters, masked, friendly and adaptive"),
+    ("update", "adam, everything, masters"),
     ("norm", "a stack, friendly and adaptive"),
     ("perturb", "a stack, masked, friendly and adaptive"),
     ("ascend", "a stack, friendly, some fresh"),
@@ -482,9 +510,10 @@ class _Maker:
                 fill(out[-1].view(-1), start, scale)
         return out
 
-    def buffer(self, name: str, scale: float = 1.0, *, positive: bool = False) -> Tensor:
-        """A flat buffer, with guards for padding."""
-        out = self.arena(name, (self.size,), self.dtype, self.shift)
+    def buffer(self, name: str, scale: float = 1.0, *, positive: bool = False, kept: bool = False) -> Tensor:
+        """A flat buffer, with guards for padding. ``kept``: of fp32, where there are masters."""
+        dtype = torch.float32 if kept and self.has_masters else self.dtype
+        out = self.arena(name, (self.size,), dtype, self.shift)
         for offset, n in zip(self.offsets, self.sizes, strict=True):
             fill(out[offset : offset + n], next(self.start), scale, positive=positive)
         return out
@@ -493,16 +522,28 @@ class _Maker:
         a = self.call.arguments
         a["weights"] = [self.buffer("weights")] if self.flat else self.tensors("weights")
 
+    @property
+    def has_masters(self) -> bool:
+        return "masters" in self.o and self.dtype.itemsize == 2
+
     def status(self, status: Sequence[int]) -> None:
-        """``saved`` is NaN where it is to be written, the weights are where they come from saved ones."""
+        """``saved`` is NaN where it is to be written, the weights are where they come from saved ones.
+
+        Of masters three in four round to their weight; weights of perturbed rows are NaN.
+        """
         a = self.call.arguments
-        a["saved"] = self.buffer("saved")
+        a["saved"] = self.buffer("saved", kept=True)
         self.put("status", torch.tensor([status[k % len(status)] for k in range(len(self.rows))], dtype=torch.uint8))
         for row, value in zip(self.rows, a["status"].tolist(), strict=True):
             begin = row.at.start if self.flat else row.begin
             weights = a["weights"][0 if self.flat else row.segment][begin : begin + row.at.stop - row.at.start]
             saved = a["saved"][row.at]
-            if value == SAVED:
+            if self.has_masters:
+                if value == PERTURBED:
+                    weights.fill_(NAN)
+                else:
+                    weights.copy_(torch.where(torch.arange(len(weights)) % 4 == 2, weights, saved))
+            elif value == SAVED:
                 saved.copy_(weights)
             else:
                 (saved if value == UNTOUCHED else weights).fill_(NAN)
@@ -659,11 +700,11 @@ class _Maker:
             self.put("rates", torch.tensor([-0.1 * (g + 1) for g in range(self.groups)], dtype=torch.float64))
             a["factor"] = o["ahead"]
         if o["rule"] == SGD:
-            a["states"] = [self.buffer("momentum_buffer", 0.1)] if "momentum" in o else []
+            a["states"] = [self.buffer("momentum_buffer", 0.1, kept=True)] if "momentum" in o else []
         else:
-            a["states"] = [self.buffer("exp_avg", 0.1), self.buffer("exp_avg_sq", 0.02, positive=True)]
-            if "amsgrad" in o:
-                a["states"].append(self.buffer("max_exp_avg_sq", 0.02, positive=True))
+            squares = ["exp_avg_sq", "max_exp_avg_sq"] if "amsgrad" in o else ["exp_avg_sq"]
+            a["states"] = [self.buffer("exp_avg", 0.1, kept=True)]
+            a["states"] += [self.buffer(name, 0.02, positive=True, kept=True) for name in squares]
         for i, (offset, n) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             if o["rule"] == SGD and a["states"] and steps[i] == 0 and i % self.groups != 1:
                 a["states"][0][offset : offset + n] = NAN  # begins with the gradient
@@ -690,6 +731,7 @@ def make(
             ``budget``, ``sigma``, ``lmbda``, ``eta``, ``norm_sq``, ``rescale``, ``last``, ``rule``, ``count``, columns of
             ``settings`` (for all groups but the second) are passed on; ``mask``, ``out_sq`` and, of 16 bits, ``noise`` ask for
             the argument;
+            ``masters``: of 16 bits, ``saved`` and states are of fp32;
             ``fresh``: every other parameter's ema is NaN; ``infinite``: so are weights that are not perturbed;
             ``overflow``: so are gradients; ``status``: of the rows in turn, none without it where it is optional;
             ``terms``: their coefficients (see ``coefs``), ``unread``: those that hold NaN; ``sums``: rows and terms of each,

@@ -45,6 +45,8 @@ EMULATED = "tests/test_cuda_emulated.py -k 'bits_of_the_cpu'"
 ALL_EMULATED = "tests/test_cuda_emulated.py"
 SPECIFIED = "tests/test_kernels.py -k 'bits_of_the_specification and fp32'"
 SPECIFIED_16 = "tests/test_kernels.py -k 'bits_of_the_specification and bf16'"
+MASTERS_16 = "tests/test_kernels.py -k 'bits_of_the_specification and masters and bf16'"
+MASTERS = "tests/test_masters.py -k "
 RANDOM_16 = "tests/test_kernels.py -k 'bits_of_the_specification and stochastic and bf16'"
 FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf16",), ("cpu/operators",)
 LOOPS_OVER_PARAMETERS, PARAMETERS = "csrc/parameters.cpp", ("parameters",)
@@ -147,8 +149,8 @@ MUTANTS = [
     Mutant(
         "state of another dtype is converted with its parameter",
         P + "store.py",
-        "p.dtype if value.dim() and value.dtype == was.dtype else value.dtype",
-        "p.dtype",
+        "follows = value.dim() and value.dtype == was.dtype",
+        "follows = True",
         FOLLOW,
     ),
     Mutant(
@@ -1138,8 +1140,8 @@ MUTANTS = [
     Mutant(
         "ranks watch what arrives",
         P + "step.py",
-        "self.store.seed is None and not self.store.has_ranks",
-        "self.store.seed is None",
+        "not all_arrives and not self.store.has_ranks",
+        "not all_arrives",
         "tests/test_sharded.py -k nobody_watches",
     ),
     Mutant(
@@ -1288,8 +1290,8 @@ MUTANTS = [
     Mutant(
         "the stretch is applied once",
         B + "reference.py",
-        "d = _stretch(w, eta).square() * d",
-        "d = _stretch(w, eta) * d",
+        "d = _stretch(shown, eta).square() * d",
+        "d = _stretch(shown, eta) * d",
         REFERENCE,
     ),
     Mutant("a stale EMA", B + "reference.py", "_wide(ema) * lmbda + g * (1 - lmbda)", "_wide(ema)", REFERENCE),
@@ -1684,24 +1686,24 @@ MUTANTS = [
     Mutant(
         "CPU: what is saved already is saved again",
         LOOPS,
-        "base, out, untouched ? saved : nullptr, achieved)",
-        "base, out, saved, achieved)",
+        "untouched || kMasters<S, M> ? saved : nullptr, achieved)",
+        "saved, achieved)",
         SPECIFIED,
         FLOAT,
     ),
     Mutant(
         "CPU: perturbed from where the weights are",
         LOOPS,
-        "const S* base = a.status && a.status[k] == kPerturbed ? saved : weights;",
-        "const S* base = weights;",
+        "base = perturbed ? saved : weights;",
+        "base = weights;",
         SPECIFIED,
         FLOAT,
     ),
     Mutant(
         "CPU: the mask's complement",
         LOOPS,
-        "next, old);\n      store_pack",
-        "old, next);\n      store_pack",
+        "next, stays);\n      store_pack",
+        "stays, next);\n      store_pack",
         SPECIFIED,
         FLOAT,
     ),
@@ -1716,8 +1718,8 @@ MUTANTS = [
     Mutant(
         "CPU: rows are restored that are not perturbed, and no others",
         LOOPS,
-        "if (a.status[k] == kPerturbed) copy(at<S>(a.saved, c)",
-        "if (a.status[k] == kSaved) copy(at<S>(a.saved, c)",
+        "if (a.status[k] == kPerturbed) bring_back(",
+        "if (a.status[k] == kSaved) bring_back(",
         SPECIFIED,
         FLOAT,
     ),
@@ -2035,8 +2037,8 @@ MUTANTS = [
     Mutant(
         "CUDA: nothing is saved of a gradient that is not finite",
         DEVICE,
-        "if (saved) cuda::store<N>(saved + i, in.w);",
-        "if (saved && is_known) cuda::store<N>(saved + i, in.w);",
+        "else if (saved)\n      in.w",
+        "else if (saved && is_known)\n      in.w",
         EMULATED,
     ),
     Mutant(
@@ -2124,6 +2126,141 @@ MUTANTS = [
         "(stochastic ? first % kDraws : 0)",
         "0",
         "tests/test_cuda_emulated.py -k 'bits_of_the_cpu and stochastic'",
+    ),
+    Mutant(
+        "masters: held against values, not bits",
+        B + "reference.py",
+        ".view(torch.int16) == weight.view(torch.int16)",
+        " == weight",
+        MASTERS_16,
+    ),
+    Mutant(
+        "masters: what does not move is rounded at random",
+        B + "reference.py",
+        "weight.copy_(torch.where(moves, x, shown))",
+        "weight.copy_(torch.where(finite, x, shown))",
+        MASTERS_16,
+    ),
+    Mutant(
+        "masters: ASAM's stretch of the master",
+        LOOPS,
+        "stays = kMasters<S, M> ? load_pack(rounded + j) : old",
+        "stays = old",
+        MASTERS_16,
+        BF16,
+    ),
+    Mutant(
+        "masters: weights that somebody wrote are not looked at",
+        LOOPS,
+        "if (!weights || std::memcmp(narrowed, weights, n * sizeof(S)) == 0) return;",
+        "return;",
+        MASTERS + "'follow_weights or leaves_the_other'",
+        BF16,
+    ),
+    Mutant(
+        "masters: the weight is always the master",
+        "csrc/update_math.h",
+        "float_to_bits(rounded) == float_to_bits(w) ? kept : w",
+        "w",
+        "tests/test_cuda_emulated.py -k 'bits_of_the_cpu and masters'",
+    ),
+    Mutant(
+        "masters: CUDA keeps none that is another",
+        DEVICE,
+        "  in.store(kept);\n",
+        "",
+        "tests/test_cuda_emulated.py -k 'bits_of_the_cpu and masters'",
+    ),
+    Mutant(
+        "masters: CUDA rounds what does not move at random",
+        DEVICE,
+        "masters && !(bits >> j & 1) ? stays : w[j] + e[j]",
+        "w[j] + e[j]",
+        "tests/test_cuda_emulated.py -k 'bits_of_the_cpu and masters'",
+    ),
+    Mutant(
+        "masters: CUDA updates the weights alone",
+        DEVICE,
+        "      after.store(kept + i);\n",
+        "",
+        "tests/test_cuda_emulated.py -k 'bits_of_the_cpu and masters'",
+    ),
+    Mutant(
+        "masters: Triton starts from what was written before",
+        B + "triton_kernels.py",
+        "rounded = tl.where(perturbed, rounded, now)",
+        "rounded = rounded",
+        "tests/test_triton.py -k 'bits_of_the_specification and masters'",
+    ),
+    Mutant(
+        "masters: Triton keeps none that is another",
+        B + "triton_kernels.py",
+        "here & changes, start, M",
+        "here & (start != start), start, M",
+        "tests/test_triton.py -k 'bits_of_the_specification and masters'",
+    ),
+    Mutant(
+        "masters: state in 16 bits out of a file",
+        P + "checkpoint.py",
+        "entry[name] = wide[name].to(flat.device, flat.dtype_kept)",
+        "pass",
+        MASTERS + "goes_on",
+    ),
+    Mutant(
+        "masters: those of a file are not taken",
+        P + "checkpoint.py",
+        'flat.set_master(i, tensors["master"].get(at))',
+        "flat.set_master(i, None)",
+        MASTERS + "goes_on",
+    ),
+    Mutant(
+        "masters: a file without any leaves the old ones",
+        P + "flat.py",
+        "        elif self.saved is not None:\n            self.alias",
+        "        elif False:\n            self.alias",
+        MASTERS + "plain_state_dict",
+    ),
+    Mutant(
+        "masters: lost where others are converted",
+        P + "flat.py",
+        "if self.has_masters and home and",
+        "if False and home and",
+        MASTERS + "stay_where_others",
+    ),
+    Mutant(
+        "masters: a copy has none",
+        P + "optimizer.py",
+        '            "masters",\n',
+        "",
+        MASTERS + "goes_on",
+    ),
+    Mutant(
+        "masters: only of what is perturbed",
+        P + "store.py",
+        "saved = flat.save_buffer() if flat.has_masters else flat.saved",
+        "saved = flat.saved",
+        MASTERS + "every_way",
+    ),
+    Mutant(
+        "masters: beside another step than the fused one",
+        P + "step.py",
+        "if rule is None and self.store.has_masters:",
+        "if False:",
+        MASTERS + "not_the_fused_one",
+    ),
+    Mutant(
+        "masters: the base optimizer steps by itself",
+        P + "step.py",
+        "        if self.store.has_masters:\n            raise",
+        "        if False:\n            raise",
+        MASTERS + "not_the_fused_one",
+    ),
+    Mutant(
+        "masters: refused only at the end of the step",
+        P + "step.py",
+        "            self.rule()  # which refuses",
+        "            pass",
+        MASTERS + "not_the_fused_one",
     ),
     Mutant(
         "along: of what arrived",

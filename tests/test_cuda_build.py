@@ -25,10 +25,11 @@ from msam_kernels import backends
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 STORAGE = ("float", "double", "msam::bf16", "msam::half")
-# Kernel -> variants, each for every storage type and for few and for many pointers; and those of stacks, for many alone.
+# Kernel -> variants, each for every storage type and for few and for many pointers; those of stacks, for many alone; and those of
+# masters, for few and for many, of 16 bits alone.
 KERNELS = {
-    **{"norm_kernel": (4, 4), "perturb_kernel": (4, 4), "ascend_kernel": (4, 4)},
-    **{"gram_kernel": (3, 3), "descend_kernel": (2, 1), "update_kernel": (6, 2)},
+    **{"norm_kernel": (4, 4, 0), "perturb_kernel": (4, 4, 4), "ascend_kernel": (4, 4, 4)},
+    **{"gram_kernel": (3, 3, 0), "descend_kernel": (2, 1, 2), "update_kernel": (6, 2, 4)},
 }
 ROUNDING = ("perturb_kernel", "ascend_kernel")  # of 16 bits also at random: twice the variants
 REGISTERS = 65536  # of a multiprocessor
@@ -86,6 +87,8 @@ def blocks_of(k: Kernel, architecture: str) -> int:
         r"update_kernel<\S+, \(msam::Rule\)\d, \S+, \S+, true", k.name
     ):  # of what goes off the weights after it
         return 2
+    if re.search(r"(update|descend|perturb|ascend)_kernel<.*, true, msam::cuda::Parameters", k.name):  # of masters
+        return 2
     adam = re.search(r"update_kernel<(\S+), \(msam::Rule\)1, (true|false)", k.name)
     if adam and ("double" in k.name or int(architecture) >= 100 or (adam[2] == "true" and adam[1] != "float")):
         return 2
@@ -113,9 +116,10 @@ def test_every_kernel_is_there_and_fits_its_registers_and_moves_16_bytes(archite
     if f"sm_{architecture}" not in cubin.output(cubin.tool("nvcc"), "--list-gpu-code").split():
         pytest.skip(f"this nvcc does not know sm_{architecture}")
     found = compiled(cubin, architecture, tmp_path)
-    for kind, (variants, of_stacks) in KERNELS.items():
-        types = len(STORAGE) + (2 if kind in ROUNDING else 0)
-        assert sum(k.kind == kind for k in found) == (variants * 2 + of_stacks) * types, kind
+    for kind, (variants, of_stacks, of_masters) in KERNELS.items():
+        short = 4 if kind in ROUNDING else 2
+        wanted = (variants * 2 + of_stacks) * (len(STORAGE) - 2 + short) + of_masters * 2 * short
+        assert sum(k.kind == kind for k in found) == wanted, kind
     assert {k.kind for k in found} == {*KERNELS, "weigh_kernel"}
     for k in found:
         assert (k.stack, k.spilled) == (0, 0), k.name

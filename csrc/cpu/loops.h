@@ -146,6 +146,25 @@ inline void copy(const S* from, S* to, int64_t n, bool stream) {
   if (i < n) std::memcpy(to + i, from + i, (n - i) * sizeof(S));
 }
 
+// What masters are, beside weights of 16 bits alone; of other weights their own type.
+template <class S>
+using MasterOf = typename Arithmetic<S>::type;
+template <class S, class M>
+constexpr bool kMasters = !std::is_same_v<S, M>;
+
+// A block of masters as it is to be, and in `rounded` the weights that they round to. `weights` is null where these are perturbed.
+template <class S>
+inline void hold(float* masters, const S* weights, float* rounded, int n) {
+  alignas(64) S narrowed[kBlock];
+  narrow(masters, narrowed, n);
+  widen(narrowed, rounded, n);
+  if (!weights || std::memcmp(narrowed, weights, n * sizeof(S)) == 0) return;
+  alignas(64) float now[kBlock];
+  widen(weights, now, n);
+  for (int j = 0; j < n; ++j) masters[j] = master(masters[j], rounded[j], now[j]);
+  std::memcpy(rounded, now, n * sizeof(float));
+}
+
 // body(i, count) for every block; count is a constant for whole blocks, and must be copied into an int before it bounds a
 // loop, or gcc drops the loop's annotation.
 template <class F>
@@ -153,6 +172,14 @@ inline void for_blocks(int64_t numel, F&& body) {
   int64_t i = 0;
   for (; i + kBlock <= numel; i += kBlock) body(i, std::integral_constant<int, kBlock>());
   if (i < numel) body(i, int(numel - i));
+}
+
+// Weights from their masters.
+template <class S>
+inline void round_masters(const MasterOf<S>* masters, S* weights, int64_t numel) {
+  for_blocks(numel, [&](int64_t i, auto count) {
+    if constexpr (kMasters<S, MasterOf<S>>) narrow(masters + i, weights + i, count);
+  });
 }
 
 // Prefetches what a loop is about to read, kAhead bytes in front of it and in its midst: hardware prefetchers stop at every
@@ -179,6 +206,14 @@ class Ahead {
   const char* from_[1 + kStates + kTerms];
   int streams_ = 0;
   bool on_;
+};
+
+// Of two storage types.
+template <class S, class M>
+struct AheadOfBoth {
+  const Ahead<S>& one;
+  const Ahead<M>& other;
+  void operator()(int64_t i) const { one(i), other(i); }
 };
 
 // In place of an Ahead where nothing is to be prefetched.
@@ -496,10 +531,10 @@ inline const uint16_t* block_noise(const Noise& noise, int64_t i, int n, uint16_
 }
 
 // Weights of a row from `base` to w + e, for the micro-batch of that number; leaves the sums of kAchieved in every rows-th of
-// `achieved`. `saved` is null where nothing is to be saved.
-template <class S, bool friendly, bool adaptive, bool masked, bool stream>
+// `achieved`. `saved` is null where nothing is to be saved; or it holds masters, and `base` is null where they are w.
+template <class S, class M, bool friendly, bool adaptive, bool masked, bool stream>
 void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Chunk& c, const S* grads, const S* base,
-                 S* weights, S* saved, double* achieved) {
+                 S* weights, M* saved, double* achieved) {
   using T = typename Arithmetic<S>::type;
   const S* emas = friendly ? at<S>(a.ema, c) : nullptr;
   S* emas_out = friendly ? at<S>(a.ema_out, c) : nullptr;
@@ -508,16 +543,25 @@ void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Ch
   const Pack<T> lmbda = pack_of<T>(a.lmbda), one_minus_lmbda = pack_of<T>(a.one_minus_lmbda);
   const bool past_cache = stream && base != weights;  // weights that were not read
   const Ahead<S> ahead(stream, {base, grads, emas});
+  [[maybe_unused]] const Ahead<M> ahead_of_masters(stream && kMasters<S, M>, {saved});
   [[maybe_unused]] const Noise noise = a.noise ? Noise(a.noise, c.segment, c.begin, a.draw + uint32_t(micro_batch)) : Noise();
   constexpr int kSums = std::is_same_v<S, T> ? 1 : kAchieved;
   Lanes<false> lanes[kSums];  // of which no coefficient is made
   for_blocks(c.numel, [&](int64_t i, auto count) {
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], et[kBlock], w_result[kBlock], ema_result[kBlock], e_result[kBlock];
-    // What is saved is stored as it is read, where neither its type nor the cache stands against it.
-    T* saved_new = saved && !stream && std::is_same_v<S, T> && n == kBlock ? reinterpret_cast<T*>(saved + i) : nullptr;
-    if (saved && !saved_new) copy(weights + i, saved + i, n, stream);
-    const T* w = padded(load(base + i, wt, n), wt, n);
+    [[maybe_unused]] alignas(64) T rt[kBlock];
+    T* saved_new = nullptr;
+    const T *w, *rounded;  // w, and as it is stored
+    if constexpr (kMasters<S, M>) {
+      hold(saved + i, base ? base + i : nullptr, rt, n);
+      w = padded<T>(saved + i, wt, n), rounded = padded<T>(rt, rt, n);
+    } else {
+      // What is saved is stored as it is read, where neither its type nor the cache stands against it.
+      saved_new = saved && !stream && std::is_same_v<S, T> && n == kBlock ? reinterpret_cast<T*>(saved + i) : nullptr;
+      if (saved && !saved_new) copy(weights + i, saved + i, n, stream);
+      w = rounded = padded(load(base + i, wt, n), wt, n);
+    }
     const T* g = padded(load(grads + i, gt, n), gt, n);
     const T* ema = friendly ? padded(load(emas + i, et, n), et, n) : nullptr;
     uint8_t bits[kBlock / 8];
@@ -535,9 +579,9 @@ void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Ch
         store_pack(ema_new + j, ema_next(average, d, lmbda, one_minus_lmbda));
         d = residual(d, average, sigma);
       }
-      const Pack<T> e = perturbation(old, d, scale, eta, adaptive);
+      const Pack<T> stays = kMasters<S, M> ? load_pack(rounded + j) : old, e = perturbation(stays, d, scale, eta, adaptive);
       Pack<T> next = old + e;
-      if constexpr (masked) next = where<Pack<T>>(bits, j, next, old);
+      if constexpr (masked) next = where<Pack<T>>(bits, j, next, stays);
       store_pack(w_new + j, next);
       if constexpr (kSums > 1) store_pack(e_result + j, masked ? where<Pack<T>>(bits, j, e, Pack<T>{}) : e);
       return difference(next, old);
@@ -548,7 +592,7 @@ void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Ch
       if (emas_out && !direct) std::memcpy(emas_out + i, ema_result, n * sizeof(S));
     } else {  // what counts is what was stored
       for (int j = 0; j < whole_lanes(n); j += kPack<T>) {
-        if (j % kLanes == 0) ahead(i + j);
+        if (j % kLanes == 0) ahead(i + j), ahead_of_masters(i + j);
         move(j);
       }
       if (a.noise) {
@@ -560,7 +604,7 @@ void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Ch
       if (emas_out) narrow(ema_result, emas_out + i, n);
       const T* stored = padded(load(weights + i, w_result, n), w_result, n);
       for (int j = 0; j < whole_lanes(n); j += kPack<T>)
-        store_pack(w_result + j, difference(load_pack(stored + j), load_pack(w + j)));
+        store_pack(w_result + j, difference(load_pack(stored + j), load_pack(rounded + j)));
       for (int p = 0; p < kLanes / kWidth; ++p) {  // in turns, so that all sums stay in registers
         Sum<Doubles, false> sums[kAchieved];
         for (int r = 0; r < kAchieved; ++r) sums[r] = lanes[r].lanes[p];
@@ -575,23 +619,27 @@ void perturb_row(const Perturb& a, int64_t micro_batch, double norm_sq, const Ch
   for (int r = 0; r < kSums; ++r) achieved[r * a.rows] = rounded(lanes[r].total());
 }
 
-template <class S, bool masked, bool stream>
+template <class S, class M, bool masked, bool stream>
 auto perturb_of(const Perturb& a) {
-  return a.ema ? (a.adaptive ? perturb_row<S, true, true, masked, stream> : perturb_row<S, true, false, masked, stream>)
-               : (a.adaptive ? perturb_row<S, false, true, masked, stream> : perturb_row<S, false, false, masked, stream>);
+  return a.ema ? (a.adaptive ? perturb_row<S, M, true, true, masked, stream> : perturb_row<S, M, true, false, masked, stream>)
+               : (a.adaptive ? perturb_row<S, M, false, true, masked, stream> : perturb_row<S, M, false, false, masked, stream>);
 }
 
-template <class S>
-void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
-  const auto row = a.mask ? (x.large ? perturb_of<S, true, true>(a) : perturb_of<S, true, false>(a))
-                          : (x.large ? perturb_of<S, false, true>(a) : perturb_of<S, false, false>(a));
+template <class S, class M>
+void perturb_rows(const Perturb& a, const Context& x, int64_t first, int64_t last) {
+  const auto row = a.mask ? (x.large ? perturb_of<S, M, true, true>(a) : perturb_of<S, M, true, false>(a))
+                          : (x.large ? perturb_of<S, M, false, true>(a) : perturb_of<S, M, false, false>(a));
   const int sums = achieved_of(a.storage);
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.table[k];
-    S *weights = at<S>(x, a.weights, c), *saved = at<S>(a.saved, c);
-    const S* grads = at<S>(x, a.grads, c);
-    const bool untouched = a.status && a.status[k] == kUntouched;
-    const S* base = a.status && a.status[k] == kPerturbed ? saved : weights;
+    S* weights = at<S>(x, a.weights, c);
+    M* saved = at<M>(a.saved, c);
+    const S *grads = at<S>(x, a.grads, c), *base = weights;
+    const bool untouched = a.status && a.status[k] == kUntouched, perturbed = a.status && a.status[k] == kPerturbed;
+    if constexpr (kMasters<S, M>)
+      base = perturbed ? nullptr : weights;
+    else
+      base = perturbed ? saved : weights;
     // A row of w stays in cache while every micro-batch takes its turn.
     for (int64_t i = a.first; i < a.last; ++i) {
       double* achieved = a.achieved_sq + (i - a.first) * sums * a.rows + k;
@@ -600,7 +648,13 @@ void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
       if (!weights || (!grads && !a.copies)) continue;
       const double norm_sq = x.norm_sq[i - a.first];
       if (grads && is_finite(norm_sq)) {
-        row(a, i, norm_sq, c, grads + i * size_of(x, c), base, out, untouched ? saved : nullptr, achieved);
+        row(a, i, norm_sq, c, grads + i * size_of(x, c), base, out, untouched || kMasters<S, M> ? saved : nullptr, achieved);
+      } else if constexpr (kMasters<S, M>) {
+        if (!base) round_masters(saved, out, c.numel);
+        for_blocks(base ? c.numel : 0, [&](int64_t j, auto count) {
+          alignas(64) float rounded[kBlock];
+          hold(saved + j, base + j, rounded, count);
+        });
       } else {  // no perturbation, and an EMA that stays usable
         if (untouched) copy<S>(weights, saved, c.numel, x.large);
         if (base != out) copy(base, out, c.numel, x.large);
@@ -609,6 +663,11 @@ void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
     if (a.status && weights && grads) a.status[k] = kPerturbed;
   }
   finish_streaming(x.large);
+}
+
+template <class S>
+void perturb(const Perturb& a, const Context& x, int64_t first, int64_t last) {
+  return a.masters ? perturb_rows<S, MasterOf<S>>(a, x, first, last) : perturb_rows<S, S>(a, x, first, last);
 }
 
 // ---- the linear combination ---------------------------------------------------------------------------------------
@@ -750,12 +809,21 @@ double combine(const Terms<S>& terms, S* outs, int64_t numel, bool large, bool s
                 : combine_row<S, false>(terms, outs, numel, large, squared);
 }
 
+// Perturbed weights to what they were.
+template <class S>
+void bring_back(const Descent& a, const Chunk& c, S* weights, bool stream) {
+  if (a.masters)
+    round_masters(at<MasterOf<S>>(a.saved, c), weights, c.numel);
+  else
+    copy(at<S>(a.saved, c), weights, c.numel, stream);
+}
+
 template <class S>
 void descend(const Descend& a, const Context& x, int64_t first, int64_t last) {
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.table[k];
     if (S* weights = at<S>(x, a.weights, c)) {
-      if (a.status[k] == kPerturbed) copy(at<S>(a.saved, c), weights, c.numel, x.large);
+      if (a.status[k] == kPerturbed) bring_back(a, c, weights, x.large);
       if (a.last || a.status[k] == kPerturbed) a.status[k] = a.last ? kUntouched : kSaved;
     }
     S* outs = at<S>(x, a.out, c);
@@ -767,14 +835,17 @@ void descend(const Descend& a, const Context& x, int64_t first, int64_t last) {
 
 // ---- update -----------------------------------------------------------------------------------------------------
 
-template <class S, class Rule, bool stream, bool shifted>
+// From `start`; with masters from these, which are held against it where it is not null.
+template <class S, class M, class Rule, bool stream, bool shifted>
 void update_row(const Update& a, const Context& x, const Chunk& c, const Terms<S>& terms, const S* start, S* weights) {
   using T = typename Arithmetic<S>::type;
   constexpr int kOwn = Rule::states;
-  S* states[kOwn + 1];  // one more, because no array may be empty
+  M* states[kOwn + 1];  // one more, because no array may be empty
+  M* masters = kMasters<S, M> ? at<M>(a.saved, c) : nullptr;
   Ahead<S> ahead(x.large, {start});
+  Ahead<M> ahead_of_states(x.large, {masters});
   terms.add_to(ahead);
-  for (int s = 0; s < kOwn; ++s) ahead.add(states[s] = at<S>(a.states[s], c));
+  for (int s = 0; s < kOwn; ++s) ahead_of_states.add(states[s] = at<M>(a.states[s], c));
   const S* beyond = shifted ? at<S>(x, a.ahead, c) : nullptr;
   const T rate = shifted ? T(a.factor * a.rates[c.group]) : 0;
   if (shifted) ahead.add(beyond);
@@ -783,18 +854,26 @@ void update_row(const Update& a, const Context& x, const Chunk& c, const Terms<S
     const int n = count;
     alignas(64) T wt[kBlock], gt[kBlock], result[kBlock], before[kOwn + 1][kBlock], after[kOwn + 1][kBlock];
     const Rule apply = rule;  // a local copy stays in registers: stores cannot alias it
-    const T *w = load(start + i, wt, n), *g = gt, *old[kOwn + 1];
+    const T *w, *g = gt, *old[kOwn + 1];
+    if constexpr (kMasters<S, M>) {
+      if (start) hold(masters + i, start + i, result, n);
+      w = masters + i;
+    } else {
+      w = load(start + i, wt, n);
+    }
     if (terms.is_plain())
       g = load(terms.from[0] + i, gt, n);
     else
       terms.block(i, gt, count, InCache());
-    const Out<stream, S, T> out{weights + i, result};
+    T* to = result;
+    if constexpr (kMasters<S, M>) to = masters + i;
+    const Out<stream, S, T> out{weights + i, to};
     T *w_new = out.values(), *next[kOwn + 1];
     for (int s = 0; s < kOwn; ++s) {
-      old[s] = load<S, T>(states[s] + i, before[s], n);
-      next[s] = Out<false, S, T>{states[s] + i, after[s]}.values();
+      old[s] = load<M, T>(states[s] + i, before[s], n);
+      next[s] = Out<false, M, T>{states[s] + i, after[s]}.values();
     }
-    for_elements(i, n, ahead, [&](int j) {
+    for_elements(i, n, AheadOfBoth<S, M>{ahead, ahead_of_states}, [&](int j) {
       T value = w[j], state[kOwn + 1];
       for (int s = 0; s < kOwn; ++s) state[s] = old[s][j];
       apply(value, g[j], state);
@@ -809,36 +888,41 @@ void update_row(const Update& a, const Context& x, const Chunk& c, const Terms<S
       for_elements(i, n, InCache(), [&](int j) { w_new[j] = plus_weighted(w_new[j], gap[j], factor); });
     }
     out.commit(n);
-    for (int s = 0; s < kOwn; ++s) Out<false, S, T>{states[s] + i, after[s]}.commit(n);
+    for (int s = 0; s < kOwn; ++s) Out<false, M, T>{states[s] + i, after[s]}.commit(n);
   });
 }
 
-template <class S, bool stream, bool shifted>
+template <class S, class M, bool stream, bool shifted>
 auto update_of(const Update& a, const Chunk& c) {
   using T = typename Arithmetic<S>::type;
   const double* row = a.settings + c.group * a.columns;
   if (a.rule == kSgd)
-    return row[kMomentum] != 0 ? update_row<S, Sgd<T, true>, stream, shifted> : update_row<S, Sgd<T, false>, stream, shifted>;
-  return row[kAmsgrad] != 0 ? update_row<S, Adam<T, true>, stream, shifted> : update_row<S, Adam<T, false>, stream, shifted>;
+    return row[kMomentum] != 0 ? update_row<S, M, Sgd<T, true>, stream, shifted> : update_row<S, M, Sgd<T, false>, stream, shifted>;
+  return row[kAmsgrad] != 0 ? update_row<S, M, Adam<T, true>, stream, shifted> : update_row<S, M, Adam<T, false>, stream, shifted>;
 }
 
-template <class S>
-void update(const Update& a, const Context& x, int64_t first, int64_t last) {
+template <class S, class M>
+void update_rows(const Update& a, const Context& x, int64_t first, int64_t last) {
   for (int64_t k = first; k < last; ++k) {
     const Chunk& c = a.table[k];
     S* weights = at<S>(x, a.weights, c);
     if (!weights) continue;
     const bool perturbed = a.status && a.status[k] == kPerturbed;
     const bool stream = x.large && perturbed;  // weights that are read are in cache already
-    const S* start = perturbed ? at<S>(a.saved, c) : weights;
+    const S* start = !perturbed ? weights : kMasters<S, M> ? nullptr : at<S>(a.saved, c);
     const Terms<S> terms(a, x, c);
-    if (terms.any && at<S>(x, a.ahead, c))
-      (stream ? update_of<S, true, true>(a, c) : update_of<S, false, true>(a, c))(a, x, c, terms, start, weights);
+    if (!kMasters<S, M> && terms.any && at<S>(x, a.ahead, c))  // of which there is none with masters
+      (stream ? update_of<S, S, true, true>(a, c) : update_of<S, S, false, true>(a, c))(a, x, c, terms, start, weights);
     else if (terms.any)
-      (stream ? update_of<S, true, false>(a, c) : update_of<S, false, false>(a, c))(a, x, c, terms, start, weights);
+      (stream ? update_of<S, M, true, false>(a, c) : update_of<S, M, false, false>(a, c))(a, x, c, terms, start, weights);
     else if (perturbed)
-      copy(start, weights, c.numel, stream);
+      bring_back(a, c, weights, stream);
     if (a.status) a.status[k] = kUntouched;
   }
   finish_streaming(x.large);
+}
+
+template <class S>
+void update(const Update& a, const Context& x, int64_t first, int64_t last) {
+  return a.masters ? update_rows<S, MasterOf<S>>(a, x, first, last) : update_rows<S, S>(a, x, first, last);
 }

@@ -147,15 +147,16 @@ cudaError_t launch_norm(const Norm& args, const Lists& lists, cudaStream_t strea
 }
 
 cudaError_t launch_perturb(const Perturb& args, const Lists& lists, cudaStream_t stream) {
-  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive, auto stochastic) {
+  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive, auto stochastic, auto masters) {
     return stacked_or_not(p, [](auto stacked) {
-      constexpr bool at_random = decltype(stochastic)::value && sizeof(s) == 2;
-      return perturb_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, at_random,
-                            decltype(stacked)::value, std::decay_t<decltype(p)>>;
+      constexpr bool short_ = sizeof(s) == 2, stacks = decltype(stacked)::value;
+      return perturb_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value,
+                            decltype(stochastic)::value && short_, stacks, decltype(masters)::value && short_ && !stacks,
+                            std::decay_t<decltype(p)>>;
     });
   };
   return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.ema != nullptr, args.adaptive,
-                        args.noise != nullptr);
+                        args.noise != nullptr, args.masters);
 }
 
 cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t stream) {
@@ -176,15 +177,17 @@ cudaError_t launch_ascend(const Perturb& args, const Lists& lists, cudaStream_t 
     const cudaError_t error = launch_norm(args, lists, stream);
     return error != cudaSuccess ? error : launch_perturb(args, lists, stream);
   }
-  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive, auto stochastic) {
+  const auto kernel = [](const auto& p, auto s, auto friendly, auto adaptive, auto stochastic, auto masters) {
     return stacked_or_not(p, [](auto stacked) {
-      constexpr bool at_random = decltype(stochastic)::value && sizeof(s) == 2;
-      return ascend_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value, at_random,
-                            decltype(stacked)::value, std::decay_t<decltype(p)>>;
+      constexpr bool short_ = sizeof(s) == 2, stacks = decltype(stacked)::value;
+      return ascend_kernel<decltype(s), decltype(friendly)::value, decltype(adaptive)::value,
+                            decltype(stochastic)::value && short_, stacks, decltype(masters)::value && short_ && !stacks,
+                            std::decay_t<decltype(p)>>;
     });
   };
   const Grid grid{partials_of(args.rows) * (args.last - args.first) + args.rows};
-  return launch_windows(args, lists, grid, stream, kernel, args.ema != nullptr, args.adaptive, args.noise != nullptr);
+  return launch_windows(args, lists, grid, stream, kernel, args.ema != nullptr, args.adaptive, args.noise != nullptr,
+                        args.masters);
 }
 
 cudaError_t launch_weigh(const Weigh& args, cudaStream_t stream) {
@@ -206,27 +209,29 @@ cudaError_t launch_gram(const Gram& args, const Lists& lists, cudaStream_t strea
 }
 
 cudaError_t launch_descend(const Descend& args, const Lists& lists, cudaStream_t stream) {
-  const auto kernel = [](const auto& p, auto s, auto combined) {
+  const auto kernel = [](const auto& p, auto s, auto combined, auto masters) {
     return stacked_or_not(p, [](auto stacked) {
-      constexpr bool stacks = decltype(stacked)::value;
-      return descend_kernel<decltype(s), stacks || decltype(combined)::value, stacks, std::decay_t<decltype(p)>>;
+      constexpr bool stacks = decltype(stacked)::value, kept = decltype(masters)::value && sizeof(s) == 2 && !stacks;
+      return descend_kernel<decltype(s), stacks || decltype(combined)::value, stacks, kept, std::decay_t<decltype(p)>>;
     });
   };
-  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.combination.count > 1);
+  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.combination.count > 1, args.masters);
 }
 
 cudaError_t launch_update(const Update& args, const Lists& lists, cudaStream_t stream) {
-  const auto kernel = [&](const auto& p, auto s, auto sgd, auto combined) {
+  const auto kernel = [&](const auto& p, auto s, auto sgd, auto combined, auto masters) {
     return stacked_or_not(p, [&](auto stacked) {
       using P = std::decay_t<decltype(p)>;
       constexpr Rule rule = decltype(sgd)::value ? kSgd : kAdam;
       constexpr bool stacks = decltype(stacked)::value, several = stacks || decltype(combined)::value;
-      if constexpr (!several)
-        if (args.ahead) return update_kernel<decltype(s), rule, false, false, true, P>;
-      return update_kernel<decltype(s), rule, several, stacks, false, P>;
+      constexpr bool kept = decltype(masters)::value && sizeof(s) == 2 && !stacks;
+      if constexpr (!several && !kept)
+        if (args.ahead) return update_kernel<decltype(s), rule, false, false, true, false, P>;
+      return update_kernel<decltype(s), rule, several, stacks, false, kept, P>;
     });
   };
-  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.rule == kSgd, args.combination.count > 1);
+  return launch_windows(args, lists, Grid{args.rows}, stream, kernel, args.rule == kSgd, args.combination.count > 1,
+                        args.masters);
 }
 
 }  // namespace msam::cuda

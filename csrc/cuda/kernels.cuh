@@ -69,20 +69,22 @@ constexpr int kFewer = 0;
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : 4;
 // 16-bit storage keeps three sums of a perturbation, and where it rounds at random the words of the generator.
-template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked>
+template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, bool masters>
 constexpr int kPerturbBlocks =
-    friendly && stochastic && (adaptive || kFewer)                         ? (stacked ? 1 : 2)
+    masters                                                                ? 2
+    : friendly && stochastic && (adaptive || kFewer)                         ? (stacked ? 1 : 2)
     : friendly && adaptive && stacked && kFewer && sizeof(S) == 2          ? 1
     : stacked                                                              ? 2
                         : kBlocks<S> - (sizeof(S) == 2 && (friendly || (stochastic && kFewer)));
 template <class S, int vectors>
 constexpr int kGramBlocks = kBlocks<S> - (vectors == 3 ? kFewer : 0);
-template <class S, bool combined, bool stacked>
-constexpr int kDescendBlocks = stacked ? 3 - kFewer : kBlocks<S> - (combined ? kFewer : 0);
+template <class S, bool combined, bool stacked, bool masters>
+constexpr int kDescendBlocks = stacked || masters ? 3 - kFewer : kBlocks<S> - (combined ? kFewer : 0);
 // Adam keeps more values than SGD, several terms more than one, and 16-bit storage widens twice as many at once as fp32. Stacks
 // are read four terms ahead.
-template <class S, Rule rule, bool combined, bool stacked>
-constexpr int kUpdateBlocks = stacked                                     ? 2
+template <class S, Rule rule, bool combined, bool stacked, bool masters>
+constexpr int kUpdateBlocks = masters                                     ? 2
+                              : stacked                                   ? 2
                               : rule == kSgd                              ? (sizeof(S) == 4 ? 4 : 3)
                               : kFewer || sizeof(S) == 8 || (sizeof(S) == 2 && combined) ? 2
                               : sizeof(S) == 4 && !combined                ? 4
@@ -199,6 +201,65 @@ struct Convert<half, 1> {
   static MSAM_DEVICE void widen(unsigned short v, float* x) { Convert16<half>::widen_one(v, x); }
   static MSAM_DEVICE unsigned short narrow(const float* x) { return Convert16<half>::narrow_one(x); }
 };
+
+// N elements of what is kept for weights of type S: of the same type, or, with masters, of fp32 beside 16 bits.
+template <class S, bool masters>
+using KeptOf = std::conditional_t<masters, float, S>;
+template <class M, int N>
+struct Kept {
+  static constexpr int kVectors = N > kWidth<M> ? N / kWidth<M> : 1, n = N / kVectors;
+  Pack<M, n> v[kVectors];
+
+  MSAM_DEVICE void load(const M* p) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) v[k] = cuda::load<n>(p + k * n);
+  }
+  MSAM_DEVICE void store(M* p) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) cuda::store<n>(p + k * n, v[k]);
+  }
+  template <class T>
+  MSAM_DEVICE void widen(T* x) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) Convert<M, n>::widen(v[k], x + k * n);
+  }
+  template <class T>
+  MSAM_DEVICE void narrow(const T* x) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) v[k] = Convert<M, n>::narrow(x + k * n);
+  }
+};
+// As the weights are stored.
+template <class S, class M, int N>
+MSAM_DEVICE Pack<S, N> as_weights(const Kept<M, N>& kept) {
+  if constexpr (std::is_same_v<S, M>) {
+    return kept.v[0];
+  } else {
+    float x[N];
+    kept.widen(x);
+    return Convert<S, N>::narrow(x);
+  }
+}
+// The masters of weights, and in `rounded` the weights that they round to. Where the weights are not perturbed, a master that is
+// another one than what is kept is kept from now on.
+template <class S, int N>
+MSAM_DEVICE void held(Kept<float, N> in, Pack<S, N> weights, bool perturbed, float* kept, float (&w)[N], float (&rounded)[N]) {
+  in.widen(w);
+  Convert<S, N>::widen(as_weights<S>(in), rounded);
+  if (perturbed) return;
+  float now[N];
+  Convert<S, N>::widen(weights, now);
+  bool changes = false;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float found = master(w[j], rounded[j], now[j]);
+    changes |= float_to_bits(found) != float_to_bits(w[j]);
+    w[j] = found, rounded[j] = now[j];
+  }
+  if (!changes) return;
+  in.narrow(w);
+  in.store(kept);
+}
 
 // ---- one row of the table, one block ----------------------------------------------------------------------------
 
@@ -384,30 +445,31 @@ struct Products {
   }
 };
 
-template <class S_>
+// M: of what is copied, masters perhaps.
+template <class S_, class M = S_>
 struct CopyOp {
   using S = S_;
-  static constexpr int kUnroll = 4;
-  const S* from;
+  static constexpr int kUnroll = std::is_same_v<S, M> ? 4 : 2;
+  const M* from;
   S* to;
 
   template <int N>
   struct In {
-    Pack<S, N> v;
+    Kept<M, N> v;
   };
   MSAM_DEVICE uintptr_t addresses() const { return address(from) | address(to); }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.v = cuda::load<N>(from + i);
+    in.v.load(from + i);
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) const {
-    store<N>(to + i, in.v);
+    store<N>(to + i, as_weights<S>(in.v));
   }
 };
-template <class S>
-MSAM_DEVICE void copy(const S* from, S* to, int numel) {
-  CopyOp<S> op{from, to};
+template <class S, class M>
+MSAM_DEVICE void copy(const M* from, S* to, int numel) {
+  CopyOp<S, M> op{from, to};
   walk(op, numel);
 }
 
@@ -512,15 +574,17 @@ struct Achieved<float> : AchievedAlone<float> {};
 template <>
 struct Achieved<double> : AchievedAlone<double> {};
 
-template <class S_, bool friendly, bool adaptive, bool stochastic>
+template <class S_, bool friendly, bool adaptive, bool stochastic, bool masters>
 struct PerturbOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = sizeof(S) == 2 && friendly && (adaptive || kFewer) ? 1 : 2;  // what the registers hold
+  using M = KeptOf<S, masters>;
+  static constexpr int kUnroll = masters || (sizeof(S) == 2 && friendly && (adaptive || kFewer)) ? 1 : 2;  // what registers hold
   S* weights;
-  const S* base;  // what they begin with, null where they hold it
+  const M* base;  // what they begin with, null where they hold it
   const S *grads, *ema;
-  S *saved, *ema_out;
+  M* saved;  // where that goes, null where it is there; or masters
+  S* ema_out;
   uint64_t first_bit;  // of the mask: eight times the address of its byte and its place there; 0 without
   T sigma, lmbda, one_minus_lmbda, eta;
   T scale = 0;
@@ -531,7 +595,8 @@ struct PerturbOp {
 
   template <int N>
   struct In {
-    Pack<S, N> w, g, ema;
+    Kept<M, N> w;
+    Pack<S, N> g, ema, now;
   };
   MSAM_DEVICE uintptr_t addresses() const {
     // A vector's bits lie in one byte, and its random bits come from one call.
@@ -540,19 +605,28 @@ struct PerturbOp {
   }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
-    in.w = cuda::load<N>((base ? base : weights) + i);
+    if constexpr (masters) {
+      in.w.load(saved + i);
+      if (!base) in.now = cuda::load<N>(weights + i);
+    } else {
+      in.w.load((base ? base : weights) + i);
+    }
     in.g = cuda::load<N>(grads + i);
     if (friendly) in.ema = cuda::load<N>(ema + i);
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) {
     T w[N], g[N], average[N], e[N], next[N], ema_new[N];
-    if (saved) cuda::store<N>(saved + i, in.w);
+    [[maybe_unused]] T rounded[N];  // w as it is stored
+    if constexpr (masters)
+      held<S, N>(in.w, in.now, base, saved + i, w, rounded);
+    else if (saved)
+      in.w.store(saved + i);
     if (!is_known) {  // no perturbation, and an EMA that stays usable
-      if (base) cuda::store<N>(weights + i, in.w);
+      if (base) cuda::store<N>(weights + i, as_weights<S>(in.w));
       return;
     }
-    Convert<S, N>::widen(in.w, w);
+    if constexpr (!masters) in.w.widen(w);
     Convert<S, N>::widen(in.g, g);
     if (friendly) Convert<S, N>::widen(in.ema, average);
     const uint64_t bit = first_bit + i;
@@ -564,8 +638,9 @@ struct PerturbOp {
         ema_new[j] = ema_next(average[j], d, lmbda, one_minus_lmbda);
         d = residual(d, average[j], sigma);
       }
-      e[j] = bits >> j & 1 ? perturbation(w[j], d, scale, eta, adaptive) : T(-0.);  // which w + e is w of
-      next[j] = w[j] + e[j];
+      const T stays = masters ? rounded[j] : w[j];
+      e[j] = bits >> j & 1 ? perturbation(stays, d, scale, eta, adaptive) : T(-0.);  // which w + e is w of
+      next[j] = masters && !(bits >> j & 1) ? stays : w[j] + e[j];
     }
     if (friendly && ema_out) cuda::store<N>(ema_out + i, Convert<S, N>::narrow(ema_new));
     Pack<S, N> stored;
@@ -577,28 +652,33 @@ struct PerturbOp {
     // What counts is what was stored.
     Convert<S, N>::widen(stored, next);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sums.add(j, next[j] == w[j] ? T(0) : next[j] - w[j], e[j]);  // inf - inf is NaN
+    for (int j = 0; j < N; ++j) {
+      const T before = masters ? rounded[j] : w[j];
+      sums.add(j, next[j] == before ? T(0) : next[j] - before, e[j]);  // inf - inf is NaN
+    }
   }
 };
 
 // One micro-batch of a row, counted from the first: `weights` from `base`, or from themselves. Every thread calls wait(), which
 // returns when the terms of the norm are there: after the row's first loads are under way. Leaves the sums of row k.
-template <class S, bool friendly, bool adaptive, bool stochastic, class P, class Wait>
-MSAM_DEVICE void perturb_one(const P& p, const Chunk& c, int64_t k, int64_t micro_batch, S* weights, const S* base,
-                             const S* grads, S* saved, Shared& shared, Wait&& wait) {
+template <class S, bool friendly, bool adaptive, bool stochastic, bool masters, class P, class Wait>
+MSAM_DEVICE void perturb_one(const P& p, const Chunk& c, int64_t k, int64_t micro_batch, S* weights,
+                             const KeptOf<S, masters>* base, const S* grads, KeptOf<S, masters>* saved, Shared& shared,
+                             Wait&& wait) {
   using T = typename Traits<S>::T;
   const auto& a = p.args;
-  PerturbOp<S, friendly, adaptive, stochastic> op{weights,
-                                      base,
-                                      grads,
-                                      at<S>(a.ema, c),
-                                      saved,
-                                      at<S>(a.ema_out, c),
-                                      a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
-                                      as<T>(a.sigma),
-                                      as<T>(a.lmbda),
-                                      as<T>(a.one_minus_lmbda),
-                                      as<T>(a.eta)};
+  PerturbOp<S, friendly, adaptive, stochastic, masters> op{
+      weights,
+      base,
+      grads,
+      at<S>(a.ema, c),
+      saved,
+      at<S>(a.ema_out, c),
+      a.mask ? uint64_t(address(a.mask)) * 8 + c.offset : 0,
+      as<T>(a.sigma),
+      as<T>(a.lmbda),
+      as<T>(a.one_minus_lmbda),
+      as<T>(a.eta)};
   if constexpr (stochastic) op.first = Noise(a.noise, c.segment, c.begin, 0).first;
   walk(op, int(c.numel), [&] {
     wait();
@@ -642,9 +722,10 @@ MSAM_DEVICE void perturb_copies(const P& p, int64_t k, Shared& shared, Wait&& wa
   for (int64_t i = a.first; i < a.last; ++i) {
     S* out = static_cast<S*>(a.copies) + (i * a.stride + c.offset);
     if (grads)
-      perturb_one<S, friendly, adaptive, stochastic>(p, c, k, i - a.first, out, base, grads + i * size, nullptr, shared, [&] {
-        if (i == a.first) wait();
-      });
+      perturb_one<S, friendly, adaptive, stochastic, false>(
+          p, c, k, i - a.first, out, base, grads + i * size, nullptr, shared, [&] {
+            if (i == a.first) wait();
+          });
     else
       copy(base, out, int(c.numel)), leave_nothing<S>(p, k, i - a.first);
     __syncthreads();  // what is shared has been read, and the EMA written
@@ -652,7 +733,7 @@ MSAM_DEVICE void perturb_copies(const P& p, int64_t k, Shared& shared, Wait&& wa
   if (!grads) wait();
 }
 
-template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, class P, class Wait>
+template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, bool masters, class P, class Wait>
 MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait) {
   if constexpr (stacked) return perturb_copies<S, friendly, adaptive, stochastic>(p, k, shared, wait);
   const auto& a = p.args;
@@ -664,19 +745,21 @@ MSAM_DEVICE void perturb_row(const P& p, int64_t k, Shared& shared, Wait&& wait)
     leave_nothing<S>(p, k, 0);
     return wait();
   }
-  S *weights = at<S>(p, a.weights, c), *saved = at<S>(a.saved, c);
-  perturb_one<S, friendly, adaptive, stochastic>(p, c, k, 0, weights, before == kPerturbed ? saved : nullptr, grads,
-                                                 before == kUntouched ? saved : nullptr, shared, wait);
+  S* weights = at<S>(p, a.weights, c);
+  auto* saved = at<KeptOf<S, masters>>(a.saved, c);
+  perturb_one<S, friendly, adaptive, stochastic, masters>(
+      p, c, k, 0, weights, before == kPerturbed ? saved : nullptr, grads, masters || before == kUntouched ? saved : nullptr,
+      shared, wait);
   // From the barriers of its sums on nobody reads the status.
   if (threadIdx.x == 0) a.status[k] = kPerturbed;
 }
 
-template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stochastic, stacked>)
+template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, bool masters, class P>
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stochastic, stacked, masters>)
     perturb_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   // Backwards: the end of what norm read may still be in cache.
-  perturb_row<S, friendly, adaptive, stochastic, stacked>(p, p.args.rows - 1 - blockIdx.x, shared, [] {});
+  perturb_row<S, friendly, adaptive, stochastic, stacked, masters>(p, p.args.rows - 1 - blockIdx.x, shared, [] {});
 }
 
 // ---- ascend: both in one launch -----------------------------------------------------------------------------------
@@ -684,8 +767,8 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive
 // The blocks of norm, and behind them those of perturb, which wait for them. Blocks begin in the order of their indices, as
 // CUB's scans suppose too: no block waits for one that cannot begin, however few fit the GPU at once. The last to arrive
 // leaves the count at zero.
-template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stochastic, stacked>)
+template <class S, bool friendly, bool adaptive, bool stochastic, bool stacked, bool masters, class P>
+__global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive, stochastic, stacked, masters>)
     ascend_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -695,7 +778,7 @@ __global__ void __launch_bounds__(kThreads, kPerturbBlocks<S, friendly, adaptive
     norm_term<S, friendly, adaptive, stacked>(p, blockIdx.x / count, blockIdx.x % count, shared);
     if (threadIdx.x == 0) __threadfence();  // the term, which this thread has written
   } else {
-    perturb_row<S, friendly, adaptive, stochastic, stacked>(p, a.rows - 1 - (blockIdx.x - terms), shared, [&] {
+    perturb_row<S, friendly, adaptive, stochastic, stacked, masters>(p, a.rows - 1 - (blockIdx.x - terms), shared, [&] {
       if (threadIdx.x == 0) wait_for(a.arrived, terms);
       __syncthreads();
     });
@@ -957,12 +1040,13 @@ MSAM_DEVICE void settle(const Descent& a, int64_t k, uint8_t was, bool last) {
 // ---- descend ----------------------------------------------------------------------------------------------------
 
 // out <- the sum of the terms, and where there is a `base` its copy to the weights on the way.
-template <class S_, bool combined, bool stacked>
+template <class S_, bool combined, bool stacked, bool masters>
 struct DescendOp {
   using S = S_;
   using T = typename Traits<S>::T;
+  using M = KeptOf<S, masters>;
   static constexpr int kUnroll = combined ? 1 : 2;
-  const S* base;
+  const M* base;
   S *weights, *out;
   Gradient<S, combined, stacked> gradient;
   bool squares;  // are wanted
@@ -971,7 +1055,7 @@ struct DescendOp {
 
   template <int N>
   struct In {
-    Pack<S, N> w;
+    Kept<M, N> w;
     typename Gradient<S, combined, stacked>::template In<N> g;
   };
   MSAM_DEVICE uintptr_t addresses() const {
@@ -980,7 +1064,7 @@ struct DescendOp {
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
-    if (base) in.w = cuda::load<N>(base + i);
+    if (base) in.w.load(base + i);
   }
   // Whether `out` is the only term that counts, as it is.
   MSAM_DEVICE bool stays() const {
@@ -992,7 +1076,7 @@ struct DescendOp {
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) {
-    if (base) store<N>(weights + i, in.w);
+    if (base) store<N>(weights + i, as_weights<S>(in.w));
     if (!writes) return;
     T x[N];
     gradient.template sum<N>(in.g, x, i);
@@ -1005,8 +1089,9 @@ struct DescendOp {
   }
 };
 
-template <class S, bool combined, bool stacked, class P>
-__global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined, stacked>) descend_kernel(const __grid_constant__ P p) {
+template <class S, bool combined, bool stacked, bool masters, class P>
+__global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined, stacked, masters>)
+    descend_kernel(const __grid_constant__ P p) {
   using T = typename Traits<S>::T;
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -1016,8 +1101,9 @@ __global__ void __launch_bounds__(kThreads, kDescendBlocks<S, combined, stacked>
   const int rows = share_sums<kCareful<S>>(a, shared);
   if (!is_here(a, c)) return;
   S *weights = at<S>(p, a.weights, c), *out = at<S>(p, a.out, c);
-  const S* base = was == kPerturbed ? at<S>(a.saved, c) : nullptr;
-  DescendOp<S, combined, stacked> op{base, weights, out, Gradient<S, combined, stacked>(p, c, shared), a.out_sq != nullptr};
+  const auto* base = was == kPerturbed ? at<KeptOf<S, masters>>(a.saved, c) : nullptr;
+  DescendOp<S, combined, stacked, masters> op{base, weights, out, Gradient<S, combined, stacked>(p, c, shared),
+                                              a.out_sq != nullptr};
   // Where `out` is to stay as it is, unless the norm is not finite, nobody has to read it.
   const bool stays = !combined && out && op.gradient.from[0] == out && is_one(a.combination) && !op.squares;
   if (stays || !out) op.gradient.leave();
@@ -1128,13 +1214,16 @@ struct Shift<S, true> {
 template <class T, Rule rule, bool option>
 using Formula = std::conditional_t<rule == kSgd, Sgd<T, option>, Adam<T, option>>;
 
-template <class S_, Rule rule, bool option, bool combined, bool stacked, bool shifted>
+template <class S_, Rule rule, bool option, bool combined, bool stacked, bool shifted, bool masters>
 struct UpdateOp {
   using S = S_;
   using T = typename Traits<S>::T;
-  static constexpr int kUnroll = rule == kSgd && !combined && !shifted ? 2 : 1, states = Formula<T, rule, option>::states;
-  const S* base;
+  using M = KeptOf<S, masters>;
+  static constexpr int kUnroll = rule == kSgd && !combined && !shifted && !masters ? 2 : 1;
+  static constexpr int states = Formula<T, rule, option>::states;
+  const M* base;  // of perturbed weights
   S* weights;
+  M* kept;  // masters
   void* const* flat;  // the states; not as pointers of the row's own: registers are short
   int64_t offset;
   Gradient<S, combined, stacked> gradient;
@@ -1143,33 +1232,43 @@ struct UpdateOp {
 
   template <int N>
   struct In {
-    Pack<S, N> w, state[kStates];
+    Kept<M, N> w, state[kStates];
+    Pack<S, N> now;
     typename Gradient<S, combined, stacked>::template In<N> g;
     typename Shift<S, shifted>::template In<N> ahead;
   };
   MSAM_DEVICE uintptr_t addresses() const {
     uintptr_t all = address(base) | address(weights) | gradient.addresses() | shift.addresses();
+    if constexpr (masters) all |= address(kept);
 #pragma unroll
     for (int v = 0; v < states; ++v) all |= address(state(v));
     return all;
   }
-  MSAM_DEVICE S* state(int v) const { return static_cast<S*>(flat[v]) + offset; }
+  MSAM_DEVICE M* state(int v) const { return static_cast<M*>(flat[v]) + offset; }
   template <int N>
   MSAM_DEVICE void load(In<N>& in, int i) const {
     gradient.template load<N>(in.g, i);
     shift.template load<N>(in.ahead, i);
 #pragma unroll
-    for (int v = 0; v < states; ++v) in.state[v] = cuda::load<N>(state(v) + i);
-    in.w = cuda::load<N>((base ? base : weights) + i);
+    for (int v = 0; v < states; ++v) in.state[v].load(state(v) + i);
+    if constexpr (masters) {
+      in.w.load(kept + i);
+      if (!base) in.now = cuda::load<N>(weights + i);
+    } else {
+      in.w.load((base ? base : weights) + i);
+    }
   }
   template <int N>
   MSAM_DEVICE void apply(const In<N>& in, int i) const {
     T w[N], g[N], x[N], one[N][kStates];
-    Convert<S, N>::widen(in.w, w);
+    if constexpr (masters)
+      held<S, N>(in.w, in.now, base, kept + i, w, x);
+    else
+      in.w.widen(w);
     gradient.template sum<N>(in.g, g, i);
 #pragma unroll
     for (int v = 0; v < states; ++v) {
-      Convert<S, N>::widen(in.state[v], x);
+      in.state[v].widen(x);
 #pragma unroll
       for (int j = 0; j < N; ++j) one[j][v] = x[j];
     }
@@ -1178,9 +1277,16 @@ struct UpdateOp {
     for (int v = 0; v < states; ++v) {
 #pragma unroll
       for (int j = 0; j < N; ++j) x[j] = one[j][v];
-      store<N>(state(v) + i, Convert<S, N>::narrow(x));
+      Kept<M, N> after;
+      after.narrow(x);
+      after.store(state(v) + i);
     }
     shift.template apply<N>(in.ahead, w, g);
+    if constexpr (masters) {
+      Kept<M, N> after;
+      after.narrow(w);
+      after.store(kept + i);
+    }
     store<N>(weights + i, Convert<S, N>::narrow(w));
   }
 };
@@ -1196,12 +1302,13 @@ MSAM_DEVICE void draw_ticket(const Window<Update>& a, Shared& shared) {
 // Read where it is needed: a value that lives through a row's work takes a register of it.
 MSAM_DEVICE bool is_wanted(const Update& a) { return !a.found_inf || *a.found_inf == 0; }
 
-template <class S, Rule rule, bool option, bool shifted, bool combined, bool stacked, class P>
-MSAM_DEVICE void update_row(const P& p, const Chunk& c, const S* base, S* weights,
+template <class S, Rule rule, bool option, bool shifted, bool masters, bool combined, bool stacked, class P>
+MSAM_DEVICE void update_row(const P& p, const Chunk& c, const KeptOf<S, masters>* base, S* weights,
                             const Gradient<S, combined, stacked>& gradient,
                             const Formula<typename Traits<S>::T, rule, option>& formula, Shared& shared) {
-  UpdateOp<S, rule, option, combined, stacked, shifted> op{
-      base, weights, p.args.states, c.offset, gradient, Shift<S, shifted>(p, c), formula};
+  UpdateOp<S, rule, option, combined, stacked, shifted, masters> op{
+      base, weights, masters ? at<KeptOf<S, masters>>(p.args.saved, c) : nullptr, p.args.states, c.offset, gradient,
+      Shift<S, shifted>(p, c), formula};
   walk(op, int(c.numel), [&] {
     __syncthreads();
     op.gradient.begin();
@@ -1222,8 +1329,8 @@ MSAM_DEVICE void count_steps(const P& p) {
   }
 }
 
-template <class S, Rule rule, bool combined, bool stacked, bool shifted, class P>
-__global__ void __launch_bounds__(kThreads, shifted ? 2 : kUpdateBlocks<S, rule, combined, stacked>)
+template <class S, Rule rule, bool combined, bool stacked, bool shifted, bool masters, class P>
+__global__ void __launch_bounds__(kThreads, shifted ? 2 : kUpdateBlocks<S, rule, combined, stacked, masters>)
     update_kernel(const __grid_constant__ P p) {
   __shared__ Shared shared;
   const auto& a = p.args;
@@ -1237,7 +1344,7 @@ __global__ void __launch_bounds__(kThreads, shifted ? 2 : kUpdateBlocks<S, rule,
     using Made = Formula<typename Traits<S>::T, rule, true>;
     static_assert(sizeof(Made) <= sizeof shared.constants, "constants outgrew their place");
     S* weights = at<S>(p, a.weights, c);
-    const S* base = was == kPerturbed ? at<S>(a.saved, c) : nullptr;
+    const auto* base = was == kPerturbed ? at<KeptOf<S, masters>>(a.saved, c) : nullptr;
     const double* settings = a.settings + c.group * a.columns;
     const bool option = settings[rule == kSgd ? int(kMomentum) : int(kAmsgrad)] != 0;
     // The host cannot see that a group has the option. Where the state for it is missing, the weights become NaN.
@@ -1247,12 +1354,12 @@ __global__ void __launch_bounds__(kThreads, shifted ? 2 : kUpdateBlocks<S, rule,
     if (threadIdx.x == kSecond) new (shared.constants) Made(settings, 1 + (a.step ? int64_t(a.step[c.segment]) : 0));
     const Made& formula = *reinterpret_cast<const Made*>(shared.constants);
     if (option && !missing)
-      update_row<S, rule, true, shifted>(p, c, base, weights, gradient, formula, shared);
+      update_row<S, rule, true, shifted, masters>(p, c, base, weights, gradient, formula, shared);
     else
-      update_row<S, rule, false, shifted>(p, c, base, weights, gradient, formula, shared);
+      update_row<S, rule, false, shifted, masters>(p, c, base, weights, gradient, formula, shared);
     settle(a, k, was, true);
   } else {
-    if (was == kPerturbed) copy(at<S>(a.saved, c), at<S>(p, a.weights, c), int(c.numel));
+    if (was == kPerturbed) copy(at<KeptOf<S, masters>>(a.saved, c), at<S>(p, a.weights, c), int(c.numel));
     draw_ticket(a, shared);
     __syncthreads();  // every thread has read the status
     settle(a, k, was, true);

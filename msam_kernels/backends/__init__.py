@@ -11,7 +11,7 @@ Every backend is a namespace with the functions below, called alike:
     gram(terms, table, *, count, stack) -> sums
     weigh(shares, *, coefs, sums, rescale, norm_sq) -> shares
     descend(weights!, out!, terms, table, *, coefs, sums, rescale, norm_sq, saved, status!, last, out_sq!, shares)
-    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved, status!,
+    update(weights!, states!, terms, table, *, rule, settings, step!, coefs, sums, rescale, norm_sq, saved!, status!,
         found_inf, shares, rates, factor)
 
 ``!`` marks what is mutated. Shapes, with P parameters (segments) and K rows of the table:
@@ -26,7 +26,8 @@ Every backend is a namespace with the functions below, called alike:
 * ``shares``: of ``weigh`` float64 ``[m]``; of the others, as ``weigh`` returns it, float64 ``[stacks, m]``, of at most 3:
   so many of the lists in ``terms``, the first ones, are stacks.
 * ``saved``, ``ema``, ``states``: flat buffers of the weights' dtype. An element of ``ema`` that is NaN has not begun; without
-  ``lmbda`` it is only read.
+  ``lmbda`` it is only read. Of weights of 16 bits ``saved`` may be of fp32: masters, see ``reference.py``. ``states`` are then
+  of fp32 too, and there are neither ``stack``, ``shares`` nor ``rates``.
 * ``status``: uint8 ``[K]``, how it stands with a row's weights: 0 untouched, 1 saved, 2 perturbed.
 * ``arrived``: int32 ``[1]``, zero between calls, where GPU kernels count the blocks that are done; without it ``ascend`` is two
   launches there.
@@ -82,7 +83,7 @@ _DIRECTION = (
     "Tensor? mask=None, Tensor? noise=None, int draw=0, float sigma=0., float? lmbda=None, float? eta=None, "
     "int? stack=None"
 )
-_COMBINATION = "float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None, Tensor? saved=None"
+_COMBINATION = "float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None"
 _SCHEMAS = (
     "norm(Tensor[] weights, Tensor[] grads, Tensor table, *, Tensor? ema=None, float sigma=0., float? eta=None, "
     "int? stack=None) -> Tensor",
@@ -94,10 +95,10 @@ _SCHEMAS = (
     "gram(Tensor[] terms, Tensor table, *, int count, int? stack=None) -> Tensor",
     "weigh(Tensor shares, *, float[] coefs, Tensor[] sums, int rescale=-1, Tensor? norm_sq=None) -> Tensor",
     f"descend(Tensor(a!)[] weights, Tensor(b!)[] out, Tensor[] terms, Tensor table, *, {_COMBINATION}, "
-    "Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None, Tensor? shares=None) -> ()",
+    "Tensor? saved=None, Tensor(c!)? status=None, bool last=True, Tensor(d!)? out_sq=None, Tensor? shares=None) -> ()",
     "update(Tensor(a!)[] weights, Tensor(b!)[] states, Tensor[] terms, Tensor table, *, int rule, Tensor settings, "
-    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(d!)? status=None, Tensor? found_inf=None, Tensor? shares=None, "
-    "Tensor? rates=None, float factor=0.) -> ()",
+    f"Tensor(c!)? step=None, {_COMBINATION}, Tensor(e!)? saved=None, Tensor(d!)? status=None, Tensor? found_inf=None, "
+    "Tensor? shares=None, Tensor? rates=None, float factor=0.) -> ()",
 )
 OPERATORS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 

@@ -126,6 +126,21 @@ def split_ahead(
     return terms[: len(terms) // 2], terms[len(terms) // 2 :]
 
 
+def check_masters(weights: Sequence[Tensor], saved: Tensor | None, **others: Tensor | None) -> None:
+    """Refuse what no kernel does with masters: stacks, and what goes off the weights after an update.
+
+    Raises:
+        RuntimeError: with its name, and both dtypes.
+    """
+    if saved is None or not weights or saved.dtype == weights[0].dtype:
+        return
+    for name, value in others.items():
+        if value is not None:
+            raise RuntimeError(
+                f"{name} are not there for masters: saved must be {weights[0].dtype} like the weights then, got {saved.dtype}"
+            )
+
+
 def check_noise(noise: Tensor | None, weights: Sequence[Tensor], draw: int = 0) -> None:
     """Refuse random rounding of what is not rounded, and a draw of more than 32 bits.
 

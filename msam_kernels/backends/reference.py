@@ -24,6 +24,11 @@ beside w, which is ``saved`` and only read: every one becomes w + e of its micro
 are what ``saved`` holds) or PERTURBED (``saved`` holds what they were). ``perturb`` saves what it finds UNTOUCHED, and starts
 from ``saved`` what it finds PERTURBED; ``descend`` and ``update`` bring back what is PERTURBED and nothing else.
 
+Where ``saved`` is of fp32 beside weights of 16 bits it holds their masters, which no perturbation changes: w + e is master + e,
+w comes back as the master rounded to nearest, and ``update`` is of the masters, with states in fp32. Unless its row is
+PERTURBED, a weight that its master does not round to, bit for bit, is one that somebody else wrote, or has no master yet: then
+it is the master.
+
 An element of the ema that is NaN has not begun: its first gradient is its d and its next value; where sigma is negative (VaSSO:
 d is the ema's next value times 1 − sigma) its d is 1 − sigma times that. A non-finite ‖d‖ means
 e = 0, an unchanged ema and NaN in place of Σ cₖ xₖ. A term whose coefficient is 0 is left out, whatever it holds, as in
@@ -40,7 +45,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check, check_noise, check_stack, check_stacks, split_ahead
+from .checks import check, check_masters, check_noise, check_stack, check_stacks, split_ahead
 
 EPS = 1e-12  # added to a norm that divides
 UNTOUCHED, SAVED, PERTURBED = 0, 1, 2  # values of ``status``
@@ -142,6 +147,13 @@ def _direction(g: Tensor, ema: Tensor | None, sigma: float) -> Tensor:
 
 def _ema_next(ema: Tensor, g: Tensor, lmbda: float) -> Tensor:
     return torch.where(ema.isnan(), g, _wide(ema) * lmbda + g * (1 - lmbda))
+
+
+def _masters(row: _Row, saved: Tensor, weight: Tensor, status: Tensor) -> Tensor:
+    """Of a row, which also stand in ``saved`` afterwards."""
+    kept = row.within(saved)
+    stays = (status == PERTURBED) | (kept.to(weight.dtype).view(torch.int16) == weight.view(torch.int16))
+    return kept.copy_(torch.where(stays, kept, weight)).clone()
 
 
 def _stretch(w: Tensor, eta: float) -> Tensor:
@@ -262,6 +274,8 @@ def perturb(
 
     e is as long as rho, but no longer than budget / (‖d‖ + 1e-12), and opposite to d where rho is negative.
 
+    With masters w is what they round to, in T_w and where ‖e‖² begins; what does not move stays there.
+
     Changes ``saved`` and ``status`` as the module says; nothing of a row whose gradient is absent but its achieved_sq,
     which becomes 0. Of a stack ``norm_sq`` and ``achieved_sq`` have a row for each, and there is no ``status``: the ema of
     one is what the one before has left.
@@ -296,23 +310,27 @@ def perturb(
         if weight is None or g is None:
             continue
         g, kept, before = _wide(g), row.within(saved), status[row.k].clone()
-        kept.copy_(torch.where(before == UNTOUCHED, weight, kept))
-        w = _wide(kept).clone()
+        if saved.dtype == weight.dtype:
+            kept.copy_(torch.where(before == UNTOUCHED, weight, kept))
+            w = shown = _wide(kept).clone()
+        else:
+            w = _masters(row, saved, weight, before)
+            shown = _wide(w.to(weight.dtype))
         average = None if ema is None else row.within(ema)
         d = _direction(g, average, sigma)
         if average is not None and lmbda is not None:
             average.copy_(torch.where(finite, _ema_next(average, g, lmbda), _wide(average)))
         if eta is not None:
-            d = _stretch(w, eta).square() * d
+            d = _stretch(shown, eta).square() * d
         rho, budget = radii[row.group]
         scale = (torch.minimum(rho.abs(), budget / norm).copysign(rho) / norm).to(w.dtype)
         moves = finite if mask is None else finite & row.bits(mask)
         status[row.k] = PERTURBED  # from here on the weights can be brought back, also after an interruption
         e = d * scale
-        x = torch.where(moves, w + e, w)
-        weight.copy_(x if noise is None else at_random(x, weight.dtype, draws(noise, row, draw)))
+        x = w + e if noise is None else _wide(at_random(w + e, weight.dtype, draws(noise, row, draw)))
+        weight.copy_(torch.where(moves, x, shown))
         after = _wide(weight)
-        change = torch.where(finite & (after != w), after - w, 0.0).double()  # inf - inf is NaN
+        change = torch.where(finite & (after != shown), after - shown, 0.0).double()  # inf - inf is NaN
         if weight.itemsize == 2:
             asked = torch.where(moves, e, 0.0).double()
             achieved_sq[:, row.k] = torch.stack(
@@ -528,6 +546,7 @@ def descend(
     """
     numbers = {"sums": sums, "norm_sq": norm_sq, "status": status, "out_sq": out_sq, "shares": shares}
     check(table, weights=weights, out=out, terms=terms, saved=saved, **numbers)
+    check_masters(weights, saved, shares=shares)
     lists, c = _terms(terms, shares, coefs, sums, rescale, norm_sq)
     for row in _rows(table):
         weight = row.weights(weights) if weights else None
@@ -575,11 +594,13 @@ def update(
     ``descend``.
 
     With ``rates``, float64 by group, ``terms`` are x and one list more, y: after the rule's step, of every parameter that is in
-    both, w ← w + factor·rates[group]·(y − c·x), of whose two parts each is first rounded as it would be stored.
+    both, w ← w + factor·rates[group]·(y − c·x), of whose two parts each is first rounded as it would be stored. There are none
+    with masters.
     """
     numbers = {"settings": settings, "step": step, "sums": sums, "norm_sq": norm_sq, "status": status, "shares": shares}
     check(table, weights=weights, states=states, terms=terms, saved=saved, found_inf=found_inf, rates=rates, **numbers)
     terms, ahead = split_ahead(terms, rates, len(coefs) // len(COEFFICIENT), shares, len(settings))
+    check_masters(weights, saved, rates=rates, shares=shares)
     lists, c = _terms(terms, shares, coefs, sums, rescale, norm_sq)
     if found_inf is not None and bool(found_inf != 0):
         lists, c = [], []
@@ -590,14 +611,18 @@ def update(
         weight, g = row.weights(weights), _combination(row, lists, c)
         if weight is None:
             continue
-        start = weight
+        start = kept = weight  # where the weights of before are, and where those of after go
         if saved is not None and status is not None:
-            start = torch.where(status[row.k] == PERTURBED, row.within(saved), weight)
+            if saved.dtype == weight.dtype:
+                start = torch.where(status[row.k] == PERTURBED, row.within(saved), weight)
+            elif g is not None or status[row.k] == PERTURBED:
+                kept, start = row.within(saved), _masters(row, saved, weight, status[row.k])
         if g is None:
             weight.copy_(start)
         else:
             count = None if step is None else step[row.segment]
-            weight.copy_(one(_wide(start).clone(), g, [row.within(s) for s in states], rows[row.group], count))
+            kept.copy_(one(_wide(start).clone(), g, [row.within(s) for s in states], rows[row.group], count))
+            weight.copy_(kept)
             x = row.of(ahead)
             if x is not None:
                 assert rates is not None

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check, check_noise, check_stack, check_values, split_ahead
+from .checks import check, check_masters, check_noise, check_stack, check_values, split_ahead
 
 PROGRAMS = 1024  # of one launch, at most: about what is resident at once on a large GPU
 THREADS = tl.constexpr(256)  # of a program
@@ -131,6 +131,12 @@ def perturbation(w, d, scale, eta, ADAPTIVE: tl.constexpr):
         t = stretch(w, eta)
         d = t * t * d
     return d * scale
+
+
+@triton.jit
+def master(kept, rounded, w):
+    same = rounded.to(tl.int16, bitcast=True) == w.to(tl.int16, bitcast=True)
+    return tl.where(same, kept, w.to(tl.float32))
 
 
 @triton.jit
@@ -558,22 +564,39 @@ def rounded_to(
 
 
 @triton.jit
+def load_start(w, saved, at, here, status, S: tl.constexpr, M: tl.constexpr, ALIGNED: tl.constexpr):
+    """What weights start from, and in storage type. Of masters one that is another than what is kept is kept from now on."""
+    if M == S:
+        start = load(tl.where(status == PERTURBED, saved, w), at, here, S, ALIGNED)
+        rounded = start
+    else:
+        kept, now = load(saved, at, here, M, ALIGNED), load(w, at, here, S, ALIGNED)
+        rounded, perturbed = kept.to(S), status == PERTURBED
+        start = tl.where(perturbed, kept, master(kept, rounded, now))
+        rounded = tl.where(perturbed, rounded, now)
+        changes = start.to(tl.int32, bitcast=True) != kept.to(tl.int32, bitcast=True)
+        store(saved, at, here & changes, start, M, ALIGNED)
+    return start, rounded
+
+
+@triton.jit
 def perturb_row(
     w, g, saved, ema, mask, offset, numel, status, finite, renew, numbers, words, first, achieved, rows,
-    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Leaves the row's part of the achieved norm, squared; of 16 bits beside it those of two other sums."""
     scale, sigma, eta, lmbda, one_minus_lmbda = numbers
-    start = tl.where(status == PERTURBED, saved, w)
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     SUMS: tl.constexpr = ACHIEVED if S.primitive_bitwidth == 16 else 1
     sums = [lanes_of_sum(BLOCK, tl.float32) for _ in (0, 1, 2)[:SUMS]]  # of which no coefficient is made
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
-        stored, d = load(start, at, here, S, ALIGNED), load(g, at, here, S, ALIGNED).to(T)
-        store(saved, at, here & (status == UNTOUCHED), stored, S, ALIGNED)
+        start, stored = load_start(w, saved, at, here, status, S, M, ALIGNED)
+        d = load(g, at, here, S, ALIGNED).to(T)
+        if M == S:
+            store(saved, at, here & (status == UNTOUCHED), stored, S, ALIGNED)
         if FRIENDLY:
             average = load(ema, at, here, S, ALIGNED).to(T)
             store(ema, at, here & finite & renew, ema_next(average, d, lmbda, one_minus_lmbda), S, ALIGNED)
@@ -583,7 +606,7 @@ def perturb_row(
             picked = picked & picked_by(mask, offset, i, lanes, here)
         before = stored.to(T)
         e = perturbation(before, d, scale, eta, ADAPTIVE)
-        rounded = rounded_to(before + e, words, first + i, S, STOCHASTIC, BLOCK, ALIGNED)
+        rounded = rounded_to(start.to(T) + e, words, first + i, S, STOCHASTIC, BLOCK, ALIGNED)
         result = tl.where(picked, rounded, stored)
         store(w, at, here & (picked | (status == PERTURBED)), result, S, ALIGNED)
         after = result.to(T)
@@ -624,7 +647,7 @@ def perturb_copies(
             if is_aligned(w | g | s | e | numel | place % DRAWS) == ALIGNED:
                 perturb_row(
                     w, g, s, e, mask, offset, numel, PERTURBED, is_finite(norm) & (g != 0), renew != 0, numbers, words, place,
-                    achieved, rows, S, T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
+                    achieved, rows, S, S, T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
         tl.debug_barrier()  # the mean has been written
 
@@ -632,9 +655,9 @@ def perturb_copies(
 @triton.jit
 def perturb_by_program(
     program, programs, first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, stride, grads, sizes, saved,
-    status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
-    FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, STACKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, M: tl.constexpr,
+    T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if STACKED:
         for before in range(program, rows, programs):
@@ -648,15 +671,15 @@ def perturb_by_program(
     else:
         perturb_in_place(
             program, programs, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status,
-            achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, T, FRIENDLY, ADAPTIVE, MASKED,
-            STOCHASTIC, BLOCK,
+            achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, M, T, FRIENDLY, ADAPTIVE,
+            MASKED, STOCHASTIC, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def perturb_in_place(
     program, programs, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, grads, saved, status, achieved_sq,
-    ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, T: tl.constexpr,
+    ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
     FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     norm = total(norm_sq, norm_terms, T)
@@ -664,7 +687,7 @@ def perturb_in_place(
         k = rows - 1 - before  # backwards: what the norm read last may still be in the L2 cache
         segment, begin, offset, numel, group = load_row(table, k)
         w, g = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_list(grads, segment, begin, S)
-        s, e = in_flat(saved, offset, S), in_flat(ema, offset, S)
+        s, e = in_flat(saved, offset, M), in_flat(ema, offset, S)
         there, was = (w != 0) & (g != 0), load_status(status, k)
         numel = tl.where(there, numel, 0)
         radius = pointer(radii, tl.float64) + group * RADIUS_COLUMNS
@@ -675,8 +698,8 @@ def perturb_in_place(
             if is_aligned(w | g | s | e | numel | place % DRAWS) == ALIGNED:
                 perturb_row(
                     w, g, s, e, mask, offset, numel, was, is_finite(norm), renew != 0, numbers, words, place,
-                    achieved_sq + k * 8, rows, S, T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, BLOCK if ALIGNED else BLOCK // 4,
-                    ALIGNED,
+                    achieved_sq + k * 8, rows, S, M, T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC,
+                    BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
         store_status(status, k, PERTURBED, there)
 
@@ -687,13 +710,13 @@ def perturb_kernel(
     flat_weights: tl.int64, weights: tl.int64, stride: tl.int64, grads: tl.int64, sizes: tl.int64, saved: tl.int64,
     status: tl.int64, achieved_sq: tl.int64, ema: tl.int64, mask: tl.int64, noise: tl.int64, draw: tl.int64, renew: tl.int64,
     sigma: tl.int64, eta: tl.int64, lmbda: tl.int64, one_minus_lmbda: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     STOCHASTIC: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     perturb_by_program(
         tl.program_id(0), tl.num_programs(0), first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights,
         stride, grads, sizes, saved, status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S,
-        T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, STACKED, BLOCK,
+        M, T, FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, STACKED, BLOCK,
     )  # fmt: skip
 
 
@@ -704,7 +727,7 @@ def ascend_kernel(
     sizes: tl.int64, saved: tl.int64, status: tl.int64, achieved_sq: tl.int64, ema: tl.int64, mask: tl.int64,
     noise: tl.int64, draw: tl.int64, renew: tl.int64, sigma: tl.int64, eta: tl.int64, lmbda: tl.int64,
     one_minus_lmbda: tl.int64,
-    S: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, T: tl.constexpr, FRIENDLY: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr,
     STOCHASTIC: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The programs of the norm, and behind them as many of the perturbation, which wait for them: see csrc/cuda/kernels.cuh.
@@ -727,7 +750,7 @@ def ascend_kernel(
         tl.debug_barrier()
         perturb_by_program(
             program - half, half, first, last, table, rows, norm_sq, norm_terms, radii, flat_weights, weights, stride, grads,
-            sizes, saved, status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, T,
+            sizes, saved, status, achieved_sq, ema, mask, noise, draw, renew, sigma, eta, lmbda, one_minus_lmbda, S, M, T,
             FRIENDLY, ADAPTIVE, MASKED, STOCHASTIC, STACKED, BLOCK,
         )  # fmt: skip
         if tl.atomic_add(count, 1, sem="relaxed") % 65536 == 2 * half - 1:
@@ -887,7 +910,7 @@ def is_only(out, xs, c, COUNT: tl.constexpr):
 
 @triton.jit
 def descend_row(
-    w, saved, out, xs, c, shares, micro_batches, bytes, numel, reads, writes, S: tl.constexpr, T: tl.constexpr,
+    w, saved, out, xs, c, shares, micro_batches, bytes, numel, reads, writes, S: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
     COUNT: tl.constexpr, STACKS: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The row's part of the squared norm of what ``out`` becomes."""
@@ -897,7 +920,7 @@ def descend_row(
     lost = value
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
-        before = load(saved, at, here, S, ALIGNED)
+        before = load(saved, at, here, M, ALIGNED)
         x = combination(xs, c, shares, micro_batches, bytes, at, here & reads, S, T, COUNT, STACKS, ALIGNED).to(S)
         store(w, at, here, before, S, ALIGNED)
         store(out, at, here & writes, x, S, ALIGNED)
@@ -917,14 +940,14 @@ def descend_kernel(
     table: tl.int64, rows: tl.int64, flat_weights: tl.int64, weights: tl.int64, saved: tl.int64, status: tl.int64,
     terms: tl.int64, segments: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
     norm_sq: tl.int64, norm_terms: tl.int64, shares: tl.int64, micro_batches: tl.int64, sizes: tl.int64, outs: tl.int64,
-    last: tl.int64, out_sq: tl.int64, S: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr,
-    SUMS: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr,
+    last: tl.int64, out_sq: tl.int64, S: tl.constexpr, M: tl.constexpr, T: tl.constexpr, COUNT: tl.constexpr,
+    STACKS: tl.constexpr, SUMS: tl.constexpr, SQUARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = STACKS + COUNT
     c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, 0, T, COUNT, SUMS)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, offset, numel, _ = load_row(table, k)
-        w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, S)
+        w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, M)
         was, listed = load_status(status, k), w != 0
         restored = listed & (was == PERTURBED)
         w, s = tl.where(restored, w, 0), tl.where(restored, s, 0)
@@ -937,7 +960,7 @@ def descend_kernel(
         for ALIGNED in tl.static_range(2):
             if is_aligned(w | s | o | union(xs, ALL) | bytes | numel) == ALIGNED:
                 square = descend_row(
-                    w, s, o, xs, c, shares, micro_batches, bytes, numel, reads, writes, S, T, COUNT, STACKS, SQUARED,
+                    w, s, o, xs, c, shares, micro_batches, bytes, numel, reads, writes, S, M, T, COUNT, STACKS, SQUARED,
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
                 if SQUARED:
@@ -948,29 +971,32 @@ def descend_kernel(
 
 @triton.jit
 def update_row(
-    w, start, xs, states, ahead, rate, c, shares, micro_batches, bytes, settings, numel, there, S: tl.constexpr,
-    T: tl.constexpr, RULE: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr, STATES: tl.constexpr,
+    w, saved, status, xs, states, ahead, rate, c, shares, micro_batches, bytes, settings, numel, there, S: tl.constexpr,
+    M: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr, STATES: tl.constexpr,
     SHIFTED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     numel = length(numel, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     for i in range(0, numel, BLOCK):
         at, here = i + lanes, lanes < numel - i
-        before = load(start, at, here, S, ALIGNED)
+        before, _rounded = load_start(w, saved, at, here, status, S, M, ALIGNED)
         g = combination(xs, c, shares, micro_batches, bytes, at, here, S, T, COUNT, STACKS, ALIGNED)
-        values = [load(state, at, here, S, ALIGNED).to(T) for state in states]
+        values = [load(state, at, here, M, ALIGNED).to(T) for state in states]
         if RULE == SGD:
             x, values = sgd(before.to(T), g, values, settings, STATES)
         else:
             x, values = adam(before.to(T), g, values, settings, STATES)
         for k in tl.static_range(STATES):
-            store(states[k], at, here, values[k], S, ALIGNED)
+            store(states[k], at, here, values[k], M, ALIGNED)
         if SHIFTED:
             moves = ahead != 0
             gap = (load(ahead, at, here & moves, S, ALIGNED).to(T) - g).to(S).to(T)
             stored = x.to(S).to(T)
             x = tl.where(moves, stored + weighted(gap, rate), stored)
-        store(w, at, here, tl.where(there, x.to(S), before), S, ALIGNED)
+        after = tl.where(there, x.to(M), before)
+        if M != S:
+            store(saved, at, here & there, after, M, ALIGNED)
+        store(w, at, here, after, S, ALIGNED)
 
 
 @triton.jit
@@ -999,18 +1025,19 @@ def update_kernel(
     terms: tl.int64, segments: tl.int64, c0: tl.int64, c1: tl.int64, c2: tl.int64, c3: tl.int64, sums: tl.int64,
     norm_sq: tl.int64, norm_terms: tl.int64, shares: tl.int64, micro_batches: tl.int64, sizes: tl.int64, settings: tl.int64,
     columns: tl.int64, step: tl.int64, found_inf: tl.int64, aheads: tl.int64, rates: tl.int64, factor: tl.int64,
-    state0: tl.int64, state1: tl.int64, state2: tl.int64, S: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr,
-    COUNT: tl.constexpr, STACKS: tl.constexpr, SUMS: tl.constexpr, STATES: tl.constexpr, SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    state0: tl.int64, state1: tl.int64, state2: tl.int64, S: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
+    RULE: tl.constexpr, COUNT: tl.constexpr, STACKS: tl.constexpr, SUMS: tl.constexpr, STATES: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = STACKS + COUNT
     c = coefficients(c0, c1, c2, c3, sums, norm_sq, norm_terms, 0, T, COUNT, SUMS)
     updates = truth(tl.load(pointer(found_inf, tl.float32), mask=found_inf != 0, other=0.0) == 0)
     for k in range(tl.program_id(0), rows, tl.num_programs(0)):
         segment, begin, offset, numel, group = load_row(table, k)
-        w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, S)
-        restored = load_status(status, k) == PERTURBED
-        start = tl.where(restored, s, w)
+        w, s = in_flat(flat_weights, offset, S) + in_list(weights, segment, begin, S), in_flat(saved, offset, M)
+        was = load_status(status, k)
+        restored = was == PERTURBED
+        start = s if M != S else tl.where(restored, s, w)
         xs, bytes = in_lists(terms, segments, segment, begin, S, ALL), bytes_of(sizes, segment, S)
         there = updates & (union(xs, ALL) != 0)
         numel = tl.where((w != 0) & (there | restored), numel, 0)
@@ -1022,7 +1049,7 @@ def update_kernel(
         else:
             numbers = adam_settings(row, number_of_step, T)
             kept = state0, state1, tl.where(numbers[3], state2, 0)  # nor has a group without amsgrad the third
-        states = [in_flat(tl.where(there, state, 0), offset, S) for state in kept[:STATES]]
+        states = [in_flat(tl.where(there, state, 0), offset, M) for state in kept[:STATES]]
         ahead, rate = w * 0, 0.0
         if SHIFTED:
             ahead = in_list(aheads, segment, begin, S)
@@ -1030,7 +1057,7 @@ def update_kernel(
         for ALIGNED in tl.static_range(2):
             if is_aligned(w | start | ahead | union(xs, ALL) | bytes | union(states, STATES) | numel) == ALIGNED:
                 update_row(
-                    w, start, xs, states, ahead, rate, c, shares, micro_batches, bytes, numbers, numel, there, S, T, RULE,
+                    w, s, was, xs, states, ahead, rate, c, shares, micro_batches, bytes, numbers, numel, there, S, M, T, RULE,
                     COUNT, STACKS, STATES, SHIFTED,
                     BLOCK if ALIGNED else BLOCK // 4, ALIGNED,
                 )  # fmt: skip
@@ -1069,6 +1096,7 @@ def compiler_options(kernel: Any, constants: Mapping[str, Any], platform: str = 
         limits += [128] if constants.get("STATES") == 3 or constants.get("COUNT") == TERMS else []
         if kernel.__name__ in ("perturb_kernel", "ascend_kernel") and constants["S"].primitive_bitwidth == 16:
             limits.append(128 if constants["FRIENDLY"] and (constants["STOCHASTIC"] or constants["ADAPTIVE"]) else 80)
+        limits += [128] if constants.get("M", constants["S"]) != constants["S"] else []
         limits += [255] if constants["T"] == tl.float64 else []  # beyond 128 there is one program in any case
         found["maxnreg"] = max(limits)
     return found
@@ -1119,6 +1147,7 @@ class _Call:
         check_values("table", table, table)
         self.tensor = table
         self.dtype, self.device, self.rows = tensors[0].dtype, table.device, len(table)
+        self.kept = self.dtype  # of masters and states
         if self.dtype not in STORAGE:
             raise RuntimeError(f"dtype must be float32, float64, bfloat16 or float16, got {self.dtype}")
         self.table, self.programs = (table.data_ptr(), self.rows), min(self.rows, PROGRAMS)
@@ -1146,16 +1175,23 @@ class _Call:
         device: AbstractContextManager[Any] = self.kind.device(self.device)
         return device
 
-    def dense(self, name: str, t: Tensor | None, label: str = "") -> int:
-        """The address of a tensor of weights, gradients and what is like them; 0 for None."""
+    def dense(self, name: str, t: Tensor | None, label: str = "", kept: bool = False) -> int:
+        """The address of a tensor of weights, gradients and what is like them, or of what is ``kept``; 0 for None."""
         if t is None:
             return 0
         check_values(label or name, t, self.tensor)
-        if t.dtype != self.dtype:
-            raise RuntimeError(f"{name} must be {self.dtype} like the others, got {t.dtype}")
+        expected = self.kept if kept else self.dtype
+        if t.dtype != expected:
+            raise RuntimeError(f"{name} must be {expected} like the others, got {t.dtype}")
         if not (t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)):
             raise RuntimeError(f"{name} must be dense in memory, got strides {t.stride()}")
         return t.data_ptr()
+
+    def saved(self, t: Tensor | None) -> int:
+        """The address of saved weights, or of masters, as their dtype tells."""
+        if t is not None and self.dtype.itemsize == 2 and t.dtype == torch.float32:
+            self.kept = t.dtype
+        return self.dense("saved", t, kept=True)
 
     def plain(self, name: str, t: Tensor | None, dtype: torch.dtype = torch.float64, dim: int = 1) -> int:
         """The address of a tensor of plain numbers; 0 for None."""
@@ -1370,15 +1406,16 @@ def _perturb(
         )
     check_noise(None, (), draw)
     kernel, first = (ascend_kernel, (arrived,)) if arrived else (perturb_kernel, ())
+    saved_at = call.saved(saved) if stack is None else call.dense("saved", saved)
     radii_at = call.plain("radii", radii, dim=2)
     if radii.shape[1] != RADIUS_COLUMNS.value:
         raise RuntimeError(f"radii must have {RADIUS_COLUMNS.value} columns, got {radii.shape[1]}")
     call.launch(
         kernel, *first, some.start, some.stop, *call.table, *call.sum("norm_sq", norm_sq, stack), radii_at,
-        *d.weights, stride, *d.grads, call.dense("saved", saved), call.per_row("status", status, torch.uint8),
+        *d.weights, stride, *d.grads, saved_at, call.per_row("status", status, torch.uint8),
         call.achieved(achieved_sq, stack), d.ema, call.plain("mask", mask, torch.uint8), call.noise(noise), draw,
         int(lmbda is not None), *_bits(sigma, eta or 0.0, lmbda or 0.0, 1 - (lmbda or 0.0)), times=1 + len(first),
-        MASKED=mask is not None, STOCHASTIC=noise is not None, **d.constants,
+        M=STORAGE[call.kept], MASKED=mask is not None, STOCHASTIC=noise is not None, **d.constants,
     )  # fmt: skip
 
 
@@ -1515,6 +1552,7 @@ def _descent(
     """The arguments that ``descend`` and ``update`` have in common; where ``out`` is; and the constants."""
     if (saved is None) != (status is None):
         raise RuntimeError("saved and status go together: give both or neither")
+    check_masters(weights, saved, shares=shares)
     c, words = _combination(call, coefs, sums, rescale)
     count = len(coefs) // COEFFICIENT_COLUMNS.value
     shares_at, stacks, m = call.plain("shares", shares, dim=2), 0, None
@@ -1533,11 +1571,11 @@ def _descent(
     sizes = call.sizes("terms", terms[: stacks * (len(terms) // both)], m, stacks) if stacks else ()
     flat, listed, out_at, terms_at, words_at = call.pointers(weights, both, (*words, *sizes), out=out, terms=terms)
     arguments = (
-        *call.table, flat, listed, call.dense("saved", saved), call.per_row("status", status, torch.uint8), terms_at,
+        *call.table, flat, listed, call.saved(saved), call.per_row("status", status, torch.uint8), terms_at,
         call.segments, *_bits(*c, *(0.0,) * (TERMS - len(c))), words_at, *call.sum("norm_sq", norm_sq),
         shares_at, m or 0, words_at + 8 * len(words) if sizes else 0,
     )  # fmt: skip
-    return arguments, out_at, {"COUNT": count, "STACKS": stacks, "SUMS": bool(sums)}
+    return arguments, out_at, {"M": STORAGE[call.kept], "COUNT": count, "STACKS": stacks, "SUMS": bool(sums)}
 
 
 def descend(
@@ -1569,6 +1607,7 @@ def update(
     if states and step is None:
         raise RuntimeError("states need step, which is missing")
     terms, ahead = split_ahead(terms, rates, len(coefs) // COEFFICIENT_COLUMNS.value, shares, len(settings))
+    check_masters(weights, saved, rates=rates)
     call = _Call(table, weights=weights)
     arguments, ahead_at, constants = _descent(
         call, weights, ahead, terms, coefs, sums, rescale, norm_sq, saved, status, shares
@@ -1582,7 +1621,7 @@ def update(
     found_inf_at = call.plain("found_inf", found_inf, torch.float32, dim=0 if found_inf is None else found_inf.dim())
     if found_inf is not None and found_inf.numel() != 1:
         raise RuntimeError(f"found_inf must have one element, got shape {list(found_inf.shape)}")
-    kept = [call.dense(name, t) for name, t in zip(names, states, strict=False)]
+    kept = [call.dense(name, t, kept=True) for name, t in zip(names, states, strict=False)]
     call.launch(
         update_kernel, *arguments, settings_at, settings.shape[1], steps, found_inf_at, ahead_at,
         call.plain("rates", rates), *_bits(factor), *kept, *(0,) * (3 - len(kept)),
