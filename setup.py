@@ -279,11 +279,9 @@ def stable_extension(sources, flags, macros):
     """Of the files that know no torch, and csrc/stable."""
     major, minor = STABLE_TORCH_AT_LEAST
     macros = [*macros, ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")]
-    macros.append(("MSAM_PYTHON", "0x%02x%02x0000" % STABLE_PYTHON_AT_LEAST))
+    macros.append(("MSAM_PYTHON", "0x{:02x}{:02x}0000".format(*STABLE_PYTHON_AT_LEAST)))
     sources = [source for source in sources if is_torchless(source) or source.startswith("csrc/stable/")]
-    return CppExtension(
-        STABLE, sources=sources, define_macros=macros, extra_compile_args=flags, py_limited_api=True
-    )
+    return CppExtension(STABLE, sources=sources, define_macros=macros, extra_compile_args=flags, py_limited_api=True)
 
 
 def extensions():
@@ -347,7 +345,8 @@ def extensions():
 put_ninja_on_path()
 ext_modules, summary = extensions()
 # What a wheel's name says of it.
-limited = {"py_limited_api": "cp{}{}".format(*STABLE_PYTHON_AT_LEAST)} if [e.name for e in ext_modules] == [STABLE] else {}
+alone = [extension.name for extension in ext_modules] == [STABLE]
+limited = {"py_limited_api": "cp{}{}".format(*STABLE_PYTHON_AT_LEAST)} if alone else {}
 distribution = setup(
     ext_modules=ext_modules,
     version=VERSION,

@@ -132,6 +132,11 @@ def test_an_extension_that_does_not_load_is_not_called_missing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(re.findall(said, done.stderr)) == 1
     assert "RuntimeWarning: backend 'reference'" in done.stderr
+    for library in (ROOT / "msam_kernels").glob("_stable.*"):
+        shutil.copy(library, folder / "msam_kernels")
+        done = python("-c", code, folder=folder)
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall(f"RuntimeWarning: .* stable ABI, which is slower on small models, as {said}", done.stderr)) == 1
 
 
 def test_info_is_what_a_bug_report_needs():

@@ -97,7 +97,11 @@ def sources(tmp_path_factory) -> Iterator[Path]:
 def test_the_wheel_works_where_there_is_only_torch(compiler, stable, sources, tmp_path):
     """Its version is that of the archive, which has the commit; what it lacks it says once."""
     python = environment_with(tmp_path / "building", "torch", "setuptools", "wheel", "ninja", "pybind11")
-    choice = {"MSAM_KERNELS_CPP": "1", "MSAM_KERNELS_STABLE": stable} if compiler else {"CXX": "", "PATH": str(python.parent)}
+    choice = (
+        {"MSAM_KERNELS_CPP": "1", "MSAM_KERNELS_STABLE": stable}
+        if compiler
+        else {"CXX": "", "PATH": str(python.parent)}
+    )
     words = ("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, sources)
     succeeded(pip(python, *words, folder=tmp_path, **choice))
     (wheel,) = tmp_path.glob("*.whl")

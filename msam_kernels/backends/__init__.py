@@ -201,6 +201,9 @@ def _without_extension(compilers: str, rebuild: str) -> str:
     )
 
 
+REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
+
+
 def _missing_cuda() -> str | None:
     rebuild = "rebuild with `FORCE_CUDA=1 pip install --no-build-isolation -e .`"
     if torch.version.cuda is None:
@@ -229,9 +232,7 @@ def available_backends() -> dict[str, str | None]:
     """Backends by name, fastest first: None where usable, else a sentence that says what is missing and how to get it."""
     cpu = None
     if extension is None:
-        cpu = _without_extension(
-            "a C++17 compiler (g++ or clang++)", "rebuild with `pip install --no-build-isolation -e .`"
-        )
+        cpu = _without_extension("a C++17 compiler (g++ or clang++)", REBUILD)
     else:
         try:
             extension.build_info()
@@ -291,5 +292,10 @@ def get_backend(name: str, device: torch.device) -> Backend:
     if device.type != name:
         where = "the CPU" if name == "cpu" else "a CUDA device"
         raise RuntimeError(f"backend {name!r} needs parameters on {where}, got {device}: use backend='auto'")
+    if missing_extension is not None and not isinstance(missing_extension, ModuleNotFoundError):
+        _warn_once(
+            "kernels are called through torch's stable ABI, which is slower on small models, as "
+            + _without_extension("", REBUILD)
+        )
     # It has the operators by name; _C without torch.ops's parsing of lists, which would take longer than they do.
     return cast(Backend, extension)

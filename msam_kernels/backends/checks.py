@@ -50,7 +50,7 @@ def labelled(**arguments: Argument) -> Iterator[tuple[str, Tensor]]:
 def bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Of a call of an operator the tensor that says where it runs, and all tensors and lists of them by argument."""
     given = signature.bind(*args, **kwargs).arguments
-    tensors = {n: v for n, v in given.items() if n != "coefs" and isinstance(v, (Tensor, list))}
+    tensors: dict[str, Any] = {n: v for n, v in given.items() if n != "coefs" and isinstance(v, (Tensor, list))}
     return tensors["table" if "table" in tensors else "shares"], tensors
 
 

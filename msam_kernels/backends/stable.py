@@ -66,6 +66,8 @@ def refuse_lazy(name: str) -> Callable[..., Any]:
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         look(*args, **kwargs)
-        raise RuntimeError(f"{name} has a tensor that stands for other values than its memory holds: pass a clone of it")
+        raise RuntimeError(
+            f"{name} has a tensor that stands for other values than its memory holds: pass a clone of it"
+        )
 
     return refuse
