@@ -44,6 +44,7 @@ help:
 	@echo "VENV=/path              the environment; default: .venv. One that exists already keeps what it has: its own"
 	@echo "                        torch is used, and only packages that are absent are added"
 	@echo "MSAM_KERNELS_CPP=0      leave the C++ kernels out; =1: stop if there is no compiler"
+	@echo "MSAM_KERNELS_STABLE=1   build and wheel: the kernels for every Python and torch from 2.10 on, alone; =0: without them"
 	@echo "MSAM_KERNELS_ISA=baseline   (or avx2, avx512) the CPU kernels' instruction set; default: the processor's widest"
 	@echo "ARGS='...'              options for the command behind demo, family, test, bench and gpu"
 	@echo "JOBS=2                  test processes"
@@ -129,7 +130,7 @@ build: build/extension
 build/extension: build/environment $(SOURCES)
 	@touch $@.begun
 	"$(PY)" setup.py -q build_ext --inplace
-	@test -z "$$(ls msam_kernels/_C.* 2>/dev/null)" -a "$(MSAM_KERNELS_CPP)" != 0 || mv $@.begun $@
+	@test -z "$$(ls msam_kernels/_C.* msam_kernels/_stable.* 2>/dev/null)" -a "$(MSAM_KERNELS_CPP)" != 0 || mv $@.begun $@
 
 # From the archive: what is not in it does not get into the wheel either.
 wheel: build/environment
@@ -139,7 +140,7 @@ wheel: build/environment
 	@ls build/wheels/*
 
 clean:
-	rm -rf build *.egg-info msam_kernels/_C.*so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info msam_kernels/_C.*so msam_kernels/_stable.*so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find csrc msam_kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # What the environment lacks. One that this Makefile made (msam_kernels.made) must have every pin; another one must only
@@ -171,7 +172,7 @@ define IDENTITY
 import os, sys
 from importlib.metadata import version
 print(sys.prefix, sys.version, version("torch"), *(os.environ.get(k) for k in (
-    "CXX", "MSAM_KERNELS_CPP", "MSAM_KERNELS_CUDA", "FORCE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")))
+    "CXX", "MSAM_KERNELS_CPP", "MSAM_KERNELS_STABLE", "MSAM_KERNELS_CUDA", "FORCE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")))
 endef
 export IDENTITY
 

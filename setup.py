@@ -3,6 +3,10 @@
 
 MSAM_KERNELS_CPP=0 leaves the C++ kernels out; MSAM_KERNELS_CPP=1 makes it an error if they cannot be built.
 
+Where torch is 2.10 or later, ``msam_kernels._stable`` is built along with it: the CPU's operators against torch's stable ABI
+and Python's, which serve where ``_C`` does not load. MSAM_KERNELS_STABLE=0 leaves it out; MSAM_KERNELS_STABLE=1 builds it
+alone, and a wheel is then for every Python from 3.10 and every torch from 2.10 on.
+
 The CUDA kernels are built along with them where torch has CUDA, nvcc is there, and so is a GPU. MSAM_KERNELS_CUDA=0 leaves
 them out; FORCE_CUDA=1 builds them without a GPU, and makes it an error if they cannot be built. TORCH_CUDA_ARCH_LIST says
 for which GPUs; unset, it is those that are there (a build is for the torch and the machine it was made on), and without
@@ -24,6 +28,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 TORCH_AT_LEAST = (2, 6)
+STABLE_TORCH_AT_LEAST = (2, 10)
+STABLE_PYTHON_AT_LEAST = (3, 10)
 CUDA_AT_LEAST = (12, 1)  # kernel parameters of more than 4 KiB
 # No contraction, as on the CPU, and nothing that --use_fast_math would bring.
 NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-lineinfo")
@@ -92,6 +98,13 @@ class BuildPython(build_py):
 
 
 VERSION = version_now()
+STABLE = "msam_kernels._stable"
+FROM = "every torch from {}.{} and Python from {}.{} on".format(*STABLE_TORCH_AT_LEAST, *STABLE_PYTHON_AT_LEAST)
+
+
+def is_torchless(source):
+    """Whether a file of csrc/cpu has loops, or chooses among them."""
+    return source.startswith("csrc/cpu/") and source != "csrc/cpu/operators.cpp"
 
 
 class Build(BuildExtension):
@@ -120,7 +133,19 @@ class Build(BuildExtension):
             write(path, re.sub(r"^build .*: compile (.*)", with_flags, text, flags=re.MULTILINE))
 
         self.compiler._compile, cpp_extension._maybe_write = compile_with_flags, write_with_flags
+        self.parallel = None  # one extension after the other: the second links what was compiled for the first
         super().build_extensions()
+
+    def build_extension(self, extension):
+        """A folder of its own for the objects of ``_stable``; those that know no torch are ``_C``'s, where that is built."""
+        if extension.name == STABLE and extension is not self.extensions[0]:
+            shared = [source for source in self.extensions[0].sources if is_torchless(source)]
+            extension.extra_objects = self.compiler.object_filenames(shared, output_dir=self.build_temp)
+            extension.sources = [source for source in extension.sources if not is_torchless(source)]
+        folder = self.build_temp
+        self.build_temp += "-stable" if extension.name == STABLE else ""
+        super().build_extension(extension)
+        self.build_temp = folder
 
 
 def put_ninja_on_path():
@@ -250,18 +275,33 @@ def name_architectures(nvcc):
     return names
 
 
+def stable_extension(sources, flags, macros):
+    """Of the files that know no torch, and csrc/stable."""
+    major, minor = STABLE_TORCH_AT_LEAST
+    macros = [*macros, ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")]
+    macros.append(("MSAM_PYTHON", "0x{:02x}{:02x}0000".format(*STABLE_PYTHON_AT_LEAST)))
+    sources = [source for source in sources if is_torchless(source) or source.startswith("csrc/stable/")]
+    return CppExtension(STABLE, sources=sources, define_macros=macros, extra_compile_args=flags, py_limited_api=True)
+
+
 def extensions():
     """What is built, and one line that says so."""
     wish = os.environ.get("MSAM_KERNELS_CPP", "")
+    stable = os.environ.get("MSAM_KERNELS_STABLE", "")
+    if stable == "1" and version(torch.__version__) < STABLE_TORCH_AT_LEAST:
+        raise SystemExit(
+            f"msam_kernels: MSAM_KERNELS_STABLE=1 needs torch {'.'.join(map(str, STABLE_TORCH_AT_LEAST))} or later to build "
+            f"with, and this is {torch.__version__}: `pip install -U torch`, or unset it"
+        )
     compiler, missing = (None, "MSAM_KERNELS_CPP=0") if wish == "0" else find_compiler()
     if missing:
-        if wish == "1" or (os.environ.get("CXX") and wish != "0"):
+        if wish == "1" or (wish != "0" and (os.environ.get("CXX") or stable == "1")):
             raise SystemExit(f"msam_kernels: the C++ kernels cannot be built: {missing}; {COMPILER_REMEDY}")
         remedy = "unset it and build again" if wish == "0" else COMPILER_REMEDY
         line = f"pure Python (backend 'reference'), without the C++ kernels: {missing}; to get them, {remedy}"
-        stale = sorted(p.name for p in (ROOT / "msam_kernels").glob("_C.*"))
+        stale = sorted(p.name for name in ("_C.*", "_stable.*") for p in (ROOT / "msam_kernels").glob(name))
         return [], line + (f" (an earlier build is still in use: {', '.join(stale)})" if stale else "")
-    nvcc, no_cuda = find_cuda()
+    nvcc, no_cuda = (None, "MSAM_KERNELS_STABLE=1") if stable == "1" else find_cuda()
     if no_cuda and os.environ.get("FORCE_CUDA") == "1" and os.environ.get("MSAM_KERNELS_CUDA") != "0":
         raise SystemExit(f"msam_kernels: FORCE_CUDA=1, but the CUDA kernels cannot be built: {no_cuda}")
     openmp = openmp_flags(compiler)
@@ -279,6 +319,10 @@ def extensions():
     sources = sorted(
         p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.c*") if p.suffix in (".cpp", ".cu")
     )
+    built = []
+    if stable != "0" and version(torch.__version__) >= STABLE_TORCH_AT_LEAST:
+        built = [stable_extension(sources, {"cxx": flags["cxx"]}, macros)]
+    sources = [s for s in sources if "csrc/stable/" not in s]
     if nvcc:
         architectures = name_architectures(nvcc)
         macros.append(("MSAM_CUDA", f'"{torch.version.cuda} for {architectures}"'))
@@ -288,20 +332,26 @@ def extensions():
     else:
         sources = [s for s in sources if "csrc/cuda/" not in s]
         cuda = f"without the CUDA kernels: {no_cuda}"
+    line = f"C++ kernels built with {shlex.join(compiler)} for"
+    if stable == "1":
+        return built, f"{line} {FROM}; {cuda}"
     kind = CUDAExtension if nvcc else CppExtension
-    extension = kind("msam_kernels._C", sources=sources, define_macros=macros, extra_compile_args=flags)
+    built.insert(0, kind("msam_kernels._C", sources=sources, define_macros=macros, extra_compile_args=flags))
     threads = "threads of torch's OpenMP" if openmp else "single-threaded: no OpenMP that torch shares"
-    return [
-        extension
-    ], f"C++ kernels built with {shlex.join(compiler)} for torch {torch.__version__}, {threads}; {cuda}"
+    also = f"; and for {FROM}" if built[1:] else ""
+    return built, f"{line} torch {torch.__version__}, {threads}; {cuda}{also}"
 
 
 put_ninja_on_path()
 ext_modules, summary = extensions()
+# What a wheel's name says of it.
+alone = [extension.name for extension in ext_modules] == [STABLE]
+limited = {"py_limited_api": "cp{}{}".format(*STABLE_PYTHON_AT_LEAST)} if alone else {}
 distribution = setup(
     ext_modules=ext_modules,
     version=VERSION,
     cmdclass={"build_ext": Build, "build_py": BuildPython},
+    options={"bdist_wheel": limited},
     # Here because pyproject.toml's two ways of saying it each fail with some setuptools.
     license="Apache-2.0",
 )

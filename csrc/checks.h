@@ -2,16 +2,13 @@
 // Argument checks of the operators: nothing is touched before all of them hold.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/DispatchKeySet.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <ostream>
 
 #include "segments.h"
+#include "tensor.h"
 
 namespace msam {
 
@@ -25,29 +22,22 @@ inline std::ostream& operator<<(std::ostream& out, const Label& label) {
   return label.index < 0 ? out : out << "[" << label.index << "]";
 }
 
-// Whether torch is to negate or conjugate what the memory holds, or there is no memory, only zeros: kernels do not know.
-inline bool is_lazy(const at::Tensor& t) {
-  using Key = c10::DispatchKey;
-  constexpr c10::DispatchKeySet keys{Key::Negative, Key::Conjugate, Key::ZeroTensor};
-  return t.key_set().has_any(keys);
-}
-
-inline void check_device(const at::Tensor& t, Label label, at::Device device) {
+inline void check_device(const Tensor& t, Label label, TorchDevice device) {
   TORCH_CHECK(t.device() == device, label, " must be on ", device,
               " like the table: the tensors of a call must be on one device, got ", device, " and ", t.device());
 }
 
 // The byte of its storage that a tensor without gaps reaches.
-inline int64_t reach_of(const at::Tensor& t) {
-  return t.numel() ? (t.storage_offset() + t.numel()) * int64_t(t.itemsize()) : 0;
+inline int64_t reach_of(const Tensor& t) {
+  return t.numel() ? (t.storage_offset() + t.numel()) * int64_t(t.element_size()) : 0;
 }
 
 // That the values of a tensor without gaps are in its memory, all of them.
-inline void check_memory(const at::Tensor& t, Label label) {
+inline void check_memory(const Tensor& t, Label label) {
   TORCH_CHECK(!is_lazy(t), label, " stands for other values than its memory holds: pass it through resolve_neg() and "
               "resolve_conj(), or a clone of it");
   if (t.numel() == 0) return;
-  const int64_t there = int64_t(t.storage().nbytes()), reach = reach_of(t);
+  const int64_t there = storage_bytes(t), reach = reach_of(t);
   TORCH_CHECK(reach <= there, label, " reaches byte ", reach, " of a storage of ", there,
               ": it was freed or shrunk, and must have its size and its values again");
 }
@@ -62,8 +52,9 @@ struct Reach {
   int64_t elements = 0;  // of all rows together
 };
 
-inline Reach check_table(const at::Tensor& table, bool readable) {
-  TORCH_CHECK(table.dim() == 2 && table.size(1) == kChunkColumns && table.scalar_type() == at::kLong && table.is_contiguous(),
+inline Reach check_table(const Tensor& table, bool readable) {
+  TORCH_CHECK(table.dim() == 2 && table.size(1) == kChunkColumns && table.scalar_type() == ScalarType::Long &&
+                  table.is_contiguous(),
               "table must be a contiguous int64 tensor of shape [rows, ", kChunkColumns, "], got ", table.scalar_type(),
               " of shape ", table.sizes());
   check_memory(table, {"table"});
@@ -87,30 +78,30 @@ inline Reach check_table(const at::Tensor& table, bool readable) {
 }
 
 // A tensor of weights, gradients and what is like them.
-inline void check_dense(const at::Tensor& t, Label label, at::ScalarType dtype, at::Device device) {
-  TORCH_CHECK(t.layout() == at::kStrided, label, " must be strided, got ", t.layout());
+inline void check_dense(const Tensor& t, Label label, ScalarType dtype, TorchDevice device) {
+  TORCH_CHECK(layout_of(t) == Layout::Strided, label, " must be strided, got ", layout_of(t));
   TORCH_CHECK(t.scalar_type() == dtype, label, " must be ", dtype, " like the others, got ", t.scalar_type());
   check_device(t, label, device);
-  TORCH_CHECK(t.is_non_overlapping_and_dense(), label, " must be dense in memory, got strides ", t.strides());
+  TORCH_CHECK(is_non_overlapping_and_dense(t), label, " must be dense in memory, got strides ", t.strides());
   check_memory(t, label);
 }
 
 // Whether check_dense would let it pass.
-inline bool is_dense(const at::Tensor& t, at::ScalarType dtype, at::Device device) {
-  return t.layout() == at::kStrided && t.scalar_type() == dtype && t.device() == device && t.is_non_overlapping_and_dense() &&
-         !is_lazy(t) && reach_of(t) <= int64_t(t.numel() ? t.storage().nbytes() : 0);
+inline bool is_dense(const Tensor& t, ScalarType dtype, TorchDevice device) {
+  return layout_of(t) == Layout::Strided && t.scalar_type() == dtype && t.device() == device &&
+         is_non_overlapping_and_dense(t) && !is_lazy(t) && reach_of(t) <= (t.numel() ? storage_bytes(t) : 0);
 }
 
 // A tensor of plain numbers.
-inline void check_plain(const at::Tensor& t, Label label, at::ScalarType dtype, at::Device device, int64_t dim) {
-  TORCH_CHECK(t.layout() == at::kStrided && t.dim() == dim && t.scalar_type() == dtype && t.is_contiguous(), label,
+inline void check_plain(const Tensor& t, Label label, ScalarType dtype, TorchDevice device, int64_t dim) {
+  TORCH_CHECK(layout_of(t) == Layout::Strided && t.dim() == dim && t.scalar_type() == dtype && t.is_contiguous(), label,
               " must be a contiguous ", dim, "-d ", dtype, " tensor, got ", t.scalar_type(), " of shape ", t.sizes());
   check_device(t, label, device);
   check_memory(t, label);
 }
 
 // One tensor per segment, or a stack of several, long enough for every row of the table; an empty one is absent.
-inline void check_list(at::TensorList list, const char* name, int64_t first, const Reach& reach, int64_t stack = 1) {
+inline void check_list(TensorList list, const char* name, int64_t first, const Reach& reach, int64_t stack = 1) {
   TORCH_CHECK(int64_t(list.size()) >= reach.segments, name, " has ", list.size(), " tensors, the table names segment ",
               reach.segments - 1);
   for (int64_t k = 0; k < reach.count; ++k) {

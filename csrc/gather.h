@@ -3,31 +3,23 @@
 // every device.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/ArrayRef.h>
-#include <c10/util/SmallVector.h>
-
 #include <optional>
 
 #include "arguments.h"
 #include "checks.h"
+#include "tensor.h"
 
 namespace msam {
 
-using at::Tensor;
-using at::TensorList;
-using MaybeTensor = std::optional<Tensor>;
-using MaybeDouble = std::optional<double>;
-
-inline Storage storage_of(at::ScalarType dtype) {
+inline Storage storage_of(ScalarType dtype) {
   switch (dtype) {
-    case at::kFloat:
+    case ScalarType::Float:
       return Storage::kFloat;
-    case at::kDouble:
+    case ScalarType::Double:
       return Storage::kDouble;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return Storage::kBFloat16;
-    case at::kHalf:
+    case ScalarType::Half:
       return Storage::kHalf;
     default:
       TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16, got ", dtype);
@@ -35,7 +27,7 @@ inline Storage storage_of(at::ScalarType dtype) {
 }
 
 // Of the first tensor that is there.
-inline at::ScalarType dtype_of(TensorList first, TensorList second, const char* names) {
+inline ScalarType dtype_of(TensorList first, TensorList second, const char* names) {
   TORCH_CHECK(!first.empty() || !second.empty(), names, " missing: the lists are empty");
   return (first.empty() ? second : first)[0].scalar_type();
 }
@@ -43,11 +35,11 @@ inline at::ScalarType dtype_of(TensorList first, TensorList second, const char* 
 class Call {
  public:
   // `readable`: the host can look at the table's rows.
-  Call(const Tensor& table, at::ScalarType dtype, bool readable)
+  Call(const Tensor& table, ScalarType dtype, bool readable)
       : table_(table), dtype_(dtype), reach_(check_table(table, readable)) {}
   Call(const Call&) = delete;  // kernels hold pointers into it
 
-  at::Device device() const { return table_.device(); }
+  TorchDevice device() const { return table_.device(); }
   int64_t rows() const { return table_.size(0); }
   const Reach& reach() const { return reach_; }
   const Lists& lists() const { return lists_; }
@@ -94,7 +86,7 @@ class Call {
   }
   // A buffer of the weights' dtype, unless told.
   void* flat(const Tensor& t, Label label) const { return flat(t, label, dtype_); }
-  void* flat(const Tensor& t, Label label, at::ScalarType dtype) const {
+  void* flat(const Tensor& t, Label label, ScalarType dtype) const {
     check_dense(t, label, dtype, device());
     TORCH_CHECK(t.numel() >= reach_.flat, label, " has ", t.numel(), " elements, the table reaches ", reach_.flat);
     return t.data_ptr();
@@ -102,8 +94,8 @@ class Call {
   void* flat(const MaybeTensor& t, Label label) const { return t ? flat(*t, label) : nullptr; }
   // Whether it holds masters is told by its dtype.
   void* saved(const Tensor& t, bool& masters) const {
-    masters = t.scalar_type() == at::kFloat && achieved_of(storage_of(dtype_)) > 1;
-    return flat(t, {"saved"}, masters ? at::kFloat : dtype_);
+    masters = t.scalar_type() == ScalarType::Float && achieved_of(storage_of(dtype_)) > 1;
+    return flat(t, {"saved"}, masters ? ScalarType::Float : dtype_);
   }
   // One flat buffer, or a tensor per parameter.
   Place weights(TensorList tensors, const char* name = "weights") {
@@ -112,7 +104,7 @@ class Call {
 
   template <class T>
   T* per_row(const Tensor& t, const char* name, std::optional<int64_t> stack = {}) const {
-    check_plain(t, {name}, c10::CppTypeToScalarType<T>::value, device(), stack ? 2 : 1);
+    check_plain(t, {name}, CppTypeToScalarType<T>::value, device(), stack ? 2 : 1);
     TORCH_CHECK(t.size(-1) == rows(), name, " must have one element per row of the table, ", rows(), ", got ", t.size(-1));
     if (stack) check_stack(t, {name}, *stack);
     return t.mutable_data_ptr<T>();
@@ -123,19 +115,19 @@ class Call {
   }
   const float* flag(const MaybeTensor& t, const char* name) const {
     if (!t) return nullptr;
-    check_plain(*t, {name}, at::kFloat, device(), t->dim());
+    check_plain(*t, {name}, ScalarType::Float, device(), t->dim());
     TORCH_CHECK(t->numel() == 1, name, " must have one element, got shape ", t->sizes());
     return t->const_data_ptr<float>();
   }
   unsigned* counter(const MaybeTensor& t, const char* name) const {
     if (!t) return nullptr;
-    check_plain(*t, {name}, at::kInt, device(), 1);
+    check_plain(*t, {name}, ScalarType::Int, device(), 1);
     TORCH_CHECK(t->numel() == 1, name, " must have one element, got shape ", t->sizes());
     return reinterpret_cast<unsigned*>(t->mutable_data_ptr<int>());
   }
   const uint8_t* mask(const MaybeTensor& t) const {
     if (!t) return nullptr;
-    check_plain(*t, {"mask"}, at::kByte, device(), 1);
+    check_plain(*t, {"mask"}, ScalarType::Byte, device(), 1);
     const int64_t bytes = reach_.flat / 8 + (reach_.flat % 8 != 0);
     TORCH_CHECK(t->numel() >= bytes, "mask has ", t->numel(), " bytes, the table reaches ", bytes);
     return t->const_data_ptr<uint8_t>();
@@ -143,7 +135,7 @@ class Call {
   // A sum by row, or several.
   double* achieved(const Tensor& t, int sums, std::optional<int64_t> stack) const {
     if (sums == 1) return per_row<double>(t, "achieved_sq", stack);
-    check_plain(t, {"achieved_sq"}, at::kDouble, device(), stack ? 3 : 2);
+    check_plain(t, {"achieved_sq"}, ScalarType::Double, device(), stack ? 3 : 2);
     TORCH_CHECK(t.size(-2) == sums && t.size(-1) == rows(), "achieved_sq of 16-bit weights must have ", sums,
                 " sums for every row of the table, ", rows(), ", got shape ", t.sizes());
     if (stack) check_stack(t, {"achieved_sq"}, *stack);
@@ -152,7 +144,7 @@ class Call {
   const int64_t* noise(const MaybeTensor& t, Storage storage) const {
     if (!t) return nullptr;
     TORCH_CHECK(achieved_of(storage) > 1, "noise is for weights of 16 bits, got ", dtype_, ", where w + e is not rounded");
-    check_plain(*t, {"noise"}, at::kLong, device(), 2);
+    check_plain(*t, {"noise"}, ScalarType::Long, device(), 2);
     const int64_t least = std::max(lists_.segments, reach_.segments) + 1;
     TORCH_CHECK(t->size(1) == kNoiseColumns && t->size(0) >= least, "noise must have a row of ", kNoiseColumns,
                 " numbers, and one for each parameter, ", least, " in all, got shape ", t->sizes());
@@ -160,14 +152,14 @@ class Call {
   }
   // One row, or one number, per group.
   const double* per_group(const Tensor& t, const char* name, int64_t dim) const {
-    check_plain(t, {name}, at::kDouble, device(), dim);
+    check_plain(t, {name}, ScalarType::Double, device(), dim);
     TORCH_CHECK(t.size(0) >= reach_.groups, name, " has ", t.size(0), " groups, the table names group ", reach_.groups - 1);
     return t.const_data_ptr<double>();
   }
   // [rows, terms] or [terms]; of a stack one for each.
   Sums sums(const Tensor& t, Label label, std::optional<int64_t> stack = {}) const {
     const int64_t more = stack ? 1 : 0, dim = t.dim() == 2 + more ? 2 : 1;
-    check_plain(t, label, at::kDouble, device(), dim + more);
+    check_plain(t, label, ScalarType::Double, device(), dim + more);
     TORCH_CHECK(t.numel() > 0, label, " is empty, of shape ", t.sizes());
     if (stack) check_stack(t, label, *stack);
     return {t.const_data_ptr<double>(), dim == 2 ? t.size(-2) : 1, t.size(-1)};
@@ -221,7 +213,7 @@ class Call {
   }
 
   // The weights' return, and the linear combination.
-  void descent(Descent& a, TensorList weights_, TensorList terms_, at::ArrayRef<double> coefs, TensorList sums_,
+  void descent(Descent& a, TensorList weights_, TensorList terms_, ArrayRef<double> coefs, TensorList sums_,
                int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved_, const MaybeTensor& status,
                const MaybeTensor& shares) {
     begin(a);
@@ -232,15 +224,15 @@ class Call {
     made_of(a, coefs, sums_, rescale, norm_sq, {});
     if (shares) {
       check_no_masters(a, "shares");
-      check_plain(*shares, {"shares"}, at::kDouble, device(), 2);
+      check_plain(*shares, {"shares"}, ScalarType::Double, device(), 2);
       TORCH_CHECK(shares->numel() > 0 && shares->size(0) <= kVectors, "shares must be of 1 to ", kVectors,
                   " stacks of micro-batches, got shape ", shares->sizes());
       a.stacked = int(shares->size(0)), a.count = shares->size(1), a.shares = shares->const_data_ptr<double>();
     }
     terms(terms_, a.stacked, a.count, a.stacks, a.combination.count, a.terms);
   }
-  void weighing(Weigh& a, at::ArrayRef<double> coefs, TensorList sums_, int64_t rescale, const MaybeTensor& norm_sq) {
-    check_plain(table_, {"shares"}, at::kDouble, device(), 1);
+  void weighing(Weigh& a, ArrayRef<double> coefs, TensorList sums_, int64_t rescale, const MaybeTensor& norm_sq) {
+    check_plain(table_, {"shares"}, ScalarType::Double, device(), 1);
     a.shares = table_.const_data_ptr<double>();
     a.count = table_.numel();
     made_of(a, coefs, sums_, rescale, norm_sq, a.count);
@@ -260,10 +252,10 @@ class Call {
     const int64_t count = int64_t(states.size()), few = rule == kSgd ? 0 : 2;
     TORCH_CHECK(count == few || count == few + 1, rule == kSgd ? "SGD has states [] or [momentum_buffer], got "
                     : "Adam has states [exp_avg, exp_avg_sq] or [exp_avg, exp_avg_sq, max_exp_avg_sq], got ", count);
-    for (int64_t k = 0; k < count; ++k) a.states[k] = flat(states[k], {"states", k}, a.masters ? at::kFloat : dtype_);
+    for (int64_t k = 0; k < count; ++k) a.states[k] = flat(states[k], {"states", k}, a.masters ? ScalarType::Float : dtype_);
     TORCH_CHECK(count == 0 || step, "states need step, which is missing");
     if (step) {
-      check_plain(*step, {"step"}, at::kFloat, device(), 1);
+      check_plain(*step, {"step"}, ScalarType::Float, device(), 1);
       const int64_t least = std::max(lists_.segments, reach_.segments) + 1;
       TORCH_CHECK(lists_.count ? step->numel() == least : step->numel() >= least,
                   "step must have one element per parameter and one more, ", least, ", got ", step->numel());
@@ -277,7 +269,7 @@ class Call {
   }
 
   // What is behind an update's term, where it has rates.
-  static TensorList split_ahead(TensorList& terms, const MaybeTensor& rates, at::ArrayRef<double> coefs,
+  static TensorList split_ahead(TensorList& terms, const MaybeTensor& rates, ArrayRef<double> coefs,
                                 const MaybeTensor& shares) {
     if (!rates) return {};
     TORCH_CHECK(coefs.size() == kCoefficientColumns && !shares && terms.size() % 2 == 0,
@@ -299,11 +291,12 @@ class Call {
 
  protected:
   // Without a table: what is like `shares`.
-  explicit Call(const Tensor& shares) : table_(shares), dtype_(at::kDouble) {}
+  explicit Call(const Tensor& shares) : table_(shares), dtype_(ScalarType::Double) {}
 
  private:
   void check_no_masters(const Descent& a, const char* name) const {
-    TORCH_CHECK(!a.masters, name, " are not there for masters: saved must be ", dtype_, " like the weights then, got ", at::kFloat);
+    TORCH_CHECK(!a.masters, name, " are not there for masters: saved must be ", dtype_, " like the weights then, got ",
+                ScalarType::Float);
   }
   static void check_stack(const Tensor& t, Label label, int64_t stack) {
     TORCH_CHECK(t.dim() > 0 && t.size(0) == stack, label, " must have one row for each of ", stack,
@@ -328,7 +321,7 @@ class Call {
     }
     lists_.sizes = sizes_.data();
   }
-  void made_of(Coefficients& a, at::ArrayRef<double> coefs, TensorList sums_, int64_t rescale,
+  void made_of(Coefficients& a, ArrayRef<double> coefs, TensorList sums_, int64_t rescale,
                     const MaybeTensor& norm_sq, std::optional<int64_t> stack) const {
     TORCH_CHECK(coefs.size() % kCoefficientColumns == 0 && coefs.size() <= kTerms * kCoefficientColumns, "coefs must be ",
                 kCoefficientColumns, " numbers for each of at most ", kTerms, " terms, got ", coefs.size());
@@ -354,7 +347,7 @@ class Call {
                 ", got ", a.sums[0].rows, " rows");
     return rows;
   }
-  static void combination(Combination& out, at::ArrayRef<double> coefs, int64_t rows, int64_t rescale) {
+  static void combination(Combination& out, ArrayRef<double> coefs, int64_t rows, int64_t rescale) {
     for (int k = 0; k < out.count; ++k) {
       const double* row = coefs.data() + k * kCoefficientColumns;
       const double p = row[3], q = row[4];
@@ -367,11 +360,11 @@ class Call {
   }
 
   const Tensor& table_;
-  at::ScalarType dtype_;
+  ScalarType dtype_;
   Reach reach_;
   Lists lists_;
-  c10::SmallVector<void*, 256> pointers_[kLists];  // mostly without the heap, see parameters.cpp
-  c10::SmallVector<int64_t, 64> sizes_;
+  SmallVector<void*, 256> pointers_[kLists];  // mostly without the heap, see parameters.cpp
+  SmallVector<int64_t, 64> sizes_;
 };
 
 }  // namespace msam

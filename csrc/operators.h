@@ -8,8 +8,6 @@
 //   void run(Perturb&), run(Descend&), run(Update&);
 #pragma once
 
-#include <torch/library.h>
-
 #include "gather.h"
 
 namespace msam {
@@ -66,7 +64,7 @@ struct Operators {
     return call.run(a, stack.has_value());
   }
 
-  static Tensor weigh(const Tensor& shares, at::ArrayRef<double> coefs, TensorList sums, int64_t rescale,
+  static Tensor weigh(const Tensor& shares, ArrayRef<double> coefs, TensorList sums, int64_t rescale,
                       const MaybeTensor& norm_sq) {
     Device call(shares);
     Weigh a;
@@ -74,7 +72,7 @@ struct Operators {
     return call.run(a);
   }
 
-  static void descend(TensorList weights, TensorList out, TensorList terms, const Tensor& table, at::ArrayRef<double> coefs,
+  static void descend(TensorList weights, TensorList out, TensorList terms, const Tensor& table, ArrayRef<double> coefs,
                       TensorList sums, int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved,
                       const MaybeTensor& status, bool last, const MaybeTensor& out_sq, const MaybeTensor& shares) {
     Device call(table, dtype_of(weights, out, "weights and out"));
@@ -88,7 +86,7 @@ struct Operators {
   }
 
   static void update(TensorList weights, TensorList states, TensorList terms, const Tensor& table, int64_t rule,
-                     const Tensor& settings, const MaybeTensor& step, at::ArrayRef<double> coefs, TensorList sums,
+                     const Tensor& settings, const MaybeTensor& step, ArrayRef<double> coefs, TensorList sums,
                      int64_t rescale, const MaybeTensor& norm_sq, const MaybeTensor& saved, const MaybeTensor& status,
                      const MaybeTensor& found_inf, const MaybeTensor& shares, const MaybeTensor& rates, double factor) {
     Device call(table, dtype_of(weights, {}, "weights"));
@@ -101,14 +99,15 @@ struct Operators {
     call.run(a);
   }
 
-  static void implement(torch::Library& library) {
-    library.impl("norm", &norm);
-    library.impl("perturb", &perturb);
-    library.impl("ascend", &ascend);
-    library.impl("gram", &gram);
-    library.impl("weigh", &weigh);
-    library.impl("descend", &descend);
-    library.impl("update", &update);
+  template <class Library>
+  static void implement(Library& library) {
+    library.impl("norm", MSAM_KERNEL(norm));
+    library.impl("perturb", MSAM_KERNEL(perturb));
+    library.impl("ascend", MSAM_KERNEL(ascend));
+    library.impl("gram", MSAM_KERNEL(gram));
+    library.impl("weigh", MSAM_KERNEL(weigh));
+    library.impl("descend", MSAM_KERNEL(descend));
+    library.impl("update", MSAM_KERNEL(update));
   }
 };
 

@@ -14,6 +14,10 @@ struct half {
   uint16_t bits;
 };
 
+constexpr int64_t bytes_of(Storage storage) {
+  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
+}
+
 // One row of the table (int64, built by flat.py): a run of at most CHUNK elements of one parameter.
 struct Chunk {
   int64_t segment;  // index into the gradient list

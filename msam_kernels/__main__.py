@@ -93,7 +93,10 @@ def _facts(backend: str) -> str:
     if backend != "cpu":
         return ""
     facts = backends.extension.build_info() if backends.extension else {}
-    return "".join(f"; {key.replace('_', ' ')}: {value}" for key, value in facts.items())
+    told = "".join(f"; {key.replace('_', ' ')}: {value}" for key, value in facts.items())
+    if backends.missing_extension:
+        told += f"; through torch's stable ABI, as the faster _C does not load ({backends.missing_extension})"
+    return told
 
 
 def run_script(command: str, argv: list[str]) -> int | None:

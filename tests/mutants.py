@@ -48,6 +48,7 @@ SPECIFIED_16 = "tests/test_kernels.py -k 'bits_of_the_specification and bf16'"
 MASTERS_16 = "tests/test_kernels.py -k 'bits_of_the_specification and masters and bf16'"
 MASTERS = "tests/test_masters.py -k "
 RANDOM_16 = "tests/test_kernels.py -k 'bits_of_the_specification and stochastic and bf16'"
+STABLE_OPERATORS, STABLE = ("stable/operators",), "tests/test_stable.py -m 'not exhaustive' -k "
 FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf16",), ("cpu/operators",)
 LOOPS_OVER_PARAMETERS, PARAMETERS = "csrc/parameters.cpp", ("parameters",)
 LOOPS, DEVICE = "csrc/cpu/loops.h", "csrc/cuda/kernels.cuh"
@@ -240,7 +241,7 @@ MUTANTS = [
     Mutant(
         "a broken extension is called missing",
         B + "__init__.py",
-        "if isinstance(_missing_extension, ModuleNotFoundError):",
+        "if isinstance(missing_extension, ModuleNotFoundError):",
         "if True:",
         "tests/test_cli.py -k extension",
     ),
@@ -2403,6 +2404,66 @@ MUTANTS = [
         "else flat.part(buffer, i)",
         SHARDED + "own_state_dicts",
     ),
+    Mutant(
+        "memory that was freed is not noticed through the stable ABI",
+        "csrc/tensor.h",
+        "  return bytes;\n",
+        "  return INT64_MAX;\n",
+        STABLE + "'bad calls'",
+        STABLE_OPERATORS,
+    ),
+    Mutant(
+        "gaps in memory are not noticed through the stable ABI",
+        "csrc/tensor.h",
+        "if (k == sizes.size()) return false;",
+        "if (k == sizes.size()) return true;",
+        STABLE + "'bad calls'",
+        STABLE_OPERATORS,
+    ),
+    Mutant(
+        "every other order in memory is refused through the stable ABI",
+        "csrc/tensor.h",
+        "  if (t.is_contiguous()) return true;\n",
+        "  return t.is_contiguous();\n",
+        STABLE + "specification",
+        STABLE_OPERATORS,
+    ),
+    Mutant(
+        "sums of several micro-batches overlap through the stable ABI",
+        "csrc/tensor.h",
+        "strides[k - 1] = strides[k] * sizes[k];",
+        "strides[k - 1] = strides[k];",
+        STABLE + "specification",
+        STABLE_OPERATORS,
+    ),
+    Mutant(
+        "the stable ABI takes lazy tensors",
+        P + "backends/__init__.py",
+        "refuse(name) if refuse else torch.library.fallthrough_kernel",
+        "torch.library.fallthrough_kernel",
+        STABLE + "'bad calls'",
+    ),
+    Mutant(
+        "autograd looks at what goes through the stable ABI",
+        P + "backends/stable.py",
+        "if not torch.is_grad_enabled():",
+        "if True:",
+        STABLE + "grad_mode",
+    ),
+    Mutant(
+        "what torch refuses by itself stays without a name",
+        P + "backends/stable.py",
+        "            look(*args, **kwargs)  # what torch refuses by itself, it does not name\n",
+        "",
+        STABLE + "'bad calls'",
+    ),
+    Mutant(
+        "the extension for this torch is used only without the other one",
+        P + "backends/__init__.py",
+        'extension = importlib.import_module("msam_kernels._C")',
+        'extension = importlib.import_module("msam_kernels.backends.stable")',
+        "tests/test_gradients.py",
+    ),
 ]
 
 
@@ -2418,37 +2479,43 @@ class Copy:
     def __init__(self, folder: Path):
         self.folder = folder
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        built = [p.relative_to(ROOT) for p in (ROOT / "msam_kernels").glob("_C.*")]
+        built = [p.relative_to(ROOT) for p in (ROOT / "msam_kernels").glob("*.so")]
         for name in [*map(Path, listed.splitlines()), *built]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
         self.environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-        (self.library,) = (folder / "msam_kernels").glob("_C.*")
         (self.objects,) = ROOT.glob(f"build/temp.*-{sys.implementation.cache_tag}")
+
+    def library(self, names: Sequence[str]) -> Path:
+        """That which these objects are part of."""
+        (found,) = (self.folder / "msam_kernels").glob("_stable.*" if names == STABLE_OPERATORS else "_C.*")
+        return found
 
     def rebuild(self, names: Sequence[str]) -> None:
         """Compile these objects anew, from the copy's sources, and link them with the others of the last build."""
         import torch
 
-        told = subprocess.run(
-            ["ninja", "-C", self.objects, "-t", "commands"], capture_output=True, text=True, check=True
-        ).stdout
+        own, shared = self.objects, []
+        if names == STABLE_OPERATORS:  # what knows no torch is there once
+            own = self.objects.with_name(f"{self.objects.name}-stable")
+            shared = [p for p in (self.objects / "csrc" / "cpu").rglob("*.o") if p.stem != "operators"]
+        told = subprocess.run(["ninja", "-C", own, "-t", "commands"], capture_output=True, text=True, check=True).stdout
         built = self.folder / "objects"
-        objects = []
-        for made in sorted(self.objects.rglob("*.o")):
-            name = made.relative_to(self.objects / "csrc").with_suffix("").as_posix()
+        objects = shared
+        for made in sorted(own.rglob("*.o")):
+            name = made.relative_to(own / "csrc").with_suffix("").as_posix()
             if name not in names:
                 objects.append(made)
                 continue
             (line,) = (line for line in told.splitlines() if f" -o {made} " in line)
-            objects.append(built / made.relative_to(self.objects))
+            objects.append(built / made.relative_to(own))
             objects[-1].parent.mkdir(parents=True, exist_ok=True)
-            line = line.replace(str(self.objects), str(built)).replace(str(ROOT / "csrc"), str(self.folder / "csrc"))
+            line = line.replace(str(own), str(built)).replace(str(ROOT / "csrc"), str(self.folder / "csrc"))
             subprocess.run(line, shell=True, check=True, capture_output=True)
         library = Path(torch.__file__).parent / "lib"
         link = [line.split()[0], "-shared", *objects, "-fopenmp", f"-L{library}", f"-Wl,-rpath,{library}"]
         link += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
-        subprocess.run([*link, "-o", self.library], check=True, capture_output=True)
+        subprocess.run([*link, "-o", self.library(names)], check=True, capture_output=True)
 
     def run(self, words: Sequence[str], limit: float) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -2475,7 +2542,8 @@ class Copy:
         finally:
             path.write_text(text)
             if mutant.objects:
-                shutil.copy2(ROOT / "msam_kernels" / self.library.name, self.library)
+                library = self.library(mutant.objects)
+                shutil.copy2(ROOT / "msam_kernels" / library.name, library)
                 self.environment.pop("MSAM_KERNELS_ISA", None)
         if done.returncode == 1:
             return "caught"

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "msam_kernels"
 CSRC = ROOT / "csrc"
 
-# Module -> the modules of the package that it may import. `_C` is the extension.
+# Module -> the modules of the package that it may import. `_C` and `_stable` are extensions.
 MAY_KNOW = {
     "__init__": {"compat", "flatness", "methods", "optimizer"},
     "__main__": {"__init__", "backends"},
@@ -74,16 +74,18 @@ MAY_KNOW = {
     "_torch": set(),
     "_checks": set(),
     "mistakes": set(),
-    "backends": {"_C", "backends.checks", "backends.reference", "backends.triton_kernels"},
+    "backends": {"_C", "backends.checks", "backends.reference", "backends.stable", "backends.triton_kernels"},
+    "backends.stable": {"_stable", "backends.checks", "backends.reference"},
     "backends.triton_kernels": {"backends.checks"},
     "backends.reference": {"backends.checks"},
     "backends.checks": {"_torch"},
     "_C": set(),
+    "_stable": set(),
 }
 # What stands above a module, and is imported by a function of it when that is called: `opt.capture` returns what records its
 # steps.
 LATER = {"optimizer": {"capture"}}
-MODULES = [module for module in MAY_KNOW if module != "_C"]
+MODULES = [module for module in MAY_KNOW if module not in ("_C", "_stable")]
 # What an installed package brings with it; the command line may look for more when asked to.
 DEPENDENCIES = {"torch"}
 OPTIONAL = {

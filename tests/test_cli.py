@@ -35,7 +35,7 @@ def python(*args: str, folder: Path = ROOT, **environment: str) -> subprocess.Co
 def without_extension(monkeypatch) -> None:
     """As ``backends`` is where ``_C`` was not built."""
     monkeypatch.setattr(backends, "extension", None)
-    monkeypatch.setattr(backends, "_missing_extension", ModuleNotFoundError("no module named msam_kernels._C"))
+    monkeypatch.setattr(backends, "missing_extension", ModuleNotFoundError("no module named msam_kernels._C"))
     backends._warn_once.cache_clear()
 
 
@@ -73,7 +73,10 @@ def test_info_says_how_the_extension_was_built(capsys):
 
 def test_info_says_how_to_get_a_missing_extension():
     # A subprocess, so that the import in backends itself fails.
-    code = "import sys; sys.modules['msam_kernels._C'] = None; from msam_kernels.__main__ import main; main(['info'])"
+    code = (
+        "import sys; sys.modules |= {'msam_kernels._C': None, 'msam_kernels._stable': None}\n"
+        "from msam_kernels.__main__ import main; main(['info'])"
+    )
     done = python("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^  cpu: not available: .*compiler.*pip install --no-build-isolation", done.stdout, re.MULTILINE)
@@ -107,7 +110,7 @@ def test_missing_extension_is_no_silent_fall_back(monkeypatch):
 def clone_with(tmp_path: Path, extension: bytes) -> Path:
     """The package somewhere else, with an extension that is this file."""
     shutil.copytree(
-        ROOT / "msam_kernels", tmp_path / "msam_kernels", ignore=shutil.ignore_patterns("_C*", "__pycache__")
+        ROOT / "msam_kernels", tmp_path / "msam_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / "msam_kernels" / f"_C{suffix}").write_bytes(extension)
@@ -129,6 +132,11 @@ def test_an_extension_that_does_not_load_is_not_called_missing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(re.findall(said, done.stderr)) == 1
     assert "RuntimeWarning: backend 'reference'" in done.stderr
+    for library in (ROOT / "msam_kernels").glob("_stable.*"):
+        shutil.copy(library, folder / "msam_kernels")
+        done = python("-c", code, folder=folder)
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall(f"RuntimeWarning: .* stable ABI, which is slower on small models, as {said}", done.stderr)) == 1
 
 
 def test_info_is_what_a_bug_report_needs():
@@ -273,7 +281,7 @@ def test_build_without_compiler_is_pure_python(tmp_path, environment, reason):
     assert line.startswith(
         f"msam_kernels: pure Python (backend 'reference'), without the C++ kernels: {reason}; to get"
     )
-    assert not list(tmp_path.rglob("_C*"))
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in compiler is a shell script")

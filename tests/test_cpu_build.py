@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from msam_kernels import backends
 
@@ -27,6 +28,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512"],
 }
+HAS_STABLE_ABI = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 10)
 X86 = sys.platform == "linux" and platform.machine() == "x86_64"
 pytestmark = [
     pytest.mark.host,
@@ -71,18 +73,20 @@ def output(*command: str | Path, **options) -> str:
     return done.stdout
 
 
-def calls(way: str, folder: Path) -> dict[str, list[str]]:
-    """By C++ file, the arguments that setup.py's build gives the compiler."""
+def calls(way: str, folder: Path, stable: str = "0", modules: int = 1) -> dict[str, list[str]]:
+    """By C++ file, the arguments that setup.py's build gives the compiler; each is compiled once."""
     log, recorder = folder / "log", folder / "recorder"
     recorder.write_text(RECORDER.format(compiler=shlex.join(compiler()), log=shlex.quote(str(log))))
     recorder.chmod(0o755)
     env = {**os.environ, "CXX": str(recorder), "MAX_JOBS": "1", "MSAM_KERNELS_CPP": "1", "MSAM_KERNELS_CUDA": "0"}
+    env["MSAM_KERNELS_STABLE"] = stable
     build = ("build_ext", "--build-temp", folder / "temp", "--build-lib", folder / "lib")
     output(sys.executable, "-c", SETUP, way, *build, cwd=ROOT, env=env)
     recorded = [line.split("\0")[:-1] for line in log.read_text().splitlines()]
     compiled = [call for call in recorded if "-c" in call]
-    assert len(recorded) == len(compiled) + 1, "and the linker"
+    assert len(recorded) == len(compiled) + modules, "and the linker"
     sources = [next(word for word in call if word.endswith(".cpp")) for call in compiled]
+    assert len(set(sources)) == len(sources)
     return {(ROOT / s).relative_to(ROOT / "csrc").as_posix(): call for s, call in zip(sources, compiled, strict=True)}
 
 
@@ -97,9 +101,18 @@ def left_by_build(source: str) -> Path | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["with ninja", "without ninja"])
-def test_every_file_has_the_flags_of_its_instruction_set_and_no_others(way, tmp_path):
-    found = calls(way, tmp_path)
+@pytest.mark.parametrize(
+    ("way", "stable", "modules"),
+    [("with ninja", "", {"_C", "_stable"}), ("without ninja", "", {"_C", "_stable"}), ("with ninja", "1", {"_stable"})],
+    ids=["with ninja", "without ninja", "the stable module alone"],
+)
+def test_every_file_has_the_flags_of_its_instruction_set_and_no_others(way, stable, modules, tmp_path):
+    if not HAS_STABLE_ABI:
+        pytest.skip("this torch has no stable ABI that is enough")
+    found = calls(way, tmp_path, stable, len(modules))
+    assert {name.split(".")[0] for name in os.listdir(tmp_path / "lib" / "msam_kernels")} == modules
+    for name, call in found.items():
+        assert any("TORCH_TARGET_VERSION=0x020a" in word for word in call) == (stable == "1" or "stable/" in name), name
     assert {name for name in found if "units" in name} == {f"cpu/units/{i}_{s}.cpp" for i in FLAGS for s in STORAGE}
     for name, call in found.items():
         isa = Path(name).name.split("_")[0] if "units" in name else "baseline"

@@ -89,18 +89,29 @@ def sources(tmp_path_factory) -> Iterator[Path]:
     return archive
 
 
-@pytest.mark.parametrize("compiler", [False, True], ids=["without a compiler", "with a compiler"])
-def test_the_wheel_works_where_there_is_only_torch(compiler, sources, tmp_path):
+@pytest.mark.parametrize(
+    ("compiler", "stable"),
+    [(False, ""), (True, ""), (True, "1")],
+    ids=["without a compiler", "with a compiler", "for every Python"],
+)
+def test_the_wheel_works_where_there_is_only_torch(compiler, stable, sources, tmp_path):
     """Its version is that of the archive, which has the commit; what it lacks it says once."""
     python = environment_with(tmp_path / "building", "torch", "setuptools", "wheel", "ninja", "pybind11")
-    choice = {"MSAM_KERNELS_CPP": "1"} if compiler else {"CXX": "", "PATH": str(python.parent)}
+    choice = (
+        {"MSAM_KERNELS_CPP": "1", "MSAM_KERNELS_STABLE": stable}
+        if compiler
+        else {"CXX": "", "PATH": str(python.parent)}
+    )
     words = ("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, sources)
     succeeded(pip(python, *words, folder=tmp_path, **choice))
     (wheel,) = tmp_path.glob("*.whl")
     version = re.fullmatch(r"msam_kernels-(.+)\.tar\.gz", sources.name)[1]
     assert wheel.name.startswith(f"msam_kernels-{version}-")
     assert compiler != wheel.name.endswith("-none-any.whl")
+    assert ("-cp310-abi3-" in wheel.name) == bool(stable)
     names = zipfile.ZipFile(wheel).namelist()
+    built = {Path(name).name.split(".")[0] for name in names if name.endswith(".so")}
+    assert built == ({"_stable"} if stable else {"_C", "_stable"} if compiler else set())
     assert {name.split("/")[0] for name in names} == {"msam_kernels", f"msam_kernels-{version}.dist-info"}
     assert "msam_kernels/py.typed" in names
     empty = environment_with(tmp_path / "empty", "torch")

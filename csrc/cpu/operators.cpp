@@ -2,9 +2,6 @@
 // The operators on the CPU: their kernels run over torch's thread pool.
 #include "../operators.h"
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -56,10 +53,9 @@ double total(const Sums& row, int64_t i) { return row.data ? total(row.data + i 
 
 class Device : public Call {
  public:
-  Device(const Tensor& table, at::ScalarType dtype) : Call(table, dtype, table.is_cpu()) {
+  Device(const Tensor& table, ScalarType dtype) : Call(table, dtype, table.is_cpu()) {
     TORCH_CHECK(table.is_cpu(), "table must be on the CPU, got ", table.device());
     context_.lists = &lists();
-    element_size_ = int64_t(c10::elementSize(dtype));
   }
 
   explicit Device(const Tensor& shares) : Call(shares) {}
@@ -75,7 +71,7 @@ class Device : public Call {
     return stacked ? summed(a, kernels(a.storage).gram, {a.last, count, 1}) : summed(a, kernels(a.storage).gram, {count, 1});
   }
   void run(Perturb& a) {
-    c10::SmallVector<double, 16> norm_sq;
+    SmallVector<double, 16> norm_sq;
     for (int64_t i = 0; i < a.last; ++i) norm_sq.push_back(total(a.norm_sq, i));
     context_.norm_sq = norm_sq.data();
     // Backwards: the end of the gradient, which norm read last, may still be in cache.
@@ -85,7 +81,7 @@ class Device : public Call {
     if (a.last == 1 || !a.ema_out) return ascend_at_once(a, stacked);
     // One after the other: whether a gradient enters the EMA, of which the next direction is made, depends on its norm.
     const int64_t count = a.last;
-    const Tensor norm_sq = at::detail::empty_cpu({count, 1}, at::kDouble);
+    const Tensor norm_sq = empty_doubles({count, 1});
     double* const achieved_sq = a.achieved_sq;
     for (int64_t i = 0; i < count; ++i) {
       a.first = i, a.last = i + 1, a.achieved_sq = achieved_sq + i * achieved_of(a.storage) * rows();
@@ -95,7 +91,7 @@ class Device : public Call {
   }
   Tensor run(Weigh& a) const {
     const int64_t terms = a.combination.count;
-    const Tensor out = at::detail::empty_cpu({terms, a.count}, at::kDouble);
+    const Tensor out = empty_doubles({terms, a.count});
     double found[kTerms];
     for (int64_t i = 0; i < a.count; ++i) {
       evaluate(a, i, found);
@@ -137,10 +133,10 @@ class Device : public Call {
 
   // Runs a kernel that leaves a term for every row of the table in each row of a.partials, see put(), and adds them up.
   template <class Arguments>
-  Tensor summed(Arguments& a, Kernel<Arguments> kernel, at::IntArrayRef sizes) {
+  Tensor summed(Arguments& a, Kernel<Arguments> kernel, ArrayRef<int64_t> sizes) {
     const int64_t terms = rows() * parts_of(a.storage);
-    const Tensor sums = at::detail::empty_cpu(sizes, at::kDouble);
-    c10::SmallVector<double, 256> partials(sums.numel() * terms);
+    const Tensor sums = empty_doubles(sizes);
+    SmallVector<double, 256> partials(sums.numel() * terms);
     a.partials = partials.data();
     share(a, kernel);
     for (int64_t r = 0; r < sums.numel(); ++r) sums.mutable_data_ptr<double>()[r] = total(a.partials + r * terms, terms);
@@ -159,10 +155,10 @@ class Device : public Call {
   template <class Arguments>
   void share(const Arguments& a, Kernel<Arguments> kernel, bool backwards = false) {
     const int64_t times = times_of(a), elements = reach().elements * times;
-    context_.large = reach().elements * buffers_of(a) * element_size_ >= kLargeBytes;
-    const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / kShare);
+    context_.large = reach().elements * buffers_of(a) * bytes_of(a.storage) >= kLargeBytes;
+    const int64_t threads = std::min<int64_t>(get_num_threads(), elements / kShare);
     if (threads < 2 || !help.is_wanted(elements)) return kernel(a, context_, 0, rows());
-    c10::SmallVector<int64_t, 64> pieces{0};  // where each begins, and the end
+    SmallVector<int64_t, 64> pieces{0};  // where each begins, and the end
     for (int64_t k = 0, sum = 0; k < rows(); ++k) {
       sum += a.table[k].numel * times;
       if (sum >= kGrain || k + 1 == rows()) pieces.push_back(k + 1), sum = 0;
@@ -176,7 +172,7 @@ class Device : public Call {
     for (int64_t t = 0; t < threads; ++t) shares[t].begin = count * t / threads, shares[t].end = count * (t + 1) / threads;
     const auto start = Clock::now();
     auto done = start;
-    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
         for (int64_t k = 0; k < threads; ++k) {
           Share& share = shares[(t + k) % threads];
@@ -191,11 +187,10 @@ class Device : public Call {
   }
 
   Context context_;
-  int64_t element_size_ = 0;
 };
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(msam_kernels, CPU, m) { Operators<Device>::implement(m); }
+MSAM_LIBRARY_IMPL(msam_kernels, CPU, m) { Operators<Device>::implement(m); }
 
 }  // namespace msam::cpu

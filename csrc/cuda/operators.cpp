@@ -16,7 +16,7 @@ namespace {
 
 class Device : public Call {
  public:
-  Device(const Tensor& table, at::ScalarType dtype) : Call(table, dtype, false), guard_(table.device()) {
+  Device(const Tensor& table, ScalarType dtype) : Call(table, dtype, false), guard_(table.device()) {
     TORCH_CHECK(rows() <= INT32_MAX - kPartials, "table has ", rows(), " rows, more than a launch has blocks");
   }
 
@@ -80,6 +80,6 @@ class Device : public Call {
 #ifndef MSAM_DISPATCH_KEY
 #define MSAM_DISPATCH_KEY CUDA
 #endif
-TORCH_LIBRARY_IMPL(msam_kernels, MSAM_DISPATCH_KEY, m) { Operators<Device>::implement(m); }
+MSAM_LIBRARY_IMPL(msam_kernels, MSAM_DISPATCH_KEY, m) { Operators<Device>::implement(m); }
 
 }  // namespace msam::cuda

@@ -67,17 +67,21 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_device, labelled
+from .checks import bound, check_device, labelled
 
-#: The compiled module; None where the package was installed without a compiler, or it does not load.
+#: The compiled module: ``_C``, made for this torch and Python, or else ``stable``, made for many; None where the package was
+#: installed without a compiler, or neither loads.
 extension: ModuleType | None
+#: Why it is not ``_C``.
+missing_extension: ImportError | None = None
 try:
     extension = importlib.import_module("msam_kernels._C")
 except ImportError as error:
-    extension = None
-    _missing_extension: ImportError | None = error
-else:
-    _missing_extension = None
+    missing_extension = error
+    try:
+        extension = importlib.import_module("msam_kernels.backends.stable")
+    except ImportError:
+        extension = None
 
 _DIRECTION = (
     "Tensor? mask=None, Tensor? noise=None, int draw=0, float sigma=0., float? lmbda=None, float? eta=None, "
@@ -108,9 +112,11 @@ def declare(library: torch.library.Library) -> None:
     for schema in _SCHEMAS:
         library.define(schema)
     for name in OPERATORS:
-        # Torch by itself would resolve copies of what is mutated, and knows no lists: kernels refuse such tensors by name.
+        # Torch by itself would resolve copies of what is mutated, and knows no lists: kernels refuse such tensors by name, or
+        # those of the stable ABI have it done.
+        refuse = getattr(extension, "refuse_lazy", None)
         for key in ("Negative", "Conjugate", "ZeroTensor"):
-            library.impl(name, torch.library.fallthrough_kernel, key)
+            library.impl(name, refuse(name) if refuse else torch.library.fallthrough_kernel, key)
 
 
 _library = torch.library.Library("msam_kernels", "DEF")
@@ -155,9 +161,9 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(getattr(reference, name))
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        for label, t in labelled(**{n: v for n, v in given.items() if n != "coefs" and isinstance(v, (Tensor, list))}):
-            check_device(label, t, given["table" if "table" in given else "shares"])
+        table, tensors = bound(signature, args, kwargs)
+        for label, t in labelled(**tensors):
+            check_device(label, t, table)
         return fake(*args, **kwargs)
 
     return checked
@@ -188,12 +194,15 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 def _without_extension(compilers: str, rebuild: str) -> str:
     """Why there is no extension, and what to do: built for something else, or not at all."""
-    if isinstance(_missing_extension, ModuleNotFoundError):
-        return f"the compiled extension is missing ({_missing_extension}): install {compilers}, and {rebuild}"
+    if isinstance(missing_extension, ModuleNotFoundError):
+        return f"the compiled extension is missing ({missing_extension}): install {compilers}, and {rebuild}"
     return (
-        f"the compiled extension {getattr(_missing_extension, 'path', '')} does not load, it was built for another torch or "
-        f"Python ({_missing_extension}): {rebuild}"
+        f"the compiled extension {getattr(missing_extension, 'path', '')} does not load, it was built for another torch or "
+        f"Python ({missing_extension}): {rebuild}"
     )
+
+
+REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
 
 
 def _missing_cuda() -> str | None:
@@ -224,9 +233,7 @@ def available_backends() -> dict[str, str | None]:
     """Backends by name, fastest first: None where usable, else a sentence that says what is missing and how to get it."""
     cpu = None
     if extension is None:
-        cpu = _without_extension(
-            "a C++17 compiler (g++ or clang++)", "rebuild with `pip install --no-build-isolation -e .`"
-        )
+        cpu = _without_extension("a C++17 compiler (g++ or clang++)", REBUILD)
     else:
         try:
             extension.build_info()
@@ -286,5 +293,10 @@ def get_backend(name: str, device: torch.device) -> Backend:
     if device.type != name:
         where = "the CPU" if name == "cpu" else "a CUDA device"
         raise RuntimeError(f"backend {name!r} needs parameters on {where}, got {device}: use backend='auto'")
-    # It has the operators by name, without torch.ops's parsing of lists, which would take longer than they do.
+    if missing_extension is not None and not isinstance(missing_extension, ModuleNotFoundError):
+        _warn_once(
+            "kernels are called through torch's stable ABI, which is slower on small models, as "
+            + _without_extension("", REBUILD)
+        )
+    # It has the operators by name; _C without torch.ops's parsing of lists, which would take longer than they do.
     return cast(Backend, extension)

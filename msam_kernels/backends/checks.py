@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ def labelled(**arguments: Argument) -> Iterator[tuple[str, Tensor]]:
             yield name, value
         elif value is not None:
             yield from ((f"{name}[{i}]", t) for i, t in enumerate(value))
+
+
+def bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Of a call of an operator the tensor that says where it runs, and all tensors and lists of them by argument."""
+    given = signature.bind(*args, **kwargs).arguments
+    tensors: dict[str, Any] = {n: v for n, v in given.items() if n != "coefs" and isinstance(v, (Tensor, list))}
+    return tensors["table" if "table" in tensors else "shares"], tensors
 
 
 def check_device(label: str, t: Tensor, table: Tensor) -> None:
