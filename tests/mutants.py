@@ -2278,7 +2278,7 @@ MUTANTS = [
         "csrc/tensor.h",
         "  return bytes;\n",
         "  return INT64_MAX;\n",
-        STABLE + "'bad calls'",
+        STABLE + "bad",
         STABLE_OPERATORS,
     ),
     Mutant(
@@ -2286,7 +2286,7 @@ MUTANTS = [
         "csrc/tensor.h",
         "if (k == sizes.size()) return false;",
         "if (k == sizes.size()) return true;",
-        STABLE + "'bad calls'",
+        STABLE + "bad",
         STABLE_OPERATORS,
     ),
     Mutant(
@@ -2294,7 +2294,7 @@ MUTANTS = [
         "csrc/tensor.h",
         "  if (t.is_contiguous()) return true;\n",
         "  return t.is_contiguous();\n",
-        STABLE + "specification",
+        STABLE + "dense",
         STABLE_OPERATORS,
     ),
     Mutant(
@@ -2310,7 +2310,7 @@ MUTANTS = [
         P + "backends/__init__.py",
         "refuse(name) if refuse else torch.library.fallthrough_kernel",
         "torch.library.fallthrough_kernel",
-        STABLE + "'bad calls'",
+        STABLE + "bad",
     ),
     Mutant(
         "autograd looks at what goes through the stable ABI",
@@ -2324,7 +2324,7 @@ MUTANTS = [
         P + "backends/stable.py",
         "            look(*args, **kwargs)  # what torch refuses by itself, it does not name\n",
         "",
-        STABLE + "'bad calls'",
+        STABLE + "bad",
     ),
     Mutant(
         "the extension for this torch is used only without the other one",

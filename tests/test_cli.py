@@ -136,7 +136,10 @@ def test_an_extension_that_does_not_load_is_not_called_missing(tmp_path):
         shutil.copy(library, folder / "msam_kernels")
         done = python("-c", code, folder=folder)
         assert done.returncode == 0, done.stderr
-        assert len(re.findall(f"RuntimeWarning: .* stable ABI, which is slower on small models, as {said}", done.stderr)) == 1
+        assert (
+            len(re.findall(f"RuntimeWarning: .* stable ABI, which is slower on small models, as {said}", done.stderr))
+            == 1
+        )
 
 
 def test_info_is_what_a_bug_report_needs():
