@@ -2409,7 +2409,7 @@ MUTANTS = [
         "csrc/tensor.h",
         "  return bytes;\n",
         "  return INT64_MAX;\n",
-        STABLE + "'bad calls'",
+        STABLE + "bad",
         STABLE_OPERATORS,
     ),
     Mutant(
@@ -2417,7 +2417,7 @@ MUTANTS = [
         "csrc/tensor.h",
         "if (k == sizes.size()) return false;",
         "if (k == sizes.size()) return true;",
-        STABLE + "'bad calls'",
+        STABLE + "bad",
         STABLE_OPERATORS,
     ),
     Mutant(
@@ -2425,7 +2425,7 @@ MUTANTS = [
         "csrc/tensor.h",
         "  if (t.is_contiguous()) return true;\n",
         "  return t.is_contiguous();\n",
-        STABLE + "specification",
+        STABLE + "dense",
         STABLE_OPERATORS,
     ),
     Mutant(
@@ -2441,7 +2441,7 @@ MUTANTS = [
         P + "backends/__init__.py",
         "refuse(name) if refuse else torch.library.fallthrough_kernel",
         "torch.library.fallthrough_kernel",
-        STABLE + "'bad calls'",
+        STABLE + "bad",
     ),
     Mutant(
         "autograd looks at what goes through the stable ABI",
@@ -2455,7 +2455,7 @@ MUTANTS = [
         P + "backends/stable.py",
         "            look(*args, **kwargs)  # what torch refuses by itself, it does not name\n",
         "",
-        STABLE + "'bad calls'",
+        STABLE + "bad",
     ),
     Mutant(
         "the extension for this torch is used only without the other one",

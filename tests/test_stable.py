@@ -90,13 +90,13 @@ def test_an_instruction_set_that_is_not_there_is_one_sentence(environment):
     assert "cpu: not available: MSAM_KERNELS_ISA=neon is not there on this processor: unset it" in done.stdout
 
 
-def test_calls_in_grad_mode_leave_no_trace_in_autograd(environment):
+def test_calls_in_grad_mode_take_any_dense_order_and_leave_no_trace_in_autograd(environment):
     code = (
         "import torch\n"
         "from msam_kernels import backends\n"
-        "w, table = torch.ones(4, requires_grad=True), torch.tensor([[0, 0, 0, 4, 0]])\n"
-        "norm_sq = backends.extension.norm([], [w], table)\n"
-        "assert norm_sq.tolist() == [4.0] and not norm_sq.requires_grad, norm_sq\n"
+        "w = torch.ones(2, 3, 5, 1).to(memory_format=torch.channels_last).transpose(0, 2).requires_grad_()\n"
+        "norm_sq = backends.extension.norm([], [w], torch.tensor([[0, 0, 0, 30, 0]]))\n"
+        "assert norm_sq.tolist() == [30.0] and not norm_sq.requires_grad, norm_sq\n"
     )
     done = run(sys.executable, "-W", "error", "-c", code, env=environment)
     assert done.returncode == 0, done.stderr
