@@ -24,7 +24,21 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from msam_kernels import MicroBatchSAM, checkpoint, methods
-from plain import METHODS, WAYS, PlainSAM, batch, closure_of, loss_of, mlp, same_bits, split, weights
+from plain import (
+    METHODS,
+    WAYS,
+    PlainRanks,
+    PlainSAM,
+    batch,
+    closure_of,
+    loss_of,
+    mlp,
+    off,
+    on_ranks,
+    same_bits,
+    split,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.host,
@@ -66,21 +80,6 @@ class Messages:
         sent, self.sent = self.sent, []
         of_ddp, self.of_ddp = self.of_ddp, 0
         return sent, of_ddp
-
-
-def _rank(rank: int, world: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(job(rank, *args), Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-    os._exit(0)  # without torch's own end, in which gloo's threads may abort
-
-
-def on_ranks(world: int, folder: Path, job: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``job(rank, *args)`` returns on each of so many processes."""
-    folder.mkdir(exist_ok=True, parents=True)
-    mp.spawn(_rank, (world, str(folder), job, args), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 # ---- every method: each rank its own perturbation --------------------------------------------------------------------
@@ -158,30 +157,6 @@ def train(rank: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
             done["messages"].append(messages.take())
         out.append(done)
     return out
-
-
-class PlainRanks(PlainSAM):
-    """The plain loops over the micro-batches of all who perturb alike: those of each have their own mean gradient."""
-
-    def __init__(self, *args: Any, world: int, **options: Any):
-        super().__init__(*args, **options)
-        self.world, self.emas = world, [{} for _ in range(world)]
-
-    def step(self, closures, shares=None, before=None):
-        self.count, self.turn = -(-len(closures) // self.world), 0
-        if self.sparse and not self.mask and self.looks:  # the first mask: by the first micro-batch of all
-            params = [p for group in self.base.param_groups for p in group["params"]]
-            firsts = [self._backward(params, closure) for closure in closures[:: self.count]]
-            self.scores = {p: sum(g[p].square() for g in firsts) for p in params}
-            self._choose_mask(params, self.steps)
-        super().step(closures, shares, before)
-
-    def _gradients(self, rho, closure, share=1.0):
-        rank = self.turn // self.count
-        self.ema, self.turn = self.emas[rank], self.turn + 1
-        descent = super()._gradients(rho, closure, share)
-        self.emas[rank] = self.ema
-        return descent
 
 
 def parts_of(case: Case, step: int, world: int) -> list[tuple[Tensor, Tensor]]:
@@ -335,10 +310,6 @@ def accumulated_plainly(key: str, loops: int = 3) -> list[Tensor]:
 
 def scaled_closure(model: nn.Module, part: Sequence[Tensor], scale: float) -> Callable[[], None]:
     return lambda: (loss_of(model, *part) * scale).backward()
-
-
-def off(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
 
 
 def test_gradients_that_others_accumulate_are_reduced_once_or_refused(tmp_path):
