@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from .. import checkpoint
 from ..batches import split
 from ..optimizer import MicroBatchSAM, find
 
@@ -30,6 +34,9 @@ class SAMTrainerMixin(Trainer):
     Each batch of ``gradient_accumulation_steps`` is a micro-batch, with an e of its own; ``num_micro_batches`` splits each of
     them further. Clipping is that of the descent gradient. The loss that is reported is that at w.
 
+    The optimizer gets the model that the Trainer trains as its ``model``: on several ranks, the DistributedDataParallel module.
+    Each rank adds to a checkpoint what the method remembers of the rank's own passes, e.g. F-SAM's mean gradient.
+
     Args:
         sam: arguments of ``MicroBatchSAM`` for the optimizer that the Trainer makes, or was given without them. One that is a
             ``MicroBatchSAM`` already is taken as it is.
@@ -37,26 +44,42 @@ class SAMTrainerMixin(Trainer):
 
     def __init__(self, *args: Any, sam: dict[str, Any] | None = None, **kwargs: Any):
         self._sam = {} if sam is None else dict(sam)
+        self._made: MicroBatchSAM | None = None
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         base = super().create_optimizer(*args, **kwargs)
-        if not isinstance(base, MicroBatchSAM):
-            self.optimizer = MicroBatchSAM(base, **self._sam)
-        elif self._sam:
+        there = None
+        with suppress(TypeError):
+            there = find(base)
+        if there is None:
+            later = {"ascent": "global"}  # another one needs the model that the Trainer is yet to wrap: see ``_follow``
+            self._made = self.optimizer = MicroBatchSAM(base, **{**self._sam, **later})
+        elif there is not self._made and self._sam:
             raise ValueError(
-                f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments"
+                f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments, or give the "
+                "Trainer its base optimizer"
             )
         return self.optimizer
+
+    def _follow(self, opt: MicroBatchSAM, model: Any) -> None:
+        """The optimizer knows what is trained."""
+        if opt.model is not model:
+            opt.model = model
+        if opt is self._made:
+            ascent = self._sam.get("ascent", "global")
+            if opt.ascent is not ascent:
+                opt.ascent = ascent
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Every pass of one batch; the loss at w."""
         opt = find(self.optimizer)
+        self._follow(opt, model)
         shares = iter(split((inputs,), opt.split)[1])
         share, losses = 1.0, []
-        with opt.passes(inputs) as parts:
+        with opt.passes(inputs, scaler=self.accelerator.scaler) as parts:
             for part in parts:
                 share = share if opt.pass_index else next(shares)
                 # Who divides the sum of a micro-batch by this number would divide by that of all, and have its share twice.
@@ -66,3 +89,33 @@ class SAMTrainerMixin(Trainer):
                     losses.append(loss * share)
         total: Tensor = sum(losses[1:], losses[0])
         return total
+
+    # -- checkpoints: the Trainer saves the optimizer of one rank -----------------------------------------------------------
+
+    def _own_file(self, folder: str) -> Path | None:
+        """Where this rank has what the method remembers of its own passes; None where the Trainer's file has that."""
+        opt = find(self.optimizer)
+        plan = opt.method.full
+        keeps = plan.lmbda is not None or plan.sparse is not None
+        alone = self.args.should_save or not opt.engine.ranks.is_replicated
+        return None if alone or not keeps else Path(folder, f"msam_{self.args.process_index}.pt")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        opt = find(self.optimizer)
+        if all(p.grad is None for group in opt.param_groups for p in group["params"]):
+            opt.zero_grad()  # by the model the Trainer has: what a step that a scaler skipped had moved is now as it was
+        super()._save_optimizer_and_scheduler(output_dir)
+        file = self._own_file(output_dir)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint.remembered(opt.engine), file)
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(folder)
+        if folder is None:
+            return
+        opt = find(self.optimizer)
+        self._follow(opt, self.model_wrapped)
+        file = self._own_file(folder)
+        if file is not None and file.is_file():  # without, as a new rank, it goes on from that of the rank that saved
+            checkpoint.load(opt.engine, torch.load(file, map_location="cpu", weights_only=True))
