@@ -290,9 +290,9 @@ def accumulate(rank: int) -> dict[str, Any]:
 LOOKS_AT_LOOPS = {"LookSAM k=2", "Sparse SAM", "F-SAM + Sparse + Stable"}
 
 
-def accumulated_plainly(key: str, loops: int = 3) -> list[Tensor]:
+def accumulated_plainly(key: str) -> list[Tensor]:
     name, ascent, _, count = key.split(", ")
-    model, m = mlp(FLOAT64), int(count[2:])
+    model, m, loops = mlp(FLOAT64), int(count[2:]), 3
     theirs = PlainRanks(BASES["SGD"](model.parameters()), method=METHODS[name], world=2)
     for step in range(3):
         whole = [batch(8, FLOAT64, seed=100 * step + k) for k in range(loops)]
@@ -749,37 +749,3 @@ def test_a_job_whose_rank_was_killed_in_a_perturbed_pass_goes_on_from_its_checkp
     for resumed, uninterrupted in results:
         for case, mine, theirs in zip(METHODS, resumed, uninterrupted, strict=True):
             assert same_bits(mine, theirs), case
-
-
-# ---- Accelerate ------------------------------------------------------------------------------------------------------
-
-
-def accumulate_by_accelerate(rank: int) -> dict[str, Any]:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=4)
-    out: dict[str, Any] = {}
-    for name in METHODS:
-        model = mlp(FLOAT64)
-        ddp = accelerator.prepare(model)
-        opt = MicroBatchSAM(BASES["SGD"](model.parameters()), method=METHODS[name], model=ddp, ascent="local")
-        for step in range(3):
-            for k in range(4):
-                x, y = split(batch(8, FLOAT64, seed=100 * step + k), (4, 4))[rank]
-                with accelerator.accumulate(ddp):
-                    for _ in opt.passes():
-                        accelerator.backward(loss_of(ddp, x, y))
-                    if accelerator.sync_gradients:
-                        opt.step()
-                        opt.zero_grad()
-        out[name] = type(ddp).__name__, weights(model)
-    return out
-
-
-def test_accelerate_accumulates(tmp_path):
-    pytest.importorskip("accelerate")
-    first, second = on_ranks(2, tmp_path, accumulate_by_accelerate)
-    for name, (kind, result) in first.items():
-        assert kind == "DistributedDataParallel"
-        assert same_bits(result, second[name][1]), name
-        if name not in LOOKS_AT_LOOPS:
-            assert off(result, accumulated_plainly(f"{name}, local, known, m=1", loops=4)) <= 1e-10, name

@@ -57,8 +57,8 @@ class SAMTrainerMixin(Trainer):
             self._made = self.optimizer = MicroBatchSAM(base, **{**self._sam, **later})
         elif there is not self._made and self._sam:
             raise ValueError(
-                f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments, or give the "
-                "Trainer its base optimizer"
+                f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments, or give "
+                "the Trainer its base optimizer"
             )
         return self.optimizer
 
