@@ -533,6 +533,22 @@ def refusals(rank: int) -> Iterator[str]:
         opt.model = model
 
     yield from refuses("needs model=", ValueError, other_model)
+
+    def exchanges(name: str, value: Any) -> None:
+        for _ in opt.passes(*data):
+            setattr(opt, name, value)
+
+    yield from refuses("another model inside", RuntimeError, lambda: exchanges("model", ddp))
+    yield from refuses("another ascent inside", RuntimeError, lambda: exchanges("ascent", "global"))
+    if not (ddp.require_backward_grad_sync and ddp.require_forward_param_sync):
+        yield "DDP is held back for good"
+    # Where the module comes after the optimizer.
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1))
+    yield from refuses("needs model=", ValueError, lambda: setattr(opt, "ascent", "local"))
+    opt.model = ddp
+    yield from refuses("'global', 'local'", ValueError, lambda: setattr(opt, "ascent", "own"))
+    if opt.ascent != "global":
+        yield f"{opt.ascent} was refused"
     # The body of a loop that clears what is to be reduced with its last pass.
     model, ddp, opt = wrapped(methods.SAM(), "global")
 

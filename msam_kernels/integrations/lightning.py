@@ -123,12 +123,11 @@ class SAMCallback(Callback):
     ) -> None:
         """The module's ``optimizer_step``, after every pass has run: Lightning clips and steps on what they left."""
         result = None if optimizer_closure is None else optimizer_closure()
-        if result is not None or (self._opt is not None and self._opt.engine.has_mean):
+        opt = self._opt
+        if result is not None or (opt is not None and opt.engine.has_mean):
             own(epoch, batch_idx, optimizer, lambda: result)
-        if (
-            self._opt is not None and self._opt.engine.has_mean and _scaler(trainer) is not None
-        ):  # which skipped the step
-            self._opt.zero_grad()  # as Lightning does before the next batch: a checkpoint in between has what was before
+        if opt is not None and opt.engine.has_mean and _scaler(trainer) is not None:  # which skipped the step
+            opt.zero_grad()  # as Lightning does before the next batch: a checkpoint in between has what was before
 
 
 def _scaler(trainer: Any) -> torch.amp.GradScaler | None:

@@ -53,8 +53,8 @@ class SAMTrainerMixin(Trainer):
         with suppress(TypeError):
             there = find(base)
         if there is None:
-            later = {"ascent": "global"}  # another one needs the model that the Trainer is yet to wrap: see ``_follow``
-            self._made = self.optimizer = MicroBatchSAM(base, **{**self._sam, **later})
+            # Another ascent needs the model that the Trainer is yet to wrap: see ``_follow``.
+            self._made = self.optimizer = MicroBatchSAM(base, **{**self._sam, "ascent": "global"})
         elif there is not self._made and self._sam:
             raise ValueError(
                 f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments, or give "
@@ -63,7 +63,7 @@ class SAMTrainerMixin(Trainer):
         return self.optimizer
 
     def _follow(self, opt: MicroBatchSAM, model: Any) -> None:
-        """The optimizer knows what is trained."""
+        """Tell the optimizer what is trained, and then whose gradients its perturbation is made of."""
         if opt.model is not model:
             opt.model = model
         if opt is self._made:
@@ -103,7 +103,7 @@ class SAMTrainerMixin(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         opt = find(self.optimizer)
         if all(p.grad is None for group in opt.param_groups for p in group["params"]):
-            opt.zero_grad()  # by the model the Trainer has: what a step that a scaler skipped had moved is now as it was
+            opt.zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
         super()._save_optimizer_and_scheduler(output_dir)
         file = self._own_file(output_dir)
         if file is not None:
