@@ -867,15 +867,15 @@ MUTANTS = [
     Mutant(
         "a rank does not save the mean gradient of its own passes",
         P + "integrations/transformers.py",
-        "        if file is not None:\n            file.parent",
-        "        if False:\n            file.parent",
+        "if opt is not None and output_dir is not None and self._keeps_own(opt):",
+        "if False:",
         ON_RANKS,
     ),
     Mutant(
         "a rank does not load the mean gradient of its own passes",
         P + "integrations/transformers.py",
-        "if file is not None and file.is_file():",
-        "if False:",
+        "            if file.is_file():",
+        "            if False:",
         ON_RANKS,
     ),
     Mutant(
@@ -902,7 +902,7 @@ MUTANTS = [
     Mutant(
         "the Trainer saves what a skipped step has moved",
         P + "integrations/transformers.py",
-        'if all(p.grad is None for group in opt.param_groups for p in group["params"]):',
+        'if opt is not None and all(p.grad is None for group in opt.param_groups for p in group["params"]):',
         "if False:",
         "tests/test_frameworks.py -k no_trace",
     ),

@@ -45,6 +45,8 @@ class SAMTrainerMixin(Trainer):
     def __init__(self, *args: Any, sam: dict[str, Any] | None = None, **kwargs: Any):
         self._sam = {} if sam is None else dict(sam)
         self._made: MicroBatchSAM | None = None
+        self._begins_at: Any = None  # the checkpoint, or True for the latest
+        self._begun: Any = None  # the state of the training that has gone on from there
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +79,7 @@ class SAMTrainerMixin(Trainer):
         """Every pass of one batch; the loss at w."""
         opt = find(self.optimizer)
         self._follow(opt, model)
+        self._go_on(opt)
         shares = iter(split((inputs,), opt.split)[1])
         share, losses = 1.0, []
         with opt.passes(inputs, scaler=self.accelerator.scaler) as parts:
@@ -92,30 +95,39 @@ class SAMTrainerMixin(Trainer):
 
     # -- checkpoints: the Trainer saves the optimizer of one rank -----------------------------------------------------------
 
-    def _own_file(self, folder: str) -> Path | None:
-        """Where this rank has what the method remembers of its own passes; None where the Trainer's file has that."""
-        opt = find(self.optimizer)
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self._begins_at = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """What begins every checkpoint, on all ranks, and the user's way to save weights."""
+        # Only the Trainer's own call, for a checkpoint, says that it is one.
+        is_checkpoint = any((*args, *kwargs.values())) and self.optimizer is not None
+        opt = find(self.optimizer) if is_checkpoint and not self.args.save_only_model else None
+        if opt is not None and all(p.grad is None for group in opt.param_groups for p in group["params"]):
+            opt.zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
+        super().save_model(output_dir, *args, **kwargs)
+        if opt is not None and output_dir is not None and self._keeps_own(opt):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint.remembered(opt.engine), self._own_file(output_dir))
+
+    def _go_on(self, opt: MicroBatchSAM) -> None:
+        """Where training was resumed, with what this rank remembered; a new rank, with what the one has that saved."""
+        if self._begun is self.state:
+            return
+        self._begun, folder = self.state, self._begins_at
+        if folder is True:
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if folder and self._keeps_own(opt):
+            file = self._own_file(folder)
+            if file.is_file():
+                checkpoint.load(opt.engine, torch.load(file, map_location="cpu", weights_only=True))
+
+    def _keeps_own(self, opt: MicroBatchSAM) -> bool:
+        """Whether this rank's own passes move what the method remembers, and the Trainer's file has that of another rank."""
         plan = opt.method.full
         keeps = plan.lmbda is not None or plan.sparse is not None
-        alone = self.args.should_save or not opt.engine.ranks.is_replicated
-        return None if alone or not keeps else Path(folder, f"msam_{self.args.process_index}.pt")
+        return keeps and opt.engine.ranks.is_replicated and not self.args.should_save
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        opt = find(self.optimizer)
-        if all(p.grad is None for group in opt.param_groups for p in group["params"]):
-            opt.zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
-        super()._save_optimizer_and_scheduler(output_dir)
-        file = self._own_file(output_dir)
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint.remembered(opt.engine), file)
-
-    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        super()._load_optimizer_and_scheduler(folder)
-        if folder is None:
-            return
-        opt = find(self.optimizer)
-        self._follow(opt, self.model_wrapped)
-        file = self._own_file(folder)
-        if file is not None and file.is_file():  # without, as a new rank, it goes on from that of the rank that saved
-            checkpoint.load(opt.engine, torch.load(file, map_location="cpu", weights_only=True))
+    def _own_file(self, folder: str | Path) -> Path:
+        return Path(folder, f"msam_{self.args.process_index}.pt")
