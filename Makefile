@@ -28,7 +28,7 @@ help:
 	@echo "make demo     train with SGD, SAM, mSAM and F-SAM on real data: a table, and a picture in demo.png"
 	@echo "make family   the demo for every method of the family, on MNIST-1D: a table, and a picture in family.png"
 	@echo "make test     build, then run the tests; with ARGS='-m exhaustive' those that only CI needs"
-	@echo "make frameworks   install Accelerate, transformers and Lightning into the environment, and test with them; torch stays"
+	@echo "make frameworks   install Accelerate, transformers, Lightning and PEFT, and test with them; torch stays"
 	@echo "make lint     style and types of the Python code, licence lines"
 	@echo "make docs     the site, in build/site; a broken link or reference stops it"
 	@echo "make bench    time the optimizer step against plain PyTorch: tables, and build/bench_*.csv and .png; with ARGS"

@@ -368,6 +368,7 @@ class MicroBatchSAM(Optimizer):
             check_model(model)
         ranks = Ranks(self.ascent, model)
         ranks.check()
+        self.engine.check_idle("another model")
         self.engine.buffers.thaw()
         self.engine.buffers, self.engine.ranks = Buffers(model), ranks
         for handle in self._watch:
@@ -376,8 +377,22 @@ class MicroBatchSAM(Optimizer):
 
     @property
     def ascent(self) -> Ascent:
-        """Whose gradients the perturbation is made of."""
+        """Whose gradients the perturbation is made of.
+
+        To be set where a framework makes the DistributedDataParallel module after the optimizer: first ``model``, then this.
+
+        Raises, when set:
+            TypeError, ValueError, RuntimeError: as at construction, or a step is under way; nothing was changed.
+        """
         return self.engine.ranks.ascent
+
+    @ascent.setter
+    def ascent(self, ascent: Ascent) -> None:
+        check_parallel(self.parallel, self.model, self.compile, ascent)
+        ranks = Ranks(ascent, self.model)
+        ranks.check()
+        self.engine.check_idle("another ascent")
+        self.engine.ranks = ranks
 
     # -- an Optimizer in every convention -------------------------------------------------------------------------------
 
@@ -972,8 +987,8 @@ def find(optimizer: Any) -> MicroBatchSAM:
 WRAPPED_AS = [prefix + name for name in ("optimizer", "optim") for prefix in ("", "_")]
 
 
-def passes(optimizer: Any, *batch: Any) -> Passes:
-    """``optimizer.passes(*batch)``, also where a framework has wrapped the optimizer.
+def passes(optimizer: Any, *batch: Any, scaler: torch.amp.GradScaler | None = None) -> Passes:
+    """``optimizer.passes(*batch, scaler=scaler)``, also where a framework has wrapped the optimizer.
 
     ::
 
@@ -987,4 +1002,4 @@ def passes(optimizer: Any, *batch: Any) -> Passes:
     Raises:
         TypeError: there is no ``MicroBatchSAM`` in it. Otherwise as ``MicroBatchSAM.passes``.
     """
-    return find(optimizer).passes(*batch)
+    return find(optimizer).passes(*batch, scaler=scaler)

@@ -88,9 +88,14 @@ class Ranks:
         return IS_AVAILABLE and dist.is_initialized() and dist.get_world_size() > 1
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether other ranks hold the same parameters, and may remember something else of their own passes."""
+        return bool(self._ddps) and self.is_several
+
+    @property
     def synchronised(self) -> bool | None:
         """Whether the latest pass was reduced by DistributedDataParallel; None where that is not known or does not matter."""
-        if self.own or not self._ddps or not self.is_several:
+        if self.own or not self.is_replicated:
             return None
         return all(module.require_forward_param_sync for module in self._ddps)
 

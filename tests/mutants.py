@@ -62,6 +62,7 @@ FOLLOW = "tests/test_follow.py -m 'not exhaustive'"
 COMPAT, OPTIM_DB = "tests/test_compat.py", "tests/test_optim_db.py -m 'not exhaustive'"
 MISTAKES = "tests/test_mistakes.py"
 # These need what `make frameworks` installs.
+ON_RANKS = "tests/test_frameworks.py -k two_ranks"
 FRAMEWORK = "tests/test_frameworks.py -k 'lightning_trains_as and accumulation'"
 P, B = "msam_kernels/", "msam_kernels/backends/"
 
@@ -866,6 +867,104 @@ MUTANTS = [
         "(rebuilt(batch), batch_idx)",
         "(batch, batch_idx)",
         FRAMEWORK,
+    ),
+    Mutant(
+        "a rank does not save the mean gradient of its own passes",
+        P + "integrations/transformers.py",
+        "if opt is not None and output_dir is not None and self._keeps_own(opt):",
+        "if False:",
+        ON_RANKS,
+    ),
+    Mutant(
+        "a rank does not load the mean gradient of its own passes",
+        P + "integrations/transformers.py",
+        "            if file.is_file():",
+        "            if False:",
+        ON_RANKS,
+    ),
+    Mutant(
+        "every rank's perturbation is that of all",
+        P + "integrations/transformers.py",
+        'ascent = self._sam.get("ascent", "global")',
+        'ascent = "global"',
+        ON_RANKS,
+    ),
+    Mutant(
+        "the Trainer does not say what it trains",
+        P + "integrations/transformers.py",
+        "        if opt.model is not model:",
+        "        if False:",
+        "tests/test_frameworks.py -k give_the_optimizer_the_model",
+    ),
+    Mutant(
+        "the Trainer's scale stays in what the method remembers",
+        P + "integrations/transformers.py",
+        "scaler=self.accelerator.scaler",
+        "scaler=None",
+        "tests/test_frameworks.py -k 'transformers and fp16'",
+    ),
+    Mutant(
+        "the Trainer saves what a skipped step has moved",
+        P + "integrations/transformers.py",
+        'if opt is not None and all(p.grad is None for group in opt.param_groups for p in group["params"]):',
+        "if False:",
+        "tests/test_frameworks.py -k no_trace",
+    ),
+    Mutant(
+        "the Trainer wraps the optimizer again in another training",
+        P + "integrations/transformers.py",
+        "            there = find(base)",
+        "            pass",
+        "tests/test_frameworks.py -k 'train_again'",
+    ),
+    Mutant(
+        "Lightning's scale stays in what the method remembers",
+        P + "integrations/lightning.py",
+        "passes(scaler=_scaler(trainer))",
+        "passes()",
+        "tests/test_frameworks.py -k 'lightning and fp16 and automatic'",
+    ),
+    Mutant(
+        "Lightning shows what a skipped step has moved",
+        P + "integrations/lightning.py",
+        "            opt.zero_grad()  # as",
+        "            pass  # as",
+        "tests/test_frameworks.py -k no_trace",
+    ),
+    Mutant(
+        "DDP reduces Lightning's pass at w",
+        P + "integrations/lightning.py",
+        "        ranks.hold_back()",
+        "        pass",
+        ON_RANKS,
+    ),
+    Mutant(
+        "passes of a wrapper forget the scaler",
+        P + "optimizer.py",
+        "find(optimizer).passes(*batch, scaler=scaler)",
+        "find(optimizer).passes(*batch)",
+        "tests/test_frameworks.py -k 'accelerate and fp16'",
+    ),
+    Mutant(
+        "a model is exchanged in the middle of a loop",
+        P + "optimizer.py",
+        '        self.engine.check_idle("another model")',
+        "        pass",
+        SCENARIOS,
+    ),
+    Mutant(
+        "an ascent is exchanged in the middle of a loop",
+        P + "optimizer.py",
+        '        self.engine.check_idle("another ascent")',
+        "        pass",
+        SCENARIOS,
+    ),
+    Mutant(
+        "an ascent that is set is not looked at",
+        P + "optimizer.py",
+        "        ranks = Ranks(ascent, self.model)\n        ranks.check()",
+        "        ranks = Ranks(ascent, self.model)",
+        SCENARIOS,
     ),
     # -- flat and checkpoint
     Mutant(

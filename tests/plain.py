@@ -8,9 +8,12 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from msam_kernels import MicroBatchSAM, methods
@@ -280,6 +283,30 @@ def _length(a: dict[Tensor, Tensor]) -> Tensor:
     return _dot(a, a).sqrt()
 
 
+class PlainRanks(PlainSAM):
+    """The plain loops over the micro-batches of all who perturb alike: those of each have their own mean gradient."""
+
+    def __init__(self, *args: Any, world: int, **options: Any):
+        super().__init__(*args, **options)
+        self.world, self.emas = world, [{} for _ in range(world)]
+
+    def step(self, closures, shares=None, before=None):
+        self.count, self.turn = -(-len(closures) // self.world), 0
+        if self.sparse and not self.mask and self.looks:  # the first mask: by the first micro-batch of all
+            params = [p for group in self.base.param_groups for p in group["params"]]
+            firsts = [self._backward(params, closure) for closure in closures[:: self.count]]
+            self.scores = {p: sum(g[p].square() for g in firsts) for p in params}
+            self._choose_mask(params, self.steps)
+        super().step(closures, shares, before)
+
+    def _gradients(self, rho, closure, share=1.0):
+        rank = self.turn // self.count
+        self.ema, self.turn = self.emas[rank], self.turn + 1
+        descent = super()._gradients(rho, closure, share)
+        self.emas[rank] = self.ema
+        return descent
+
+
 # ---- where the tests run ---------------------------------------------------------------------------------------------
 
 # Of parameters and data. On a GPU (`make gpu` sets it) everything that tests make is made there.
@@ -402,6 +429,24 @@ def step_with_train_step(opt: MicroBatchSAM, model: nn.Module, data: Sequence[Te
 WAYS = {"passes": step_with_passes, "closures": step_with_closures, "train_step": step_with_train_step}
 
 
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def _rank(rank: int, world: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save(job(rank, *args), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+    os._exit(0)  # without torch's own end, in which gloo's threads may abort
+
+
+def on_ranks(world: int, folder: Path, job: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``job(rank, *args)`` returns on each of so many processes."""
+    folder.mkdir(exist_ok=True, parents=True)
+    mp.spawn(_rank, (world, str(folder), job, args), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
 
@@ -435,6 +480,10 @@ def assert_close(actual: nn.Module, expected: nn.Module, tolerance: float = 1e-1
         torch.testing.assert_close(
             a.detach(), b.detach(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def off(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
 
 
 def follow_the_plain_loops(

@@ -31,7 +31,7 @@ MAY_KNOW = {
     "flatness": {"_checks", "_torch", "batches", "buffers", "flat", "gradients", "methods", "optimizer"},
     "integrations": set(),
     "integrations.lightning": {"batches", "optimizer"},
-    "integrations.transformers": {"batches", "optimizer"},
+    "integrations.transformers": {"batches", "checkpoint", "optimizer"},
     "optimizer": {
         *(
             "_checks",

@@ -24,7 +24,21 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from msam_kernels import MicroBatchSAM, checkpoint, methods
-from plain import METHODS, WAYS, PlainSAM, batch, closure_of, loss_of, mlp, same_bits, split, weights
+from plain import (
+    METHODS,
+    WAYS,
+    PlainRanks,
+    PlainSAM,
+    batch,
+    closure_of,
+    loss_of,
+    mlp,
+    off,
+    on_ranks,
+    same_bits,
+    split,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.host,
@@ -66,21 +80,6 @@ class Messages:
         sent, self.sent = self.sent, []
         of_ddp, self.of_ddp = self.of_ddp, 0
         return sent, of_ddp
-
-
-def _rank(rank: int, world: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(job(rank, *args), Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-    os._exit(0)  # without torch's own end, in which gloo's threads may abort
-
-
-def on_ranks(world: int, folder: Path, job: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``job(rank, *args)`` returns on each of so many processes."""
-    folder.mkdir(exist_ok=True, parents=True)
-    mp.spawn(_rank, (world, str(folder), job, args), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 # ---- every method: each rank its own perturbation --------------------------------------------------------------------
@@ -158,30 +157,6 @@ def train(rank: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
             done["messages"].append(messages.take())
         out.append(done)
     return out
-
-
-class PlainRanks(PlainSAM):
-    """The plain loops over the micro-batches of all who perturb alike: those of each have their own mean gradient."""
-
-    def __init__(self, *args: Any, world: int, **options: Any):
-        super().__init__(*args, **options)
-        self.world, self.emas = world, [{} for _ in range(world)]
-
-    def step(self, closures, shares=None, before=None):
-        self.count, self.turn = -(-len(closures) // self.world), 0
-        if self.sparse and not self.mask and self.looks:  # the first mask: by the first micro-batch of all
-            params = [p for group in self.base.param_groups for p in group["params"]]
-            firsts = [self._backward(params, closure) for closure in closures[:: self.count]]
-            self.scores = {p: sum(g[p].square() for g in firsts) for p in params}
-            self._choose_mask(params, self.steps)
-        super().step(closures, shares, before)
-
-    def _gradients(self, rho, closure, share=1.0):
-        rank = self.turn // self.count
-        self.ema, self.turn = self.emas[rank], self.turn + 1
-        descent = super()._gradients(rho, closure, share)
-        self.emas[rank] = self.ema
-        return descent
 
 
 def parts_of(case: Case, step: int, world: int) -> list[tuple[Tensor, Tensor]]:
@@ -315,9 +290,9 @@ def accumulate(rank: int) -> dict[str, Any]:
 LOOKS_AT_LOOPS = {"LookSAM k=2", "Sparse SAM", "F-SAM + Sparse + Stable"}
 
 
-def accumulated_plainly(key: str, loops: int = 3) -> list[Tensor]:
+def accumulated_plainly(key: str) -> list[Tensor]:
     name, ascent, _, count = key.split(", ")
-    model, m = mlp(FLOAT64), int(count[2:])
+    model, m, loops = mlp(FLOAT64), int(count[2:]), 3
     theirs = PlainRanks(BASES["SGD"](model.parameters()), method=METHODS[name], world=2)
     for step in range(3):
         whole = [batch(8, FLOAT64, seed=100 * step + k) for k in range(loops)]
@@ -335,10 +310,6 @@ def accumulated_plainly(key: str, loops: int = 3) -> list[Tensor]:
 
 def scaled_closure(model: nn.Module, part: Sequence[Tensor], scale: float) -> Callable[[], None]:
     return lambda: (loss_of(model, *part) * scale).backward()
-
-
-def off(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
 
 
 def test_gradients_that_others_accumulate_are_reduced_once_or_refused(tmp_path):
@@ -562,6 +533,22 @@ def refusals(rank: int) -> Iterator[str]:
         opt.model = model
 
     yield from refuses("needs model=", ValueError, other_model)
+
+    def exchanges(name: str, value: Any) -> None:
+        for _ in opt.passes(*data):
+            setattr(opt, name, value)
+
+    yield from refuses("another model inside", RuntimeError, lambda: exchanges("model", ddp))
+    yield from refuses("another ascent inside", RuntimeError, lambda: exchanges("ascent", "global"))
+    if not (ddp.require_backward_grad_sync and ddp.require_forward_param_sync):
+        yield "DDP is held back for good"
+    # Where the module comes after the optimizer.
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1))
+    yield from refuses("needs model=", ValueError, lambda: setattr(opt, "ascent", "local"))
+    opt.model = ddp
+    yield from refuses("'global', 'local'", ValueError, lambda: setattr(opt, "ascent", "own"))
+    if opt.ascent != "global":
+        yield f"{opt.ascent} was refused"
     # The body of a loop that clears what is to be reduced with its last pass.
     model, ddp, opt = wrapped(methods.SAM(), "global")
 
@@ -779,37 +766,3 @@ def test_a_job_whose_rank_was_killed_in_a_perturbed_pass_goes_on_from_its_checkp
     for resumed, uninterrupted in results:
         for case, mine, theirs in zip(METHODS, resumed, uninterrupted, strict=True):
             assert same_bits(mine, theirs), case
-
-
-# ---- Accelerate ------------------------------------------------------------------------------------------------------
-
-
-def accumulate_by_accelerate(rank: int) -> dict[str, Any]:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=4)
-    out: dict[str, Any] = {}
-    for name in METHODS:
-        model = mlp(FLOAT64)
-        ddp = accelerator.prepare(model)
-        opt = MicroBatchSAM(BASES["SGD"](model.parameters()), method=METHODS[name], model=ddp, ascent="local")
-        for step in range(3):
-            for k in range(4):
-                x, y = split(batch(8, FLOAT64, seed=100 * step + k), (4, 4))[rank]
-                with accelerator.accumulate(ddp):
-                    for _ in opt.passes():
-                        accelerator.backward(loss_of(ddp, x, y))
-                    if accelerator.sync_gradients:
-                        opt.step()
-                        opt.zero_grad()
-        out[name] = type(ddp).__name__, weights(model)
-    return out
-
-
-def test_accelerate_accumulates(tmp_path):
-    pytest.importorskip("accelerate")
-    first, second = on_ranks(2, tmp_path, accumulate_by_accelerate)
-    for name, (kind, result) in first.items():
-        assert kind == "DistributedDataParallel"
-        assert same_bits(result, second[name][1]), name
-        if name not in LOOKS_AT_LOOPS:
-            assert off(result, accumulated_plainly(f"{name}, local, known, m=1", loops=4)) <= 1e-10, name

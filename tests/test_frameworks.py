@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accelerate, transformers' Trainer, Lightning and Fabric train to the bits of a plain loop over the same micro-batches.
 
-Each framework has a function that trains with it, and all are held to ``plain_loop``. What is not installed is skipped;
-``make frameworks`` installs all of it.
+Each framework has a function that trains with it, and all are held to ``plain_loop``; on two ranks, to plain loops in one
+process. What is not installed is skipped; ``make frameworks`` installs all of it.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
+import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
-from plain import same_bits
+from plain import METHODS, PlainRanks, off, on_ranks, same_bits, weights
 
 pytestmark = pytest.mark.host
 
@@ -53,21 +58,28 @@ class Net(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+class Sums(Net):
+    """As language models are: the loss is a sum, over the number of items that the Trainer counts in the whole step."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        logits = self.head(self.norm(F.gelu(self.body(x))))
+        if labels is None:
+            return {"logits": logits}
+        items = kwargs.get("num_items_in_batch", labels.numel())
+        return {"loss": F.cross_entropy(logits, labels, reduction="sum") / items, "logits": logits}
+
+
 class Data(Dataset[dict[str, Tensor]]):
-    def __init__(self) -> None:
+    def __init__(self, samples: int = SAMPLES) -> None:
         generator = torch.Generator().manual_seed(4)
-        self.x = torch.randn(SAMPLES, 6, generator=generator)
-        self.y = torch.randint(3, (SAMPLES,), generator=generator)
+        self.x = torch.randn(samples, 6, generator=generator)
+        self.y = torch.randint(3, (samples,), generator=generator)
 
     def __len__(self) -> int:
-        return SAMPLES
+        return len(self.x)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {"x": self.x[i], "labels": self.y[i]}
-
-
-def loader() -> DataLoader[dict[str, Tensor]]:
-    return DataLoader(Data(), batch_size=BATCH)
 
 
 class Stateful(DataLoader[dict[str, Tensor]]):
@@ -98,19 +110,45 @@ class Case:
     clip: float = 0.0
     method: methods.SAM = field(default_factory=methods.SAM)
     base: str = "AdamW"
+    scale: float = 0.0  # of fp16, at first
 
     @property
     def sam(self) -> dict[str, Any]:
         return dict(rho=0.3, num_micro_batches=self.split, method=self.method)
 
-    def optimizer(self, model: nn.Module) -> MicroBatchSAM:
+    def base_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         params = model.parameters()
-        base = AdamW(params, lr=0.02, weight_decay=0.0) if self.base == "AdamW" else SGD(params, lr=0.1, momentum=0.9)
-        return MicroBatchSAM(base, **self.sam)
+        return AdamW(params, lr=0.02, weight_decay=0.0) if self.base == "AdamW" else SGD(params, lr=0.1, momentum=0.9)
+
+    def optimizer(self, model: nn.Module, wrapped: nn.Module | None = None) -> MicroBatchSAM:
+        """``wrapped``: the model as a framework has it."""
+        return MicroBatchSAM(self.base_optimizer(model), **self.sam)
+
+    def wrap(self, opt: MicroBatchSAM, wrapped: nn.Module) -> None:
+        """What is to be known of the model as a framework has it, where that comes after the optimizer."""
+
+    def model(self) -> nn.Module:
+        return Net()
+
+    def data(self) -> Data:
+        return Data()
+
+    def loader(self) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(self.data(), batch_size=BATCH)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=self.scale, growth_interval=3, enabled=self.scale > 0)
+
+    def autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.scale else torch.bfloat16
+        return torch.autocast("cpu", dtype, enabled=self.bf16 or self.scale > 0)
 
     def scheduler(self, opt: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         steps = EPOCHS * STEPS_OF_EPOCH // self.accumulate
-        return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: max(0.0, (steps - step) / steps))
+        # Frameworks do not agree on what it counts where a scaler skips steps.
+        return torch.optim.lr_scheduler.LambdaLR(
+            opt, lambda step: 1.0 if self.scale else max(0.0, (steps - step) / steps)
+        )
 
 
 CASES = {
@@ -126,27 +164,44 @@ CASES = {
     "bf16, accumulation, clipping": Case(accumulate=2, bf16=True, clip=0.2),
 }
 SPLIT = {"split": Case(split=2), "split, accumulation, clipping": Case(split=2, accumulate=2, clip=0.2)}
+#: The first steps overflow.
+FP16 = {
+    "fp16": Case(scale=2.0**19),
+    "fp16, F-SAM, SGD": Case(scale=2.0**19, method=methods.FriendlySAM(), base="SGD"),
+    "fp16, F-SAM, accumulation, clipping": Case(accumulate=2, clip=0.2, scale=2.0**20, method=methods.FriendlySAM()),
+    "fp16, WSAM, SGD": Case(scale=2.0**19, method=methods.WSAM(), base="SGD"),
+}
 RESUMED = ["as it comes", "F-SAM, SGD", "LookSAM", "late", "F-SAM, accumulation", "bf16, accumulation, clipping"]
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def each_fp16(test: Any) -> Any:
+    # torch's own, where a scaler skips the first step
+    unwarned = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")(test)
+    return pytest.mark.parametrize("case", FP16.values(), ids=FP16)(unwarned)
+
+
 each_case_and_split = pytest.mark.parametrize("case", [*CASES.values(), *SPLIT.values()], ids=[*CASES, *SPLIT])
 
 
 def plain_loop(case: Case, model: nn.Module, opt: MicroBatchSAM) -> list[float]:
     """The loss at w of every step."""
-    scheduler, losses = case.scheduler(opt), []
+    scheduler, scaler, losses = case.scheduler(opt), case.scaler(), []
     for _ in range(EPOCHS):
-        for i, batch in enumerate(loader()):
+        for i, batch in enumerate(case.loader()):
             losses += [0.0] if i % case.accumulate == 0 else []
-            for part in opt.passes(batch):
-                with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
+            for part in opt.passes(batch, scaler=scaler):
+                with case.autocast():
                     loss = model(**part)["loss"]
-                (loss / case.accumulate).backward()
+                scaler.scale(loss / case.accumulate).backward()
                 if not opt.pass_index:
                     losses[-1] += loss.item() / case.accumulate / case.split
             if (i + 1) % case.accumulate == 0:
                 if case.clip:
+                    scaler.unscale_(opt)
                     nn.utils.clip_grad_norm_(model.parameters(), case.clip)
-                opt.step()
+                scaler.step(opt)
+                scaler.update()
                 scheduler.step()
                 opt.zero_grad()
     return losses
@@ -158,16 +213,30 @@ def check(case: Case, model: nn.Module, opt: MicroBatchSAM, losses: list[float] 
     theirs = case.optimizer(expected)
     at_w = plain_loop(case, expected, theirs)
     assert same_bits(model.parameters(), expected.parameters())
-    assert opt.steps == theirs.steps == EPOCHS * STEPS_OF_EPOCH // case.accumulate
+    whole = EPOCHS * STEPS_OF_EPOCH // case.accumulate
+    assert opt.steps == theirs.steps
+    assert 2 <= opt.steps < whole if case.scale else opt.steps == whole, "with fp16 some are skipped"
     if losses is not None:
-        assert losses == pytest.approx(at_w, rel=2e-3 if case.bf16 else 1e-6)
+        assert losses == pytest.approx(at_w, rel=2e-3 if case.bf16 or case.scale else 1e-6)
     plain = Net()
-    plain_loop(
-        Case(case.accumulate, case.split, case.bf16, case.clip, methods.SAM(), case.base),
-        plain,
-        without_sam(case, plain),
-    )
+    plain_loop(replace(case, method=methods.SAM()), plain, without_sam(case, plain))
     assert not same_bits(plain.parameters(), expected.parameters())
+
+
+#: The scale doubles after every third step, until it is too large.
+SKIPS_LATER = replace(FP16["fp16, F-SAM, SGD"], scale=2.0**15)
+
+
+def check_skipped(states: list[dict[str, Any]]) -> None:
+    """Of state dicts after each step: one that was skipped has changed nothing, though its first pass was finite."""
+    skipped = 0
+    for before, after in pairwise(states):
+        if before["param_groups"][0]["msam_steps"] == after["param_groups"][0]["msam_steps"]:
+            skipped += 1
+            for i, entry in before["state"].items():
+                assert {"momentum_buffer", "msam_ema"} <= entry.keys()
+                assert same_bits(entry.values(), after["state"][i].values())
+    assert skipped
 
 
 def without_sam(case: Case, model: nn.Module) -> MicroBatchSAM:
@@ -181,36 +250,46 @@ def without_sam(case: Case, model: nn.Module) -> MicroBatchSAM:
 
 @pytest.fixture
 def accelerator_state() -> Iterator[None]:
-    """Accelerate keeps its settings for the whole process."""
     yield
-    if find_spec("accelerate") is None:
-        return
+    if find_spec("accelerate") is not None:
+        forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    """Accelerate keeps its settings for the whole process."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
-STOP = 4  # batches of the first epoch after which a training that is interrupted ends
+STOP = 4  # batches of the first epoch after which a checkpoint is saved, to go on from
 
 
 def with_accelerate(
-    case: Case, model: nn.Module, opt: MicroBatchSAM, *, save: Path | None = None, load: Path | None = None
-) -> None:
-    """``save``: leave in mid-epoch, with a checkpoint there. ``load``: go on from one."""
+    case: Case, model: nn.Module, *, save: Path | None = None, load: Path | None = None
+) -> MicroBatchSAM:
+    """``save``: a checkpoint in mid-epoch. ``load``: go on from one."""
     from accelerate import Accelerator, skip_first_batches
 
     accelerator = Accelerator(
         cpu=True, mixed_precision="bf16" if case.bf16 else "no", gradient_accumulation_steps=case.accumulate
     )
-    net, optimizer, batches, scheduler = accelerator.prepare(model, opt, loader(), case.scheduler(opt))
+    if case.scale:
+        scale(accelerator, model, case)
+    net = accelerator.prepare(model)
+    opt = case.optimizer(model, net)
+    optimizer, batches, scheduler = accelerator.prepare(opt, case.loader(), case.scheduler(opt))
+    own = Path(f"{load or save}-{accelerator.process_index}.pt")  # on several ranks
     if load is not None:
         accelerator.load_state(load)
+        if accelerator.num_processes > 1:
+            opt.load_state_dict(torch.load(own, weights_only=True))
     for epoch in range(EPOCHS):
         done = STOP if load is not None and epoch == 0 else 0
         for i, batch in enumerate(skip_first_batches(batches, done), done):
             with accelerator.accumulate(net):
-                for part in msam_kernels.passes(optimizer, batch):
+                for part in msam_kernels.passes(optimizer, batch, scaler=accelerator.scaler):
                     accelerator.backward(net(**part)["loss"])
                 if case.clip and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(net.parameters(), case.clip)
@@ -219,16 +298,36 @@ def with_accelerate(
                 optimizer.zero_grad()
             if save is not None and (epoch, i + 1) == (0, STOP):
                 accelerator.save_state(save)
-                return
+                if accelerator.num_processes > 1:
+                    torch.save(opt.state_dict(), own)
+    return opt
+
+
+def scale(accelerator: Any, model: nn.Module, case: Case) -> None:
+    """fp16, which frameworks allow on GPUs alone: with its scaler, and a forward under autocast."""
+    accelerator.scaler, accelerator.native_amp = case.scaler(), True
+    accelerator.state._mixed_precision = "fp16"
+    forward = model.forward
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with case.autocast():
+            return forward(*args, **kwargs)
+
+    model.forward = autocast
 
 
 @needs("accelerate")
 @each_case_and_split
 def test_accelerate_trains_as_the_plain_loop(case, accelerator_state):
     model = Net()
-    opt = case.optimizer(model)
-    with_accelerate(case, model, opt)
-    check(case, model, opt)
+    check(case, model, with_accelerate(case, model))
+
+
+@needs("accelerate")
+@each_fp16
+def test_accelerate_trains_as_the_plain_loop_in_fp16(case, accelerator_state):
+    model = Net()
+    check(case, model, with_accelerate(case, model))
 
 
 each_to_resume = pytest.mark.parametrize("case", [CASES[name] for name in RESUMED], ids=RESUMED)
@@ -237,12 +336,9 @@ each_to_resume = pytest.mark.parametrize("case", [CASES[name] for name in RESUME
 @needs("accelerate")
 @each_to_resume
 def test_accelerate_resumes_in_mid_epoch(case, accelerator_state, tmp_path):
-    first = Net()
-    with_accelerate(case, first, case.optimizer(first), save=tmp_path)
+    with_accelerate(case, Net(), save=tmp_path)
     model = Net()
-    opt = case.optimizer(model)
-    with_accelerate(case, model, opt, load=tmp_path)
-    check(case, model, opt)
+    check(case, model, with_accelerate(case, model, load=tmp_path))
 
 
 @needs("accelerate")
@@ -250,8 +346,8 @@ def test_accelerate_as_it_was_written_for_another_optimizer_is_told_what_to_chan
     from accelerate import Accelerator
 
     accelerator, model = Accelerator(cpu=True), Net()
-    net, optimizer = accelerator.prepare(model, CASES["as it comes"].optimizer(model))
-    accelerator.backward(net(**next(iter(loader())))["loss"])
+    net, optimizer = accelerator.prepare(model, Case().optimizer(model))
+    accelerator.backward(net(**next(iter(Case().loader())))["loss"])
     with pytest.warns(UserWarning, match=r"with Accelerate, `for xb, yb in msam_kernels\.passes\(optimizer, x, y\)"):
         optimizer.step()
 
@@ -266,7 +362,8 @@ def trainer(case: Case, model: nn.Module, folder: Path, **arguments: Any) -> Any
 
     class MyTrainer(SAMTrainerMixin, Trainer): ...
 
-    own = {name: arguments.pop(name) for name in ("callbacks", "eval_dataset", "sam") if name in arguments}
+    names = ("callbacks", "eval_dataset", "optimizers", "sam")
+    own = {name: arguments.pop(name) for name in names if name in arguments}
     options = dict(
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=case.accumulate,
@@ -284,7 +381,11 @@ def trainer(case: Case, model: nn.Module, folder: Path, **arguments: Any) -> Any
     if "sam" not in own:  # with an optimizer of the user's
         opt = case.optimizer(model)
         own["optimizers"] = opt, case.scheduler(opt)
-    return MyTrainer(model, TrainingArguments(str(folder), **{**options, **arguments}), train_dataset=Data(), **own)
+    arguments = TrainingArguments(str(folder), **{**options, **arguments})
+    trained = MyTrainer(model, arguments, train_dataset=case.data(), **own)
+    if case.scale:
+        scale(trained.accelerator, model, case)
+    return trained
 
 
 def losses_of(trained: Any) -> list[float]:
@@ -300,6 +401,48 @@ def test_transformers_train_as_the_plain_loop(case, accelerator_state, tmp_path)
     # Reported with four digits after the point, or five.
     losses = losses_of(trained)
     check(case, model, trained.optimizer.optimizer, losses)
+
+
+@needs("transformers")
+@each_fp16
+def test_transformers_train_as_the_plain_loop_in_fp16(case, accelerator_state, tmp_path):
+    model = Net()
+    trained = trainer(case, model, tmp_path)
+    trained.train()
+    check(case, model, trained.optimizer.optimizer)
+
+
+@needs("transformers")
+def test_transformers_save_no_trace_of_a_step_that_the_scaler_skips(accelerator_state, tmp_path):
+    trained = trainer(SKIPS_LATER, Net(), tmp_path, save_strategy="steps", save_steps=1)
+    trained.train()
+    files = [tmp_path / f"checkpoint-{k}" / "optimizer.pt" for k in range(1, EPOCHS * STEPS_OF_EPOCH + 1)]
+    check_skipped([torch.load(file, weights_only=True) for file in files])
+
+
+@needs("transformers")
+def test_transformers_train_again_with_the_optimizer_that_is_there(accelerator_state, tmp_path):
+    model = Net()
+    trained = trainer(Case(), model, tmp_path, sam=Case().sam, optim="sgd", learning_rate=0.1)
+    trained.train()
+    opt = trained.optimizer.optimizer
+    trained.train()
+    assert trained.optimizer.optimizer is opt
+    assert isinstance(opt.base_optimizer, SGD)
+    assert opt.steps == 2 * EPOCHS * STEPS_OF_EPOCH
+
+
+@needs("transformers")
+def test_transformers_give_the_optimizer_the_model(accelerator_state, tmp_path):
+    model = Net()
+    model.norm = nn.BatchNorm1d(16)
+    trained = trainer(Case(), model, tmp_path, max_steps=3)
+    trained.train()
+    assert trained.optimizer.optimizer.model is model
+    assert model.norm.num_batches_tracked == 3, "each batch counts once, in however many passes"
+    alone = trainer(Case(), Net(), tmp_path, sam=dict(ascent="local"), optim="sgd")
+    with pytest.raises(RuntimeError, match=r"'local' averages over ranks, and torch.distributed is not initialised"):
+        alone.train()
 
 
 @needs("transformers")
@@ -331,8 +474,10 @@ def test_transformers_wrap_the_optimizer_that_the_trainer_makes(accelerator_stat
     assert isinstance(opt.base_optimizer, SGD)
     plain_loop(Case(), expected, opt)
     assert same_bits(model.parameters(), expected.parameters())
+    assert other.create_optimizer() is opt
+    given = trainer(Case(), Net(), tmp_path, sam=dict(rho=0.3), optimizers=(opt, None))
     with pytest.raises(ValueError, match="is for an optimizer that is no MicroBatchSAM yet"):
-        other.create_optimizer()
+        given.create_optimizer()
 
 
 @needs("transformers")
@@ -363,17 +508,6 @@ def test_transformers_evaluate_stop_early_and_load_the_best_model(accelerator_st
     assert model(data.x, data.y)["loss"].item() == pytest.approx(min(evaluated), rel=1e-4), "the weights are w"
 
 
-class Sums(Net):
-    """As language models are: the loss is a sum, over the number of items that the Trainer counts in the whole step."""
-
-    def forward(self, x: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        logits = self.head(self.norm(F.gelu(self.body(x))))
-        if labels is None:
-            return {"logits": logits}
-        items = kwargs.get("num_items_in_batch", labels.numel())
-        return {"loss": F.cross_entropy(logits, labels, reduction="sum") / items, "logits": logits}
-
-
 @needs("transformers")
 def test_transformers_count_the_items_of_a_step_and_not_of_a_part(accelerator_state, tmp_path):
     case, model = Case(accumulate=2, split=2), Sums()
@@ -400,10 +534,22 @@ def test_a_trainer_without_the_mixin_is_told_of_it(accelerator_state, tmp_path):
 # ---- Lightning -------------------------------------------------------------------------------------------------------
 
 
-def fit(case: Case, model: nn.Module, *, manual: bool = False, load: Path | None = None, **arguments: Any) -> Any:
-    """(the LightningModule, the Trainer), trained. ``callbacks`` come after ours, which automatic optimization needs."""
+def fit(
+    case: Case,
+    model: nn.Module,
+    *,
+    manual: bool = False,
+    load: Path | None = None,
+    train_loader: DataLoader[dict[str, Tensor]] | None = None,
+    **arguments: Any,
+) -> Any:
+    """(the LightningModule, the Trainer), trained, and evaluated in between.
+
+    ``callbacks`` come after ours, which automatic optimization needs.
+    """
     import lightning
     from lightning.pytorch import seed_everything
+    from lightning.pytorch.plugins.precision import MixedPrecision
 
     from msam_kernels.integrations.lightning import SAMCallback
 
@@ -413,7 +559,7 @@ def fit(case: Case, model: nn.Module, *, manual: bool = False, load: Path | None
             self.net, self.automatic_optimization, self.losses, self.befores = model, not manual, [], 0
 
         def configure_optimizers(self) -> Any:
-            opt = case.optimizer(self.net)
+            opt = case.optimizer(self.net, self.trainer.strategy.model)
             return [opt], [{"scheduler": case.scheduler(opt), "interval": "step"}]
 
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
@@ -425,7 +571,7 @@ def fit(case: Case, model: nn.Module, *, manual: bool = False, load: Path | None
 
         def manually(self, batch: dict[str, Tensor], batch_idx: int) -> None:
             opt = self.optimizers()
-            for part in opt.passes(batch):
+            for part in opt.passes(batch, scaler=getattr(self.trainer.precision_plugin, "scaler", None)):
                 loss = self.net(**part)["loss"]
                 self.manual_backward(loss / case.accumulate)
                 if not opt.pass_index:
@@ -454,7 +600,8 @@ def fit(case: Case, model: nn.Module, *, manual: bool = False, load: Path | None
     options = dict(
         accelerator="cpu",
         max_epochs=EPOCHS,
-        precision="bf16-mixed" if case.bf16 else 32,
+        precision=None if case.scale else "bf16-mixed" if case.bf16 else 32,
+        plugins=[MixedPrecision("16-mixed", "cpu", case.scaler())] if case.scale else None,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -467,7 +614,7 @@ def fit(case: Case, model: nn.Module, *, manual: bool = False, load: Path | None
             callbacks=[SAMCallback(), *arguments.pop("callbacks", [])],
         )
     trainer = lightning.Trainer(**{**options, **arguments})
-    trainer.fit(module, Stateful(Data(), batch_size=BATCH), loader(), ckpt_path=load)  # evaluated in between
+    trainer.fit(module, train_loader or Stateful(Data(), batch_size=BATCH), case.loader(), ckpt_path=load)
     return module, trainer
 
 
@@ -486,6 +633,7 @@ def test_lightning_trains_as_the_plain_loop(case):
     check(case, model, opt, of_steps(case, module.losses))
     assert trainer.global_step == module.befores == opt.steps
     assert "optimizer_step" not in vars(module)
+    assert "training_step" not in vars(trainer.strategy)
     assert "log" not in vars(module)
 
 
@@ -497,6 +645,30 @@ def test_lightning_trains_by_hand_as_the_plain_loop(case):
     opt = trainer.optimizers[0]
     check(case, model, opt, of_steps(Case(case.accumulate * case.split), module.losses))
     assert trainer.global_step == opt.steps
+
+
+@needs("lightning")
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@each_fp16
+def test_lightning_trains_as_the_plain_loop_in_fp16(case, manual):
+    if manual:  # there Lightning clips what is yet to be unscaled
+        case = replace(case, clip=0.0)
+    model = Net()
+    module, trainer = fit(case, model, manual=manual)
+    check(case, model, trainer.optimizers[0], of_steps(case, module.losses))
+
+
+@needs("lightning")
+def test_lightning_leaves_no_trace_of_a_step_that_the_scaler_skips():
+    from lightning.pytorch import Callback
+
+    class Seen(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            states.append(copy.deepcopy(trainer.optimizers[0].state_dict()))
+
+    states: list[dict[str, Any]] = []
+    fit(SKIPS_LATER, Net(), callbacks=[Seen()])
+    check_skipped(states)
 
 
 @needs("lightning")
@@ -550,7 +722,7 @@ def test_lightning_without_the_loop_or_the_callback_is_told_of_them(manual):
     if not manual:
         told = pytest.warns(UserWarning, match=r"step\(closure\) drops them.*SAMCallback")
     with told:
-        trainer.fit(Module(), loader())
+        trainer.fit(Module(), Case().loader())
 
 
 @needs("lightning")
@@ -562,27 +734,54 @@ def test_lightning_refuses_what_the_callback_cannot_split():
 # ---- Fabric, and wrappers in general ---------------------------------------------------------------------------------
 
 
-@needs("lightning")
-@each_case_and_split
-def test_fabric_trains_as_the_plain_loop_and_its_wrapper_has_no_state_of_its_own(case):
+def with_fabric(case: Case, model: nn.Module, batches: Any = None, **options: Any) -> tuple[Any, MicroBatchSAM]:
+    """(Fabric's optimizer, ours), after the training."""
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins.precision import MixedPrecision
 
-    fabric, model = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if case.bf16 else 32), Net()
+    scaler = case.scaler()
+    if case.scale:
+        options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
+    else:
+        options["precision"] = "bf16-mixed" if case.bf16 else 32
+    fabric = Fabric(**{"accelerator": "cpu", "devices": 1, **options})
+    fabric.launch()
     opt = case.optimizer(model)
     scheduler = case.scheduler(opt)
     net, optimizer = fabric.setup(model, opt)
+    case.wrap(opt, net)
     for _ in range(EPOCHS):
-        for i, batch in enumerate(loader()):
-            for part in optimizer.passes(batch):
-                fabric.backward(net(**part)["loss"] / case.accumulate)
-            if (i + 1) % case.accumulate == 0:
+        for i, batch in enumerate(batches or case.loader()):
+            last = (i + 1) % case.accumulate == 0
+            with fabric.no_backward_sync(net, enabled=not last):
+                for part in optimizer.passes(batch, scaler=scaler):
+                    fabric.backward(net(**part)["loss"] / case.accumulate)
+            if last:
                 if case.clip:
-                    fabric.clip_gradients(net, optimizer, max_norm=case.clip)
+                    fabric.clip_gradients(net, optimizer, max_norm=case.clip, error_if_nonfinite=False)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+    return optimizer, opt
+
+
+# Fabric's notice, where one process has nothing to synchronise
+@pytest.mark.filterwarnings("ignore:The `Fabric.no_backward_sync:UserWarning")
+@needs("lightning")
+@each_case_and_split
+def test_fabric_trains_as_the_plain_loop_and_its_wrapper_has_no_state_of_its_own(case):
+    model = Net()
+    optimizer, opt = with_fabric(case, model)
     check(case, model, opt)
     assert optimizer.steps == opt.steps == opt.state_dict()["param_groups"][0]["msam_steps"]
+
+
+@needs("lightning")
+@each_fp16
+def test_fabric_trains_as_the_plain_loop_in_fp16(case):
+    model = Net()
+    _, opt = with_fabric(case, model)
+    check(case, model, opt)
 
 
 @needs("lightning")
@@ -596,7 +795,7 @@ def test_what_is_set_on_a_wrapper_is_set_on_the_optimizer():
     optimizer.mask = [torch.ones_like(p, dtype=torch.bool) for p in model.parameters()]
     assert (opt.num_micro_batches, opt.enabled, opt.steps, opt.strict) == (2, False, 7, True)
     assert all(bits.all() for bits in opt.mask)
-    batch = next(iter(loader()))
+    batch = next(iter(Case().loader()))
     loss = optimizer.train_step(lambda part: net(**part)["loss"], batch)
     assert opt.steps == 8
     assert loss.isfinite()
@@ -609,11 +808,329 @@ def test_the_drop_in_counts_its_steps_on_the_optimizer_whoever_wraps_it():
     model = Net()
     opt = msam_kernels.SAM(model.parameters(), SGD, lr=0.1)
     net, optimizer = Fabric(accelerator="cpu", devices=1).setup(model, opt)
-    for batch in loader():
+    for batch in Case().loader():
         for step in (optimizer.first_step, optimizer.second_step):
             net(**batch)["loss"].backward()
             step(zero_grad=True)
     assert optimizer.steps == opt.state_dict()["param_groups"][0]["msam_steps"] == STEPS_OF_EPOCH
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def language_model() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=32, hidden_size=64, intermediate_size=96, max_position_embeddings=16)
+    heads = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).double()
+
+
+def with_adapters() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return get_peft_model(language_model(), config, autocast_adapter_dtype=False)
+
+
+class Text(Dataset[dict[str, Tensor]]):
+    def __init__(self) -> None:
+        self.tokens = torch.randint(32, (SAMPLES, 8), generator=torch.Generator().manual_seed(5))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, i: Any) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
+
+
+def adapters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def bytes_of_tensors() -> int:
+    """Of all that live."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+each_for_adapters = pytest.mark.parametrize("name", ["SAM", "F-SAM"])
+
+
+def adapted(model: nn.Module, name: str, **options: Any) -> MicroBatchSAM:
+    return MicroBatchSAM(AdamW(model.parameters(), lr=0.01), 0.3, method=METHODS[name], model=model, **options)
+
+
+@needs("peft")
+@each_for_adapters
+def test_adapters_train_as_the_plain_loops(name):
+    model, expected = with_adapters(), with_adapters()
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    before = weights(frozen)
+    opt = adapted(model, name, num_micro_batches=2)
+    theirs = PlainRanks(AdamW(adapters(expected), lr=0.01), 0.3, METHODS[name], world=1)
+    for batch in DataLoader(Text(), batch_size=BATCH):
+        for part in opt.passes(batch):
+            model(**part)["loss"].backward()
+        opt.step()
+        opt.zero_grad()
+        parts = [{k: t[half] for k, t in batch.items()} for half in (slice(0, 2), slice(2, 4))]
+        theirs.step([lambda part=part: expected(**part)["loss"].backward() for part in parts])
+        assert off(weights(adapters(model)), weights(adapters(expected))) <= 1e-10
+    assert same_bits(frozen, before)
+
+
+@needs("peft")
+@each_for_adapters
+def test_nothing_but_the_adapters_costs_memory(name):
+    model = with_adapters()
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    places, before = [p.data_ptr() for p in frozen], bytes_of_tensors()
+    opt = adapted(model, name)
+    for part in opt.passes(Text()[[0, 1, 2]]):
+        model(**part)["loss"].backward()
+    opt.step()
+    opt.zero_grad()
+    del part
+    trained = sum(p.nbytes for p in adapters(model))
+    assert trained < sum(p.nbytes for p in frozen) / 50
+    # AdamW's two, w while the weights are at w + e, gradients, F-SAM's mean; and a table of where they are.
+    assert bytes_of_tensors() - before < (5 + (name == "F-SAM")) * trained
+    assert [p.data_ptr() for p in frozen] == places
+
+
+@needs("peft")
+def test_adapters_are_saved_at_w_and_load_into_another_model(tmp_path):
+    from peft import PeftModel
+
+    model = with_adapters()
+    opt = adapted(model, "SAM")
+    for batch in DataLoader(Text(), batch_size=BATCH):
+        for part in opt.passes(batch):
+            model(**part)["loss"].backward()
+            if opt.pass_index:
+                with pytest.raises(RuntimeError, match="perturbed"):
+                    model.save_pretrained(tmp_path / "never")
+        opt.step()
+        opt.zero_grad()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(language_model(), tmp_path, autocast_adapter_dtype=False)
+    tokens = Text().tokens
+    with torch.no_grad():
+        assert same_bits([loaded.eval()(tokens).logits], [model.eval()(tokens).logits])
+        assert not same_bits([loaded(tokens).logits], [with_adapters().eval()(tokens).logits])
+
+
+@needs("peft")
+@needs("transformers")
+@each_for_adapters
+def test_transformers_train_adapters_and_resume(name, accelerator_state, tmp_path):
+    class Adapters(Case):
+        def data(self) -> Any:
+            return Text()
+
+    case = Adapters(accumulate=2)
+
+    def train(model: nn.Module, **arguments: Any) -> nn.Module:
+        options = dict(optimizers=(AdamW(model.parameters(), lr=0.01), None), lr_scheduler_type="constant")
+        options |= dict(sam=dict(rho=0.3, method=METHODS[name]))
+        begin = arguments.pop("begin", None)
+        trainer(case, model, tmp_path, **options, **arguments).train(resume_from_checkpoint=begin)
+        return model
+
+    model = train(with_adapters(), save_strategy="steps", save_steps=2)
+    saved = tmp_path / "checkpoint-2"
+    assert (saved / "adapter_model.safetensors").exists()
+    assert not (saved / "model.safetensors").exists()
+    resumed = train(with_adapters(), begin=str(saved))
+    assert same_bits(resumed.parameters(), model.parameters())
+    expected = with_adapters()
+    opt = adapted(expected, name)
+    for _ in range(EPOCHS):
+        for i, batch in enumerate(case.loader()):
+            for part in opt.passes(batch):
+                (expected(**part)["loss"] / 2).backward()
+            if i % 2:
+                opt.step()
+                opt.zero_grad()
+    assert off(weights(model), weights(expected)) <= 1e-10
+
+
+# ---- two ranks -------------------------------------------------------------------------------------------------------
+
+RANKS = 2
+
+
+@dataclass
+class Ranked(Case):
+    """Rank 0 has the batches 0, 2, 4, …, rank 1 the others; so many of each as are accumulated make a step. All in fp64."""
+
+    accumulate: int = 4
+    base: str = "SGD"
+    framework: str = "Accelerate"
+    ascent: str = "local"
+    items: bool = False  # some labels do not count, and losses are sums over those that do
+
+    @property
+    def sam(self) -> dict[str, Any]:
+        return {**super().sam, "ascent": self.ascent}
+
+    def optimizer(self, model: nn.Module, wrapped: nn.Module | None = None) -> MicroBatchSAM:
+        known = {} if wrapped is None else dict(model=wrapped, ascent=self.ascent)
+        return MicroBatchSAM(self.base_optimizer(model), **super().sam, **known)
+
+    def wrap(self, opt: MicroBatchSAM, wrapped: nn.Module) -> None:
+        opt.model = wrapped
+        opt.ascent = self.ascent
+
+    def scheduler(self, opt: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)  # Accelerate's moves once for each rank
+
+    def model(self) -> nn.Module:
+        return (Sums() if self.items else Net()).double()
+
+    def data(self) -> Data:
+        data = Data(3 * RANKS * self.accumulate * BATCH)  # three steps of an epoch
+        data.x = data.x.double()
+        if self.items:
+            data.y[::3] = -100
+        return data
+
+    def train(self, rank: int, folder: Path, *, save: bool = False, load: Path | None = None) -> list[Tensor]:
+        """The weights in the end. ``save``: with a checkpoint in mid-epoch."""
+        forget_accelerator()
+        model = self.model()
+        # As torchrun says it; Lightning takes some of it away when it ends.
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "localhost"}
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
+        if self.framework == "Accelerate":
+            with_accelerate(self, model, save=folder if save else None, load=load)
+        elif self.framework == "Trainer":
+            base = self.base_optimizer(model)
+            options = dict(optimizers=(base, self.scheduler(base)), sam=self.sam)
+            options |= dict(save_strategy="steps", save_steps=2) if save else {}
+            trainer(self, model, folder, **options).train(resume_from_checkpoint=load and f"{load}/checkpoint-2")
+        else:
+            batches = list(BatchSampler(range(len(self.data())), BATCH, False))[rank::RANKS]
+            batches = DataLoader(self.data(), batch_sampler=batches)
+            if self.framework == "Fabric":
+                with_fabric(self, model, batches, strategy="ddp", devices=RANKS)
+            else:
+                options = dict(strategy="ddp", devices=RANKS, use_distributed_sampler=False, limit_val_batches=0)
+                fit(self, model, manual=self.framework == "by hand", train_loader=batches, **options)
+        return weights(model)
+
+    def train_plainly(self) -> list[Tensor]:
+        """By plain loops in one process, over the micro-batches of all ranks."""
+        model = self.model()
+        base = self.base_optimizer(model)
+
+        def clip(*_: Any) -> None:
+            if self.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+
+        base.register_step_pre_hook(clip)
+        theirs = PlainRanks(base, self.sam["rho"], self.method, world=RANKS)
+        m, whole = self.split, list(self.loader()) * EPOCHS
+        for begin in range(0, len(whole), RANKS * self.accumulate):
+            step = whole[begin : begin + RANKS * self.accumulate]
+            items = sum(int((batch["labels"] >= 0).sum()) for batch in step)
+            each = [[part for batch in step[r::RANKS] for part in self.parts(batch)] for r in range(RANKS)]
+            shares = [1 / RANKS / m] * len(each[0]) * RANKS
+            if self.ascent == "global":  # the last loop's perturbation is that of all ranks
+                pairs = zip(*(parts[-m:] for parts in each), strict=True)
+                both = [{k: torch.cat([p[k] for p in pair]) for k in pair[0]} for pair in pairs]
+                each = [each[0][:-m] + both, each[1][:-m]]
+                shares = shares[m:]
+                shares[len(each[0]) - m : len(each[0])] = [1 / m] * m
+            theirs.step([partial(self.backward, model, part, items) for part in each[0] + each[1]], shares)
+        return weights(model)
+
+    def parts(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        columns = [t.chunk(self.split) for t in batch.values()]
+        return [dict(zip(batch, part, strict=True)) for part in zip(*columns, strict=True)]
+
+    def backward(self, model: nn.Module, part: dict[str, Tensor], items: int) -> None:
+        """``items``: of all ranks in the step, by which the Trainer has the sums of labels that count divided."""
+        if self.items:
+            loss = model(**part, num_items_in_batch=items / self.split)["loss"] * RANKS
+        else:
+            loss = model(**part)["loss"] / self.accumulate
+        loss.backward()
+
+
+RANKED = {
+    f"{framework}, {base}, {name}, {ascent}": Ranked(
+        framework=framework, base=base, method=METHODS[name], ascent=ascent
+    )
+    for framework in ("Accelerate", "Trainer", "Lightning")
+    for base, name in (("SGD", "SAM"), ("AdamW", "SAM"), ("AdamW", "F-SAM"))
+    for ascent in ("local", "global")
+}
+RANKED |= {f"Accelerate, {name}": Ranked(method=method) for name, method in METHODS.items()}
+RANKED |= {
+    f"{framework}, split, clipping, {ascent}": Ranked(framework=framework, split=2, clip=0.2, ascent=ascent)
+    for framework in ("Accelerate", "Trainer")
+    for ascent in ("local", "global")
+}
+RANKED |= {
+    "Lightning by hand, local": Ranked(framework="by hand"),
+    "Lightning by hand, global": Ranked(framework="by hand", accumulate=1, ascent="global"),
+    "Fabric, local": Ranked(framework="Fabric", base="AdamW", method=METHODS["F-SAM"]),
+    "Fabric, global": Ranked(framework="Fabric", ascent="global"),
+    "Trainer, items": Ranked(framework="Trainer", items=True),
+    "Trainer, items, split, F-SAM": Ranked(framework="Trainer", items=True, split=2, method=METHODS["F-SAM"]),
+    "Trainer, no accumulation": Ranked(framework="Trainer", accumulate=1, method=METHODS["F-SAM"]),
+}
+#: Which loops count as what differs from one process: see docs/distributed.md.
+UNLIKE_ONE_PROCESS = {"Accelerate, LookSAM k=2", "Accelerate, Sparse SAM", "Accelerate, F-SAM + Sparse + Stable"} | {
+    name for name in RANKED if "F-SAM, global" in name
+}
+RESUMED_ON_RANKS = [name for name in RANKED if name.startswith(("Trainer, AdamW", "Accelerate, AdamW"))]
+COMBINES = Ranked(framework="Trainer", method=METHODS["GSAM"], ascent="global")
+
+
+def on_this_rank(rank: int, folder: str) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]], str]:
+    """What each case trains, and does after it was resumed; and what is said where ranks would part."""
+    trained, resumed, refusal = {}, {}, ""
+    for i, (name, case) in enumerate(RANKED.items()):
+        here, from_there = Path(folder, f"{i}"), Path(folder, f"{i} resumed")
+        saves = name in RESUMED_ON_RANKS
+        trained[name] = case.train(rank, here, save=saves)
+        if saves:
+            resumed[name] = case.train(rank, from_there, load=here)
+        if i == 0:
+            gc.freeze()  # the Trainer collects garbage whenever it begins
+    try:
+        COMBINES.train(rank, Path(folder, "refused"))
+    except RuntimeError as error:
+        refusal = str(error)
+    return trained, resumed, refusal
+
+
+@needs("accelerate")
+@needs("transformers")
+@needs("lightning")
+def test_two_ranks_train_as_one_process_and_resume(tmp_path):
+    (trained, resumed, refusal), (others, others_resumed, other_refusal) = on_ranks(
+        RANKS, tmp_path, on_this_rank, str(tmp_path)
+    )
+    wrong = {name: "ranks part" for name in RANKED if not same_bits(trained[name], others[name])}
+    for name in RANKED.keys() - UNLIKE_ONE_PROCESS:
+        error = off(trained[name], RANKED[name].train_plainly())
+        if not error <= 1e-10:
+            wrong[name] = f"off by {error}"
+    for name in RESUMED_ON_RANKS:
+        if not (same_bits(resumed[name], trained[name]) and same_bits(others_resumed[name], trained[name])):
+            wrong[name] = "resumed to something else"
+    assert wrong == {}
+    assert refusal == other_refusal
+    assert 'use ascent="local"' in refusal
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -624,6 +1141,7 @@ RECIPES = {
     "transformers": "transformers",
     "Lightning": "lightning",
     "Fabric": "lightning",
+    "PEFT": "peft",
 }
 
 
@@ -639,7 +1157,7 @@ def recipe(heading: str) -> list[str]:
 
 
 def test_every_block_of_the_page_is_of_a_recipe():
-    assert sum(len(recipe(heading)) for heading in RECIPES) == PAGE.read_text(encoding="utf-8").count("```python") == 5
+    assert sum(len(recipe(heading)) for heading in RECIPES) == PAGE.read_text(encoding="utf-8").count("```python") == 6
 
 
 # The recipe leaves the Trainer's setting for GPUs as it is.
@@ -652,14 +1170,16 @@ def test_the_recipe_of_the_page_runs_as_it_is_written(heading, tmp_path, acceler
     names = dict(
         torch=torch,
         F=F,
-        model=model,
-        loader=DataLoader(pairs, batch_size=BATCH),
+        model=language_model() if heading == "PEFT" else model,
+        loader=DataLoader(Text() if heading == "PEFT" else pairs, batch_size=BATCH),
         dataset=Data(),
         folder=str(tmp_path),
         options=dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False),
     )
-    before = [p.detach().clone() for p in model.parameters()]
     for code in recipe(heading):
+        before = weights(names["model"])
         exec(compile(code, str(PAGE), "exec"), names)
-        assert not same_bits(model.parameters(), before)
-        before = [p.detach().clone() for p in model.parameters()]
+        if heading == "PEFT":  # these begin with 0
+            assert all(p.any() for name, p in names["model"].named_parameters() if "lora_B" in name)
+        else:
+            assert not same_bits(model.parameters(), before)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
@@ -52,21 +53,22 @@ class SAMCallback(Callback):
                 f"Lightning runs a batch as one: the micro-batches are those of accumulate_grad_batches, got {opt.split}; "
                 "or use manual optimization with a passes() loop, which splits a batch"
             )
-        pl_module.optimizer_step = partial(self._step, pl_module.optimizer_step)
+        pl_module.optimizer_step = partial(self._step, trainer, pl_module.optimizer_step)
+        trainer.strategy.training_step = partial(self._forward, trainer.strategy.training_step)
         self._opt = opt
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._leave(pl_module)
+        self._leave(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._leave(pl_module)
+        self._leave(trainer, pl_module)
 
-    def _leave(self, pl_module: Any) -> None:
+    def _leave(self, trainer: Any, pl_module: Any) -> None:
         if self._turns is not None:
             self._turns.close()
         self._turns, self._batch = None, ()
         if self._opt is not None:
-            del pl_module.optimizer_step
+            del pl_module.optimizer_step, trainer.strategy.training_step
         self._opt = None
 
     # -- a batch ------------------------------------------------------------------------------------------------------------
@@ -75,17 +77,28 @@ class SAMCallback(Callback):
         takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
         self._batch = (rebuilt(batch), batch_idx) if takes_index else (rebuilt(batch),)
 
+    def _forward(self, own: Callable[..., Any], *args: Any) -> Any:
+        """Lightning's own forward is that of the pass at w, and comes before the loop: what holds DDP back holds here too."""
+        assert self._opt is not None
+        if self._turns is not None:
+            return own(*args)
+        ranks = self._opt.engine.ranks
+        ranks.hold_back()
+        try:
+            return own(*args)
+        finally:
+            ranks.release()
+
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """The pass at w is Lightning's own, but for the gradients of batches before."""
         if self._opt is not None and self._turns is None:
-            self._turns = iter(self._opt.passes())
+            self._turns = iter(self._opt.passes(scaler=_scaler(trainer)))
             next(self._turns)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._turns is None:
             return
-        precision = trainer.precision_plugin
-        scaler = getattr(precision, "scaler", None)
+        precision, scaler = trainer.precision_plugin, _scaler(trainer)
         try:
             for _ in self._turns:
                 with _without_logging(pl_module):
@@ -101,6 +114,7 @@ class SAMCallback(Callback):
 
     def _step(
         self,
+        trainer: Any,
         own: Callable[..., None],
         epoch: int,
         batch_idx: int,
@@ -109,8 +123,17 @@ class SAMCallback(Callback):
     ) -> None:
         """The module's ``optimizer_step``, after every pass has run: Lightning clips and steps on what they left."""
         result = None if optimizer_closure is None else optimizer_closure()
-        if result is not None or (self._opt is not None and self._opt.engine.has_mean):
+        opt = self._opt
+        if result is not None or (opt is not None and opt.engine.has_mean):
             own(epoch, batch_idx, optimizer, lambda: result)
+        if opt is not None and opt.engine.has_mean and _scaler(trainer) is not None:  # which skipped the step
+            opt.zero_grad()  # as Lightning does before the next batch: a checkpoint in between has what was before
+
+
+def _scaler(trainer: Any) -> torch.amp.GradScaler | None:
+    """Of fp16."""
+    scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler
 
 
 @contextmanager

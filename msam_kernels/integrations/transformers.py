@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from .. import checkpoint
 from ..batches import split
 from ..optimizer import MicroBatchSAM, find
 
@@ -30,6 +34,9 @@ class SAMTrainerMixin(Trainer):
     Each batch of ``gradient_accumulation_steps`` is a micro-batch, with an e of its own; ``num_micro_batches`` splits each of
     them further. Clipping is that of the descent gradient. The loss that is reported is that at w.
 
+    The optimizer gets the model that the Trainer trains as its ``model``: on several ranks, the DistributedDataParallel module.
+    Each rank adds to a checkpoint what the method remembers of the rank's own passes, e.g. F-SAM's mean gradient.
+
     Args:
         sam: arguments of ``MicroBatchSAM`` for the optimizer that the Trainer makes, or was given without them. One that is a
             ``MicroBatchSAM`` already is taken as it is.
@@ -37,26 +44,45 @@ class SAMTrainerMixin(Trainer):
 
     def __init__(self, *args: Any, sam: dict[str, Any] | None = None, **kwargs: Any):
         self._sam = {} if sam is None else dict(sam)
+        self._made: MicroBatchSAM | None = None
+        self._begins_at: Any = None  # the checkpoint, or True for the latest
+        self._begun: Any = None  # the state of the training that has gone on from there
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         base = super().create_optimizer(*args, **kwargs)
-        if not isinstance(base, MicroBatchSAM):
-            self.optimizer = MicroBatchSAM(base, **self._sam)
-        elif self._sam:
+        there = None
+        with suppress(TypeError):
+            there = find(base)
+        if there is None:
+            # Another ascent needs the model that the Trainer is yet to wrap: see ``_follow``.
+            self._made = self.optimizer = MicroBatchSAM(base, **{**self._sam, "ascent": "global"})
+        elif there is not self._made and self._sam:
             raise ValueError(
-                f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments"
+                f"sam={self._sam} is for an optimizer that is no MicroBatchSAM yet, got one: give it its arguments, or give "
+                "the Trainer its base optimizer"
             )
         return self.optimizer
+
+    def _follow(self, opt: MicroBatchSAM, model: Any) -> None:
+        """Tell the optimizer what is trained, and then whose gradients its perturbation is made of."""
+        if opt.model is not model:
+            opt.model = model
+        if opt is self._made:
+            ascent = self._sam.get("ascent", "global")
+            if opt.ascent is not ascent:
+                opt.ascent = ascent
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Every pass of one batch; the loss at w."""
         opt = find(self.optimizer)
+        self._follow(opt, model)
+        self._go_on(opt)
         shares = iter(split((inputs,), opt.split)[1])
         share, losses = 1.0, []
-        with opt.passes(inputs) as parts:
+        with opt.passes(inputs, scaler=self.accelerator.scaler) as parts:
             for part in parts:
                 share = share if opt.pass_index else next(shares)
                 # Who divides the sum of a micro-batch by this number would divide by that of all, and have its share twice.
@@ -66,3 +92,42 @@ class SAMTrainerMixin(Trainer):
                     losses.append(loss * share)
         total: Tensor = sum(losses[1:], losses[0])
         return total
+
+    # -- checkpoints: the Trainer saves the optimizer of one rank -----------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self._begins_at = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """What begins every checkpoint, on all ranks, and the user's way to save weights."""
+        # Only the Trainer's own call, for a checkpoint, says that it is one.
+        is_checkpoint = any((*args, *kwargs.values())) and self.optimizer is not None
+        opt = find(self.optimizer) if is_checkpoint and not self.args.save_only_model else None
+        if opt is not None and all(p.grad is None for group in opt.param_groups for p in group["params"]):
+            opt.zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
+        super().save_model(output_dir, *args, **kwargs)
+        if opt is not None and output_dir is not None and self._keeps_own(opt):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint.remembered(opt.engine), self._own_file(output_dir))
+
+    def _go_on(self, opt: MicroBatchSAM) -> None:
+        """Where training was resumed, with what this rank remembered; a new rank, with what the one has that saved."""
+        if self._begun is self.state:
+            return
+        self._begun, folder = self.state, self._begins_at
+        if folder is True:
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if folder and self._keeps_own(opt):
+            file = self._own_file(folder)
+            if file.is_file():
+                checkpoint.load(opt.engine, torch.load(file, map_location="cpu", weights_only=True))
+
+    def _keeps_own(self, opt: MicroBatchSAM) -> bool:
+        """Whether this rank's own passes move what the method remembers, and the Trainer's file has that of another rank."""
+        plan = opt.method.full
+        keeps = plan.lmbda is not None or plan.sparse is not None
+        return keeps and opt.engine.ranks.is_replicated and not self.args.should_save
+
+    def _own_file(self, folder: str | Path) -> Path:
+        return Path(folder, f"msam_{self.args.process_index}.pt")
