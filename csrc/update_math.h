@@ -322,7 +322,8 @@ struct Sgd<T, false> {
 template <class T>
 struct Sgd<T, true> : Sgd<T, false> {
   static constexpr int states = 1;
-  using Sgd<T, false>::Sgd;
+
+  MSAM_FN Sgd(const double* row, int64_t step) : Sgd<T, false>(row, step) {}  // an inherited one need not be inlined
 
   MSAM_FN void operator()(T& w, T g, T* state) const {
     T& momentum_buffer = state[0];
@@ -384,7 +385,8 @@ struct Adam<T, false> {
 template <class T>
 struct Adam<T, true> : Adam<T, false> {
   static constexpr int states = 3;
-  using Adam<T, false>::Adam;
+
+  MSAM_FN Adam(const double* row, int64_t step) : Adam<T, false>(row, step) {}
 
   MSAM_FN void operator()(T& w, T g, T* state) const {
     const T v = average(w, g, state);
