@@ -322,6 +322,7 @@ struct Sgd<T, false> {
 template <class T>
 struct Sgd<T, true> : Sgd<T, false> {
   static constexpr int states = 1;
+
   MSAM_FN Sgd(const double* row, int64_t step) : Sgd<T, false>(row, step) {}  // an inherited one need not be inlined
 
   MSAM_FN void operator()(T& w, T g, T* state) const {
@@ -384,6 +385,7 @@ struct Adam<T, false> {
 template <class T>
 struct Adam<T, true> : Adam<T, false> {
   static constexpr int states = 3;
+
   MSAM_FN Adam(const double* row, int64_t step) : Adam<T, false>(row, step) {}
 
   MSAM_FN void operator()(T& w, T g, T* state) const {

@@ -158,7 +158,9 @@ inline void hold(float* masters, const S* weights, float* rounded, int n) {
   alignas(64) S narrowed[kBlock];
   narrow(masters, narrowed, n);
   widen(narrowed, rounded, n);
-  if (!weights || std::memcmp(narrowed, weights, n * sizeof(S)) == 0) return;
+  int others = 0;
+  for (int j = 0; weights && j < n; ++j) others |= narrowed[j].bits ^ weights[j].bits;
+  if (others == 0) return;
   alignas(64) float now[kBlock];
   widen(weights, now, n);
   for (int j = 0; j < n; ++j) masters[j] = master(masters[j], rounded[j], now[j]);
