@@ -25,8 +25,8 @@ from msam_kernels import backends
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 STORAGE = ("float", "double", "msam::bf16", "msam::half")
-# Kernel -> variants, each for every storage type and for few and for many pointers; those of stacks, for many alone; and those of
-# masters, for few and for many, of 16 bits alone.
+# Kernel -> variants, each for every storage type and for few and for many pointers; those of stacks, for many alone; and those
+# of masters, for few and for many, of 16 bits alone.
 KERNELS = {
     **{"norm_kernel": (4, 4, 0), "perturb_kernel": (4, 4, 4), "ascend_kernel": (4, 4, 4)},
     **{"gram_kernel": (3, 3, 0), "descend_kernel": (2, 1, 2), "update_kernel": (6, 2, 4)},
