@@ -55,6 +55,8 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
         names = [name for name in wanted if name != "ema" or plan.only is None or flat.params[i] in plan.only]
         names += [name for name in _MEMORIES if name in flat.memories and name not in names]
         names += ["master"] if flat.has_masters else []
+        if not flat.has_masters or flat.saved is None:  # before it was converted it may have had one
+            engine.base.state.get(flat.params[i], {}).pop(OURS + "master", None)
         masked = plan.sparse is not None or flat.mask is not None
         entry = entry_of(groups[at], flat.params[i]) if names or masked else None
         for name in names:

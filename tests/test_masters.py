@@ -422,7 +422,10 @@ def test_masters_stay_where_others_are_converted():
     opt.update_hyper()
     assert len(opt.engine.store.flats) == 2
     stays = [p for p in model.parameters() if p.dtype == torch.bfloat16]
-    opt.state_dict()
+    state = opt.state_dict()["state"]
+    assert ["msam_master" in entry for entry in state.values()] == [
+        p.dtype == torch.bfloat16 for p in model.parameters()
+    ]
     assert same_bits([opt.state[p]["msam_master"] for p in stays], kept[-len(stays) :])
 
 

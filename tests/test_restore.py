@@ -701,10 +701,10 @@ def test_what_is_kept_may_be_made_again_after_there_was_no_memory(error, method,
         opt = MicroBatchSAM(sgd(model.parameters()), 0.5, method=METHODS[method], backend=backend)
         calls, real = count(), Flat.new_buffer
 
-        def new_buffer(flat, stop=stop, calls=calls, real=real):
+        def new_buffer(flat, *dtype, stop=stop, calls=calls, real=real):
             if next(calls) == stop:
                 raise error
-            return real(flat)
+            return real(flat, *dtype)
 
         with monkeypatch.context() as patch:
             patch.setattr(Flat, "new_buffer", new_buffer)
