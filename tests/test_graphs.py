@@ -613,6 +613,23 @@ def test_what_a_graph_reads_outlives_steps_of_many_other_sizes():
     assert same_bits(model.state_dict().values(), other.state_dict().values())
 
 
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+def test_a_captured_step_is_of_masters_as_train_step_is(base):
+    def made():
+        model = net().bfloat16()
+        opt = MicroBatchSAM(BASES[base](model.parameters()), 0.1, num_micro_batches=2, model=model, masters=True)
+        return model, opt, lambda x, y: F.cross_entropy(model(x.bfloat16()), y)
+
+    (model, opt, loss_fn), (other, plain, other_loss_fn) = made(), made()
+    step, recorder = captured(opt, model, loss_fn, *data())
+    for i in range(6):
+        assert torch.equal(step(*data(seed=i)), plain.train_step(other_loss_fn, *data(seed=i)))
+        assert same_bits(model.state_dict().values(), other.state_dict().values()), f"step {i}"
+        assert same_bits(*([flat.saved for flat in o.engine.store.flats] for o in (opt, plain))), f"step {i}"
+    assert (recorder.captures, recorder.replays) == (1, 4)
+    assert all(flat.saved.dtype == torch.float32 for flat in opt.engine.store.flats)
+
+
 def test_stats_are_those_of_the_graph_that_was_replayed_last():
     """One graph's micro-batches run as one and two, the other's, and those of eager steps, all at once or as two and one."""
     (model, opt, loss_fn), (_, plain, other_loss_fn) = (setup(count=3, parallel=True) for _ in range(2))
