@@ -108,12 +108,14 @@ def test_missing_extension_is_no_silent_fall_back(monkeypatch):
 
 
 def clone_with(tmp_path: Path, extension: bytes) -> Path:
-    """The package somewhere else, with an extension that is this file."""
+    """The package somewhere else, with extensions that are this file."""
     shutil.copytree(
         ROOT / "msam_kernels", tmp_path / "msam_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    (tmp_path / "msam_kernels" / f"_C{suffix}").write_bytes(extension)
+    first, *_, last = importlib.machinery.EXTENSION_SUFFIXES
+    # Where there is none, an editable install would lend its own.
+    for name in (f"_C{first}", f"_stable{last}"):
+        (tmp_path / "msam_kernels" / name).write_bytes(extension)
     return tmp_path
 
 

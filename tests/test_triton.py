@@ -581,11 +581,7 @@ def test_training_takes_the_same_steps_as_on_the_cpu(base, dtype):
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
 # Each width where most GPUs are, elsewhere what most users have.
-COMPILED = [
-    ("sm_90", "fp32"),
-    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("sm_90", "fp64"), ("sm_90", "bf16"))),
-    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("sm_80", "fp32"), ("gfx942", "fp32"))),
-]
+COMPILED = [("sm_90", "fp32"), ("sm_90", "fp64"), ("sm_90", "bf16"), ("sm_80", "fp32"), ("gfx942", "fp32")]
 
 
 def launched(dtype: torch.dtype) -> list[tuple]:
@@ -648,6 +644,7 @@ def compile_all(name: str, dtype: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("target", "dtype"), COMPILED)
 def test_every_kernel_compiles_ahead_of_time(target, dtype):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "0"}
