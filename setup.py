@@ -113,6 +113,13 @@ class Build(BuildExtension):
         # Ninja sees headers and flags change; setuptools would only look at its own list of files.
         self.force = True
 
+    def run(self):
+        if not self.inplace:  # a wheel is what lies there, an earlier build for another choice too
+            for name in ("_C", STABLE.rpartition(".")[2]):
+                for stale in Path(self.build_lib, "msam_kernels").glob(f"{name}.*"):
+                    stale.unlink()
+        super().run()
+
     def build_extensions(self):
         """Gives each file the flags of its instruction set, where torch has one list for all C++ files.
 
@@ -288,6 +295,13 @@ def extensions():
     """What is built, and one line that says so."""
     wish = os.environ.get("MSAM_KERNELS_CPP", "")
     stable = os.environ.get("MSAM_KERNELS_STABLE", "")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        if stable == "1":
+            raise SystemExit(
+                "msam_kernels: MSAM_KERNELS_STABLE=1 needs Python's limited API, which this Python without a GIL has not: "
+                "build with an ordinary one, or unset it"
+            )
+        stable = "0"
     if stable == "1" and version(torch.__version__) < STABLE_TORCH_AT_LEAST:
         raise SystemExit(
             f"msam_kernels: MSAM_KERNELS_STABLE=1 needs torch {'.'.join(map(str, STABLE_TORCH_AT_LEAST))} or later to build "

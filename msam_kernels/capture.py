@@ -337,6 +337,7 @@ class CapturedStep:
             addresses,
             trained,
             engine.buffers,
+            engine.ranks,
             self._opt.split,
             self._opt.parallel,
         )

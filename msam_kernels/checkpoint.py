@@ -55,7 +55,7 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
         names = [name for name in wanted if name != "ema" or plan.only is None or flat.params[i] in plan.only]
         names += [name for name in _MEMORIES if name in flat.memories and name not in names]
         names += ["master"] if flat.has_masters else []
-        if not flat.has_masters or flat.saved is None:  # before it was converted it may have had one
+        if not flat.has_masters:  # before it was converted it may have had one
             engine.base.state.get(flat.params[i], {}).pop(OURS + "master", None)
         masked = plan.sparse is not None or flat.mask is not None
         entry = entry_of(groups[at], flat.params[i]) if names or masked else None
@@ -78,9 +78,9 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
 
 
 def _buffer(flat: Flat, name: str, *, begin: bool) -> Tensor | None:
-    """Of a memory, or of masters, which the first step makes; without ``begin`` None where there is none."""
+    """Of a memory, or of masters, zeros where these have not begun; without ``begin`` None where there is none."""
     if name == "master":
-        return flat.saved
+        return flat.save_buffer() if begin else flat.saved
     return flat.memory(name, math.nan).buffer if begin or name in flat.memories else None
 
 
@@ -126,6 +126,17 @@ def remembered(engine: Engine) -> dict[str, Any]:
         if flat.mask is not None:
             own.setdefault("mask", {})[at] = _bits(flat)[i]
     return {**own, "mask_step": engine.mask_step} if "mask" in own else own
+
+
+def load_own(engine: Engine, own: dict[str, Any]) -> None:
+    """Means and masks of this rank, after a file of another rank was loaded: all else stays what that said."""
+    kept = {name: value for name, value in remembered(engine).items() if name not in ("ema", "mask")}
+    masters = {
+        at: flat.part(flat.saved, i)
+        for at, flat, i in _places(engine.store)
+        if flat.has_masters and flat.saved is not None
+    }
+    load(engine, {**kept, **{name: own[name] for name in ("ema", "mask") if name in own}, "master": masters})
 
 
 def _places(store: Store) -> list[tuple[int, Flat, int]]:
@@ -258,6 +269,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
             flat.set_master(i, tensors["master"].get(at))
             entry, wide = engine.base.state.get(flat.params[i], {}), own.get("wide", {}).get(at, {})
             for name in entry.keys() & wide.keys() & set(() if rule is None else rule.shaped):
+                if wide[name] is None:  # as older versions of torch save momentum where there is none
+                    continue
                 entry[name] = wide[name].to(flat.device, flat.dtype_kept)
     for flat in engine.store.flats:
         if rule is not None and rule.counts:

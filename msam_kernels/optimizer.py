@@ -760,6 +760,7 @@ class MicroBatchSAM(Optimizer):
         if not parallel or len(whole) == 1:
             return engine.run(whole, whole.shares, whole.between)
         check_parallel(parallel, model, self.compile, self.ascent)
+        check_masters(self.masters, self.method, self.base_optimizer, parallel)
         assert model is not None
         if not self.compile:
             self._compiled = None

@@ -344,7 +344,7 @@ class Tables:
         Raises:
             ValueError: what stands in a group, or what a function of the step gives, is no radius.
         """
-        if plan is self._plan and self._noted["radii"].stands():
+        if plan is self._plan and not self._radii.schedules and self._noted["radii"].stands():
             return
         groups = self._radii.base.param_groups
         # Momentum is that of what is minimised, whatever the group says, and e points against it.
@@ -365,7 +365,7 @@ class Tables:
             self._write(name, rows, devices, changed)
         self._plan = plan
         self._noted["radii"].note(("rho", "maximize"), (vars(self._radii.base), "maximize"))
-        if self._radii.schedules or callable(plan.opposite) or callable(plan.budget):
+        if callable(plan.opposite) or callable(plan.budget):
             self._noted["radii"].forget()
 
     def _maximized(self) -> list[bool]:

@@ -38,6 +38,7 @@ from .rules import (
     Rule,
     StepHook,
     Tables,
+    check_masters,
     check_method,
     no_momentum,
     theirs_in,
@@ -626,6 +627,7 @@ class Engine:
             self.store.refresh_noise(steps)
         if self.store.masters:
             self.rule()  # which refuses
+            check_masters(True, self.method, self.base, False)
         plan = self.plan()
         if plan is not BASE:
             if plan.momentum or plan.after:
@@ -1149,6 +1151,7 @@ class Step:
         engine, store, plan = self.engine, self.store, self.plan
         if self._has_units:
             self._look_at_scale()
+        self._has_looked = True
         grads = self._collect(clear=self.clear)
         if grads.absent:
             self._check_any(grads)

@@ -694,6 +694,8 @@ class Store:
             if len(absent) == len(flat.params):
                 self._bring_back(flat)
                 continue
+            if flat.has_masters:
+                flat.save_buffer()
             states = flat.bound(state, tables.names, absent)
             all_bound = all_bound and states is not None
             turns.append((f, flat, absent, states))
@@ -702,9 +704,8 @@ class Store:
             turns = [(f, flat, a, flat.bind(state, tables.names, rule.counts, a)) for f, flat, a, _ in turns]
         for f, flat, absent, states in turns:
             options = descent.on(flat.device)
-            saved = flat.save_buffer() if flat.has_masters else flat.saved
-            if saved is not None:
-                options.update(saved=saved, status=flat.status)
+            if flat.saved is not None:
+                options.update(saved=flat.saved, status=flat.status)
             if states:
                 options["step"] = flat.state["step"]
             if found_inf is not None:

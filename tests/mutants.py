@@ -630,8 +630,8 @@ MUTANTS = [
     Mutant(
         "a stale table of radii",
         P + "rules.py",
-        'if plan is self._plan and self._noted["radii"].stands():',
-        "if plan is self._plan:",
+        'if plan is self._plan and not self._radii.schedules and self._noted["radii"].stands():',
+        "if plan is self._plan and not self._radii.schedules:",
         "tests/test_conventions.py tests/test_schedules.py",
     ),
     Mutant(
@@ -878,7 +878,7 @@ MUTANTS = [
     Mutant(
         "a rank does not load the mean gradient of its own passes",
         P + "integrations/transformers.py",
-        "            if file.is_file():",
+        '            if (own.get("world_size"), own.get("steps")) == (self.args.world_size, opt.steps):',
         "            if False:",
         ON_RANKS,
     ),
@@ -2337,9 +2337,44 @@ MUTANTS = [
     Mutant(
         "masters: only of what is perturbed",
         P + "store.py",
-        "saved = flat.save_buffer() if flat.has_masters else flat.saved",
-        "saved = flat.saved",
+        "            if flat.has_masters:\n                flat.save_buffer()\n            states",
+        "            states",
         MASTERS + "every_way",
+    ),
+    Mutant(
+        "masters: a rank's own memory takes them away",
+        P + "checkpoint.py",
+        ', "master": masters})',
+        "})",
+        MASTERS + "own_memory",
+    ),
+    Mutant(
+        "masters: a method that is put there later is let through",
+        P + "step.py",
+        "            check_masters(True, self.method, self.base, False)\n",
+        "",
+        MASTERS + "put_there_later",
+    ),
+    Mutant(
+        "masters: none in what a new optimizer shows",
+        P + "checkpoint.py",
+        "return flat.save_buffer() if begin else flat.saved",
+        "return flat.saved",
+        MASTERS + "distributed_checkpoints",
+    ),
+    Mutant(
+        "a schedule that begins with the number of before does not begin",
+        P + "rules.py",
+        "if plan is self._plan and not self._radii.schedules and self._noted",
+        "if plan is self._plan and self._noted",
+        "tests/test_schedules.py -k very_number",
+    ),
+    Mutant(
+        "a captured step goes on with another ascent",
+        P + "capture.py",
+        "            engine.ranks,\n",
+        "",
+        "tests/test_graphs.py -k is_no_longer_replayed",
     ),
     Mutant(
         "masters: beside another step than the fused one",

@@ -108,6 +108,8 @@ def left_by_build(source: str) -> Path | None:
 )
 def test_every_file_has_the_flags_of_its_instruction_set_and_no_others(way, stable, modules, tmp_path):
     if not HAS_STABLE_ABI:
+        modules = modules - {"_stable"}
+    if not modules:
         pytest.skip("this torch has no stable ABI that is enough")
     found = calls(way, tmp_path, stable, len(modules))
     assert {name.split(".")[0] for name in os.listdir(tmp_path / "lib" / "msam_kernels")} == modules

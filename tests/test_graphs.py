@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msam_kernels import MicroBatchSAM, _torch, buffers, capture, flat, methods
 from msam_kernels.capture import CapturedStep, CudaRecorder
+from msam_kernels.ranks import Ranks
 from plain import remembered, same_bits, without_ours
 
 pytestmark = pytest.mark.host  # each test says where its model is
@@ -1061,6 +1062,7 @@ CHANGES = {
     "a layer is frozen": lambda model, opt: model[0].requires_grad_(False),
     "other micro-batches": lambda model, opt: setattr(opt, "num_micro_batches", 3),
     "a model whose buffers are held": lambda model, opt: setattr(opt, "model", model),
+    "whose gradients are averaged": lambda model, opt: setattr(opt.engine, "ranks", Ranks("global", None)),
 }
 
 

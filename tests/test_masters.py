@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from cases import DTYPES, Call, assert_same_memory, make
-from msam_kernels import MicroBatchSAM, methods
+from msam_kernels import MicroBatchSAM, checkpoint, methods
 from msam_kernels.backends import reference
 from plain import batch, loss_of, mlp, random_numbers, same_bits, through_a_file, weights
 
@@ -351,6 +351,91 @@ def test_training_goes_on_bit_for_bit(way, base):
         train(o, m, [5, 6])
     assert same_bits(masters(again), masters(opt))
     assert same_bits(model.parameters(), other.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
+@pytest.mark.parametrize("flattened", [False, True], ids=["as it is", "flattened"])
+@pytest.mark.parametrize("base", ["SGD, everything", "AdamW"])
+def test_training_goes_on_bit_for_bit_from_distributed_checkpoints(base, flattened, tmp_path):
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flattened)
+    straight, model, resumed = model_of(), model_of(), model_of()
+    train(optimizer(straight, base), straight, range(9))
+    first, second = optimizer(model, base), optimizer(resumed, base)
+    train(first, model, range(3))
+    dcp.save(dict(zip("mo", get_state_dict(model, first, options=options), strict=True)), checkpoint_id=tmp_path)
+    state = dict(zip("mo", get_state_dict(resumed, second, options=options), strict=True))
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(resumed, second, model_state_dict=state["m"], optim_state_dict=state["o"], options=options)
+    assert same_bits(masters(second), masters(first))
+    train(second, resumed, range(3, 9))
+    assert same_bits(resumed.parameters(), straight.parameters())
+
+
+def test_a_rank_s_own_memory_leaves_masters_and_steps(backend):
+    """As a framework loads it, where another rank's file has been loaded."""
+    model = model_of()
+    opt = optimizer(model, method=methods.FriendlySAM(), backend=backend)
+    train(opt, model)
+    own = copy.deepcopy(checkpoint.remembered(opt.engine))
+    train(opt, model, [5, 6])
+    before = masters(opt)
+    checkpoint.load_own(opt.engine, own)
+    assert same_bits(masters(opt), before)
+    assert opt.steps == 5
+    assert same_bits([opt.state[p]["msam_ema"] for p in model.parameters()], own["ema"].values())
+
+
+def test_a_state_of_none_loads_too():
+    """As older versions of torch save SGD's without momentum."""
+    model = model_of()
+    opt = optimizer(model, "SGD")
+    plain = SGD(model.parameters(), lr=0.01).state_dict()
+    plain["state"] = {i: {"momentum_buffer": None} for i in range(len(list(model.parameters())))}
+    opt.load_state_dict(plain)
+    train(opt, model)
+
+
+@pytest.mark.parametrize("method", [methods.WSAM(), methods.MomentumSAM()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("way", ["passes", "train_step"])
+def test_a_method_that_is_put_there_later_is_refused_as_at_construction(method, way):
+    model = model_of()
+    opt = optimizer(model)
+    train(opt, model)
+    opt.method, before = method, [*weights(model), *masters(opt)]
+    with pytest.raises(ValueError, match="leave masters out"):
+        if way == "passes":
+            train(opt, model)
+        else:
+            opt.train_step(lambda *part: loss_of(model, *part), *batch(7, torch.bfloat16))
+    assert same_bits([*weights(model), *masters(opt)], before)
+
+
+def test_parallel_passes_that_are_asked_for_later_are_refused():
+    model = model_of()
+    opt = optimizer(model)
+    opt.model, opt.parallel = model, True
+    with pytest.raises(ValueError, match="parallel=True perturbs copies"):
+        opt.train_step(lambda *part: loss_of(model, *part), *batch(7, torch.bfloat16))
+
+
+def test_masters_that_find_no_memory_leave_every_weight(monkeypatch):
+    params = [nn.Parameter(torch.ones(5, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)]
+    opt = MicroBatchSAM(SGD(params, lr=0.1), masters=True)
+    opt.enabled = False
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+    def none():
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(opt.engine.store.flats[1], "save_buffer", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step()
+    assert all(bool((p == 1).all()) for p in params)
 
 
 def test_a_plain_state_dict_loads_and_masters_begin_as_the_weights():

@@ -635,6 +635,17 @@ def test_a_seed_that_the_base_optimizer_has_loaded_is_taken():
     )
 
 
+def test_gradients_that_are_cleared_at_w_plus_e_give_no_random_numbers_back():
+    model = short_mlp()
+    opt = optimizer(model, num_micro_batches=1)
+    for loop in range(2):
+        for part in opt.passes(*short_batch()):
+            if opt.pass_index == 1:
+                opt.zero_grad()
+            loss_of(model, *part).backward()
+        assert opt.engine.store.drawn == loop + 1
+
+
 def test_a_seed_of_a_file_has_64_bits_too():
     opt = optimizer(short_mlp(), seed=3)
     saved = copy.deepcopy(opt.state_dict())

@@ -179,6 +179,24 @@ def test_rho_may_be_a_function_of_the_step(way, backend):
     assert same_bits(run.model.parameters(), by_hand.model.parameters())
 
 
+@pytest.mark.parametrize(
+    "look", [lambda opt: opt.state_dict(), copy.deepcopy, lambda opt: None], ids=["saved", "copied", "-"]
+)
+def test_a_schedule_counts_that_begins_with_the_very_number_of_before(look):
+    counted, rho = Counted(), 0.05
+    for group in counted.opt.param_groups:
+        group["rho"] = rho
+    counted.with_passes(batch(7))
+    for group in counted.opt.param_groups:
+        group["rho"] = lambda steps: rho if steps < 2 else 1.0
+    look(counted.opt)
+    found = []
+    for seed in range(3):
+        counted.with_passes(batch(7, seed=seed))
+        found.append(counted.opt.param_groups[0]["rho"])
+    assert found == [0.05, 1.0, 1.0]
+
+
 def test_rho_may_follow_the_learning_rate(backend):
     model = mlp()
     base = SGD(model.parameters(), lr=0.1)

@@ -209,7 +209,7 @@ def _missing_cuda() -> str | None:
     rebuild = "rebuild with `FORCE_CUDA=1 pip install --no-build-isolation -e .`"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA: install a build that does (https://pytorch.org), then {rebuild}"
-    if extension is None:
+    if extension is None or not isinstance(missing_extension, (type(None), ModuleNotFoundError)):
         return _without_extension("a C++17 compiler and nvcc", rebuild)
     if extension.CUDA is None:
         return (

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ class SAMTrainerMixin(Trainer):
             opt.model = model
         if opt is self._made:
             ascent = self._sam.get("ascent", "global")
-            if opt.ascent is not ascent:
+            if opt.ascent != ascent:
                 opt.ascent = ascent
 
     def training_step(
@@ -109,7 +110,8 @@ class SAMTrainerMixin(Trainer):
         super().save_model(output_dir, *args, **kwargs)
         if opt is not None and output_dir is not None and self._keeps_own(opt):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint.remembered(opt.engine), self._own_file(output_dir))
+            own = {"world_size": self.args.world_size, **checkpoint.remembered(opt.engine)}
+            torch.save(own, self._own_file(output_dir))
 
     def _go_on(self, opt: MicroBatchSAM) -> None:
         """Where training was resumed, with what this rank remembered; a new rank, with what the one has that saved."""
@@ -120,8 +122,15 @@ class SAMTrainerMixin(Trainer):
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         if folder and self._keeps_own(opt):
             file = self._own_file(folder)
-            if file.is_file():
-                checkpoint.load(opt.engine, torch.load(file, map_location="cpu", weights_only=True))
+            own = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+            if (own.get("world_size"), own.get("steps")) == (self.args.world_size, opt.steps):
+                checkpoint.load_own(opt.engine, own)
+            else:
+                there = "is of another run" if own else "is not there"
+                warnings.warn(
+                    f"{file} {there}: this rank goes on with what the rank that saved the checkpoint remembered",
+                    stacklevel=2,
+                )
 
     def _keeps_own(self, opt: MicroBatchSAM) -> bool:
         """Whether this rank's own passes move what the method remembers, and the Trainer's file has that of another rank."""
