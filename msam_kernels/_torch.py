@@ -82,7 +82,7 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], dict[i
 
 def has_listeners(optimizer: torch.optim.Optimizer) -> bool:
     """Whether hooks or a profiler listen to this optimizer's steps."""
-    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    before, after = step_hooks(optimizer)
     return bool(profiler_enabled() or before or after or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 

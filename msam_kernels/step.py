@@ -1017,8 +1017,7 @@ class Step:
             sums = [] if products is None else [products]
             kept = Descent(stacks=vectors[: len(plan.keeps)], shares=store.weigh(shares, coefs, sums, -1, None))
             self._keep(kept, begins=which.start == 0)
-        if self._scaled is not None and plan.after and norm_sq is not None:
-            norm_sq = self._seen(norm_sq, vectors[0], len(which))
+        norm_sq = self._seen(norm_sq, vectors[0], len(which))
         sums, rescale = self._sums(products, norm_sq)
         terms = self._terms(vectors)
         coefs = [number for _, coefficient in terms for number in coefficient.row()]
@@ -1378,9 +1377,7 @@ class Step:
             self._check_any(vectors[0])
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
-        norm_sq = self._norm_sq
-        if self._scaled is not None and plan.after and norm_sq is not None:
-            norm_sq = self._seen(norm_sq, vectors[0])
+        norm_sq = self._seen(self._norm_sq, vectors[0])
         descent = Descent(norm_sq=norm_sq)
         if products is not None:
             descent.sums, descent.rescale = self._sums(products, norm_sq)
@@ -1403,11 +1400,13 @@ class Step:
         self._norm_sq = None
         return descent
 
-    def _seen(self, norm_sq: Tensor, latest: Vectors, stack: int | None = None) -> Tensor:
-        """The terms that make a descent NaN where they are not finite, for a scaler.
+    def _seen(self, norm_sq: Tensor | None, latest: Vectors, stack: int | None = None) -> Tensor | None:
+        """The terms that make a descent NaN where they are not finite.
 
-        Decoupled WSAM's last gradient is no term of what that looks at: its norm is one of these then.
+        Decoupled WSAM's last gradient is no term of what a scaler looks at: its norm is one of these then.
         """
+        if self._scaled is None or not self.plan.after or norm_sq is None:
+            return norm_sq
         return torch.cat([norm_sq, self.store.gram([latest], stack).sum(-1)], -1)
 
     def _sums(self, products: Tensor | None, norm_sq: Tensor | None) -> tuple[list[Tensor], int]:

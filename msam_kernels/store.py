@@ -461,7 +461,7 @@ class Store:
         if len(parts) == 1 and self._ranks is None:
             (f, flat, left), *_ = parts
             weights, options = self._perturbation(f, flat, plan, tables, "radii", which, renew, into)
-            chosen = _chosen(grads, f, flat, left) if left else grads.lists[f]
+            chosen = _chosen(grads, f, flat, left)
             return flat.backend.ascend(weights, chosen, flat.table, arrived=flat.arrived, **options)
         if isinstance(which, range) and into is not None and plan.lmbda is not None and len(which) > 1:
             # The direction of one is made of the mean that the one before has left.
@@ -556,8 +556,7 @@ class Store:
         copies = None if into is None else into[f]
         options: dict[str, Any] = {"radii": tables.on(radii, flat.device)}
         if copies is None:
-            options["saved"] = flat.saved if flat.saved is not None else flat.save_buffer()
-            options["status"] = flat.status
+            options["saved"], options["status"] = flat.save_buffer(), flat.status
         else:
             options["saved"], options["stack"] = flat.weights[0], len(copies)
         if radii == "opposite":
