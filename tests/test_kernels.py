@@ -460,10 +460,20 @@ def test_a_step_of_two_micro_batches_returns_to_the_weights_bit_for_bit(dtype, b
 # ---- declaration -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("operator", "variant"), LARGEST, ids=lambda v: v)
-def test_opcheck_accepts_the_operator(operator, variant):
+OPCHECKED = [
+    *((*case, torch.float32) for case in LARGEST),
+    *(("update", variant, torch.float32) for variant in ("sgd, shifted", "adam, shifted")),
+    *(
+        (operator, variant, torch.bfloat16)
+        for operator, variant in (("ascend", "masters"), ("update", "adam, masters"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("operator", "variant", "dtype"), OPCHECKED, ids=str)
+def test_opcheck_accepts_the_operator(operator, variant, dtype):
     options = {**VARIANTS[operator][variant], "alias": None}  # a term that is mutated is beyond what a schema can say
-    args, kwargs = make(operator, options, sizes=(5, 0, 33), flat=False).args()
+    args, kwargs = make(operator, options, dtype, sizes=(5, 0, 33), flat=False).args()
     torch.library.opcheck(getattr(torch.ops.msam_kernels, operator).default, args, kwargs)
 
 
