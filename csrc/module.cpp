@@ -5,12 +5,17 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -52,32 +57,65 @@ py::dict build_info() {
   return info;
 }
 
-class Numbers {
- public:
-  explicit Numbers(const py::list& list) {
-    for (py::handle x : list) numbers_.push_back(x.cast<double>());
-  }
-  operator at::ArrayRef<double>() const { return numbers_; }
-
- private:
-  c10::SmallVector<double, msam::kTerms * msam::kCoefficientColumns> numbers_;
-};
-
 // What an operator's argument is in Python, and what keeps it during the call.
 template <class T>
-struct Argument {
-  using Python = T;
-  using Kept = T;
+struct Argument;
+
+bool is_none(PyObject* o) { return o == Py_None; }
+
+template <>
+struct Argument<Tensor> {
+  static bool is(PyObject* o) { return THPVariable_Check(o); }
+  static const Tensor& of(PyObject* o) { return THPVariable_Unpack(o); }
+};
+template <>
+struct Argument<double> {
+  static bool is(PyObject* o) { return PyFloat_Check(o) || PyLong_Check(o); }
+  static double of(PyObject* o) {
+    const double x = PyFloat_AsDouble(o);
+    if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return x;
+  }
+};
+template <>
+struct Argument<int64_t> {
+  static bool is(PyObject* o) { return PyLong_Check(o); }
+  static int64_t of(PyObject* o) {
+    const int64_t n = PyLong_AsLongLong(o);
+    if (n == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return n;
+  }
+};
+template <>
+struct Argument<bool> {
+  static bool is(PyObject* o) { return PyBool_Check(o); }
+  static bool of(PyObject* o) { return o == Py_True; }
+};
+template <class T>
+struct Argument<std::optional<T>> {
+  static bool is(PyObject* o) { return is_none(o) || Argument<T>::is(o); }
+  static std::optional<T> of(PyObject* o) { return is_none(o) ? std::nullopt : std::optional<T>(Argument<T>::of(o)); }
 };
 template <>
 struct Argument<TensorList> {
-  using Python = py::handle;
-  using Kept = msam::TensorsOf;
+  static bool is(PyObject*) { return true; }  // or it says what is wrong
+  static msam::TensorsOf of(PyObject* o) { return msam::TensorsOf(o); }
 };
 template <>
 struct Argument<at::ArrayRef<double>> {
-  using Python = const py::list&;
-  using Kept = Numbers;
+  using Numbers = c10::SmallVector<double, msam::kTerms * msam::kCoefficientColumns>;
+
+  static bool is(PyObject* o) {
+    if (!PyList_Check(o)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(o); ++i)
+      if (!Argument<double>::is(PyList_GET_ITEM(o, i))) return false;
+    return true;
+  }
+  static Numbers of(PyObject* o) {
+    Numbers numbers;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(o); ++i) numbers.push_back(Argument<double>::of(PyList_GET_ITEM(o, i)));
+    return numbers;
+  }
 };
 
 // The first argument that is a tensor by itself.
@@ -139,19 +177,101 @@ class LikeTheTable {
 };
 
 // An operator of backends/__init__.py as torch.ops would call it under no_grad, but typed, and past autograd's fallback: both
-// would box the lists, which takes longer than a kernel on a small model.
+// would box the lists, which takes longer than a kernel on a small model. So does pybind11 with a dozen arguments by name.
 template <class Result, class... Args>
 class Typed {
  public:
-  explicit Typed(const char* name) : name_(name) {}
-
-  Result operator()(typename Argument<Args>::Python... args) {
-    if (!found_) found_ = c10::Dispatcher::singleton().findSchemaOrThrow(name_, "").typed<Result(Args...)>();
-    return call(typename Argument<Args>::Kept(args)...);
+  // For good: the module holds it.
+  static void define(py::module_& m, const char* name) {
+    auto* self = new Typed(name);
+    const py::capsule capsule(static_cast<void*>(self));
+    const py::str of(m.attr("__name__"));
+    PyObject* function = PyCFunction_NewEx(&self->method_, capsule.ptr(), of.ptr());
+    if (!function) throw py::error_already_set();
+    m.attr(self->method_.ml_name) = py::reinterpret_steal<py::object>(function);
   }
 
  private:
-  Result call(const typename Argument<Args>::Kept&... args) {
+  static constexpr size_t kArguments = sizeof...(Args);
+  using Slots = std::array<PyObject*, kArguments>;  // borrowed
+
+  explicit Typed(const char* name)
+      : name_(name),
+        method_{std::strchr(name, ':') + 2, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&called)),
+                METH_FASTCALL | METH_KEYWORDS, "See backends/__init__.py."} {}
+
+  static PyObject* called(PyObject* capsule, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    try {
+      auto* self = static_cast<Typed*>(PyCapsule_GetPointer(capsule, nullptr));
+      if (!self->found_) self->find();
+      return self->call(self->slots(args, count, names), std::index_sequence_for<Args...>()).release().ptr();
+    } catch (...) {
+      torch::translate_exception_to_python(std::current_exception());
+      return nullptr;
+    }
+  }
+
+  // The schemas are defined after this module is loaded.
+  void find() {
+    auto found = c10::Dispatcher::singleton().findSchemaOrThrow(name_, "").typed<Result(Args...)>();
+    for (size_t i = 0; i < kArguments; ++i) {
+      const c10::Argument& argument = found.schema().arguments()[i];
+      const auto& value = argument.default_value();
+      names_[i] = PyUnicode_InternFromString(argument.name().c_str());
+      if (!argument.kwarg_only()) positional_ = i + 1;
+      if (value)
+        default_[i] = (value->isNone()   ? py::object(py::none())
+                       : value->isBool() ? py::object(py::bool_(value->toBool()))
+                       : value->isInt()  ? py::object(py::int_(value->toInt()))
+                                         : py::object(py::float_(value->toDouble())))
+                          .release()
+                          .ptr();
+    }
+    found_.emplace(std::move(found));
+  }
+
+  size_t place_of(PyObject* name, size_t guess) const {
+    for (size_t k = 0; k < kArguments; ++k)
+      if (const size_t i = (guess + k) % kArguments; names_[i] == name) return i;
+    for (size_t i = 0; i < kArguments; ++i)
+      if (PyUnicode_Compare(names_[i], name) == 0) return i;
+    TORCH_CHECK_TYPE(false, method_.ml_name, "() has no argument ", std::string(py::str(py::handle(name))));
+  }
+  Slots slots(PyObject* const* args, Py_ssize_t count, PyObject* names) const {
+    TORCH_CHECK_TYPE(size_t(count) <= positional_, method_.ml_name, "() takes ", positional_, " arguments without a name, got ",
+                     count);
+    Slots slots{};
+    std::copy(args, args + count, slots.begin());
+    size_t i = count;
+    for (Py_ssize_t k = 0; names && k < PyTuple_GET_SIZE(names); ++k, ++i) {
+      i = place_of(PyTuple_GET_ITEM(names, k), i);
+      TORCH_CHECK_TYPE(!slots[i], method_.ml_name, "() got ", argument(i).name(), " twice");
+      slots[i] = args[count + k];
+    }
+    for (i = 0; i < kArguments; ++i) {
+      if (!slots[i]) slots[i] = default_[i];
+      TORCH_CHECK_TYPE(slots[i], method_.ml_name, "() lacks ", argument(i).name());
+    }
+    return slots;
+  }
+  const c10::Argument& argument(size_t i) const { return found_->schema().arguments()[i]; }
+
+  template <class T>
+  decltype(auto) from(PyObject* o, size_t i) const {
+    using Argument = ::Argument<std::decay_t<T>>;
+    TORCH_CHECK_TYPE(Argument::is(o), method_.ml_name, "() takes ", argument(i).type()->str(), " as ", argument(i).name(),
+                     ", got ", Py_TYPE(o)->tp_name);
+    return Argument::of(o);
+  }
+  template <size_t... i>
+  py::object call(const Slots& slots, std::index_sequence<i...>) const {
+    if constexpr (std::is_void_v<Result>)
+      return dispatched(from<Args>(slots[i], i)...), py::none();
+    else
+      return py::reinterpret_steal<py::object>(THPVariable_Wrap(dispatched(from<Args>(slots[i], i)...)));
+  }
+  template <class... Kept>
+  Result dispatched(const Kept&... args) const {
     FindTable find;
     (find(args), ...);
     LikeTheTable check(*find.table, found_->schema());
@@ -162,12 +282,15 @@ class Typed {
   }
 
   const char* name_;
-  std::optional<c10::TypedOperatorHandle<Result(Args...)>> found_;  // the schemas are defined after this module is loaded
+  PyMethodDef method_;
+  std::optional<c10::TypedOperatorHandle<Result(Args...)>> found_;
+  size_t positional_ = 0;
+  std::array<PyObject*, kArguments> names_{}, default_{};  // interned; null where there is none
 };
 
-template <class Result, class... Args, class... Extra>
-void define(py::module_& m, const char* name, Result (*)(Args...), const Extra&... extra) {
-  m.def(std::strchr(name, ':') + 2, Typed<Result, Args...>(name), extra...);
+template <class Result, class... Args>
+void define(py::module_& m, const char* name, Result (*)(Args...)) {
+  Typed<Result, Args...>::define(m, name);
 }
 
 }  // namespace
@@ -177,26 +300,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("CUDA") = kCuda;
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, threading and torch of this build.");
   msam::define_parameters(m);
-  using py::arg;
-  const auto none = [](const char* name) { return arg(name) = py::none(); };
-  const py::kw_only kw_only;
   using Types = msam::Operators<msam::Call>;
-#define MSAM_DEFINE(name, ...) define(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr), __VA_ARGS__)
-  MSAM_DEFINE(norm, arg("weights"), arg("grads"), arg("table"), kw_only, none("ema"), arg("sigma") = 0.0, none("eta"),
-            none("stack"));
-  MSAM_DEFINE(perturb, arg("weights"), arg("grads"), arg("table"), kw_only, arg("norm_sq"), arg("radii"), arg("saved"),
-            arg("achieved_sq"), none("status"), none("ema"), none("mask"), none("noise"), arg("draw") = 0, arg("sigma") = 0.0,
-            none("lmbda"), none("eta"), none("stack"));
-  MSAM_DEFINE(ascend, arg("weights"), arg("grads"), arg("table"), kw_only, arg("radii"), arg("saved"), arg("achieved_sq"),
-            none("status"), none("arrived"), none("ema"), none("mask"), none("noise"), arg("draw") = 0, arg("sigma") = 0.0,
-            none("lmbda"), none("eta"), none("stack"));
-  MSAM_DEFINE(gram, arg("terms"), arg("table"), kw_only, arg("count"), none("stack"));
-  MSAM_DEFINE(weigh, arg("shares"), kw_only, arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"));
-  MSAM_DEFINE(descend, arg("weights"), arg("out"), arg("terms"), arg("table"), kw_only, arg("coefs"), arg("sums"),
-            arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"), arg("last") = true, none("out_sq"),
-            none("shares"));
-  MSAM_DEFINE(update, arg("weights"), arg("states"), arg("terms"), arg("table"), kw_only, arg("rule"), arg("settings"),
-            none("step"), arg("coefs"), arg("sums"), arg("rescale") = -1, none("norm_sq"), none("saved"), none("status"),
-            none("found_inf"), none("shares"), none("rates"), arg("factor") = 0.0);
+#define MSAM_DEFINE(name) define(m, "msam_kernels::" #name, static_cast<decltype(&Types::name)>(nullptr))
+  MSAM_DEFINE(norm);
+  MSAM_DEFINE(perturb);
+  MSAM_DEFINE(ascend);
+  MSAM_DEFINE(gram);
+  MSAM_DEFINE(weigh);
+  MSAM_DEFINE(descend);
+  MSAM_DEFINE(update);
 #undef MSAM_DEFINE
 }

@@ -430,7 +430,19 @@ bool holds(
       return false;
     if (entry != PyList_GET_ITEM(entries.ptr(), i)) return false;
   }
-  for (size_t i = 0; i < values.size(); ++i) {
+  struct Table {  // of a small dict
+    char bytes[192];
+  };
+  const Py_ssize_t size = Py_ssize_t(values.size());
+  const auto dict_at = [&](Py_ssize_t i) {
+    PyObject* dict = i >= 0 && i < size ? PyList_GET_ITEM(dicts.ptr(), i) : nullptr;
+    return reinterpret_cast<const PyDictObject*>(dict);
+  };
+  for (Py_ssize_t i = -2 * kAhead; i < size; ++i) {
+    if (const auto* dict = dict_at(i + 2 * kAhead)) fetch(dict);
+    const auto* next = dict_at(i + kAhead);
+    if (next && PyDict_Check(reinterpret_cast<const PyObject*>(next))) fetch(reinterpret_cast<const Table*>(next->ma_keys));
+    if (i < 0) continue;
     PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
     TORCH_CHECK_TYPE(PyDict_Check(dict), "holds takes dicts");
     PyObject* value = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys.ptr(), i));

@@ -23,7 +23,7 @@ Optionals = Sequence[Tensor | None]  # p.grad by parameter; an empty list where 
 Gradient = TypeVar("Gradient", Tensor, Tensor | None)
 #: A list, or the extension's ``Tensors``, which makes Python objects only of those that Python looks at.
 Tensors = Sequence[Tensor]
-#: By list of parameters their gradients; whether all are as ``collect`` returns them; how many are absent.
+#: By list of parameters their gradients; whether all are regular, see ``made_regular``; how many are absent.
 Collected = tuple[list[Tensors], bool, int]
 
 
@@ -65,7 +65,7 @@ class Vectors:
 
 
 def _collect_grads(groups: Groups, layout: Any, placeholders: list[Tensor], clear: bool) -> Collected | None:
-    """What the extension does faster: ``regular`` is False, so every gradient is looked at by ``collect``."""
+    """What the extension does faster: ``regular`` is False, so every gradient is looked at by ``made_regular``."""
     served = _served(groups, layout)
     if served is None:
         return None
@@ -167,8 +167,8 @@ def _holds(
 
 # Each is a loop over the parameters, which the extension does in C++.
 #: (parameter groups, their layout, placeholders, clear) -> the gradients of the served, by list, with a placeholder for None;
-#: whether all are as ``collect`` returns them, and only then anything is cleared; how many are None. None where the parameters
-#: are not as their layout says.
+#: whether all are regular: only then anything is cleared, and parameters with a gradient count as modified in place; how many
+#: are None. None where the parameters are not as their layout says.
 collect_grads: Callable[[Groups, object, list[Tensor], bool], Collected | None] = getattr(
     extension, "collect_grads", _collect_grads
 )
@@ -216,39 +216,30 @@ def is_trained(p: Tensor) -> bool:
     return p.requires_grad or p.grad is not None
 
 
-def collect(
-    groups: Groups, layout: object, lists: list[list[Tensor]], placeholders: list[Tensor], loops: Loops = FAST, *, clear: bool
-) -> tuple[list[Tensors], int] | None:  # fmt: skip
-    """Every ``p.grad`` of the lists, dense and in the memory order of its parameter, and how many are absent.
-
-    Those are their list's placeholder. With ``clear``, every ``p.grad`` is then None. A parameter with a gradient counts as
-    modified in place, which every caller goes on to do: a graph that still needs the old values raises instead of using wrong
-    ones. None where the parameters are not as their layout says.
+def made_regular(
+    grads: list[Tensors], lists: list[list[Tensor]], placeholders: list[Tensor], loops: Loops, *, clear: bool
+) -> list[Tensors]:
+    """What ``collect_grads`` found of the parameters in ``lists``, dense and in the memory order of each; the rest of its work.
 
     Raises:
         TypeError: a sparse gradient, or one of another dtype than its parameter.
         RuntimeError: a gradient whose memory is gone.
     """
-    found = loops.collect_grads(groups, layout, placeholders, clear)
-    if found is None:
-        return None
-    grads, regular, absent = found
-    if not regular:
-        grads = [
-            [none if g is none else regular_gradient(shard(p), g) for p, g in zip(params, those, strict=True)]
-            for params, those, none in zip(lists, grads, placeholders, strict=True)
-        ]
-        having = [
-            p
-            for params, those, none in zip(lists, grads, placeholders, strict=True)
-            for p, g in zip(params, those, strict=True)
-            if g is not none
-        ]
-        increment_version(having)
-        if clear:
-            for params in lists:
-                loops.set_grads(params, [])
-    return grads, absent
+    regular: list[Tensors] = [
+        [none if g is none else regular_gradient(shard(p), g) for p, g in zip(params, those, strict=True)]
+        for params, those, none in zip(lists, grads, placeholders, strict=True)
+    ]
+    having = [
+        p
+        for params, those, none in zip(lists, regular, placeholders, strict=True)
+        for p, g in zip(params, those, strict=True)
+        if g is not none
+    ]
+    increment_version(having)
+    if clear:
+        for params in lists:
+            loops.set_grads(params, [])
+    return regular
 
 
 def regular_gradient(p: Tensor, g: Tensor) -> Tensor:

@@ -1017,13 +1017,12 @@ class Step:
             sums = [] if products is None else [products]
             kept = Descent(stacks=vectors[: len(plan.keeps)], shares=store.weigh(shares, coefs, sums, -1, None))
             self._keep(kept, begins=which.start == 0)
-        norm_sq = self._seen(norm_sq, vectors[0], len(which))
+        if self._scaled is not None:
+            norm_sq = self._seen(norm_sq, vectors[0], len(which))
         sums, rescale = self._sums(products, norm_sq)
-        terms = self._terms(vectors)
-        coefs = [number for _, coefficient in terms for number in coefficient.row()]
-        descent = Descent(
-            stacks=[vector for vector, _ in terms], shares=store.weigh(shares, coefs, sums, rescale, norm_sq)
-        )
+        of_each = Descent()
+        of_each.combine(plan, vectors, 1.0)
+        descent = Descent(stacks=of_each.terms, shares=store.weigh(shares, of_each.coefs, sums, rescale, norm_sq))
         if self._mean is not None:
             descent.add(self._mean, PLAIN)
         return descent
@@ -1168,7 +1167,9 @@ class Step:
 
     def _collect(self, *, clear: bool) -> Vectors:
         """The gradients of a pass; where ranks share the perturbation their mean, as far as it is combined with others."""
-        grads, plan = self.engine.collect(clear=clear), self.plan
+        grads, plan = self.store.collect(clear=clear), self.plan
+        if grads is None:
+            grads = self.engine.collect(clear=clear)
         if self.ranks.inner is not None and plan.climbs and (self.turn == 0 or plan.combines):
             return self.ranks.mean_within(self.store, grads, self._i)
         return grads
@@ -1377,12 +1378,11 @@ class Step:
             self._check_any(vectors[0])
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
-        norm_sq = self._seen(self._norm_sq, vectors[0])
+        norm_sq = self._norm_sq if self._scaled is None else self._seen(self._norm_sq, vectors[0])
         descent = Descent(norm_sq=norm_sq)
         if products is not None:
             descent.sums, descent.rescale = self._sums(products, norm_sq)
-        for vector, coefficient in self._terms(vectors):
-            descent.add(vector, coefficient.row(share))
+        descent.combine(plan, vectors, share)
         if plan.keeps:
             kept = Descent(sums=[] if products is None else [products])
             for vector, coefficient in zip(vectors, plan.keeps, strict=True):
@@ -1401,11 +1401,11 @@ class Step:
         return descent
 
     def _seen(self, norm_sq: Tensor | None, latest: Vectors, stack: int | None = None) -> Tensor | None:
-        """The terms that make a descent NaN where they are not finite.
+        """Of a scaled loss the terms that make a descent NaN where they are not finite.
 
         Decoupled WSAM's last gradient is no term of what a scaler looks at: its norm is one of these then.
         """
-        if self._scaled is None or not self.plan.after or norm_sq is None:
+        if not self.plan.after or norm_sq is None:
             return norm_sq
         return torch.cat([norm_sq, self.store.gram([latest], stack).sum(-1)], -1)
 
@@ -1418,17 +1418,6 @@ class Step:
             return [products], plan.length
         assert norm_sq is not None
         return [products, norm_sq], plan.length
-
-    def _terms(self, vectors: Sequence[Vectors]) -> list[tuple[Vectors, Coefficient]]:
-        """The vectors of the descent, with their coefficients; without those that neither count nor have its length."""
-        terms = []
-        for vector, coefficient in zip(vectors, self.plan.descent, strict=False):
-            if coefficient.a or coefficient.b:
-                terms.append((vector, coefficient))
-            elif self.plan.rescale:
-                # What is there for its length alone does not make a parameter one that has a gradient.
-                terms.append((vector.present(vectors[0]), coefficient))
-        return terms
 
     def _into(self, descent: Descent, sum_so_far: Vectors | None, *, whole: bool) -> Vectors:
         """Where the descent goes: into the memory of what it is added to, where that is absent into its own gradients'."""

@@ -21,9 +21,9 @@ from .gradients import (
     Optionals,
     Tensors,
     Vectors,
-    collect,
     is_trained,
     joined,
+    made_regular,
     own_memory_of_lists,
     regular_gradient,
 )
@@ -65,6 +65,14 @@ class Descent:
         self.coefs: list[float] = []
         self.sums, self.rescale, self.norm_sq, self.shares = list(sums), rescale, norm_sq, shares
 
+    def combine(self, plan: Plan, vectors: Sequence[Vectors], share: float) -> None:
+        """What the plan's descent is of the vectors of a micro-batch, times its share of the batch."""
+        for k, counts, row in plan.terms:
+            # What is there for its length alone does not make a parameter one that has a gradient.
+            self.terms.append(vectors[k] if counts else vectors[k].present(vectors[0]))
+            self.coefs += row
+            self.coefs[-len(row)] = share
+
     def add(self, vector: Vectors, row: list[float]) -> None:
         self.terms.append(vector)
         self.coefs += row
@@ -76,8 +84,8 @@ class Descent:
     @property
     def present(self) -> Vectors:
         """Some term's tensor where any has one; absent is what is absent from all."""
-        present = self.terms[0]
-        for vector in self.terms[1:]:
+        present, *others = self.terms
+        for vector in others:
             present = present.filled(vector)
         return present
 
@@ -357,15 +365,22 @@ class Store:
     def collect(self, *, clear: bool) -> Vectors | None:
         """Every ``p.grad``; all are looked at before any kernel runs. With ``clear``, every one is None then.
 
-        None where the parameters are not where they were at the last look.
+        A parameter with a gradient counts as modified in place, which every caller goes on to do: a graph that still needs the
+        old values raises instead of using wrong ones. None where the parameters are not where they were at the last look.
+
+        Raises:
+            TypeError, RuntimeError: see ``made_regular``.
         """
-        found = collect(self.base.param_groups, self.layout, self._lists, self._absent, self._loops, clear=clear)
+        found = self._loops.collect_grads(self.base.param_groups, self.layout, self._absent, clear)
         if found is None:
             return None
-        lists: Sequence[Tensors] = found[0]
+        lists: Sequence[Tensors]
+        lists, regular, absent = found
+        if not regular:
+            lists = made_regular(found[0], self._lists, self._absent, self._loops, clear=clear)
         if len(lists) > 1:
             lists = own_memory_of_lists(lists, whole=False)
-        return Vectors(lists, found[1])
+        return Vectors(lists, absent)
 
     def current_grads(self) -> list[Optionals]:
         """By flat: every p.grad or None; an empty list where all are None."""

@@ -50,6 +50,7 @@ MASTERS = "tests/test_masters.py -k "
 RANDOM_16 = "tests/test_kernels.py -k 'bits_of_the_specification and stochastic and bf16'"
 STABLE_OPERATORS, STABLE = ("stable/operators",), "tests/test_stable.py -m 'not exhaustive' -k "
 FLOAT, BF16, OPERATORS = ("cpu/units/baseline_float",), ("cpu/units/baseline_bf16",), ("cpu/operators",)
+CALLS = "tests/test_kernels.py -k 'operator_does_not_take or of_a_call_are'"
 LOOPS_OVER_PARAMETERS, PARAMETERS = "csrc/parameters.cpp", ("parameters",)
 LOOPS, DEVICE = "csrc/cpu/loops.h", "csrc/cuda/kernels.cuh"
 SHARDED = "tests/test_sharded.py -m 'not exhaustive' -k "
@@ -760,6 +761,25 @@ MUTANTS = [
         "    if (is_dict && entry != PyList_GET_ITEM(entries.ptr(), i)) return false;",
         "tests/test_conventions.py tests/test_schedules.py tests/test_checkpoint.py",
         PARAMETERS,
+    ),
+    *(
+        Mutant(name, "csrc/module.cpp", before, after, CALLS, ("module",))
+        for name, before, after in (
+            ("an argument is given twice", "      TORCH_CHECK_TYPE(!slots[i], ", "      TORCH_CHECK_TYPE(true, "),
+            (
+                "an unknown argument is another one",
+                "if (PyUnicode_Compare(names_[i], name) == 0) return i;",
+                "return i;",
+            ),
+            ("a missing argument is its default", "      TORCH_CHECK_TYPE(slots[i], ", "      TORCH_CHECK_TYPE(true, "),
+            ("an argument is of any type", "    TORCH_CHECK_TYPE(Argument::is(o), ", "    TORCH_CHECK_TYPE(true, "),
+            ("numbers alone are not looked at", "if (!Argument<double>::is(PyList_GET_ITEM(o, i)))", "if (false)"),
+            (
+                "there is room for any number of arguments",
+                "size_t(count) <= positional_",
+                "size_t(count) <= kArguments",
+            ),
+        )
     ),
     Mutant("a patched step is not called", P + "rules.py", "or _is_listened_to(base)", "", "tests/test_conventions.py"),
     # -- what would train something else than the method

@@ -1320,6 +1320,49 @@ def test_a_bad_call_is_refused_by_name_and_changes_nothing(name, errors):
     assert report["changed"] is None
 
 
+@pytest.mark.skipif(backends.missing_extension is not None, reason="torch.ops reads the arguments of others than _C")
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ("wg", {}, "norm() lacks table"),
+        ("wgtw", {}, "norm() takes 3 arguments without a name, got 4"),
+        ("wgt", {"table": None}, "norm() got table twice"),
+        ("wgt", {"sigma": 0.0, "momentum": 0.0}, "norm() has no argument momentum"),
+        ("wgg", {}, "norm() takes Tensor as table, got list"),
+        ("wgt", {"ema": 3}, "norm() takes Tensor? as ema, got int"),
+        ("wgt", {"sigma": "0"}, "norm() takes float as sigma, got str"),
+        ("wgt", {"sigma": None}, "norm() takes float as sigma, got NoneType"),
+        ("wgt", {"eta": [0.1]}, "norm() takes float? as eta, got list"),
+        ("wgt", {"stack": 2.0}, "norm() takes int? as stack, got float"),
+        ("tgt", {}, "expected a list of tensors, got Tensor"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(v),
+)
+def test_a_call_that_the_operator_does_not_take_says_why(arguments, options, message):
+    given = {"w": [torch.ones(4)], "g": [torch.ones(4)], "t": table((4,))[0]}
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        kernels_of("cpu").norm(*(given[name] for name in arguments), **options)
+
+
+@pytest.mark.skipif(backends.missing_extension is not None, reason="torch.ops reads the arguments of others than _C")
+def test_numbers_of_a_call_are_what_they_are_in_python():
+    w, rows = [torch.tensor([1.0, -2.0])], table((2,))[0]
+    kernels = kernels_of("cpu")
+
+    class Name(str):  # no interned string, and not even a plain one
+        pass
+
+    options = {Name("".join(("et", "a"))): 1, "sigma": True}
+    found = kernels.norm(w, w, rows, **options)
+    assert found.tolist() == [2.0**2 + 6.0**2], "((|w| + eta) g)^2"
+    weighed = kernels.weigh(torch.tensor([1.0], dtype=FP64), coefs=[2, 1, 0, 0, 0, 0, 0], sums=[])
+    assert weighed.tolist() == [[2.0]]
+    with pytest.raises(TypeError, match=re.escape("weigh() takes float[] as coefs, got list")):
+        kernels.weigh(torch.tensor([1.0], dtype=FP64), coefs=["2"], sums=[])
+    with pytest.raises(OverflowError, match="too big"):
+        kernels.gram(w, rows, count=2**70)
+
+
 def test_a_list_with_something_else_in_it_is_refused_and_its_tensors_live_on(extension):
     x, rows = torch.arange(4.0), table((4,))[0]
     count = x._use_count()
