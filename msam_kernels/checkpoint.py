@@ -132,7 +132,7 @@ def load_own(engine: Engine, own: dict[str, Any]) -> None:
     """Means and masks of this rank, after a file of another rank was loaded: all else stays what that said."""
     kept = {name: value for name, value in remembered(engine).items() if name not in ("ema", "mask")}
     masters = {
-        at: flat.part(flat.saved, i)
+        at: shown(flat.part(flat.saved, i), flat.params[i])
         for at, flat, i in _places(engine.store)
         if flat.has_masters and flat.saved is not None
     }
@@ -266,7 +266,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     rule = RULES.get(type(engine.base))
     for at, flat, i in places:
         if flat.has_masters:
-            flat.set_master(i, tensors["master"].get(at))
+            master = tensors["master"].get(at)
+            flat.set_master(i, None if master is None else values(master, flat.params[i]))
             entry, wide = engine.base.state.get(flat.params[i], {}), own.get("wide", {}).get(at, {})
             for name in entry.keys() & wide.keys() & set(() if rule is None else rule.shaped):
                 if wide[name] is None:  # as older versions of torch save momentum where there is none

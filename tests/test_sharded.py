@@ -585,16 +585,173 @@ def plain_parameters_beside_sharded_ones_are_clipped_and_unscaled() -> None:
         assert_same(p, q)
 
 
-def nobody_watches_what_arrives_in_16_bits() -> None:
-    """Which would be one message more of ranks that measure, and none of others."""
-    model, part, parts = LAYOUTS["FSDP2"]()
-    model.to(torch.bfloat16)
-    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 1e-5)
-    x, y = (mine(t.bfloat16(), 1, part, parts) for t in data())
-    for _ in range(2):
-        with Messages() as messages:
-            opt.train_step(lambda xb, yb: F.mse_loss(model(xb), yb), x, y)
-        assert messages.scalars == 1
+# ---- weights of 16 bits ------------------------------------------------------------------------------------------------
+
+
+def given(p: Tensor, *of: int) -> Tensor:
+    """A gradient whose sums of squares are exact, so that their order does not show; of a DTensor this rank's part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    generator = torch.Generator().manual_seed(hash(of))
+    g = (torch.randint(-8, 9, p.shape, generator=generator) / 8).to(p.dtype)
+    return distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+
+
+def take_given(opt: MicroBatchSAM, model: nn.Module, steps: range, *, updates: bool = True) -> list[Tensor]:
+    """Train by gradients that do not depend on the weights; the weights of every pass at w + e, and after each step."""
+    points: list[Tensor] = []
+    for step in steps:
+        for turn, _ in enumerate(opt.passes(torch.zeros(4, 1))):
+            points += values_of(model.parameters()) if turn % 2 else []
+            for i, p in enumerate(model.parameters()):
+                p.grad = given(p, step, turn, i)
+        if updates:
+            opt.step()
+        opt.zero_grad()
+        points += values_of(model.parameters())
+    return points
+
+
+SHORT = {
+    "rounding": {"rounding": "stochastic"},
+    "masters": {"masters": True},
+    "both": {"rounding": "stochastic", "masters": True},
+}
+
+
+def short(layout: str | None, base: str = "AdamW", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    """An optimizer of a model of 16 bits, and that. Of the seeds, which differ, the first rank's counts."""
+    model = (LAYOUTS[layout]()[0] if layout else Net()).to(dtype)
+    if options.get("rounding") == "stochastic":
+        options["seed"] = 7 + (dist.get_rank() if layout else 0)
+    options = {"num_micro_batches": 2, **options}
+    return MicroBatchSAM(BASES[base](model.parameters()), 0.03, **options), model
+
+
+def of_16_bits_equals_one_process(
+    layout: str, how: str, base: str = "AdamW", dtype: torch.dtype = torch.bfloat16, name: str = "SAM", **options: Any
+) -> None:
+    """To the last bit: points, weights, state and masters, given the gradients."""
+    opts, points = [], []
+    for where in (None, layout):
+        opt, model = short(where, base, dtype, method=SERVED[name], **SHORT[how], **options)
+        points.append(take_given(opt, model, range(STEPS)))
+        opts.append(opt)
+    assert_equal(points[1], points[0])
+    assert len({t.double().sum().item() for t in points[0]}) > len(points[0]) // 2
+    one, opt = opts
+    assert opt.engine.seed == one.engine.seed
+    for p, q in zip(*([p for group in o.param_groups for p in group["params"]] for o in opts), strict=True):
+        assert one.state[p].keys() == opt.state[q].keys()
+        assert ("msam_master" in opt.state[q]) == ("rounding" != how)
+        for key, state in opt.state[q].items():
+            assert_equal([full(state)], [full(one.state[p][key])])
+            if key != "step":
+                assert state.dtype == (torch.float32 if "masters" in SHORT[how] else dtype), key
+                assert (state.placements, state.device_mesh) == (q.placements, q.device_mesh)
+        assert_same_bits_on_all_ranks(full(q).double())
+    assert_same(opt.stats.along, one.stats.along)
+
+
+def shards_that_are_no_runs_have_numbers_of_their_own(layout: str) -> None:
+    """Disjoint ones, while replicas have the same; of one process only where the shards are runs."""
+    from msam_kernels.sharded import first_draw, is_dtensor
+
+    opt, model = short(layout, rounding="stochastic")
+    plain = [first_draw(p) for p in Net().parameters()]
+    assert plain == [0] * len(plain)
+    runs = 0
+    for p in model.parameters():
+        local = getattr(p, "_local_tensor", p)
+        number = torch.arange(p.numel()).view(p.shape)
+        if is_dtensor(p):
+            from torch.distributed.tensor import distribute_tensor
+
+            number = distribute_tensor(number, p.device_mesh, p.placements).to_local()
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (number.flatten().tolist(), first_draw(p)))
+        begins = {tuple(elements): first for elements, first in found if elements}
+        assert [first for elements, first in found if elements] == [begins[tuple(e)] for e, _ in found if e]
+        drawn = [k for elements, first in begins.items() for k in range(first, first + len(elements))]
+        assert len(drawn) == len(set(drawn)) == p.numel()
+        runs += all(first == elements[0] for elements, first in begins.items())
+        assert local.numel() == number.numel()
+    assert 0 < runs < len(plain)
+    noise = opt.engine.store
+    take_given(opt, model, range(1))
+    assert [first for flat in noise.flats for first in flat.noise[1:, 1].tolist()] == [
+        first_draw(p) for flat in noise.flats for p in flat.params
+    ]
+
+
+def equal_shards_are_rounded_differently() -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of(x=2)
+    for placement, alike in ((Shard(0), False), (Shard(1), False), (Replicate(), True)):
+        p = nn.Parameter(distribute_tensor(torch.ones(8, 8, dtype=torch.bfloat16), mesh, [placement]))
+        opt = MicroBatchSAM(SGD([p], lr=0.1), 0.01, rounding="stochastic", seed=dist.get_rank())
+        for turn, _ in enumerate(opt.passes()):
+            if turn:
+                there = p.to_local().flatten().clone()
+            p.grad = torch.ones_like(p)
+        found = [torch.empty_like(there) for _ in range(2)]
+        dist.all_gather(found, there)
+        assert len(there.unique()) == 2
+        assert torch.equal(*found) == alike
+
+
+def masters_go_through_torchs_own_checkpoints(flattened: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flattened)
+    opt, model = short("FSDP2", **SHORT["both"])
+    take_given(opt, model, range(2))
+    kept = copy.deepcopy(get_optimizer_state_dict(model, opt, options=options))
+    for whole in (False, True):
+        again, other = short("FSDP2", **SHORT["both"])
+        other.load_state_dict(model.state_dict())
+        if whole:
+            again.load_state_dict(copy.deepcopy(opt.state_dict()))
+        else:
+            set_optimizer_state_dict(other, again, kept, options=options)
+        assert again.steps == 2
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            for name, t in opt.state[p].items():
+                assert type(again.state[q][name]) is type(t)
+                assert_equal([full(again.state[q][name])], [full(t)])
+        straight, straight_model = short("FSDP2", **SHORT["both"])
+        wanted = take_given(straight, straight_model, range(4))
+        assert_equal(take_given(again, other, range(2, 4)), wanted[len(wanted) // 2 :])
+
+
+def all_ranks_are_warned_where_little_arrives() -> None:
+    """By one message more in the first step in which anything is asked for, and none later."""
+    from torch.distributed.fsdp import fully_shard
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for options, sent in (({"rho": 1e-5}, [2, 1, 1]), ({"rho": 10.0}, [2, 1, 1]), ({"rho": 0.0}, [2, 2, 2])):
+            del said[:]
+            model = fully_shard(Net().to(torch.bfloat16))
+            opt = MicroBatchSAM(SGD(model.parameters(), lr=1e-3), **options)
+            for wanted in sent:
+                with Messages() as messages:
+                    take_given(opt, model, range(1))
+                assert messages.scalars == wanted
+            words = [str(w.message) for w in said if "of the perturbation arrives" in str(w.message)]
+            assert len(words) == (options["rho"] == 1e-5)
+        for how in SHORT:
+            opt, model = short("FSDP2", **SHORT[how])
+            opt.param_groups[0]["rho"] = 1e-5
+            for step in range(2):
+                with Messages() as messages:
+                    take_given(opt, model, range(1))
+                assert messages.scalars == 2 + (step == 0 and "rounding" in SHORT[how])  # of which one is the seed
 
 
 @contextmanager
@@ -608,7 +765,7 @@ def refused(error: type[Exception], words: str, params: list[Tensor]) -> Iterato
 
 
 def what_cannot_be_is_refused_in_a_sentence() -> None:
-    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor import DTensor, Partial
 
     opt, model, x, y = pair()
     params = list(model.parameters())
@@ -634,9 +791,6 @@ def what_cannot_be_is_refused_in_a_sentence() -> None:
     stage = list(nn.Linear(2, 2).parameters())
     with refused(ValueError, "holds only its shards or its stage of these", stage):
         MicroBatchSAM(base(stage), method=methods.SparseSAM(), process_group=dist.group.WORLD)
-    short = nn.Parameter(DTensor.from_local(torch.ones(3, dtype=torch.bfloat16), mesh, [Shard(0)]))
-    with refused(ValueError, "whole parameters, and parameter 0 of group 0 is a DTensor of torch.bfloat16", []):
-        MicroBatchSAM(base([short]), rounding="stochastic")
     for group in (3, dist.GroupMember.NON_GROUP_MEMBER):
         with refused(TypeError, "process_group must be.*ProcessGroup that this rank is in.*got", params):
             MicroBatchSAM(base(params), process_group=group)
@@ -722,10 +876,25 @@ def table() -> dict[str, tuple[int, bool, Case]]:
         a_scaler_sees_all_ranks,
         stages_of_a_pipeline_clip_and_skip_alike,
         plain_parameters_beside_sharded_ones_are_clipped_and_unscaled,
-        nobody_watches_what_arrives_in_16_bits,
+        all_ranks_are_warned_where_little_arrives,
+        equal_shards_are_rounded_differently,
         what_cannot_be_is_refused_in_a_sentence,
     ):
         cases[f.__name__] = 2, True, f
+    for ranks, layout in ((2, "FSDP2"), (4, "FSDP2"), (4, "HSDP")):
+        for how, base in itertools.product(SHORT, ("SGD", "AdamW")):
+            cases[f"{ranks} ranks, {layout}, 16 bits, {how}, {base}"] = (
+                ranks, (layout, how, base) == ("FSDP2", "both", "AdamW") and ranks == 2,
+                partial(of_16_bits_equals_one_process, layout, how, base),
+            )  # fmt: skip
+    for ranks, layout in ((2, "TP"), (2, "TP beside plain parameters"), (4, "FSDP2 x TP")):
+        cases[f"{shards_that_are_no_runs_have_numbers_of_their_own.__name__}, {layout}"] = (
+            ranks, layout == "TP", partial(shards_that_are_no_runs_have_numbers_of_their_own, layout),
+        )  # fmt: skip
+    for flattened in (False, True):
+        cases[f"{masters_go_through_torchs_own_checkpoints.__name__}, {flattened=}"] = (
+            2, flattened, partial(masters_go_through_torchs_own_checkpoints, flattened),
+        )  # fmt: skip
     for name in ("F-SAM", "LookSAM k=2"):
         cases[f"{own_state_dicts_go_on_where_they_were.__name__}, {name}"] = (
             2, True, partial(own_state_dicts_go_on_where_they_were, name),
