@@ -49,7 +49,7 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
         return left
     engine.units.bring_back()
     wanted = [name for name, keeps in (("ema", plan.lmbda is not None), ("v", plan.remembers_v)) if keeps]
-    entry_of = _entries(engine)
+    entry_of, rule = _entries(engine), RULES.get(type(engine.base))
     groups = [g for g, group in enumerate(engine.base.param_groups) for _ in group["params"]]
     for at, flat, i in _places(store):
         names = [name for name in wanted if name != "ema" or plan.only is None or flat.params[i] in plan.only]
@@ -59,6 +59,10 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
             engine.base.state.get(flat.params[i], {}).pop(OURS + "master", None)
         masked = plan.sparse is not None or flat.mask is not None
         entry = entry_of(groups[at], flat.params[i]) if names or masked else None
+        if flat.has_masters and entry is not None and rule is not None:
+            for name in entry.keys() & set(rule.shaped):  # by a step of its own, which torch's checkpoints ask for
+                if entry[name] is not None and entry[name].dtype != flat.dtype_kept:
+                    entry[name] = entry[name].to(flat.dtype_kept)
         for name in names:
             there = _buffer(flat, name, begin=entry is not None)
             if entry is not None and there is not None:

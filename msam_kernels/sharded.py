@@ -111,8 +111,8 @@ def spread(p: Tensor) -> Spread | None:
 def first_draw(p: Tensor) -> int:
     """Which of a parameter's random numbers is the first of this rank's shard; replicas have the same.
 
-    Where the shards are runs of the whole parameter's memory, the index of the first element there. Else each shard has
-    numbers of its own, behind those of the shards before it.
+    Where shards are runs of the whole parameter, which is contiguous, the index of the first element there. Else each shard
+    has numbers of its own, behind those of the shards before it.
     """
     if not is_dtensor(p):
         return 0
@@ -124,7 +124,7 @@ def first_draw(p: Tensor) -> int:
     ]
     dims = {placement.dim for *_, placement in cuts}
     # What holds for one shard is to hold for all: the shapes of shards are not asked.
-    if len(dims) == 1 and p.is_contiguous() and not any(hasattr(cut[2], "split_factor") for cut in cuts):
+    if len(dims) == 1 and not any(hasattr(cut[2], "split_factor") for cut in cuts):
         (dim,) = dims
         if math.prod(shape[:dim]) == 1:
             offset: int = p.__create_chunk_list__()[0].offsets[dim]

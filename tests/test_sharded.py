@@ -647,7 +647,7 @@ def of_16_bits_equals_one_process(
         for key, state in opt.state[q].items():
             assert_equal([full(state)], [full(one.state[p][key])])
             if key != "step":
-                assert state.dtype == (torch.float32 if "masters" in SHORT[how] else dtype), key
+                assert state.dtype == one.state[p][key].dtype, key
                 assert (state.placements, state.device_mesh) == (q.placements, q.device_mesh)
         assert_same_bits_on_all_ranks(full(q).double())
     assert_same(opt.stats.along, one.stats.along)
@@ -677,6 +677,12 @@ def shards_that_are_no_runs_have_numbers_of_their_own(layout: str) -> None:
         runs += all(first == elements[0] for elements, first in begins.items())
         assert local.numel() == number.numel()
     assert 0 < runs < len(plain)
+    if layout == "TP":  # every other part
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        p = DTensor.from_local(torch.ones(4), mesh_of(x=2), [_StridedShard(0, split_factor=2)])
+        assert first_draw(p) == 4 * dist.get_rank()
     noise = opt.engine.store
     take_given(opt, model, range(1))
     assert [first for flat in noise.flats for first in flat.noise[1:, 1].tolist()] == [
@@ -690,7 +696,7 @@ def equal_shards_are_rounded_differently() -> None:
     mesh = mesh_of(x=2)
     for placement, alike in ((Shard(0), False), (Shard(1), False), (Replicate(), True)):
         p = nn.Parameter(distribute_tensor(torch.ones(8, 8, dtype=torch.bfloat16), mesh, [placement]))
-        opt = MicroBatchSAM(SGD([p], lr=0.1), 0.01, rounding="stochastic", seed=dist.get_rank())
+        opt = MicroBatchSAM(SGD([p], lr=0.1), 0.01, rounding="stochastic", seed=2**64 - 1 - dist.get_rank())
         for turn, _ in enumerate(opt.passes()):
             if turn:
                 there = p.to_local().flatten().clone()
@@ -699,6 +705,7 @@ def equal_shards_are_rounded_differently() -> None:
         dist.all_gather(found, there)
         assert len(there.unique()) == 2
         assert torch.equal(*found) == alike
+        assert opt.engine.seed == 2**64 - 1  # the first rank's
 
 
 def masters_go_through_torchs_own_checkpoints(flattened: bool) -> None:
@@ -745,6 +752,12 @@ def all_ranks_are_warned_where_little_arrives() -> None:
                 assert messages.scalars == wanted
             words = [str(w.message) for w in said if "of the perturbation arrives" in str(w.message)]
             assert len(words) == (options["rho"] == 1e-5)
+        stage = MicroBatchSAM(
+            SGD([nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], lr=0.1), 1e-5, process_group=dist.group.WORLD
+        )
+        with Messages() as messages:
+            take_given(stage, nn.ParameterList(stage.param_groups[0]["params"]), range(1))
+        assert messages.scalars == 1  # the other stage might have no weights of 16 bits
         for how in SHORT:
             opt, model = short("FSDP2", **SHORT[how])
             opt.param_groups[0]["rho"] = 1e-5
@@ -887,6 +900,14 @@ def table() -> dict[str, tuple[int, bool, Case]]:
                 ranks, (layout, how, base) == ("FSDP2", "both", "AdamW") and ranks == 2,
                 partial(of_16_bits_equals_one_process, layout, how, base),
             )  # fmt: skip
+    for name in ("F-SAM", "ASAM", "Bilateral SAM"):
+        cases[f"2 ranks, FSDP2, 16 bits, {name}"] = (
+            2, False, partial(of_16_bits_equals_one_process, "FSDP2", "both", dtype=torch.float16, name=name),
+        )  # fmt: skip
+    for how in SHORT:
+        cases[f"2 ranks, FSDP2, offloaded, 16 bits, {how}, reference"] = (
+            2, False, partial(of_16_bits_equals_one_process, "FSDP2, offloaded", how, backend="reference"),
+        )  # fmt: skip
     for ranks, layout in ((2, "TP"), (2, "TP beside plain parameters"), (4, "FSDP2 x TP")):
         cases[f"{shards_that_are_no_runs_have_numbers_of_their_own.__name__}, {layout}"] = (
             ranks, layout == "TP", partial(shards_that_are_no_runs_have_numbers_of_their_own, layout),
@@ -1013,24 +1034,33 @@ RANKS = (2, 1, 4)
 WENT_ON = 2  # steps on each number of ranks
 
 
-def go_on(folder: str, begun: int) -> None:
-    """Read what the ranks before have written, train on, and compare with one process that has done it all."""
+def through_folders(folder: str, begun: int, opt: MicroBatchSAM, model: nn.Module, train: Callable[[], Any]) -> None:
+    """Read what the ranks before have written, and write what training leaves."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def state() -> dict[str, Any]:
         return dict(zip(("model", "base"), get_state_dict(model, opt.base_optimizer), strict=True))
 
-    model, part, parts = fsdp()
-    opt = MicroBatchSAM(BASES["AdamW"](model.parameters()), RHO, num_micro_batches=2, method=methods.BilateralSAM())
     if begun:
         there = state()
         dcp.load(there, checkpoint_id=f"{folder}/{begun}")
         set_state_dict(model, opt.base_optimizer, model_state_dict=there["model"], optim_state_dict=there["base"])
-    x, y = (mine(t, 2, part, parts) for t in data())
-    for _ in range(WENT_ON):
-        by_passes(opt, model, x, y, None)
+    train()
     dcp.save(state(), checkpoint_id=f"{folder}/{begun + WENT_ON}")
+
+
+def go_on(folder: str, begun: int) -> None:
+    """Train on, and compare with one process that has done it all."""
+    model, part, parts = fsdp()
+    opt = MicroBatchSAM(BASES["AdamW"](model.parameters()), RHO, num_micro_batches=2, method=methods.BilateralSAM())
+    x, y = (mine(t, 2, part, parts) for t in data())
+
+    def train() -> None:
+        for _ in range(WENT_ON):
+            by_passes(opt, model, x, y, None)
+
+    through_folders(folder, begun, opt, model, train)
     one = Net()
     alone = MicroBatchSAM(BASES["AdamW"](one.parameters()), RHO, num_micro_batches=2, method=methods.BilateralSAM())
     for _ in range(begun + WENT_ON):
@@ -1038,9 +1068,24 @@ def go_on(folder: str, begun: int) -> None:
     assert_same_training(opt, alone)
 
 
+def go_on_with_16_bits(folder: str, begun: int) -> None:
+    """The same to the last bit, of random numbers and masters, given the gradients."""
+    points: list[Tensor] = []
+    opt, model = short("FSDP2", **SHORT["both"])
+    steps = range(begun, begun + WENT_ON)
+    through_folders(folder, begun, opt, model, lambda: points.extend(take_given(opt, model, steps)))
+    assert opt.steps == steps.stop, (opt.steps, steps)
+    alone, one = short(None, **SHORT["both"])
+    assert_equal(points, take_given(alone, one, range(steps.stop))[-len(points) :])
+    assert opt.state[next(model.parameters())].keys() >= {"msam_master", "exp_avg"}
+    for p, q in zip(model.parameters(), one.parameters(), strict=True):
+        assert_equal(list(map(full, opt.state[p].values())), list(map(full, alone.state[q].values())))
+
+
 @pytest.mark.exhaustive
-def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_then_on_four(tmp_path):
+@pytest.mark.parametrize("job", [go_on, go_on_with_16_bits])
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_then_on_four(job, tmp_path):
     for i, ranks in enumerate(RANKS):
         folder = tmp_path / f"ranks{ranks}"
         folder.mkdir()
-        assert run(ranks, folder, [("go on", partial(go_on, str(tmp_path), i * WENT_ON))]) == {}
+        assert run(ranks, folder, [("go on", partial(job, str(tmp_path), i * WENT_ON))]) == {}
