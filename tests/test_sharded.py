@@ -677,12 +677,14 @@ def shards_that_are_no_runs_have_numbers_of_their_own(layout: str) -> None:
         runs += all(first == elements[0] for elements, first in begins.items())
         assert local.numel() == number.numel()
     assert 0 < runs < len(plain)
-    if layout == "TP":  # every other part
-        from torch.distributed.tensor import DTensor
+    if layout == "TP":
+        from torch.distributed.tensor import DTensor, Shard, distribute_tensor
         from torch.distributed.tensor.placement_types import _StridedShard
 
-        p = DTensor.from_local(torch.ones(4), mesh_of(x=2), [_StridedShard(0, split_factor=2)])
-        assert first_draw(p) == 4 * dist.get_rank()
+        every_other = DTensor.from_local(torch.ones(4), mesh_of(x=2), [_StridedShard(0, split_factor=2)])
+        assert first_draw(every_other) == 4 * dist.get_rank()
+        uneven = distribute_tensor(torch.ones(3, 5), mesh_of(x=2), [Shard(1)])
+        assert first_draw(uneven) == 9 * dist.get_rank()
     noise = opt.engine.store
     take_given(opt, model, range(1))
     assert [first for flat in noise.flats for first in flat.noise[1:, 1].tolist()] == [
