@@ -2051,6 +2051,20 @@ MUTANTS = [
         OWN_ASCENTS,
     ),
     Mutant("v is each rank's own", P + "step.py", "if self.plan.keeps:", "if False:", OWN_ASCENTS),
+    Mutant(
+        "other numbers of micro-batches in a group, and nobody says so",
+        P + "ranks.py",
+        "if (total, squares) != (size * n, size * n * n):",
+        "if False:",
+        SCENARIOS,
+    ),
+    Mutant(
+        "numbers of micro-batches are compared in every step",
+        P + "ranks.py",
+        "        self._compared = n\n",
+        "",
+        SCENARIOS,
+    ),
     Mutant("masks by own scores", P + "ranks.py", "dist.all_reduce(squares, group=self.all)", "pass", OWN_ASCENTS),
     Mutant(
         "a group shares the ascent alone",
