@@ -398,7 +398,9 @@ class Flat:
             return
         if self.noise is None:
             self.check_not_capturing("the random numbers of rounding")
-            rows = torch.tensor([head, *((number[id(p)], first_draw(p)) for p in self.params)], dtype=torch.int64, device="cpu")
+            rows = torch.tensor(
+                [head, *((number[id(p)], first_draw(p)) for p in self.params)], dtype=torch.int64, device="cpu"
+            )
             self.noise = rows.to(self.device, non_blocking=True)
         elif not self.is_capturing():  # what is captured reads what is there when it runs
             self.noise[0].copy_(torch.tensor(head, dtype=torch.int64, device="cpu"), non_blocking=True)

@@ -162,8 +162,8 @@ class Ranks:
         total, squares = summed[-3:-1].tolist()
         if (total, squares) != (size * n, size * n * n):
             raise RuntimeError(
-                f"this rank has {n} micro-batches, and the {size} ranks of its group have {total / size:.4g} on average: give all "
-                "as many, by num_micro_batches and a DataLoader with drop_last=True"
+                f"this rank has {n} micro-batches, and the {size} ranks of its group have {total / size:.4g} on average: give "
+                "all as many, by num_micro_batches and a DataLoader with drop_last=True"
             )
         self._compared = n
 

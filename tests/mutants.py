@@ -2407,7 +2407,7 @@ MUTANTS = [
     Mutant(
         "masters: those of a file are not taken",
         P + "checkpoint.py",
-        'flat.set_master(i, tensors["master"].get(at))',
+        "flat.set_master(i, None if master is None else values(master, flat.params[i]))",
         "flat.set_master(i, None)",
         MASTERS + "goes_on",
     ),

@@ -725,7 +725,8 @@ def other_numbers_of_micro_batches(rank: int) -> Iterator[str]:
         if wanted is None and (said or same_bits(model.parameters(), before) or not of_all(list(model.parameters()))):
             yield f"{counts}: {said or 'ranks part'}"
         if wanted is not None and (
-            f"this rank has {wanted[rank]} micro-batches, and the 2 ranks of its group have {sum(wanted) / 2:g}" not in said
+            f"this rank has {wanted[rank]} micro-batches, and the 2 ranks of its group have {sum(wanted) / 2:g}"
+            not in said
             or not same_bits(model.parameters(), before)
         ):
             yield f"{counts}: {said or 'not refused'}"

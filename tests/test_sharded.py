@@ -643,7 +643,7 @@ def of_16_bits_equals_one_process(
     assert opt.engine.seed == one.engine.seed
     for p, q in zip(*([p for group in o.param_groups for p in group["params"]] for o in opts), strict=True):
         assert one.state[p].keys() == opt.state[q].keys()
-        assert ("msam_master" in opt.state[q]) == ("rounding" != how)
+        assert ("msam_master" in opt.state[q]) == (how != "rounding")
         for key, state in opt.state[q].items():
             assert_equal([full(state)], [full(one.state[p][key])])
             if key != "step":
@@ -708,6 +708,35 @@ def equal_shards_are_rounded_differently() -> None:
         assert len(there.unique()) == 2
         assert torch.equal(*found) == alike
         assert opt.engine.seed == 2**64 - 1  # the first rank's
+
+
+def masters_train_as_an_fp32_model_by_the_gradients_of_fsdp() -> None:
+    """By FSDP2's own passes; a loop that is left changes neither weights nor masters."""
+    opt, model = short("FSDP2", **SHORT["both"])
+    wide = LAYOUTS["FSDP2"]()[0].to(torch.bfloat16).float()
+    plain = MicroBatchSAM(BASES["AdamW"](wide.parameters()))
+    for step in range(STEPS):
+        x, y = (mine(t, 2, dist.get_rank(), 2).bfloat16() + step for t in data())
+        before = values_of([*model.parameters(), *wide.parameters()])
+        for left in (True, False):
+            with opt.passes(x, y) as parts:
+                for turn, (xb, yb) in enumerate(parts):
+                    F.mse_loss(model(xb), yb).backward()
+                    if left and turn == step:
+                        break
+            opt.state_dict()
+            masters = [
+                opt.state[p].get("msam_master", q) for p, q in zip(model.parameters(), wide.parameters(), strict=True)
+            ]
+            assert_equal(values_of([*model.parameters(), *masters]), before)
+        for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+            q.grad = p.grad.float()
+        plain.step()
+        opt.step()
+        opt.zero_grad()
+    opt.state_dict()
+    assert_equal(values_of(opt.state[p]["msam_master"] for p in model.parameters()), values_of(wide.parameters()))
+    assert_equal(values_of(model.parameters()), [p.bfloat16() for p in values_of(wide.parameters())])
 
 
 def masters_go_through_torchs_own_checkpoints(flattened: bool) -> None:
@@ -893,6 +922,7 @@ def table() -> dict[str, tuple[int, bool, Case]]:
         plain_parameters_beside_sharded_ones_are_clipped_and_unscaled,
         all_ranks_are_warned_where_little_arrives,
         equal_shards_are_rounded_differently,
+        masters_train_as_an_fp32_model_by_the_gradients_of_fsdp,
         what_cannot_be_is_refused_in_a_sentence,
     ):
         cases[f.__name__] = 2, True, f
