@@ -61,7 +61,7 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
         entry = entry_of(groups[at], flat.params[i]) if names or masked else None
         if flat.has_masters and entry is not None and rule is not None:
             for name in entry.keys() & set(rule.shaped):  # by a step of its own, which torch's checkpoints ask for
-                if entry[name] is not None and entry[name].dtype != flat.dtype_kept:
+                if isinstance(entry[name], Tensor) and entry[name].dtype != flat.dtype_kept:
                     entry[name] = entry[name].to(flat.dtype_kept)
         for name in names:
             there = _buffer(flat, name, begin=entry is not None)

@@ -184,6 +184,7 @@ class Reduction:
                 assert dist.group.WORLD is not None
                 dimensions = [dist.group.WORLD]
             self._groups = dimensions
+        self._of_mesh = self._groups
         if group is not None:
             check_group(group)
             self._groups = [*self._groups, group]
@@ -195,14 +196,17 @@ class Reduction:
         return sums if parts == ranks else sums * (parts / ranks)
 
     def of_first(self, numbers: Tensor) -> Tensor:
-        """What they are on the first of the ranks."""
+        """What they are on the first of the ranks that hold the sharded parameters."""
         import torch.distributed as dist
 
-        is_first = all(dist.get_rank(group) == 0 for group in self._groups)
-        return self.add_up(numbers if is_first else torch.zeros_like(numbers))
+        is_first = all(dist.get_rank(group) == 0 for group in self._of_mesh)
+        return self._summed(numbers if is_first else torch.zeros_like(numbers), self._of_mesh)
 
     def add_up(self, sums: Tensor) -> Tensor:
         """The sums of all ranks, which are the same bits on each. ``sums`` may be written to."""
+        return self._summed(sums, self._groups)
+
+    def _summed(self, sums: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
         import torch.distributed as dist
 
         # Parameters may have been offloaded to the CPU, while the mesh is one of GPUs.
@@ -210,7 +214,7 @@ class Reduction:
         if self._mesh is not None and self._mesh.device_type != device.type:
             index = torch.get_device_module(self._mesh.device_type).current_device()
             there = moved(sums, torch.device(self._mesh.device_type, index))
-        for group in self._groups:
+        for group in groups:
             dist.all_reduce(there, group=group)
         return moved(there, device)
 

@@ -625,7 +625,7 @@ class Engine:
         steps = self.steps
         self.tables.refresh_radii(self.method.full, steps, self.store.devices, self._check_may_change)
         if self.store.seed is not None:
-            if self.store.has_ranks and not self._shares_seed:
+            if self.store.is_sharded and not self._shares_seed:
                 self.seed, self._shares_seed = self.store.shared_seed(self.store.seed), True
             self.store.refresh_noise(steps)
         if self.store.masters:

@@ -1301,6 +1301,13 @@ MUTANTS = [
         SHARDED + "equal_shards",
     ),
     Mutant(
+        "stages of a pipeline share a seed",
+        P + "sharded.py",
+        "torch.zeros_like(numbers), self._of_mesh)",
+        "torch.zeros_like(numbers), self._groups)",
+        SHARDED + "equal_shards",
+    ),
+    Mutant(
         "half of a seed is shared",
         P + "store.py",
         "return int(high) << 32 | int(low)",

@@ -708,6 +708,13 @@ def equal_shards_are_rounded_differently() -> None:
         assert len(there.unique()) == 2
         assert torch.equal(*found) == alike
         assert opt.engine.seed == 2**64 - 1  # the first rank's
+    pipeline = mesh_of(pp=2, dp=1)
+    stage = nn.ParameterList([distribute_tensor(torch.ones(8, dtype=torch.bfloat16), pipeline["dp"], [Shard(0)])])
+    base, seed = SGD(stage.parameters(), lr=0.1), 3 + dist.get_rank()
+    group = pipeline["pp"].get_group()
+    opt = MicroBatchSAM(base, 0.01, rounding="stochastic", seed=seed, process_group=group)
+    take_given(opt, stage, range(1))
+    assert opt.engine.seed == seed  # a stage's own
 
 
 def masters_train_as_an_fp32_model_by_the_gradients_of_fsdp() -> None:
@@ -783,12 +790,12 @@ def all_ranks_are_warned_where_little_arrives() -> None:
                 assert messages.scalars == wanted
             words = [str(w.message) for w in said if "of the perturbation arrives" in str(w.message)]
             assert len(words) == (options["rho"] == 1e-5)
-        stage = MicroBatchSAM(
-            SGD([nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], lr=0.1), 1e-5, process_group=dist.group.WORLD
-        )
-        with Messages() as messages:
-            take_given(stage, nn.ParameterList(stage.param_groups[0]["params"]), range(1))
-        assert messages.scalars == 1  # the other stage might have no weights of 16 bits
+        for how in ({}, SHORT["rounding"]):
+            stage = nn.Linear(3, 1).bfloat16()
+            opt = MicroBatchSAM(SGD(stage.parameters(), lr=0.1), 1e-5, process_group=dist.group.WORLD, **how)
+            with Messages() as messages:
+                take_given(opt, stage, range(1))
+            assert messages.scalars == 1  # the other stage might have no weights of 16 bits, and has its own seed
         for how in SHORT:
             opt, model = short("FSDP2", **SHORT[how])
             opt.param_groups[0]["rho"] = 1e-5
