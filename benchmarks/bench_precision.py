@@ -3,6 +3,7 @@
 
     python benchmarks/bench_precision.py                       # ResNet-18 and a small GPT; some two minutes
     python benchmarks/bench_precision.py --csv precision.csv
+    python benchmarks/bench_precision.py --roundings "of masters"
 
 Weights have 16 bits, or 32 for comparison; forward and backward compute in fp32, so that nothing but the rounding of w + e
 differs. Of each perturbation, e as it arrived against e as it was asked for: the ratio of the lengths, the cosine, ``along``
@@ -37,6 +38,7 @@ CASES = [
     ("fp32", "nearest"),
     *((dtype, rounding) for dtype in ("bf16", "fp16") for rounding in ("nearest", "stochastic", "of masters")),
 ]
+ROUNDINGS = list(dict.fromkeys(rounding for _, rounding in CASES))
 LEFT = {"bf16": 1.0, "fp16": 2.0**-3}  # of a master, how much of what bf16 leaves out
 SEEDS = 3  # of random rounding, whose means are told
 
@@ -81,10 +83,11 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(functional_call(model, wide, (x,)), y.flatten())
 
 
-def measure_all(results: Results, names: Sequence[str]) -> None:
+def measure_all(results: Results, names: Sequence[str], roundings: Sequence[str]) -> None:
+    cases = [case for case in CASES if case[1] in roundings]
     for name in names:
         for method in METHODS:
-            for dtype, rounding in CASES:
+            for dtype, rounding in cases:
                 seeds = range(SEEDS if rounding == "stochastic" else 1)
                 each = [perturbed_once(TASKS[name], method, dtype, rounding, seed) for seed in seeds]
                 mean = {key: sum(one[key] for one in each) / len(each) for key in each[0]}
@@ -118,11 +121,12 @@ def print_results(results: Results) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
     parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args(argv)
     facts = {**measure.where(torch.device("cpu")), "commit": measure.commit(), "date": measure.now()}
     results = Results(facts)
-    measure_all(results, args.models)
+    measure_all(results, args.models, args.roundings)
     print_results(results)
     if args.csv:
         results.write(args.csv)

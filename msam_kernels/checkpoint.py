@@ -49,7 +49,7 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
         return left
     engine.units.bring_back()
     wanted = [name for name, keeps in (("ema", plan.lmbda is not None), ("v", plan.remembers_v)) if keeps]
-    entry_of = _entries(engine)
+    entry_of, rule = _entries(engine), RULES.get(type(engine.base))
     groups = [g for g, group in enumerate(engine.base.param_groups) for _ in group["params"]]
     for at, flat, i in _places(store):
         names = [name for name in wanted if name != "ema" or plan.only is None or flat.params[i] in plan.only]
@@ -59,6 +59,10 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
             engine.base.state.get(flat.params[i], {}).pop(OURS + "master", None)
         masked = plan.sparse is not None or flat.mask is not None
         entry = entry_of(groups[at], flat.params[i]) if names or masked else None
+        if flat.has_masters and entry is not None and rule is not None:
+            for name in entry.keys() & set(rule.shaped):  # by a step of its own, which torch's checkpoints ask for
+                if isinstance(entry[name], Tensor) and entry[name].dtype != flat.dtype_kept:
+                    entry[name] = entry[name].to(flat.dtype_kept)
         for name in names:
             there = _buffer(flat, name, begin=entry is not None)
             if entry is not None and there is not None:
@@ -132,7 +136,7 @@ def load_own(engine: Engine, own: dict[str, Any]) -> None:
     """Means and masks of this rank, after a file of another rank was loaded: all else stays what that said."""
     kept = {name: value for name, value in remembered(engine).items() if name not in ("ema", "mask")}
     masters = {
-        at: flat.part(flat.saved, i)
+        at: shown(flat.part(flat.saved, i), flat.params[i])
         for at, flat, i in _places(engine.store)
         if flat.has_masters and flat.saved is not None
     }
@@ -266,7 +270,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     rule = RULES.get(type(engine.base))
     for at, flat, i in places:
         if flat.has_masters:
-            flat.set_master(i, tensors["master"].get(at))
+            master = tensors["master"].get(at)
+            flat.set_master(i, None if master is None else values(master, flat.params[i]))
             entry, wide = engine.base.state.get(flat.params[i], {}), own.get("wide", {}).get(at, {})
             for name in entry.keys() & wide.keys() & set(() if rule is None else rule.shaped):
                 if wide[name] is None:  # as older versions of torch save momentum where there is none

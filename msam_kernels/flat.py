@@ -25,7 +25,7 @@ from .backends import Backend, reference
 from .backends.checks import lost_memory, span
 from .gradients import has_layout, holds, memory_layout, regular_values
 from .precision import dtype_kept, is_short
-from .sharded import is_dtensor, shard, shards, shown, spread, values
+from .sharded import first_draw, is_dtensor, shard, shards, shown, spread, values
 
 # Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
 # is a block of threads (csrc/cuda/kernels.cuh). The rows themselves, of 40 bytes, are 0.25 % of what one pass over them moves.
@@ -398,7 +398,9 @@ class Flat:
             return
         if self.noise is None:
             self.check_not_capturing("the random numbers of rounding")
-            rows = torch.tensor([head, *((number[id(p)], 0) for p in self.params)], dtype=torch.int64, device="cpu")
+            rows = torch.tensor(
+                [head, *((number[id(p)], first_draw(p)) for p in self.params)], dtype=torch.int64, device="cpu"
+            )
             self.noise = rows.to(self.device, non_blocking=True)
         elif not self.is_capturing():  # what is captured reads what is there when it runs
             self.noise[0].copy_(torch.tensor(head, dtype=torch.int64, device="cpu"), non_blocking=True)

@@ -156,7 +156,7 @@ class MicroBatchSAM(Optimizer):
             where it is shorter than the distance of two numbers. Weights come back from the saved ones as ever.
         seed: of stochastic rounding, < 2**64; ``torch.initial_seed()`` without it. It is part of the state dict. The random
             numbers depend on it, the step, the micro-batch and the element's place alone: they are the same on every backend
-            and in every layout.
+            and in every layout. Of several ranks that hold shards the first one's seed counts.
         masters: keep weights of 16 bits in fp32 too, as masters, which the perturbation and the fused update of ``SGD``,
             ``Adam`` and ``AdamW`` start from: w + e is master + e, rounded, and between steps ``p.data`` is the master rounded
             to nearest. Small updates are not lost then, and the base optimizer's state is in fp32. What you write to ``p.data``

@@ -49,8 +49,9 @@ def seed_of(rounding: Any, seed: Any) -> int | None:
 class Watch:
     """Warns, once, where less than half of the first perturbation arrives.
 
-    On a GPU it never waits: the numbers are copied behind a step, and looked at in a later one, when they are there. Until
-    then there are no others.
+    On a GPU it does not wait: the numbers are copied behind a step, and looked at in a later one, when they are there. Until
+    then there are no others. Only of several ranks, for which ``measure`` is a message, the next one waits for them, since all
+    have to send it or none.
     """
 
     LEAST = 0.5
@@ -60,8 +61,10 @@ class Watch:
         self._copied: Tensor | None = None  # on the host: the product with what was asked for, and that one's square
         self._event: Any = None  # after which it is there
 
-    def note(self, measure: Callable[[], Tensor]) -> None:
+    def note(self, measure: Callable[[], Tensor], *, waits: bool = False) -> None:
         """Look at what is there, and ``measure`` what is to come: float64 ``[3]``, see ``Store.achieved``."""
+        if waits and self._event is not None:
+            self._event.synchronize()
         self.look()
         if self.is_over or self._copied is not None:
             return

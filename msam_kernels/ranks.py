@@ -26,6 +26,8 @@ IS_AVAILABLE = dist.is_available()
 #: ``MicroBatchSAM``'s argument: "global", "local" or a process group.
 Ascent: TypeAlias = 'Literal["global", "local"] | dist.ProcessGroup'
 USE = 'use ascent="local", which reduces once and by itself'
+#: Numbers in the message of a group, or a multiple: as many where ranks have other numbers of micro-batches.
+COUNTS = 64
 
 
 class Ranks:
@@ -47,6 +49,7 @@ class Ranks:
         self._before: list[tuple[Any, bool, bool]] = []  # what the modules were told before the step
         self._counts: list[tuple[Tensor, Tensor, dist.Work]] = []  # samples: own, all, and the message under way
         self._samples: dict[tuple[float, ...], Tensor] = {}  # on the device, for good: graphs read them
+        self._compared = 0  # the number of micro-batches that all of the group have, as far as is known
 
     def check(self) -> None:
         """Refuse an ascent that cannot be.
@@ -123,7 +126,11 @@ class Ranks:
         return self._ddps[0].process_group
 
     def count(self, store: Store, parts: Sequence[Any] | None) -> None:
-        """Begin to add up the samples of all ranks; nobody waits for it here. ``parts``: the micro-batches of a batch."""
+        """Begin to add up the samples of all ranks; nobody waits for it here. ``parts``: the micro-batches of a batch.
+
+        Raises:
+            RuntimeError: other ranks of the group have another number of micro-batches, where this rank's has changed.
+        """
         self._counts = []
         if not self.own:
             return
@@ -132,7 +139,9 @@ class Ranks:
             return
         groups = [(self.all, [float(sum(counts))])]
         if self.inner is not None:
-            groups.append((self.inner, list(map(float, counts))))
+            n = len(counts)
+            numbers = [*map(float, counts), *[0.0] * (-(n + 3) % COUNTS), float(n), float(n * n)]
+            groups.append((self.inner, numbers))
         for group, numbers in groups:
             numbers.append(float(all(counts)))  # of a batch whose samples cannot be counted there are 0
             mine = self._samples.get(tuple(numbers))
@@ -142,6 +151,21 @@ class Ranks:
                 self._samples[tuple(numbers)] = mine
             summed = mine.clone()
             self._counts.append((mine, summed, dist.all_reduce(summed, group=group, async_op=True)))
+        if self.inner is not None and len(counts) != self._compared and not store.is_capturing():
+            self._compare(len(counts))
+
+    def _compare(self, n: int) -> None:
+        """With the numbers of micro-batches of the group, whose ranks would wait for each other without end. The host waits."""
+        _, summed, work = self._counts[1]
+        work.wait()
+        size = dist.get_world_size(self.inner)
+        total, squares = summed[-3:-1].tolist()
+        if (total, squares) != (size * n, size * n * n):
+            raise RuntimeError(
+                f"this rank has {n} micro-batches, and the {size} ranks of its group have {total / size:.4g} on average: give "
+                "all as many, by num_micro_batches and a DataLoader with drop_last=True"
+            )
+        self._compared = n
 
     def _share(self, group: Any, i: int | None) -> tuple[list[Tensor], list[float]]:
         """What this rank's gradient counts in the mean of a group: sums, and a coefficient of them.

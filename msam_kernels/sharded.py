@@ -108,6 +108,34 @@ def spread(p: Tensor) -> Spread | None:
     return Spread(p.device_mesh, math.prod(n for n, placement in pairs if not placement.is_replicate()))
 
 
+def first_draw(p: Tensor) -> int:
+    """Which of a parameter's random numbers is the first of this rank's shard; replicas have the same.
+
+    Where shards are runs of the whole parameter, which is contiguous, the index of the first element there. Else each shard
+    has numbers of its own, behind those of the shards before it.
+    """
+    if not is_dtensor(p):
+        return 0
+    mesh, shape = p.device_mesh, list(p.shape)
+    at = mesh.get_coordinate()
+    assert at is not None, "this rank holds a shard"
+    cuts: list[tuple[int, int, Any]] = [
+        cut for cut in zip(mesh.shape, at, p.placements, strict=True) if cut[0] > 1 and not cut[2].is_replicate()
+    ]
+    dims = {placement.dim for *_, placement in cuts}
+    # What holds for one shard is to hold for all: the shapes of shards are not asked.
+    if len(dims) == 1 and not any(hasattr(cut[2], "split_factor") for cut in cuts):
+        (dim,) = dims
+        if math.prod(shape[:dim]) == 1:
+            offset: int = p.__create_chunk_list__()[0].offsets[dim]
+            return offset * math.prod(shape[dim + 1 :])
+    number = 0
+    for n, i, placement in cuts:
+        number = number * n + i
+        shape[placement.dim] = -(-shape[placement.dim] // n)
+    return number * math.prod(shape)
+
+
 def check_placements(name: str, p: Tensor) -> None:
     """Refuse what has no values of its own.
 
@@ -156,6 +184,7 @@ class Reduction:
                 assert dist.group.WORLD is not None
                 dimensions = [dist.group.WORLD]
             self._groups = dimensions
+        self._of_mesh = self._groups
         if group is not None:
             check_group(group)
             self._groups = [*self._groups, group]
@@ -166,8 +195,18 @@ class Reduction:
         parts = 1 if spread is None else spread.parts
         return sums if parts == ranks else sums * (parts / ranks)
 
+    def of_first(self, numbers: Tensor) -> Tensor:
+        """What they are on the first of the ranks that hold the sharded parameters."""
+        import torch.distributed as dist
+
+        is_first = all(dist.get_rank(group) == 0 for group in self._of_mesh)
+        return self._summed(numbers if is_first else torch.zeros_like(numbers), self._of_mesh)
+
     def add_up(self, sums: Tensor) -> Tensor:
         """The sums of all ranks, which are the same bits on each. ``sums`` may be written to."""
+        return self._summed(sums, self._groups)
+
+    def _summed(self, sums: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
         import torch.distributed as dist
 
         # Parameters may have been offloaded to the CPU, while the mesh is one of GPUs.
@@ -175,7 +214,7 @@ class Reduction:
         if self._mesh is not None and self._mesh.device_type != device.type:
             index = torch.get_device_module(self._mesh.device_type).current_device()
             there = moved(sums, torch.device(self._mesh.device_type, index))
-        for group in self._groups:
+        for group in groups:
             dist.all_reduce(there, group=group)
         return moved(there, device)
 

@@ -175,6 +175,7 @@ class Engine:
         self.latest = BASE
         self.watch = Watch()
         self.watches = False  # whether there is anything to watch
+        self._shares_seed = False  # with the other ranks, which begin to step by the first one's
 
     # -- between steps ----------------------------------------------------------------------------------------------------
 
@@ -217,10 +218,10 @@ class Engine:
         if any(flat not in self.store.flats for flat in before):
             self.norms_sq = []  # of flats that are gone
         # With random rounding all arrives, on average; with masters once updates have taken them off the numbers that they
-        # begin as. Of several ranks some might measure, which is a message, and others not.
+        # begin as. Of the stages of a pipeline some may have weights of 16 bits, and send a message, and others not.
         is_short_ = any(is_short(flat.dtype) for flat in self.store.flats)
         all_arrives = self.store.seed is not None or self.store.masters
-        self.watches = is_short_ and not all_arrives and not self.store.has_ranks
+        self.watches = is_short_ and not all_arrives and self.store.process_group is None
         put_there = RHO_OF_OURS.setdefault(self.base, set())
         for g, group in enumerate(self.base.param_groups):
             if "rho" not in group:
@@ -624,6 +625,8 @@ class Engine:
         steps = self.steps
         self.tables.refresh_radii(self.method.full, steps, self.store.devices, self._check_may_change)
         if self.store.seed is not None:
+            if self.store.is_sharded and not self._shares_seed:
+                self.seed, self._shares_seed = self.store.shared_seed(self.store.seed), True
             self.store.refresh_noise(steps)
         if self.store.masters:
             self.rule()  # which refuses
@@ -696,7 +699,8 @@ class Engine:
         if not self.store.is_capturing():  # what is captured has not run
             self.steps += 1
             if self.watches and self.norms_sq and not self.watch.is_over:
-                self.watch.note(lambda: self.store.achieved(self.latest.only, len(self.norms_sq)).sum(0))
+                several = self.store.has_ranks
+                self.watch.note(lambda: self.store.achieved(self.latest.only, len(self.norms_sq)).sum(0), waits=several)
 
     @torch.no_grad()
     def restore(self) -> None:

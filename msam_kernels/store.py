@@ -240,16 +240,6 @@ class Store:
         left = [(name, p) for name, p in named if p not in served and not is_trained(p)]
         for name, p in taken:
             check_placements(name, p)
-            if self.seed is not None and is_short(p.dtype) and spread(p) is not None:
-                raise ValueError(
-                    f"rounding='stochastic' is for whole parameters, and {name} is a DTensor of {p.dtype}, whose shards would "
-                    "all draw the same numbers: leave rounding out, or keep fp32 shards, as MixedPrecisionPolicy does"
-                )
-            if self.masters and is_short(p.dtype) and spread(p) is not None:
-                raise ValueError(
-                    f"masters=True is for whole parameters, and {name} is a DTensor of {p.dtype}: leave it out, or keep fp32 "
-                    "shards, as MixedPrecisionPolicy does"
-                )
         check_parameters(*([(name, shard(p)) for name, p in named] for named in (taken, left if self.flatten else ())))
         spreads = {id(p): spread(p) for _, p in taken}
         is_sharded = any(lies is not None for lies in spreads.values())
@@ -500,6 +490,14 @@ class Store:
         if terms:
             return self._together(terms)
         return torch.zeros(*(() if stack is None else (stack,)), 1, dtype=torch.float64, device=self.device)
+
+    def shared_seed(self, seed: int) -> int:
+        """That of the first of the ranks: replicas are to be rounded alike. The host waits."""
+        assert self._ranks is not None, "there are several"
+        self.check_not_capturing("the seed of rounding")
+        halves = torch.tensor([seed >> 32, seed & 0xFFFFFFFF], dtype=torch.float64, device=self.device)
+        high, low = self._ranks.of_first(halves).tolist()
+        return int(high) << 32 | int(low)
 
     def refresh_noise(self, step: int) -> None:
         """Bring what random rounding is made of up to date, where anything is rounded so."""

@@ -193,7 +193,7 @@ def messages_of(case: Case, step: int, world: int) -> list[tuple[int, int]]:
     if case.ascent == "group" and plan.climbs and looks:
         sent += [(whole, 2)] * (case.count * (1 if not plan.combines else 2 if plan.opposite is None else 3))
     if case.way != "closures":  # the numbers of samples, and whether they are known
-        sent += [(16, world)] + [(8 * (case.count + 1), 2)] * (case.ascent == "group")
+        sent += [(16, world)] + [(8 * 64, 2)] * (case.ascent == "group")
     if plan.sparse:
         every = plan.sparse.update_every
         chosen = (step == 0) + ((step + 1) % every == 0)
@@ -710,10 +710,35 @@ def reduced_by_the_user(rank: int) -> Iterator[str]:
     dist.barrier()
 
 
+def other_numbers_of_micro_batches(rank: int) -> Iterator[str]:
+    """Of a group are refused in the first step, and where they change, before anybody waits for the others."""
+    model, ddp, opt = wrapped(methods.SAM(), dist.group.WORLD)
+    data, before = split(batch(8, FLOAT64), (4, 4))[rank], weights(model)
+    ranks, looked = opt.engine.ranks, []
+    compare, ranks._compare = ranks._compare, lambda n: (looked.append(n), compare(n))
+    for counts, wanted in (((1, 3), (1, 3)), ((2, 2), None), ((2, 2), None), ((4, 3), (4, 3)), ((4, 4), None)):
+        opt.num_micro_batches, said = counts[rank], ""
+        try:
+            WAYS["passes"](opt, ddp, data)
+        except RuntimeError as error:
+            said = str(error)
+        if wanted is None and (said or same_bits(model.parameters(), before) or not of_all(list(model.parameters()))):
+            yield f"{counts}: {said or 'ranks part'}"
+        if wanted is not None and (
+            f"this rank has {wanted[rank]} micro-batches, and the 2 ranks of its group have {sum(wanted) / 2:g}"
+            not in said
+            or not same_bits(model.parameters(), before)
+        ):
+            yield f"{counts}: {said or 'not refused'}"
+        before = weights(model)
+    if looked != [(1, 3)[rank], 2, (4, 3)[rank], 4]:
+        yield f"compared {looked}, not where its own has changed"
+
+
 SCENARIOS = [
     overflows_on_one_rank, without_a_gradient, some_passes_without_a_reduction, only_the_last_descent_reduced, given_up,
     refusals, clipped_and_copied, masks_by_samples, zero, captured_steps, statistics,
-    reduced_by_the_user,
+    reduced_by_the_user, other_numbers_of_micro_batches,
 ]  # fmt: skip
 
 

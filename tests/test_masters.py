@@ -357,7 +357,8 @@ def test_training_goes_on_bit_for_bit(way, base):
 @pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
 @pytest.mark.parametrize("flattened", [False, True], ids=["as it is", "flattened"])
 @pytest.mark.parametrize("base", ["SGD, everything", "AdamW"])
-def test_training_goes_on_bit_for_bit_from_distributed_checkpoints(base, flattened, tmp_path):
+@pytest.mark.parametrize("by_base", [False, True], ids=["of ours", "of the base optimizer"])
+def test_training_goes_on_bit_for_bit_from_distributed_checkpoints(by_base, base, flattened, tmp_path):
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -366,10 +367,11 @@ def test_training_goes_on_bit_for_bit_from_distributed_checkpoints(base, flatten
     train(optimizer(straight, base), straight, range(9))
     first, second = optimizer(model, base), optimizer(resumed, base)
     train(first, model, range(3))
-    dcp.save(dict(zip("mo", get_state_dict(model, first, options=options), strict=True)), checkpoint_id=tmp_path)
-    state = dict(zip("mo", get_state_dict(resumed, second, options=options), strict=True))
+    old, new = (opt.base_optimizer if by_base else opt for opt in (first, second))
+    dcp.save(dict(zip("mo", get_state_dict(model, old, options=options), strict=True)), checkpoint_id=tmp_path)
+    state = dict(zip("mo", get_state_dict(resumed, new, options=options), strict=True))
     dcp.load(state, checkpoint_id=tmp_path)
-    set_state_dict(resumed, second, model_state_dict=state["m"], optim_state_dict=state["o"], options=options)
+    set_state_dict(resumed, new, model_state_dict=state["m"], optim_state_dict=state["o"], options=options)
     assert same_bits(masters(second), masters(first))
     train(second, resumed, range(3, 9))
     assert same_bits(resumed.parameters(), straight.parameters())

@@ -549,6 +549,9 @@ def test_the_watch_on_a_gpu_looks_when_the_numbers_are_there(monkeypatch):
         def query(self):
             return self.done
 
+        def synchronize(self):
+            self.done = True
+
     numbers = torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64)
 
     class OnGpu:  # as much of a tensor as is asked for
@@ -564,7 +567,12 @@ def test_the_watch_on_a_gpu_looks_when_the_numbers_are_there(monkeypatch):
         measured.append(OnGpu())
         return measured[-1]
 
-    watch, other = Watch(), Watch()
+    watch, other, of_ranks = Watch(), Watch(), Watch()
+    of_ranks.note(measure, waits=True)
+    with pytest.warns(UserWarning, match="only 20%"):
+        of_ranks.note(measure, waits=True)
+    assert len(measured) == 1  # as on ranks that have the numbers already
+    del measured[:]
     watch.note(measure)
     watch.look()
     watch.note(measure)

@@ -585,16 +585,224 @@ def plain_parameters_beside_sharded_ones_are_clipped_and_unscaled() -> None:
         assert_same(p, q)
 
 
-def nobody_watches_what_arrives_in_16_bits() -> None:
-    """Which would be one message more of ranks that measure, and none of others."""
-    model, part, parts = LAYOUTS["FSDP2"]()
-    model.to(torch.bfloat16)
-    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 1e-5)
-    x, y = (mine(t.bfloat16(), 1, part, parts) for t in data())
-    for _ in range(2):
-        with Messages() as messages:
-            opt.train_step(lambda xb, yb: F.mse_loss(model(xb), yb), x, y)
-        assert messages.scalars == 1
+# ---- weights of 16 bits ------------------------------------------------------------------------------------------------
+
+
+def given(p: Tensor, *of: int) -> Tensor:
+    """A gradient whose sums of squares are exact, so that their order does not show; of a DTensor this rank's part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    generator = torch.Generator().manual_seed(hash(of))
+    g = (torch.randint(-8, 9, p.shape, generator=generator) / 8).to(p.dtype)
+    return distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+
+
+def take_given(opt: MicroBatchSAM, model: nn.Module, steps: range, *, updates: bool = True) -> list[Tensor]:
+    """Train by gradients that do not depend on the weights; the weights of every pass at w + e, and after each step."""
+    points: list[Tensor] = []
+    for step in steps:
+        for turn, _ in enumerate(opt.passes(torch.zeros(4, 1))):
+            points += values_of(model.parameters()) if turn % 2 else []
+            for i, p in enumerate(model.parameters()):
+                p.grad = given(p, step, turn, i)
+        if updates:
+            opt.step()
+        opt.zero_grad()
+        points += values_of(model.parameters())
+    return points
+
+
+SHORT = {
+    "rounding": {"rounding": "stochastic"},
+    "masters": {"masters": True},
+    "both": {"rounding": "stochastic", "masters": True},
+}
+
+
+def short(layout: str | None, base: str = "AdamW", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    """An optimizer of a model of 16 bits, and that. Of the seeds, which differ, the first rank's counts."""
+    model = (LAYOUTS[layout]()[0] if layout else Net()).to(dtype)
+    if options.get("rounding") == "stochastic":
+        options["seed"] = 7 + (dist.get_rank() if layout else 0)
+    options = {"num_micro_batches": 2, **options}
+    return MicroBatchSAM(BASES[base](model.parameters()), 0.03, **options), model
+
+
+def of_16_bits_equals_one_process(
+    layout: str, how: str, base: str = "AdamW", dtype: torch.dtype = torch.bfloat16, name: str = "SAM", **options: Any
+) -> None:
+    """To the last bit: points, weights, state and masters, given the gradients."""
+    opts, points = [], []
+    for where in (None, layout):
+        opt, model = short(where, base, dtype, method=SERVED[name], **SHORT[how], **options)
+        points.append(take_given(opt, model, range(STEPS)))
+        opts.append(opt)
+    assert_equal(points[1], points[0])
+    assert len({t.double().sum().item() for t in points[0]}) > len(points[0]) // 2
+    one, opt = opts
+    assert opt.engine.seed == one.engine.seed
+    for p, q in zip(*([p for group in o.param_groups for p in group["params"]] for o in opts), strict=True):
+        assert one.state[p].keys() == opt.state[q].keys()
+        assert ("msam_master" in opt.state[q]) == (how != "rounding")
+        for key, state in opt.state[q].items():
+            assert_equal([full(state)], [full(one.state[p][key])])
+            if key != "step":
+                assert state.dtype == one.state[p][key].dtype, key
+                assert (state.placements, state.device_mesh) == (q.placements, q.device_mesh)
+        assert_same_bits_on_all_ranks(full(q).double())
+    assert_same(opt.stats.along, one.stats.along)
+
+
+def shards_that_are_no_runs_have_numbers_of_their_own(layout: str) -> None:
+    """Disjoint ones, while replicas have the same; of one process only where the shards are runs."""
+    from msam_kernels.sharded import first_draw, is_dtensor
+
+    opt, model = short(layout, rounding="stochastic")
+    plain = [first_draw(p) for p in Net().parameters()]
+    assert plain == [0] * len(plain)
+    runs = 0
+    for p in model.parameters():
+        local = getattr(p, "_local_tensor", p)
+        number = torch.arange(p.numel()).view(p.shape)
+        if is_dtensor(p):
+            from torch.distributed.tensor import distribute_tensor
+
+            number = distribute_tensor(number, p.device_mesh, p.placements).to_local()
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (number.flatten().tolist(), first_draw(p)))
+        begins = {tuple(elements): first for elements, first in found if elements}
+        assert [first for elements, first in found if elements] == [begins[tuple(e)] for e, _ in found if e]
+        drawn = [k for elements, first in begins.items() for k in range(first, first + len(elements))]
+        assert len(drawn) == len(set(drawn)) == p.numel()
+        runs += all(first == elements[0] for elements, first in begins.items())
+        assert local.numel() == number.numel()
+    assert 0 < runs < len(plain)
+    if layout == "TP":
+        from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        every_other = DTensor.from_local(torch.ones(4), mesh_of(x=2), [_StridedShard(0, split_factor=2)])
+        assert first_draw(every_other) == 4 * dist.get_rank()
+        uneven = distribute_tensor(torch.ones(3, 5), mesh_of(x=2), [Shard(1)])
+        assert first_draw(uneven) == 9 * dist.get_rank()
+    noise = opt.engine.store
+    take_given(opt, model, range(1))
+    assert [first for flat in noise.flats for first in flat.noise[1:, 1].tolist()] == [
+        first_draw(p) for flat in noise.flats for p in flat.params
+    ]
+
+
+def equal_shards_are_rounded_differently() -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of(x=2)
+    for placement, alike in ((Shard(0), False), (Shard(1), False), (Replicate(), True)):
+        p = nn.Parameter(distribute_tensor(torch.ones(8, 8, dtype=torch.bfloat16), mesh, [placement]))
+        opt = MicroBatchSAM(SGD([p], lr=0.1), 0.01, rounding="stochastic", seed=2**64 - 1 - dist.get_rank())
+        for turn, _ in enumerate(opt.passes()):
+            if turn:
+                there = p.to_local().flatten().clone()
+            p.grad = torch.ones_like(p)
+        found = [torch.empty_like(there) for _ in range(2)]
+        dist.all_gather(found, there)
+        assert len(there.unique()) == 2
+        assert torch.equal(*found) == alike
+        assert opt.engine.seed == 2**64 - 1  # the first rank's
+    pipeline = mesh_of(pp=2, dp=1)
+    stage = nn.ParameterList([distribute_tensor(torch.ones(8, dtype=torch.bfloat16), pipeline["dp"], [Shard(0)])])
+    base, seed = SGD(stage.parameters(), lr=0.1), 3 + dist.get_rank()
+    group = pipeline["pp"].get_group()
+    opt = MicroBatchSAM(base, 0.01, rounding="stochastic", seed=seed, process_group=group)
+    take_given(opt, stage, range(1))
+    assert opt.engine.seed == seed  # a stage's own
+
+
+def masters_train_as_an_fp32_model_by_the_gradients_of_fsdp() -> None:
+    """By FSDP2's own passes; a loop that is left changes neither weights nor masters."""
+    opt, model = short("FSDP2", **SHORT["both"])
+    wide = LAYOUTS["FSDP2"]()[0].to(torch.bfloat16).float()
+    plain = MicroBatchSAM(BASES["AdamW"](wide.parameters()))
+    for step in range(STEPS):
+        x, y = (mine(t, 2, dist.get_rank(), 2).bfloat16() + step for t in data())
+        before = values_of([*model.parameters(), *wide.parameters()])
+        for left in (True, False):
+            with opt.passes(x, y) as parts:
+                for turn, (xb, yb) in enumerate(parts):
+                    F.mse_loss(model(xb), yb).backward()
+                    if left and turn == step:
+                        break
+            opt.state_dict()
+            masters = [
+                opt.state[p].get("msam_master", q) for p, q in zip(model.parameters(), wide.parameters(), strict=True)
+            ]
+            assert_equal(values_of([*model.parameters(), *masters]), before)
+        for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+            q.grad = p.grad.float()
+        plain.step()
+        opt.step()
+        opt.zero_grad()
+    opt.state_dict()
+    assert_equal(values_of(opt.state[p]["msam_master"] for p in model.parameters()), values_of(wide.parameters()))
+    assert_equal(values_of(model.parameters()), [p.bfloat16() for p in values_of(wide.parameters())])
+
+
+def masters_go_through_torchs_own_checkpoints(flattened: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flattened)
+    opt, model = short("FSDP2", **SHORT["both"])
+    take_given(opt, model, range(2))
+    kept = copy.deepcopy(get_optimizer_state_dict(model, opt, options=options))
+    for whole in (False, True):
+        again, other = short("FSDP2", **SHORT["both"])
+        other.load_state_dict(model.state_dict())
+        if whole:
+            again.load_state_dict(copy.deepcopy(opt.state_dict()))
+        else:
+            set_optimizer_state_dict(other, again, kept, options=options)
+        assert again.steps == 2
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            for name, t in opt.state[p].items():
+                assert type(again.state[q][name]) is type(t)
+                assert_equal([full(again.state[q][name])], [full(t)])
+        straight, straight_model = short("FSDP2", **SHORT["both"])
+        wanted = take_given(straight, straight_model, range(4))
+        assert_equal(take_given(again, other, range(2, 4)), wanted[len(wanted) // 2 :])
+
+
+def all_ranks_are_warned_where_little_arrives() -> None:
+    """By one message more in the first step in which anything is asked for, and none later."""
+    from torch.distributed.fsdp import fully_shard
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for options, sent in (({"rho": 1e-5}, [2, 1, 1]), ({"rho": 10.0}, [2, 1, 1]), ({"rho": 0.0}, [2, 2, 2])):
+            del said[:]
+            model = fully_shard(Net().to(torch.bfloat16))
+            opt = MicroBatchSAM(SGD(model.parameters(), lr=1e-3), **options)
+            for wanted in sent:
+                with Messages() as messages:
+                    take_given(opt, model, range(1))
+                assert messages.scalars == wanted
+            words = [str(w.message) for w in said if "of the perturbation arrives" in str(w.message)]
+            assert len(words) == (options["rho"] == 1e-5)
+        for how in ({}, SHORT["rounding"]):
+            stage = nn.Linear(3, 1).bfloat16()
+            opt = MicroBatchSAM(SGD(stage.parameters(), lr=0.1), 1e-5, process_group=dist.group.WORLD, **how)
+            with Messages() as messages:
+                take_given(opt, stage, range(1))
+            assert messages.scalars == 1  # the other stage might have no weights of 16 bits, and has its own seed
+        for how in SHORT:
+            opt, model = short("FSDP2", **SHORT[how])
+            opt.param_groups[0]["rho"] = 1e-5
+            for step in range(2):
+                with Messages() as messages:
+                    take_given(opt, model, range(1))
+                assert messages.scalars == 2 + (step == 0 and "rounding" in SHORT[how])  # of which one is the seed
 
 
 @contextmanager
@@ -608,7 +816,7 @@ def refused(error: type[Exception], words: str, params: list[Tensor]) -> Iterato
 
 
 def what_cannot_be_is_refused_in_a_sentence() -> None:
-    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor import DTensor, Partial
 
     opt, model, x, y = pair()
     params = list(model.parameters())
@@ -634,9 +842,6 @@ def what_cannot_be_is_refused_in_a_sentence() -> None:
     stage = list(nn.Linear(2, 2).parameters())
     with refused(ValueError, "holds only its shards or its stage of these", stage):
         MicroBatchSAM(base(stage), method=methods.SparseSAM(), process_group=dist.group.WORLD)
-    short = nn.Parameter(DTensor.from_local(torch.ones(3, dtype=torch.bfloat16), mesh, [Shard(0)]))
-    with refused(ValueError, "whole parameters, and parameter 0 of group 0 is a DTensor of torch.bfloat16", []):
-        MicroBatchSAM(base([short]), rounding="stochastic")
     for group in (3, dist.GroupMember.NON_GROUP_MEMBER):
         with refused(TypeError, "process_group must be.*ProcessGroup that this rank is in.*got", params):
             MicroBatchSAM(base(params), process_group=group)
@@ -722,10 +927,34 @@ def table() -> dict[str, tuple[int, bool, Case]]:
         a_scaler_sees_all_ranks,
         stages_of_a_pipeline_clip_and_skip_alike,
         plain_parameters_beside_sharded_ones_are_clipped_and_unscaled,
-        nobody_watches_what_arrives_in_16_bits,
+        all_ranks_are_warned_where_little_arrives,
+        equal_shards_are_rounded_differently,
+        masters_train_as_an_fp32_model_by_the_gradients_of_fsdp,
         what_cannot_be_is_refused_in_a_sentence,
     ):
         cases[f.__name__] = 2, True, f
+    for ranks, layout in ((2, "FSDP2"), (4, "FSDP2"), (4, "HSDP")):
+        for how, base in itertools.product(SHORT, ("SGD", "AdamW")):
+            cases[f"{ranks} ranks, {layout}, 16 bits, {how}, {base}"] = (
+                ranks, (layout, how, base) == ("FSDP2", "both", "AdamW") and ranks == 2,
+                partial(of_16_bits_equals_one_process, layout, how, base),
+            )  # fmt: skip
+    for name in ("F-SAM", "ASAM", "Bilateral SAM"):
+        cases[f"2 ranks, FSDP2, 16 bits, {name}"] = (
+            2, False, partial(of_16_bits_equals_one_process, "FSDP2", "both", dtype=torch.float16, name=name),
+        )  # fmt: skip
+    for how in SHORT:
+        cases[f"2 ranks, FSDP2, offloaded, 16 bits, {how}, reference"] = (
+            2, False, partial(of_16_bits_equals_one_process, "FSDP2, offloaded", how, backend="reference"),
+        )  # fmt: skip
+    for ranks, layout in ((2, "TP"), (2, "TP beside plain parameters"), (4, "FSDP2 x TP")):
+        cases[f"{shards_that_are_no_runs_have_numbers_of_their_own.__name__}, {layout}"] = (
+            ranks, layout == "TP", partial(shards_that_are_no_runs_have_numbers_of_their_own, layout),
+        )  # fmt: skip
+    for flattened in (False, True):
+        cases[f"{masters_go_through_torchs_own_checkpoints.__name__}, {flattened=}"] = (
+            2, flattened, partial(masters_go_through_torchs_own_checkpoints, flattened),
+        )  # fmt: skip
     for name in ("F-SAM", "LookSAM k=2"):
         cases[f"{own_state_dicts_go_on_where_they_were.__name__}, {name}"] = (
             2, True, partial(own_state_dicts_go_on_where_they_were, name),
@@ -844,24 +1073,33 @@ RANKS = (2, 1, 4)
 WENT_ON = 2  # steps on each number of ranks
 
 
-def go_on(folder: str, begun: int) -> None:
-    """Read what the ranks before have written, train on, and compare with one process that has done it all."""
+def through_folders(folder: str, begun: int, opt: MicroBatchSAM, model: nn.Module, train: Callable[[], Any]) -> None:
+    """Read what the ranks before have written, and write what training leaves."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def state() -> dict[str, Any]:
         return dict(zip(("model", "base"), get_state_dict(model, opt.base_optimizer), strict=True))
 
-    model, part, parts = fsdp()
-    opt = MicroBatchSAM(BASES["AdamW"](model.parameters()), RHO, num_micro_batches=2, method=methods.BilateralSAM())
     if begun:
         there = state()
         dcp.load(there, checkpoint_id=f"{folder}/{begun}")
         set_state_dict(model, opt.base_optimizer, model_state_dict=there["model"], optim_state_dict=there["base"])
-    x, y = (mine(t, 2, part, parts) for t in data())
-    for _ in range(WENT_ON):
-        by_passes(opt, model, x, y, None)
+    train()
     dcp.save(state(), checkpoint_id=f"{folder}/{begun + WENT_ON}")
+
+
+def go_on(folder: str, begun: int) -> None:
+    """Train on, and compare with one process that has done it all."""
+    model, part, parts = fsdp()
+    opt = MicroBatchSAM(BASES["AdamW"](model.parameters()), RHO, num_micro_batches=2, method=methods.BilateralSAM())
+    x, y = (mine(t, 2, part, parts) for t in data())
+
+    def train() -> None:
+        for _ in range(WENT_ON):
+            by_passes(opt, model, x, y, None)
+
+    through_folders(folder, begun, opt, model, train)
     one = Net()
     alone = MicroBatchSAM(BASES["AdamW"](one.parameters()), RHO, num_micro_batches=2, method=methods.BilateralSAM())
     for _ in range(begun + WENT_ON):
@@ -869,9 +1107,24 @@ def go_on(folder: str, begun: int) -> None:
     assert_same_training(opt, alone)
 
 
+def go_on_with_16_bits(folder: str, begun: int) -> None:
+    """The same to the last bit, of random numbers and masters, given the gradients."""
+    points: list[Tensor] = []
+    opt, model = short("FSDP2", **SHORT["both"])
+    steps = range(begun, begun + WENT_ON)
+    through_folders(folder, begun, opt, model, lambda: points.extend(take_given(opt, model, steps)))
+    assert opt.steps == steps.stop, (opt.steps, steps)
+    alone, one = short(None, **SHORT["both"])
+    assert_equal(points, take_given(alone, one, range(steps.stop))[-len(points) :])
+    assert opt.state[next(model.parameters())].keys() >= {"msam_master", "exp_avg"}
+    for p, q in zip(model.parameters(), one.parameters(), strict=True):
+        assert_equal(list(map(full, opt.state[p].values())), list(map(full, alone.state[q].values())))
+
+
 @pytest.mark.exhaustive
-def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_then_on_four(tmp_path):
+@pytest.mark.parametrize("job", [go_on, go_on_with_16_bits])
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_then_on_four(job, tmp_path):
     for i, ranks in enumerate(RANKS):
         folder = tmp_path / f"ranks{ranks}"
         folder.mkdir()
-        assert run(ranks, folder, [("go on", partial(go_on, str(tmp_path), i * WENT_ON))]) == {}
+        assert run(ranks, folder, [("go on", partial(job, str(tmp_path), i * WENT_ON))]) == {}
