@@ -2578,6 +2578,28 @@ MUTANTS = [
         STABLE + "bad",
     ),
     Mutant(
+        "a file for the stable ABI that is of other sources is used",
+        P + "backends/__init__.py",
+        "        extension.check_schemas(_SCHEMAS)",
+        "        pass",
+        STABLE + "other_sources",
+    ),
+    Mutant(
+        "of operators through the stable ABI only the name is looked at",
+        P + "backends/stable.py",
+        "if types not in found:",
+        'if types.split("(")[0] not in {line.split("(")[0] for line in found}:',
+        STABLE + "'other_sources or counts'",
+    ),
+    Mutant(
+        "an operator's type that changes is not told of the stable ABI",
+        "csrc/stable/operators.cpp",
+        'nullptr)) + "?";',
+        "nullptr));",
+        STABLE + "info",
+        STABLE_OPERATORS,
+    ),
+    Mutant(
         "autograd looks at what goes through the stable ABI",
         P + "backends/stable.py",
         "if not torch.is_grad_enabled():",
