@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import setup
@@ -114,11 +115,12 @@ class Build(BuildExtension):
         self.force = True
 
     def run(self):
-        if not self.inplace:  # a wheel is what lies there, an earlier build for another choice too
-            for name in ("_C", STABLE.rpartition(".")[2]):
-                for stale in Path(self.build_lib, "msam_kernels").glob(f"{name}.*"):
-                    stale.unlink()
+        """An earlier build for another choice would be used, or packed. Without a compiler it stays in use, as is told."""
         super().run()
+        folder = ROOT if self.inplace else Path(self.build_lib)
+        for name in {"msam_kernels._C", STABLE} - {extension.name for extension in self.extensions}:
+            for suffix in EXTENSION_SUFFIXES if self.extensions else ():
+                folder.joinpath(*name.split(".")).with_suffix(suffix).unlink(missing_ok=True)
 
     def build_extensions(self):
         """Gives each file the flags of its instruction set, where torch has one list for all C++ files.

@@ -2614,6 +2614,20 @@ MUTANTS = [
         STABLE + "bad",
     ),
     Mutant(
+        "what an earlier build for another choice left stays",
+        "setup.py",
+        "for suffix in EXTENSION_SUFFIXES if self.extensions else ():",
+        "for suffix in ():",
+        "tests/test_cpu_build.py -k another_choice",
+    ),
+    Mutant(
+        "a build without kernels removes those that are there",
+        "setup.py",
+        "for suffix in EXTENSION_SUFFIXES if self.extensions else ():",
+        "for suffix in EXTENSION_SUFFIXES:",
+        "tests/test_cpu_build.py -k another_choice",
+    ),
+    Mutant(
         "the extension for this torch is used only without the other one",
         P + "backends/__init__.py",
         'extension = importlib.import_module("msam_kernels._C")',
