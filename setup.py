@@ -57,7 +57,8 @@ except ModuleNotFoundError as error:
         "is there, your tool builds in an environment of its own: tell it not to"
     ) from None
 if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_AT_LEAST:
-    raise SystemExit(f"msam_kernels: torch is {torch.__version__}, and 2.6 or later is needed: `pip install -U torch`")
+    least = "{}.{}".format(*TORCH_AT_LEAST)
+    raise SystemExit(f"msam_kernels: torch is {torch.__version__}, and {least} or later is needed: `pip install -U torch`")
 
 from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
@@ -360,12 +361,14 @@ def extensions():
 
 put_ninja_on_path()
 ext_modules, summary = extensions()
-# What a wheel's name says of it.
+# What a wheel's name and metadata say of it.
 alone = [extension.name for extension in ext_modules] == [STABLE]
 limited = {"py_limited_api": "cp{}{}".format(*STABLE_PYTHON_AT_LEAST)} if alone else {}
+needed = STABLE_TORCH_AT_LEAST if alone else TORCH_AT_LEAST
 distribution = setup(
     ext_modules=ext_modules,
     version=VERSION,
+    install_requires=["torch>={}.{}".format(*needed)],
     cmdclass={"build_ext": Build, "build_py": BuildPython},
     options={"bdist_wheel": limited},
     # Here because pyproject.toml's two ways of saying it each fail with some setuptools.
