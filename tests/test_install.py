@@ -115,7 +115,7 @@ def test_the_wheel_works_where_there_is_only_torch(compiler, stable, sources, tm
     assert {name.split("/")[0] for name in names} == {"msam_kernels", f"msam_kernels-{version}.dist-info"}
     assert "msam_kernels/py.typed" in names
     told = zipfile.ZipFile(wheel).read(f"msam_kernels-{version}.dist-info/METADATA").decode()
-    needed = re.findall("^Requires-Dist: ([^;]+)$", told, re.MULTILINE)
+    needed = re.findall(r"^Requires-Dist: ([^;\n]+)$", told, re.MULTILINE)
     assert needed == ["torch>=2.10" if stable else "torch>=2.6"]
     empty = environment_with(tmp_path / "empty", "torch")
     succeeded(pip(empty, "install", "--no-index", wheel, folder=tmp_path))
