@@ -46,8 +46,7 @@ class SAMTrainerMixin(Trainer):
     def __init__(self, *args: Any, sam: dict[str, Any] | None = None, **kwargs: Any):
         self._sam = {} if sam is None else dict(sam)
         self._made: MicroBatchSAM | None = None
-        self._begins_at: Any = None  # the checkpoint, or True for the latest
-        self._begun: Any = None  # the state of the training that has gone on from there
+        self._begins_at: str | None = None  # the checkpoint that was loaded, until the first step after it
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,32 +93,26 @@ class SAMTrainerMixin(Trainer):
         total: Tensor = sum(losses[1:], losses[0])
         return total
 
-    # -- checkpoints: the Trainer saves the optimizer of one rank -----------------------------------------------------------
+    # -- checkpoints: the Trainer saves the optimizer of one rank. Not by save_model, which users replace. --------------------
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self._begins_at = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """What begins every checkpoint, on all ranks, and the user's way to save weights."""
-        # Only the Trainer's own call, for a checkpoint, says that it is one.
-        is_checkpoint = any((*args, *kwargs.values())) and self.optimizer is not None
-        opt = find(self.optimizer) if is_checkpoint and not self.args.save_only_model else None
-        if opt is not None and all(p.grad is None for group in opt.param_groups for p in group["params"]):
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Part of every checkpoint, on all ranks."""
+        opt = find(self.optimizer)
+        if all(p.grad is None for group in opt.param_groups for p in group["params"]):
             opt.zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
-        super().save_model(output_dir, *args, **kwargs)
-        if opt is not None and output_dir is not None and self._keeps_own(opt):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._keeps_own(opt):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             own = {"world_size": self.args.world_size, **checkpoint.remembered(opt.engine)}
             torch.save(own, self._own_file(output_dir))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._begins_at = checkpoint
+
     def _go_on(self, opt: MicroBatchSAM) -> None:
         """Where training was resumed, with what this rank remembered; a new rank, with what the one has that saved."""
-        if self._begun is self.state:
-            return
-        self._begun, folder = self.state, self._begins_at
-        if folder is True:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder, self._begins_at = self._begins_at, None
         if folder and self._keeps_own(opt):
             file = self._own_file(folder)
             own = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
