@@ -58,7 +58,9 @@ except ModuleNotFoundError as error:
     ) from None
 if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_AT_LEAST:
     least = "{}.{}".format(*TORCH_AT_LEAST)
-    raise SystemExit(f"msam_kernels: torch is {torch.__version__}, and {least} or later is needed: `pip install -U torch`")
+    raise SystemExit(
+        f"msam_kernels: torch is {torch.__version__}, and {least} or later is needed: `pip install -U torch`"
+    )
 
 from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402

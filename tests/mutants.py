@@ -932,6 +932,33 @@ MUTANTS = [
         "tests/test_frameworks.py -k no_trace",
     ),
     Mutant(
+        "Lightning's functions stay replaced where a loop does not close",
+        P + "integrations/lightning.py",
+        """        with self._undo.pop_all():
+            if turns is not None:
+                turns.close()
+""",
+        """        if turns is not None:
+            turns.close()
+        self._undo.close()
+""",
+        "tests/test_frameworks.py -k training_that_fails",
+    ),
+    Mutant(
+        "a function that was replaced already is gone",
+        P + "integrations/lightning.py",
+        "        vars(holder).update(own)\n",
+        "",
+        "tests/test_frameworks.py -k training_that_fails",
+    ),
+    Mutant(
+        "a training with Lightning goes on with what the one before left",
+        P + "integrations/lightning.py",
+        "        self._leave()  # a training whose",
+        "        pass  # a training whose",
+        "tests/test_frameworks.py -k training_that_fails",
+    ),
+    Mutant(
         "DDP reduces Lightning's pass at w",
         P + "integrations/lightning.py",
         "        ranks.hold_back()",

@@ -729,6 +729,78 @@ def test_lightning_without_the_loop_or_the_callback_is_told_of_them(manual):
 
 
 @needs("lightning")
+@pytest.mark.parametrize(
+    "way", ["in a later pass", "at w", "at w, and the loop's end fails", "at w, and a callback before ours fails"]
+)
+def test_lightning_is_left_as_it_was_by_a_training_that_fails(way, monkeypatch):
+    """At w, with its own functions, and the callback serves again."""
+    import lightning
+    from lightning.pytorch import Callback
+
+    from msam_kernels.integrations.lightning import SAMCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.fails, self.at_w = Net(), True, []
+            self.optimizer_step = partial(lightning.LightningModule.optimizer_step, self)  # as users replace it
+
+        def configure_optimizers(self) -> Any:
+            return Case().optimizer(self.net)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            self.is_last = self.fails and batch_idx == 2
+            if self.optimizers().pass_index and self.is_last:
+                assert not same_bits(self.parameters(), self.at_w)
+                raise ArithmeticError("the user's")
+            self.at_w = self.at_w if self.optimizers().pass_index else weights(self)
+            return self.net(**batch)["loss"]
+
+        def backward(self, loss: Tensor) -> None:
+            if self.is_last and way != "in a later pass":
+                raise ArithmeticError("the user's")
+            loss.backward()
+
+    class Before(Callback):
+        def on_exception(self, *_: Any) -> None:
+            if "callback" in way:
+                raise ArithmeticError("the callback's")
+
+    def loop(passes: Any) -> Iterator[Any]:
+        try:
+            yield from own_loop(passes)
+        except GeneratorExit:
+            raise ArithmeticError("the loop's") from None
+
+    own_loop = msam_kernels.optimizer.Passes.__iter__
+    options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    options |= dict(enable_progress_bar=False, enable_model_summary=False)
+    module, callback = Module(), SAMCallback()
+    replaced = module.optimizer_step
+    trainer = lightning.Trainer(**options, callbacks=[Before(), callback])
+    with monkeypatch.context() as patched, pytest.raises(ArithmeticError) as error:
+        if "loop" in way:
+            patched.setattr(msam_kernels.optimizer.Passes, "__iter__", loop)
+        trainer.fit(module, Case().loader())
+    assert str(error.value) == (
+        "the loop's" if "loop" in way else "the callback's" if "callback" in way else "the user's"
+    )
+    assert same_bits(module.parameters(), module.at_w)
+
+    def check() -> None:
+        assert "training_step" not in vars(trainer.strategy)
+        assert vars(module)["optimizer_step"] is replaced
+        assert not {"log", "log_dict"} & vars(module).keys()
+
+    if "callback" not in way:
+        check()
+    module.fails = False
+    lightning.Trainer(**options, callbacks=[callback]).fit(module, Case().loader())
+    check()
+    assert module.optimizers().steps == STEPS_OF_EPOCH
+
+
+@needs("lightning")
 def test_lightning_refuses_what_the_callback_cannot_split():
     with pytest.raises(ValueError, match="the micro-batches are those of accumulate_grad_batches, got"):
         fit(SPLIT["split"], Net())

@@ -90,7 +90,9 @@ def test_an_instruction_set_that_is_not_there_is_one_sentence(environment):
     assert "cpu: not available: MSAM_KERNELS_ISA=neon is not there on this processor: unset it" in done.stdout
 
 
-@pytest.mark.parametrize("signatures", [None, "norm(Tensor[], Tensor) -> Tensor"], ids=["an early build", "other types"])
+@pytest.mark.parametrize(
+    "signatures", [None, "norm(Tensor[], Tensor) -> Tensor"], ids=["an early build", "other types"]
+)
 def test_a_file_of_other_sources_is_refused_where_it_is_needed(signatures, environment):
     """As ``_C`` is by torch, which knows its types. Where ``_C`` loads, nobody looks."""
     code = (

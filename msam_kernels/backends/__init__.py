@@ -127,7 +127,8 @@ try:
 except RuntimeError as error:
     _file = getattr(getattr(extension, "compiled", extension), "__file__", "")
     raise ImportError(
-        f"the compiled extension {_file} is of other sources than this package: build it again, with `make build` or `pip install --no-build-isolation -e .` ({str(error).splitlines()[0]})"
+        f"the compiled extension {_file} is of other sources than this package: build it again, with `make build` or `pip "
+        f"install --no-build-isolation -e .` ({str(error).splitlines()[0]})"
     ) from error
 
 

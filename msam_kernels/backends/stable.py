@@ -25,7 +25,7 @@ CUDA = None
 
 
 def check_schemas(schemas: Iterable[str]) -> None:
-    """Raises RuntimeError where kernels were compiled for others: torch, which looks at those of ``_C``, knows no types here."""
+    """Raises RuntimeError where kernels were compiled for others. Torch does it for ``_C``; of these it knows no types."""
     found = compiled.signatures().splitlines() if hasattr(compiled, "signatures") else []
     for schema in schemas:
         types = re.sub(r"\(\w!\)|\*, | \w+(=[^,)]+)?(?=[,)])", "", schema)  # without names and what is mutated
