@@ -355,6 +355,18 @@ def test_accelerate_as_it_was_written_for_another_optimizer_is_told_what_to_chan
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
+@needs("accelerate")
+def test_what_accelerate_has_wrapped_is_no_base(accelerator_state):
+    from accelerate import Accelerator
+
+    model = Net()
+    _, base = Accelerator(cpu=True).prepare(model, Case().base_optimizer(model))
+    with pytest.raises(
+        TypeError, match=r"is AcceleratedOptimizer, whose .*accelerator\.prepare\(MicroBatchSAM\(base\)\)"
+    ):
+        MicroBatchSAM(base)
+
+
 def trainer(case: Case, model: nn.Module, folder: Path, **arguments: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
@@ -532,6 +544,30 @@ def test_a_trainer_without_the_mixin_is_told_of_it(accelerator_state, tmp_path):
     trained.training_step = Trainer.training_step.__get__(trained)
     with pytest.warns(UserWarning, match=r"with transformers, `class MyTrainer\(SAMTrainerMixin, Trainer\)`"):
         trained.train()
+
+
+@needs("transformers")
+def test_the_mixin_refuses_a_place_behind_the_trainer_and_what_is_no_dict(tmp_path):
+    from transformers import Trainer
+
+    from msam_kernels.integrations.transformers import SAMTrainerMixin
+
+    class Other(Trainer): ...
+
+    with pytest.raises(TypeError, match=r"Wrong has a Trainer before .*: write class Wrong\(SAMTrainerMixin, Other\)$"):
+
+        class Wrong(Other, SAMTrainerMixin): ...
+
+    class Logs:
+        def training_step(self, *args: Any) -> Any:
+            return super().training_step(*args)
+
+    class Right(Logs, SAMTrainerMixin, Other): ...
+
+    class Unfinished(Logs, SAMTrainerMixin): ...
+
+    with pytest.raises(TypeError, match=r"sam must be a dict .* e\.g\. dict\(rho=0\.05\), got 0\.05"):
+        trainer(Case(), Net(), tmp_path, sam=0.05)
 
 
 # ---- Lightning -------------------------------------------------------------------------------------------------------

@@ -43,7 +43,23 @@ class SAMTrainerMixin(Trainer):
             ``MicroBatchSAM`` already is taken as it is.
     """
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        at = cls.__mro__.index(SAMTrainerMixin)
+        before, behind = (
+            any("train" in vars(c) for c in classes if not issubclass(c, SAMTrainerMixin))
+            for classes in (cls.__mro__[:at], cls.__mro__[at:])
+        )
+        if before and not behind:
+            bases = sorted(cls.__bases__, key=lambda base: not issubclass(base, SAMTrainerMixin))
+            raise TypeError(
+                f"{cls.__name__} has a Trainer before SAMTrainerMixin, which so changes nothing of it: write class "
+                f"{cls.__name__}({', '.join(base.__name__ for base in bases)})"
+            )
+
     def __init__(self, *args: Any, sam: dict[str, Any] | None = None, **kwargs: Any):
+        if not (sam is None or isinstance(sam, dict)):
+            raise TypeError(f"sam must be a dict of MicroBatchSAM's arguments, e.g. dict(rho=0.05), got {sam!r}")
         self._sam = {} if sam is None else dict(sam)
         self._made: MicroBatchSAM | None = None
         self._begins_at: str | None = None  # the checkpoint that was loaded, until the first step after it
