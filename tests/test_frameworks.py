@@ -562,7 +562,11 @@ def test_the_mixin_refuses_a_place_behind_the_trainer_and_what_is_no_dict(tmp_pa
         def training_step(self, *args: Any) -> Any:
             return super().training_step(*args)
 
-    class Right(Logs, SAMTrainerMixin, Other): ...
+    class Says:
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            return super().train(*args, **kwargs)
+
+    class Right(Logs, Says, SAMTrainerMixin, Other): ...
 
     class Unfinished(Logs, SAMTrainerMixin): ...
 
