@@ -118,11 +118,13 @@ class Build(BuildExtension):
         self.force = True
 
     def run(self):
-        """An earlier build for another choice would be used, or packed. Without a compiler it stays in use, as is told."""
+        """What an earlier build for another choice left there would be used, or packed."""
         super().run()
+        if self.inplace and not self.extensions:
+            return  # it stays in use, as is told
         folder = ROOT if self.inplace else Path(self.build_lib)
         for name in {"msam_kernels._C", STABLE} - {extension.name for extension in self.extensions}:
-            for suffix in EXTENSION_SUFFIXES if self.extensions else ():
+            for suffix in EXTENSION_SUFFIXES:
                 folder.joinpath(*name.split(".")).with_suffix(suffix).unlink(missing_ok=True)
 
     def build_extensions(self):
