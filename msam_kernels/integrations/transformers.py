@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from .. import checkpoint
 from ..batches import split
@@ -62,8 +63,10 @@ class SAMTrainerMixin(Trainer):
             raise TypeError(f"sam must be a dict of MicroBatchSAM's arguments, e.g. dict(rho=0.05), got {sam!r}")
         self._sam = {} if sam is None else dict(sam)
         self._made: MicroBatchSAM | None = None
-        self._begins_at: str | None = None  # the checkpoint that was loaded, until the first step after it
+        self._begins_at: Any = None  # the checkpoint, or True for the latest
+        self._begun: Any = None  # the state of the training that has gone on from there
         super().__init__(*args, **kwargs)
+        self.add_callback(_Checkpoints())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         base = super().create_optimizer(*args, **kwargs)
@@ -109,28 +112,19 @@ class SAMTrainerMixin(Trainer):
         total: Tensor = sum(losses[1:], losses[0])
         return total
 
-    # -- checkpoints: the Trainer saves the optimizer of one rank. Not by save_model, which users replace. --------------------
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Part of every checkpoint, on all ranks."""
-        opt = find(self.optimizer)
-        if all(p.grad is None for group in opt.param_groups for p in group["params"]):
-            opt.zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._keeps_own(opt):
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            own = {"world_size": self.args.world_size, **checkpoint.remembered(opt.engine)}
-            torch.save(own, self._own_file(output_dir))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._begins_at = checkpoint
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self._begins_at = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _go_on(self, opt: MicroBatchSAM) -> None:
         """Where training was resumed, with what this rank remembered; a new rank, with what the one has that saved."""
-        folder, self._begins_at = self._begins_at, None
-        if folder and self._keeps_own(opt):
-            file = self._own_file(folder)
+        if self._begun is self.state:
+            return
+        self._begun, folder = self.state, self._begins_at
+        if folder is True:
+            folder = _checkpoint_of(self.args, self.state)
+        if folder and _keeps_own(self.args, opt):
+            file = _own_file(self.args, folder)
             own = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
             if (own.get("world_size"), own.get("steps")) == (self.args.world_size, opt.steps):
                 checkpoint.load_own(opt.engine, own)
@@ -141,11 +135,34 @@ class SAMTrainerMixin(Trainer):
                     stacklevel=2,
                 )
 
-    def _keeps_own(self, opt: MicroBatchSAM) -> bool:
-        """Whether this rank's own passes move what the method remembers, and the Trainer's file has that of another rank."""
-        plan = opt.method.full
-        keeps = plan.lmbda is not None or plan.sparse is not None
-        return keeps and opt.engine.ranks.is_replicated and not self.args.should_save
 
-    def _own_file(self, folder: str | Path) -> Path:
-        return Path(folder, f"msam_{self.args.process_index}.pt")
+class _Checkpoints(TrainerCallback):
+    """The Trainer saves the optimizer of one rank, by methods that users replace; its callbacks are called in any case."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        find(
+            optimizer
+        ).zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
+
+    def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        opt = find(optimizer)
+        if not args.save_only_model and _keeps_own(args, opt):
+            folder = _checkpoint_of(args, state)
+            folder.mkdir(parents=True, exist_ok=True)
+            own = {"world_size": args.world_size, **checkpoint.remembered(opt.engine)}
+            torch.save(own, _own_file(args, folder))
+
+
+def _keeps_own(args: Any, opt: MicroBatchSAM) -> bool:
+    """Whether this rank's own passes move what the method remembers, and the Trainer's file has that of another rank."""
+    plan = opt.method.full
+    keeps = plan.lmbda is not None or plan.sparse is not None
+    return keeps and opt.engine.ranks.is_replicated and not args.should_save
+
+
+def _checkpoint_of(args: Any, state: Any) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")
+
+
+def _own_file(args: Any, folder: str | Path) -> Path:
+    return Path(folder, f"msam_{args.process_index}.pt")
