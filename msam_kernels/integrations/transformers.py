@@ -140,9 +140,8 @@ class _Checkpoints(TrainerCallback):
     """The Trainer saves the optimizer of one rank, by methods that users replace; its callbacks are called in any case."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        find(
-            optimizer
-        ).zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
+        # It cleared the model's gradients, and a step that a scaler skipped is to leave no trace.
+        find(optimizer).zero_grad()
 
     def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         opt = find(optimizer)
