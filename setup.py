@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import setup
@@ -56,7 +57,10 @@ except ModuleNotFoundError as error:
         "is there, your tool builds in an environment of its own: tell it not to"
     ) from None
 if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_AT_LEAST:
-    raise SystemExit(f"msam_kernels: torch is {torch.__version__}, and 2.6 or later is needed: `pip install -U torch`")
+    least = "{}.{}".format(*TORCH_AT_LEAST)
+    raise SystemExit(
+        f"msam_kernels: torch is {torch.__version__}, and {least} or later is needed: `pip install -U torch`"
+    )
 
 from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
@@ -114,11 +118,14 @@ class Build(BuildExtension):
         self.force = True
 
     def run(self):
-        if not self.inplace:  # a wheel is what lies there, an earlier build for another choice too
-            for name in ("_C", STABLE.rpartition(".")[2]):
-                for stale in Path(self.build_lib, "msam_kernels").glob(f"{name}.*"):
-                    stale.unlink()
+        """What an earlier build for another choice left there would be used, or packed."""
         super().run()
+        if self.inplace and not self.extensions:
+            return  # it stays in use, as is told
+        folder = ROOT if self.inplace else Path(self.build_lib)
+        for name in {"msam_kernels._C", STABLE} - {extension.name for extension in self.extensions}:
+            for suffix in EXTENSION_SUFFIXES:
+                folder.joinpath(*name.split(".")).with_suffix(suffix).unlink(missing_ok=True)
 
     def build_extensions(self):
         """Gives each file the flags of its instruction set, where torch has one list for all C++ files.
@@ -358,12 +365,14 @@ def extensions():
 
 put_ninja_on_path()
 ext_modules, summary = extensions()
-# What a wheel's name says of it.
+# What a wheel's name and metadata say of it.
 alone = [extension.name for extension in ext_modules] == [STABLE]
 limited = {"py_limited_api": "cp{}{}".format(*STABLE_PYTHON_AT_LEAST)} if alone else {}
+needed = STABLE_TORCH_AT_LEAST if alone else TORCH_AT_LEAST
 distribution = setup(
     ext_modules=ext_modules,
     version=VERSION,
+    install_requires=["torch>={}.{}".format(*needed)],
     cmdclass={"build_ext": Build, "build_py": BuildPython},
     options={"bdist_wheel": limited},
     # Here because pyproject.toml's two ways of saying it each fail with some setuptools.

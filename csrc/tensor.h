@@ -71,7 +71,13 @@ template <class... Parts>
 #define TORCH_INTERNAL_ASSERT(condition) TORCH_CHECK(condition, #condition)
 
 #define MSAM_LIBRARY_IMPL STABLE_TORCH_LIBRARY_IMPL
-#define MSAM_KERNEL(function) TORCH_BOX(&function)
+#define MSAM_KERNEL(function) ::msam::Kernel<&function>()
+
+// What torch's library takes for a function, and the function's type.
+template <auto function>
+struct Kernel {
+  operator auto() const { return &TORCH_BOX(function); }
+};
 
 // Here nothing tells: the operators' kernels for the dispatch keys of such tensors are others, see backends/stable.py.
 inline bool is_lazy(const Tensor&) { return false; }

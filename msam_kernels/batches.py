@@ -276,10 +276,13 @@ def check_loss(loss: Any) -> None:
             "alone, and keep what else it computes in a list outside, where opt.pass_index is 0"
         )
     if loss.numel() != 1:
-        raise ValueError(f"loss_fn must return one value, the mean loss, got a tensor of shape {tuple(loss.shape)}")
+        raise ValueError(
+            f"loss_fn must return one value, the mean loss, got a tensor of shape {tuple(loss.shape)}: return its mean()"
+        )
     if not loss.requires_grad:
         raise ValueError(
-            "loss_fn returned a loss that depends on no parameter: do not detach it, and do not compute it under no_grad()"
+            "loss_fn returned a loss that depends on no parameter: it is to call the model, e.g. lambda x, y: "
+            "F.cross_entropy(model(x), y), and to detach nothing; no_grad() and inference_mode() hide parameters too"
         )
 
 

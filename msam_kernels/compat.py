@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import ref
@@ -60,8 +61,8 @@ class SAM(MicroBatchSAM):
     ):
         if not callable(base_optimizer):
             raise TypeError(
-                f"base_optimizer must be an optimizer class such as torch.optim.SGD, got {base_optimizer!r}; for an "
-                "instance use msam_kernels.MicroBatchSAM"
+                f"base_optimizer must be an optimizer class such as torch.optim.SGD, got {reprlib.repr(base_optimizer)}; for "
+                "an instance use msam_kernels.MicroBatchSAM"
             )
         method = methods.SAM() if method is None else method
         params = (
@@ -78,7 +79,7 @@ class SAM(MicroBatchSAM):
         if not isinstance(base, Optimizer):
             raise TypeError(
                 f"base_optimizer must be an optimizer class such as torch.optim.SGD or a function that returns an optimizer, "
-                f"got {base_optimizer!r}, which returned {base!r}"
+                f"got {reprlib.repr(base_optimizer)}, which returned {reprlib.repr(base)}"
             )
         super().__init__(base, rho, method=method, model=model)
         base.defaults.setdefault("adaptive", self._is_adaptive)  # for groups that are added to either object
@@ -117,6 +118,11 @@ class SAM(MicroBatchSAM):
             RuntimeError: there are none.
         """
         engine = self.engine
+        if engine.step is not None and engine.step.perturbed:
+            raise RuntimeError(
+                "first_step() while the weights are perturbed: second_step(), or the end of a passes() loop, comes before it; "
+                "opt.restore() gives that step up"
+            )
         engine.check_idle("first_step()")
         step = engine.begin([1.0], clear=False)
         try:

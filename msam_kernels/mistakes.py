@@ -10,8 +10,8 @@ from collections.abc import Iterator
 #: By the modules that call: what to write there instead. The first one that is under way counts.
 REMEDIES = {
     ("transformers.trainer",): (
-        "with transformers, `class MyTrainer(SAMTrainerMixin, Trainer)` runs every pass; it is in "
-        "msam_kernels.integrations.transformers"
+        "with transformers, `class MyTrainer(SAMTrainerMixin, Trainer)` runs every pass, if a training_step of its own calls "
+        "super's; it is in msam_kernels.integrations.transformers"
     ),
     ("lightning.pytorch", "pytorch_lightning"): (
         "with Lightning, `Trainer(callbacks=[SAMCallback()])` of msam_kernels.integrations.lightning runs every pass; in "

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,8 +199,8 @@ class MicroBatchSAM(Optimizer):
     ):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
-                f"base_optimizer must be a torch.optim.Optimizer instance, got {base_optimizer!r}: build it first, e.g. "
-                "MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1))"
+                f"base_optimizer must be a torch.optim.Optimizer instance, got {reprlib.repr(base_optimizer)}: build it first, "
+                "e.g. MicroBatchSAM(torch.optim.SGD(model.parameters(), lr=0.1))"
             )
         if isinstance(base_optimizer, MicroBatchSAM):
             raise TypeError("base_optimizer is a MicroBatchSAM already: wrap the plain optimizer once")

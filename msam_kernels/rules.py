@@ -134,10 +134,17 @@ def check_base(base: Optimizer) -> None:
     """Refuse a base optimizer whose step cannot be the end of one of ours.
 
     Raises:
-        TypeError: its step asks for something, as LBFGS's for a closure.
+        TypeError: it is a framework's wrapper, or its step asks for something, as LBFGS's for a closure.
         ValueError: it has a rho of its own.
     """
     name = type(base).__name__
+    try:
+        step_hooks(base)
+    except AttributeError:
+        raise TypeError(
+            f"base_optimizer is {name}, whose __init__ did not call Optimizer's, as those of frameworks' wrappers: give the "
+            "optimizer inside, and have the framework wrap the MicroBatchSAM, e.g. accelerator.prepare(MicroBatchSAM(base))"
+        ) from None
     _, *arguments = inspect.signature(type(base).step).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY)
     asked = [a.name for a in arguments if a.kind in named and a.default is a.empty]

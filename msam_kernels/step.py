@@ -736,8 +736,9 @@ class Engine:
 
 
 NO_BACKWARD = (
-    "no parameter of the optimizer has a gradient after this pass: the body of a passes() loop "
-    "calls backward() in every pass, not after the loop, and list(opt.passes(...)) ends the loop before any body has run: "
+    "no parameter of the optimizer has a gradient after this pass: the body of a passes() loop calls backward() in every pass, "
+    "not after the loop, and leaves the gradients there; list(opt.passes(...)) ends the loop before any body has run; and the "
+    "optimizer is built of the model that is trained, after that was replaced or got adapters: "
 )
 NO_BACKWARD_IN_DROP_IN = (
     "no parameter of the optimizer has a gradient in second_step(): call backward() again after first_step()"

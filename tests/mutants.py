@@ -870,8 +870,8 @@ MUTANTS = [
     Mutant(
         "later passes log",
         P + "integrations/lightning.py",
-        "with _without_logging(pl_module):",
-        "if True:",
+        "log=_no_log, log_dict=_no_log",
+        "",
         FRAMEWORK,
     ),
     Mutant(
@@ -891,7 +891,7 @@ MUTANTS = [
     Mutant(
         "a rank does not save the mean gradient of its own passes",
         P + "integrations/transformers.py",
-        "if opt is not None and output_dir is not None and self._keeps_own(opt):",
+        "if not args.save_only_model and _keeps_own(args, opt):",
         "if False:",
         ON_RANKS,
     ),
@@ -917,6 +917,34 @@ MUTANTS = [
         "tests/test_frameworks.py -k give_the_optimizer_the_model",
     ),
     Mutant(
+        "the mixin may stand behind the Trainer",
+        P + "integrations/transformers.py",
+        "        if before and not behind:",
+        "        if False:",
+        "tests/test_frameworks.py -k behind_the_trainer",
+    ),
+    Mutant(
+        "the mixin takes a class beside the Trainer for one",
+        P + "integrations/transformers.py",
+        "        if before and not behind:",
+        "        if before:",
+        "tests/test_frameworks.py -k behind_the_trainer",
+    ),
+    Mutant(
+        "a framework's wrapper is taken as a base optimizer",
+        P + "rules.py",
+        "    try:\n        step_hooks(base)\n    except AttributeError:",
+        "    if False:",
+        "tests/test_errors.py -k wrong_base",
+    ),
+    Mutant(
+        "the drop-in says of two first steps that a loop has not ended",
+        P + "compat.py",
+        "        if engine.step is not None and engine.step.perturbed:",
+        "        if False:",
+        "tests/test_mistakes.py -k half_done",
+    ),
+    Mutant(
         "the Trainer's scale stays in what the method remembers",
         P + "integrations/transformers.py",
         "scaler=self.accelerator.scaler",
@@ -926,8 +954,8 @@ MUTANTS = [
     Mutant(
         "the Trainer saves what a skipped step has moved",
         P + "integrations/transformers.py",
-        'if opt is not None and all(p.grad is None for group in opt.param_groups for p in group["params"]):',
-        "if False:",
+        "        find(optimizer).zero_grad()\n",
+        "        pass\n",
         "tests/test_frameworks.py -k no_trace",
     ),
     Mutant(
@@ -950,6 +978,33 @@ MUTANTS = [
         "            opt.zero_grad()  # as",
         "            pass  # as",
         "tests/test_frameworks.py -k no_trace",
+    ),
+    Mutant(
+        "Lightning's functions stay replaced where a loop does not close",
+        P + "integrations/lightning.py",
+        """        with self._undo.pop_all():
+            if turns is not None:
+                turns.close()
+""",
+        """        if turns is not None:
+            turns.close()
+        self._undo.close()
+""",
+        "tests/test_frameworks.py -k training_that_fails",
+    ),
+    Mutant(
+        "a function that was replaced already is gone",
+        P + "integrations/lightning.py",
+        "        vars(holder).update(own)\n",
+        "",
+        "tests/test_frameworks.py -k training_that_fails",
+    ),
+    Mutant(
+        "a training with Lightning goes on with what the one before left",
+        P + "integrations/lightning.py",
+        "        self._leave()  # a training whose",
+        "        pass  # a training whose",
+        "tests/test_frameworks.py -k training_that_fails",
     ),
     Mutant(
         "DDP reduces Lightning's pass at w",
@@ -2703,6 +2758,28 @@ MUTANTS = [
         STABLE + "bad",
     ),
     Mutant(
+        "a file for the stable ABI that is of other sources is used",
+        P + "backends/__init__.py",
+        "        extension.check_schemas(_SCHEMAS)",
+        "        pass",
+        STABLE + "other_sources",
+    ),
+    Mutant(
+        "of operators through the stable ABI only the name is looked at",
+        P + "backends/stable.py",
+        "if types not in found:",
+        'if types.split("(")[0] not in {line.split("(")[0] for line in found}:',
+        STABLE + "'other_sources or counts'",
+    ),
+    Mutant(
+        "an operator's type that changes is not told of the stable ABI",
+        "csrc/stable/operators.cpp",
+        'nullptr)) + "?";',
+        "nullptr));",
+        STABLE + "info",
+        STABLE_OPERATORS,
+    ),
+    Mutant(
         "autograd looks at what goes through the stable ABI",
         P + "backends/stable.py",
         "if not torch.is_grad_enabled():",
@@ -2715,6 +2792,20 @@ MUTANTS = [
         "            look(*args, **kwargs)  # what torch refuses by itself, it does not name\n",
         "",
         STABLE + "bad",
+    ),
+    Mutant(
+        "what an earlier build for another choice left stays",
+        "setup.py",
+        "for suffix in EXTENSION_SUFFIXES:",
+        "for suffix in ():",
+        "tests/test_cpu_build.py -k another_choice",
+    ),
+    Mutant(
+        "a build without kernels removes those that are there",
+        "setup.py",
+        "if self.inplace and not self.extensions:",
+        "if False:",
+        "tests/test_cpu_build.py -k another_choice",
     ),
     Mutant(
         "the extension for this torch is used only without the other one",

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,33 @@ def test_every_file_has_the_flags_of_its_instruction_set_and_no_others(way, stab
         isa = Path(name).name.split("_")[0] if "units" in name else "baseline"
         assert [word for word in call if re.match("-m(?!cpu|tune)", word)] == (FLAGS[isa] if X86 else []), name
         assert "-ffp-contract=off" in call, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_STABLE_ABI, reason="this torch has no stable ABI that is enough")
+def test_a_build_in_place_removes_what_another_choice_left(tmp_path):
+    """It would be used instead. Those of other Pythons stay, and where nothing can be built, everything does."""
+    clone, recorder = tmp_path / "clone", tmp_path / "recorder"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns("*.so", "build", ".*", "docs", "tests", "benchmarks"))
+    recorder.write_text(RECORDER.format(compiler=shlex.join(compiler()), log=os.devnull))
+    recorder.chmod(0o755)
+    own, *_ = EXTENSION_SUFFIXES
+    others = {"_C.cpython-38-x86_64-linux-gnu.so", "_stable.py38.so"}
+    for name in (*others, f"_C{own}", "_stable.abi3.so"):
+        (clone / "msam_kernels" / name).write_bytes(b"stale")
+    env = {**os.environ, "PYTHONPATH": str(clone), "CXX": str(recorder), "MSAM_KERNELS_CUDA": "0"}
+
+    def left(cpp: str, stable: str) -> dict[str, bytes]:
+        choice = {"MSAM_KERNELS_CPP": cpp, "MSAM_KERNELS_STABLE": stable}
+        output(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=clone, env={**env, **choice})
+        files = {path.name: path.read_bytes() for path in (clone / "msam_kernels").glob("*.so")}
+        assert all(files.pop(name) == b"stale" for name in others)
+        return files
+
+    assert left("0", "") == {f"_C{own}": b"stale", "_stable.abi3.so": b"stale"}
+    assert left("1", "1") == {"_stable.abi3.so": b""}
+    assert left("1", "0") == {f"_C{own}": b""}
+    assert left("1", "") == {f"_C{own}": b"", "_stable.abi3.so": b""}
 
 
 @on_x86

@@ -110,17 +110,35 @@ def test_a_wrong_argument_is_named_and_nothing_is_touched(options, error, match)
     assert opt.param_groups[0]["rho"] == 0.25, "a failed attempt leaves no rho behind"
 
 
+def wrapper_of(p):
+    """As Accelerate's: of the class, without anything of it."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self, closure=None):
+            self.optimizer.step(closure)
+
+    return Wrapper(sgd(p))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
         (lambda p: SGD, TypeError, r"instance.*SGD"),
         (lambda p: "SGD", TypeError, r"instance.*'SGD'"),
-        (lambda p: p, TypeError, r"instance"),
+        (lambda p: p, TypeError, r"instance, got \[.{0,200}\]: build it first"),
+        (
+            wrapper_of,
+            TypeError,
+            r"Wrapper, whose __init__ did not call.*: give the optimizer inside.*MicroBatchSAM\(base\)",
+        ),
         (lambda p: None, TypeError, r"instance.*None"),
         (lambda p: MicroBatchSAM(sgd(p)), TypeError, r"MicroBatchSAM"),
         (lambda p: msam_kernels.SAM(p, SGD, lr=0.1), TypeError, r"MicroBatchSAM"),
     ],
-    ids=["a class", "a name", "parameters", "None", "MicroBatchSAM", "SAM"],
+    ids=["a class", "a name", "parameters", "a wrapper", "None", "MicroBatchSAM", "SAM"],
 )
 def test_a_wrong_base_optimizer_is_named(make, error, match):
     model = mlp()

@@ -355,12 +355,27 @@ def test_accelerate_as_it_was_written_for_another_optimizer_is_told_what_to_chan
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
+@needs("accelerate")
+def test_what_accelerate_has_wrapped_is_no_base(accelerator_state):
+    from accelerate import Accelerator
+
+    model = Net()
+    _, base = Accelerator(cpu=True).prepare(model, Case().base_optimizer(model))
+    with pytest.raises(
+        TypeError, match=r"is AcceleratedOptimizer, whose .*accelerator\.prepare\(MicroBatchSAM\(base\)\)"
+    ):
+        MicroBatchSAM(base)
+
+
 def trainer(case: Case, model: nn.Module, folder: Path, **arguments: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     from msam_kernels.integrations.transformers import SAMTrainerMixin
 
-    class MyTrainer(SAMTrainerMixin, Trainer): ...
+    class MyTrainer(SAMTrainerMixin, Trainer):
+        def save_model(self, output_dir: str | None = None, *_: Any, **__: Any) -> None:
+            """As users write it, with what they know of: checkpoints are whole all the same."""
+            super().save_model(output_dir)
 
     names = ("callbacks", "eval_dataset", "optimizers", "sam")
     own = {name: arguments.pop(name) for name in names if name in arguments}
@@ -529,6 +544,34 @@ def test_a_trainer_without_the_mixin_is_told_of_it(accelerator_state, tmp_path):
     trained.training_step = Trainer.training_step.__get__(trained)
     with pytest.warns(UserWarning, match=r"with transformers, `class MyTrainer\(SAMTrainerMixin, Trainer\)`"):
         trained.train()
+
+
+@needs("transformers")
+def test_the_mixin_refuses_a_place_behind_the_trainer_and_what_is_no_dict(tmp_path):
+    from transformers import Trainer
+
+    from msam_kernels.integrations.transformers import SAMTrainerMixin
+
+    class Other(Trainer): ...
+
+    with pytest.raises(TypeError, match=r"Wrong has a Trainer before .*: write class Wrong\(SAMTrainerMixin, Other\)$"):
+
+        class Wrong(Other, SAMTrainerMixin): ...
+
+    class Logs:
+        def training_step(self, *args: Any) -> Any:
+            return super().training_step(*args)
+
+    class Says:
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            return super().train(*args, **kwargs)
+
+    class Right(Logs, Says, SAMTrainerMixin, Other): ...
+
+    class Unfinished(Logs, SAMTrainerMixin): ...
+
+    with pytest.raises(TypeError, match=r"sam must be a dict .* e\.g\. dict\(rho=0\.05\), got 0\.05"):
+        trainer(Case(), Net(), tmp_path, sam=0.05)
 
 
 # ---- Lightning -------------------------------------------------------------------------------------------------------
@@ -723,6 +766,78 @@ def test_lightning_without_the_loop_or_the_callback_is_told_of_them(manual):
         told = pytest.warns(UserWarning, match=r"step\(closure\) drops them.*SAMCallback")
     with told:
         trainer.fit(Module(), Case().loader())
+
+
+@needs("lightning")
+@pytest.mark.parametrize(
+    "way", ["in a later pass", "at w", "at w, and the loop's end fails", "at w, and a callback before ours fails"]
+)
+def test_lightning_is_left_as_it_was_by_a_training_that_fails(way, monkeypatch):
+    """At w, with its own functions, and the callback serves again."""
+    import lightning
+    from lightning.pytorch import Callback
+
+    from msam_kernels.integrations.lightning import SAMCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.fails, self.at_w = Net(), True, []
+            self.optimizer_step = partial(lightning.LightningModule.optimizer_step, self)  # as users replace it
+
+        def configure_optimizers(self) -> Any:
+            return Case().optimizer(self.net)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            self.is_last = self.fails and batch_idx == 2
+            if self.optimizers().pass_index and self.is_last:
+                assert not same_bits(self.parameters(), self.at_w)
+                raise ArithmeticError("the user's")
+            self.at_w = self.at_w if self.optimizers().pass_index else weights(self)
+            return self.net(**batch)["loss"]
+
+        def backward(self, loss: Tensor) -> None:
+            if self.is_last and way != "in a later pass":
+                raise ArithmeticError("the user's")
+            loss.backward()
+
+    class Before(Callback):
+        def on_exception(self, *_: Any) -> None:
+            if "callback" in way:
+                raise ArithmeticError("the callback's")
+
+    def loop(passes: Any) -> Iterator[Any]:
+        try:
+            yield from own_loop(passes)
+        except GeneratorExit:
+            raise ArithmeticError("the loop's") from None
+
+    own_loop = msam_kernels.optimizer.Passes.__iter__
+    options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    options |= dict(enable_progress_bar=False, enable_model_summary=False)
+    module, callback = Module(), SAMCallback()
+    replaced = module.optimizer_step
+    trainer = lightning.Trainer(**options, callbacks=[Before(), callback])
+    with monkeypatch.context() as patched, pytest.raises(ArithmeticError) as error:
+        if "loop" in way:
+            patched.setattr(msam_kernels.optimizer.Passes, "__iter__", loop)
+        trainer.fit(module, Case().loader())
+    assert str(error.value) == (
+        "the loop's" if "loop" in way else "the callback's" if "callback" in way else "the user's"
+    )
+    assert same_bits(module.parameters(), module.at_w)
+
+    def check() -> None:
+        assert "training_step" not in vars(trainer.strategy)
+        assert vars(module)["optimizer_step"] is replaced
+        assert not {"log", "log_dict"} & vars(module).keys()
+
+    if "callback" not in way:
+        check()
+    module.fails = False
+    lightning.Trainer(**options, callbacks=[callback]).fit(module, Case().loader())
+    check()
+    assert module.optimizers().steps == STEPS_OF_EPOCH
 
 
 @needs("lightning")

@@ -114,6 +114,9 @@ def test_the_wheel_works_where_there_is_only_torch(compiler, stable, sources, tm
     assert built == ({"_stable"} if stable else {"_C", "_stable"} if compiler else set())
     assert {name.split("/")[0] for name in names} == {"msam_kernels", f"msam_kernels-{version}.dist-info"}
     assert "msam_kernels/py.typed" in names
+    told = zipfile.ZipFile(wheel).read(f"msam_kernels-{version}.dist-info/METADATA").decode()
+    needed = re.findall(r"^Requires-Dist: ([^;\n]+)$", told, re.MULTILINE)
+    assert needed == ["torch>=2.10" if stable else "torch>=2.6"]
     empty = environment_with(tmp_path / "empty", "torch")
     succeeded(pip(empty, "install", "--no-index", wheel, folder=tmp_path))
     done = run(empty, "-c", USE, folder=tmp_path)

@@ -535,6 +535,26 @@ def test_a_model_that_is_converted_trains_on_with_its_state():
     assert {opt.state[p]["momentum_buffer"].dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_conversion_to_fp32_and_back_keeps_masters_that_no_step_came_between(steps):
+    """A step in fp32 is from the weights, which were rounded, and masters begin anew as its weights are rounded."""
+    model = model_of()
+    opt = optimizer(model)
+    train(opt, model)
+    kept = masters(opt)
+    rounded = weights(model)
+    model.float()
+    assert same_bits(weights(model), [w.float() for w in rounded])
+    assert not any(torch.equal(p, master) for p, master in zip(model.parameters(), kept, strict=True))
+    train(opt, model, list(range(steps)))
+    model.bfloat16()
+    rounded = weights(model)
+    for group in opt.param_groups:  # a step that moves nothing
+        group["lr"] = 0.0
+    train(opt, model, [7])
+    assert same_bits(masters(opt), [w.float() for w in rounded] if steps else kept)
+
+
 # ---- what there is not ---------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

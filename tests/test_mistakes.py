@@ -290,6 +290,22 @@ def test_the_drop_in_says_where_a_gradient_is_missing(strict):
     assert same_bits(model.parameters(), before)
 
 
+def test_the_drop_in_says_that_a_step_is_half_done():
+    model = mlp()
+    opt = msam_kernels.SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+    closure_of(model, batch())()
+    opt.first_step(zero_grad=True)
+    perturbed = weights(model)
+    closure_of(model, batch())()
+    with pytest.raises(
+        RuntimeError, match=r"first_step\(\) while the weights are perturbed: second_step\(\).* comes before"
+    ):
+        opt.first_step()
+    assert same_bits(model.parameters(), perturbed)
+    opt.second_step()
+    assert opt.steps == 1
+
+
 # ---- arguments and attributes ----------------------------------------------------------------------------------------
 
 
@@ -331,11 +347,16 @@ def twice(model, x, y):
             "must return the mean loss .* got a tuple: return the loss",
         ),
         (lambda model, x, y: None, TypeError, "got a NoneType"),
-        (lambda model, x, y: model(x), ValueError, r"must return one value, the mean loss, got a tensor of shape"),
-        (lambda model, x, y: loss_of(model, x, y).detach(), ValueError, "depends on no parameter"),
+        (lambda model, x, y: model(x), ValueError, r"must return one value, .* of shape \(.*: return its mean\(\)"),
+        (lambda model, x, y: loss_of(model, x, y).detach(), ValueError, "depends on no parameter: .* detach nothing"),
+        (
+            lambda model, x, y: x.square().mean(),
+            ValueError,
+            r"depends on no parameter: it is to call the model, e\.g\.",
+        ),
         (twice, RuntimeError, r"loss_fn must not call backward\(\) itself"),
     ],
-    ids=["a tuple", "nothing", "several values", "detached", "calls backward"],
+    ids=["a tuple", "nothing", "several values", "detached", "no model", "calls backward"],
 )
 def test_a_loss_function_that_returns_no_loss_is_refused(loss_fn, error, match):
     model, opt = fresh()

@@ -90,6 +90,50 @@ def test_an_instruction_set_that_is_not_there_is_one_sentence(environment):
     assert "cpu: not available: MSAM_KERNELS_ISA=neon is not there on this processor: unset it" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "signatures", [None, "norm(Tensor[], Tensor) -> Tensor"], ids=["an early build", "other types"]
+)
+def test_a_file_of_other_sources_is_refused_where_it_is_needed(signatures, environment):
+    """As ``_C`` is by torch, which knows its types. Where ``_C`` loads, nobody looks."""
+    code = (
+        "import sys, types\n"
+        "stale = sys.modules['msam_kernels._stable'] = types.ModuleType('_stable')\n"
+        "stale.__file__, stale.build_info = '/somewhere/_stable.abi3.so', dict\n"
+        + (f"stale.signatures = lambda: {signatures!r}\n" if signatures else "")
+        + "import msam_kernels"
+    )
+    done = run(sys.executable, "-c", code, env=environment)
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: the compiled extension /somewhere/_stable.abi3.so is of other sources than this package: build it "
+        "again, with `make build` or `pip install --no-build-isolation -e .` (it has no norm(Tensor[], Tensor[], Tensor, "
+    )
+    if importlib.util.find_spec("msam_kernels._C"):
+        done = run(sys.executable, "-W", "error", "-c", code, env={**environment, "PYTHONPATH": str(ROOT)})
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_argument_of_every_operator_counts(environment):
+    code = (
+        "from msam_kernels import backends\n"
+        "from msam_kernels.backends import stable\n"
+        "for schema in backends._SCHEMAS:\n"
+        "    head, _, result = schema.partition(') -> ')\n"
+        "    name, _, arguments = head.partition('(')\n"
+        "    arguments = [argument for argument in arguments.split(', ') if argument != '*']\n"
+        "    assert arguments\n"
+        "    for k in range(len(arguments)):\n"
+        "        without = ', '.join(arguments[:k] + arguments[k + 1:])\n"
+        "        try:\n"
+        "            stable.check_schemas([f'{name}({without}) -> {result}'])\n"
+        "        except RuntimeError as error:\n"
+        "            assert str(error).startswith(f'it has no {name}('), error\n"
+        "        else:\n"
+        "            raise AssertionError(arguments[k])\n"
+    )
+    done = run(sys.executable, "-W", "error", "-c", code, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_calls_in_grad_mode_take_any_dense_order_and_leave_no_trace_in_autograd(environment):
     code = (
         "import torch\n"

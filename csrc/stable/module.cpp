@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // The extension module _stable, for every Python and torch from those on that setup.py names: loading it registers the
-// operators, which torch.ops calls. build_info() says what was built.
+// operators, which torch.ops calls. build_info() says what was built, signatures() for which operators.
 #undef Py_LIMITED_API  // torch names a Python of its own choice
 #define Py_LIMITED_API MSAM_PYTHON
 #include <Python.h>
 
 #include <exception>
+#include <string>
 #include <utility>
 
 #include "../cpu/kernels.h"
+
+namespace msam {
+std::string signatures();
+}
 
 namespace {
 
@@ -30,8 +35,11 @@ PyObject* build_info(PyObject*, PyObject*) {
   }
 }
 
+PyObject* signatures(PyObject*, PyObject*) { return Py_BuildValue("s", msam::signatures().c_str()); }
+
 PyMethodDef kFunctions[] = {
     {"build_info", build_info, METH_NOARGS, "Compiler, instruction set chosen at run time, threads and torch of this build."},
+    {"signatures", signatures, METH_NOARGS, "A line for each operator: its name and types, as they were compiled."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef kModule = {

@@ -122,10 +122,13 @@ def declare(library: torch.library.Library) -> None:
 _library = torch.library.Library("msam_kernels", "DEF")
 try:
     declare(_library)
+    if extension is not None and hasattr(extension, "check_schemas"):
+        extension.check_schemas(_SCHEMAS)
 except RuntimeError as error:
+    _file = getattr(getattr(extension, "compiled", extension), "__file__", "")
     raise ImportError(
-        f"the compiled extension {getattr(extension, '__file__', '')} is of other sources than this package: build it again, "
-        f"with `make build` or `pip install --no-build-isolation -e .` ({str(error).splitlines()[0]})"
+        f"the compiled extension {_file} is of other sources than this package: build it again, with `make build` or `pip "
+        f"install --no-build-isolation -e .` ({str(error).splitlines()[0]})"
     ) from error
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,8 +19,18 @@ from . import reference
 from .checks import bound, check_values, labelled
 
 #: Loading it registers the kernels.
-build_info: Callable[[], dict[str, str]] = importlib.import_module("msam_kernels._stable").build_info
+compiled = importlib.import_module("msam_kernels._stable")
+build_info: Callable[[], dict[str, str]] = compiled.build_info
 CUDA = None
+
+
+def check_schemas(schemas: Iterable[str]) -> None:
+    """Raises RuntimeError where kernels were compiled for others. Torch does it for ``_C``; of these it knows no types."""
+    found = compiled.signatures().splitlines() if hasattr(compiled, "signatures") else []
+    for schema in schemas:
+        types = re.sub(r"\(\w!\)|\*, | \w+(=[^,)]+)?(?=[,)])", "", schema)  # without names and what is mutated
+        if types not in found:
+            raise RuntimeError(f"it has no {types}")
 
 
 def _named(name: str) -> Callable[..., None]:

@@ -608,9 +608,8 @@ def perturb_row(
         e = perturbation(before, d, scale, eta, ADAPTIVE)
         rounded = rounded_to(start.to(T) + e, words, first + i, S, STOCHASTIC, BLOCK, ALIGNED)
         result = tl.where(picked, rounded, stored)
-        store(
-            w, at, here & (finite | (status == PERTURBED)), result, S, ALIGNED
-        )  # whole vectors, where a mask picks too
+        # Whole vectors, where a mask picks too.
+        store(w, at, here & (finite | (status == PERTURBED)), result, S, ALIGNED)
         after = result.to(T)
         moved = here & finite & truth(after != before)  # inf - inf is NaN
         change = tl.where(moved, after - before, 0.0).to(tl.float64)

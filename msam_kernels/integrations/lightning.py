@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,10 +41,12 @@ class SAMCallback(Callback):
         self._opt: MicroBatchSAM | None = None
         self._turns: Generator[Any, None, None] | None = None
         self._batch: tuple[Any, ...] = ()
+        self._undo = ExitStack()  # what Lightning finds instead of its own
 
     # -- around training ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._leave()  # a training whose end another callback kept from here
         if not pl_module.automatic_optimization:
             return
         opt = find(trainer.optimizers[0])
@@ -53,23 +55,23 @@ class SAMCallback(Callback):
                 f"Lightning runs a batch as one: the micro-batches are those of accumulate_grad_batches, got {opt.split}; "
                 "or use manual optimization with a passes() loop, which splits a batch"
             )
-        pl_module.optimizer_step = partial(self._step, trainer, pl_module.optimizer_step)
-        trainer.strategy.training_step = partial(self._forward, trainer.strategy.training_step)
+        step = partial(self._step, trainer, pl_module.optimizer_step)
+        forward = partial(self._forward, trainer.strategy.training_step)
         self._opt = opt
+        self._undo.enter_context(_replaced(pl_module, optimizer_step=step))
+        self._undo.enter_context(_replaced(trainer.strategy, training_step=forward))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._leave(trainer, pl_module)
+        self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._leave(trainer, pl_module)
+        self._leave()
 
-    def _leave(self, trainer: Any, pl_module: Any) -> None:
-        if self._turns is not None:
-            self._turns.close()
-        self._turns, self._batch = None, ()
-        if self._opt is not None:
-            del pl_module.optimizer_step, trainer.strategy.training_step
-        self._opt = None
+    def _leave(self) -> None:
+        turns, self._turns, self._opt, self._batch = self._turns, None, None, ()
+        with self._undo.pop_all():
+            if turns is not None:
+                turns.close()
 
     # -- a batch ------------------------------------------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@ class SAMCallback(Callback):
         precision, scaler = trainer.precision_plugin, _scaler(trainer)
         try:
             for _ in self._turns:
-                with _without_logging(pl_module):
+                with _replaced(pl_module, log=_no_log, log_dict=_no_log):
                     output = trainer.strategy.training_step(*rebuilt(self._batch))
                 loss = output["loss"] if isinstance(output, Mapping) else output
                 if loss is None:
@@ -136,10 +138,18 @@ def _scaler(trainer: Any) -> torch.amp.GradScaler | None:
     return scaler
 
 
+def _no_log(*args: Any, **kwargs: Any) -> None:
+    """Of passes after that at w."""
+
+
 @contextmanager
-def _without_logging(pl_module: Any) -> Iterator[None]:
-    pl_module.log = pl_module.log_dict = lambda *args, **kwargs: None
+def _replaced(holder: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes in an object itself; those that it had come back."""
+    own = {name: value for name, value in vars(holder).items() if name in attributes}
     try:
+        vars(holder).update(attributes)
         yield
     finally:
-        del pl_module.log, pl_module.log_dict
+        for name in attributes:
+            vars(holder).pop(name, None)
+        vars(holder).update(own)

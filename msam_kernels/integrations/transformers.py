@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from .. import checkpoint
 from ..batches import split
@@ -43,12 +44,29 @@ class SAMTrainerMixin(Trainer):
             ``MicroBatchSAM`` already is taken as it is.
     """
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        at = cls.__mro__.index(SAMTrainerMixin)
+        before, behind = (
+            any("train" in vars(c) for c in classes if not issubclass(c, SAMTrainerMixin))
+            for classes in (cls.__mro__[:at], cls.__mro__[at:])
+        )
+        if before and not behind:
+            bases = sorted(cls.__bases__, key=lambda base: not issubclass(base, SAMTrainerMixin))
+            raise TypeError(
+                f"{cls.__name__} has a Trainer before SAMTrainerMixin, which so changes nothing of it: write class "
+                f"{cls.__name__}({', '.join(base.__name__ for base in bases)})"
+            )
+
     def __init__(self, *args: Any, sam: dict[str, Any] | None = None, **kwargs: Any):
+        if not (sam is None or isinstance(sam, dict)):
+            raise TypeError(f"sam must be a dict of MicroBatchSAM's arguments, e.g. dict(rho=0.05), got {sam!r}")
         self._sam = {} if sam is None else dict(sam)
         self._made: MicroBatchSAM | None = None
         self._begins_at: Any = None  # the checkpoint, or True for the latest
         self._begun: Any = None  # the state of the training that has gone on from there
         super().__init__(*args, **kwargs)
+        self.add_callback(_Checkpoints())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         base = super().create_optimizer(*args, **kwargs)
@@ -94,24 +112,9 @@ class SAMTrainerMixin(Trainer):
         total: Tensor = sum(losses[1:], losses[0])
         return total
 
-    # -- checkpoints: the Trainer saves the optimizer of one rank -----------------------------------------------------------
-
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         self._begins_at = resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """What begins every checkpoint, on all ranks, and the user's way to save weights."""
-        # Only the Trainer's own call, for a checkpoint, says that it is one.
-        is_checkpoint = any((*args, *kwargs.values())) and self.optimizer is not None
-        opt = find(self.optimizer) if is_checkpoint and not self.args.save_only_model else None
-        if opt is not None and all(p.grad is None for group in opt.param_groups for p in group["params"]):
-            opt.zero_grad()  # the Trainer cleared the model's, and a step that a scaler skipped is to leave no trace
-        super().save_model(output_dir, *args, **kwargs)
-        if opt is not None and output_dir is not None and self._keeps_own(opt):
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            own = {"world_size": self.args.world_size, **checkpoint.remembered(opt.engine)}
-            torch.save(own, self._own_file(output_dir))
 
     def _go_on(self, opt: MicroBatchSAM) -> None:
         """Where training was resumed, with what this rank remembered; a new rank, with what the one has that saved."""
@@ -119,9 +122,9 @@ class SAMTrainerMixin(Trainer):
             return
         self._begun, folder = self.state, self._begins_at
         if folder is True:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if folder and self._keeps_own(opt):
-            file = self._own_file(folder)
+            folder = _checkpoint_of(self.args, self.state)
+        if folder and _keeps_own(self.args, opt):
+            file = _own_file(self.args, folder)
             own = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
             if (own.get("world_size"), own.get("steps")) == (self.args.world_size, opt.steps):
                 checkpoint.load_own(opt.engine, own)
@@ -132,11 +135,33 @@ class SAMTrainerMixin(Trainer):
                     stacklevel=2,
                 )
 
-    def _keeps_own(self, opt: MicroBatchSAM) -> bool:
-        """Whether this rank's own passes move what the method remembers, and the Trainer's file has that of another rank."""
-        plan = opt.method.full
-        keeps = plan.lmbda is not None or plan.sparse is not None
-        return keeps and opt.engine.ranks.is_replicated and not self.args.should_save
 
-    def _own_file(self, folder: str | Path) -> Path:
-        return Path(folder, f"msam_{self.args.process_index}.pt")
+class _Checkpoints(TrainerCallback):
+    """The Trainer saves the optimizer of one rank, by methods that users replace; its callbacks are called in any case."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        # It cleared the model's gradients, and a step that a scaler skipped is to leave no trace.
+        find(optimizer).zero_grad()
+
+    def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        opt = find(optimizer)
+        if not args.save_only_model and _keeps_own(args, opt):
+            folder = _checkpoint_of(args, state)
+            folder.mkdir(parents=True, exist_ok=True)
+            own = {"world_size": args.world_size, **checkpoint.remembered(opt.engine)}
+            torch.save(own, _own_file(args, folder))
+
+
+def _keeps_own(args: Any, opt: MicroBatchSAM) -> bool:
+    """Whether this rank's own passes move what the method remembers, and the Trainer's file has that of another rank."""
+    plan = opt.method.full
+    keeps = plan.lmbda is not None or plan.sparse is not None
+    return keeps and opt.engine.ranks.is_replicated and not args.should_save
+
+
+def _checkpoint_of(args: Any, state: Any) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")
+
+
+def _own_file(args: Any, folder: str | Path) -> Path:
+    return Path(folder, f"msam_{args.process_index}.pt")
