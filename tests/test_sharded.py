@@ -757,6 +757,8 @@ def masters_go_through_torchs_own_checkpoints(flattened: bool) -> None:
     opt, model = short("FSDP2", **SHORT["both"])
     take_given(opt, model, range(2))
     kept = copy.deepcopy(get_optimizer_state_dict(model, opt, options=options))
+    straight, straight_model = short("FSDP2", **SHORT["both"])
+    wanted = take_given(straight, straight_model, range(4))
     for whole in (False, True):
         again, other = short("FSDP2", **SHORT["both"])
         other.load_state_dict(model.state_dict())
@@ -769,8 +771,6 @@ def masters_go_through_torchs_own_checkpoints(flattened: bool) -> None:
             for name, t in opt.state[p].items():
                 assert type(again.state[q][name]) is type(t)
                 assert_equal([full(again.state[q][name])], [full(t)])
-        straight, straight_model = short("FSDP2", **SHORT["both"])
-        wanted = take_given(straight, straight_model, range(4))
         assert_equal(take_given(again, other, range(2, 4)), wanted[len(wanted) // 2 :])
 
 
