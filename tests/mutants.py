@@ -771,8 +771,16 @@ MUTANTS = [
                 "if (PyUnicode_Compare(names_[i], name) == 0) return i;",
                 "return i;",
             ),
-            ("a missing argument is its default", "      TORCH_CHECK_TYPE(slots[i], ", "      TORCH_CHECK_TYPE(true, "),
-            ("an argument is of any type", "    TORCH_CHECK_TYPE(Argument::is(o), ", "    TORCH_CHECK_TYPE(true, "),
+            (
+                "a missing argument is its default",
+                "slots[i] = default_[i];",
+                "slots[i] = default_[i] ? default_[i] : Py_None;",
+            ),
+            (
+                "a number is of any type",
+                "CHECK_TYPE(Argument::is(o), ",
+                "CHECK_TYPE(std::is_same_v<T, double> || Argument::is(o), ",
+            ),
             ("numbers alone are not looked at", "if (!Argument<double>::is(PyList_GET_ITEM(o, i)))", "if (false)"),
             (
                 "there is room for any number of arguments",
