@@ -779,7 +779,7 @@ MUTANTS = [
             (
                 "a number is of any type",
                 "CHECK_TYPE(Argument::is(o), ",
-                "CHECK_TYPE(std::is_same_v<T, double> || Argument::is(o), ",
+                "CHECK_TYPE((std::is_same_v<T, double>) || Argument::is(o), ",
             ),
             ("numbers alone are not looked at", "if (!Argument<double>::is(PyList_GET_ITEM(o, i)))", "if (false)"),
             (
