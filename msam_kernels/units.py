@@ -138,7 +138,9 @@ class Undo:
         """The memories, where ``found_inf``, on the device, is not 0; else they are neither read nor written."""
         if self._scale is not None:
             self._units.bring_means()
-        for flat, memory, _, (buffer, *sums) in self._memories:
+        for flat, memory, started, (buffer, *sums) in self._memories:
+            if memory.started and not started:  # the host takes it for begun: it counts nothing then
+                buffer.zero_()
             skipped = moved(found_inf, flat.device) != 0
             status = (skipped.to(torch.uint8) * PERTURBED).expand(flat.rows).contiguous()
             flat.backend.descend([memory.buffer], [], [], flat.table, coefs=[], sums=[], saved=buffer, status=status)

@@ -1230,6 +1230,13 @@ MUTANTS = [
     ),
     # -- loss scales
     Mutant(
+        "a direction that has not begun is NaN",
+        P + "units.py",
+        "                buffer.zero_()",
+        "                pass",
+        "tests/test_amp.py -k first_direction",
+    ),
+    Mutant(
         "a skipped loop's memories stay moved",
         P + "units.py",
         "                t.copy_(values)\n            memory.started",

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, RMSprop
 
 import msam_kernels
-from msam_kernels import MicroBatchSAM
+from msam_kernels import MicroBatchSAM, methods
 from plain import DEVICE, METHODS, batch, loss_of, mlp, remembered, same_bits, weights
 
 F64 = torch.float64
@@ -140,6 +140,25 @@ def test_steps_that_overflow_have_not_been(method, base, count, way, backend):
     for name in ("ema", "mask"):
         for a, b in zip(remembered(run.opt, name).values(), remembered(opt, name).values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+@pytest.mark.parametrize(("way", "count"), [("train_step", 1), ("train_step", 3), ("closures", 3), ("parallel", 3)])
+def test_a_first_direction_that_overflows_counts_nothing(way, count, base, backend):
+    """Of LookSAM, where only the device knows: until the next SAM step the base optimizer's steps are taken, and none is skipped."""
+    run, model = Run(methods.LookSAM(k=3), base, count, way, backend), mlp(F64)
+    opt = MicroBatchSAM(BASES[base](model.parameters()), 0.1, num_micro_batches=count, backend=backend)
+    opt.enabled = False
+    assert not run.step(0, {0})
+    run.opt.steps = 1
+    for i in (1, 2):
+        assert run.step(i)
+        plain_step(model, opt, i)
+        for p, q in zip(weights(run.model), weights(model), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+    assert run.scaler.get_scale() == 2.0**10, "halved once, and doubled after two good steps"
+    run.step(3)
+    assert all(bool(v.any()) for v in remembered(run.opt, "v").values())
 
 
 @pytest.mark.parametrize("way", ["passes", "train_step"])
