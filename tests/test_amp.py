@@ -145,7 +145,7 @@ def test_steps_that_overflow_have_not_been(method, base, count, way, backend):
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
 @pytest.mark.parametrize(("way", "count"), [("train_step", 1), ("train_step", 3), ("closures", 3), ("parallel", 3)])
 def test_a_first_direction_that_overflows_counts_nothing(way, count, base, backend):
-    """Of LookSAM, where only the device knows: until the next SAM step the base optimizer's steps are taken, and none is skipped."""
+    """Of LookSAM, where only the device knows: until the next SAM step those of the base optimizer are taken, all of them."""
     run, model = Run(methods.LookSAM(k=3), base, count, way, backend), mlp(F64)
     opt = MicroBatchSAM(BASES[base](model.parameters()), 0.1, num_micro_batches=count, backend=backend)
     opt.enabled = False
