@@ -79,7 +79,8 @@ ROW = row_length(GPU, torch.float32)  # half as long in fp64, twice as long in 1
 # Around a thread's 16 bytes (2, 4 or 8 elements), a round of 256 threads (512 to 8192), and a row of each storage type.
 SIZES = (0, 1, 3, 4, 5, 8, 255, 257, 1023, ROW + 1, 3 * ROW + 5, 2 * ROW, 33)
 each_large_case = pytest.mark.parametrize(("operator", "variant"), LARGEST, ids=lambda v: v)
-pytestmark = [pytest.mark.host, pytest.mark.usefixtures("extension")]
+# On a busy machine the first one that asks for the emulator waits for its compiler.
+pytestmark = [pytest.mark.host, pytest.mark.usefixtures("extension"), pytest.mark.timeout(1200)]
 
 
 def build(folder: Path) -> Path:
