@@ -124,6 +124,7 @@ def test_every_file_has_the_flags_of_its_instruction_set_and_no_others(way, stab
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not HAS_STABLE_ABI, reason="this torch has no stable ABI that is enough")
 def test_a_build_in_place_removes_what_another_choice_left(tmp_path):
     """It would be used instead. Those of other Pythons stay, and where nothing can be built, everything does."""

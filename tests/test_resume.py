@@ -123,7 +123,7 @@ def test_six_steps_are_three_and_three_from_a_file(method, base, way, backend):
 @pytest.mark.parametrize("save_of", ["wrapper", "base"])
 @pytest.mark.parametrize("load_into", ["wrapper", "base"])
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("method", ["SAM", "ASAM"])
+@pytest.mark.parametrize("method", ["SAM", pytest.param("ASAM", marks=pytest.mark.exhaustive)])
 def test_the_base_optimizers_state_dict_serves_as_well(method, base, load_into, save_of):
     straight, opt = fresh(base, method)
     for step in range(6):

@@ -195,7 +195,7 @@ def test_only_misaligned_gradients():
 
 
 @pytest.mark.parametrize("sizes", [(0,), (0, 0)], ids=["one parameter", "two parameters"])
-@pytest.mark.parametrize("flat", [True, False], ids=["flat weights", "listed weights"])
+@pytest.mark.parametrize("flat", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["flat", "listed"])
 def test_nothing_to_do(flat, sizes):
     for operator, variant in CASES:
         assert_as_specified(make(operator, variant, sizes=sizes, flat=flat))
