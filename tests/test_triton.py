@@ -62,7 +62,15 @@ ABSENT = {
     "terms 3": (3, 4, 9),
 }
 LARGE = (CHUNK + 5, 7, 2 * CHUNK)
-each_large_case = pytest.mark.parametrize(("operator", "variant"), LARGEST, ids=lambda v: v)
+
+
+def of_two(first: int) -> pytest.MarkDecorator:
+    """The large cases, of which every other one waits until everything runs."""
+    params = [
+        pytest.param(*case, marks=[] if ON_GPU or k % 2 == first else [pytest.mark.exhaustive])
+        for k, case in enumerate(LARGEST)
+    ]
+    return pytest.mark.parametrize(("operator", "variant"), params, ids=lambda v: v)
 
 
 def bf16_as_torch_rounds(x, from_type, to_type, rounding):
@@ -159,17 +167,17 @@ def test_random_rounding_gives_the_bits_of_the_specification(operator, variant, 
     assert_as_specified(make(operator, variant, dtype, (4096, 80, 33, 16, 5), chunk=2064))
 
 
-@some_cases(1 if ON_GPU else 3)
+@some_cases(1 if ON_GPU else 5)
 def test_rows_of_any_length(operator, variant):
     assert_as_specified(make(operator, variant, sizes=(100, 33, 1), chunk=48, groups=2))
 
 
-@each_large_case
+@of_two(0)
 def test_several_rows_of_a_parameter(operator, variant):
     assert_as_specified(make(operator, variant, sizes=LARGE))
 
 
-@each_large_case
+@of_two(1)
 def test_more_rows_than_programs(operator, variant, kernels):
     with mock.patch.object(kernels, "PROGRAMS", 3):
         assert_as_specified(make(operator, variant, sizes=(400, 0, 333), chunk=64))
