@@ -123,7 +123,10 @@ class Build(BuildExtension):
         if self.inplace and not self.extensions:
             return  # it stays in use, as is told
         folder = ROOT if self.inplace else Path(self.build_lib)
-        for name in {"msam_kernels._C", STABLE} - {extension.name for extension in self.extensions}:
+        stale = {"msam_kernels._C", STABLE} - {extension.name for extension in self.extensions}
+        if self.inplace:  # another environment may run on what this one could not have built
+            stale &= {{"0": STABLE, "1": "msam_kernels._C"}.get(os.environ.get("MSAM_KERNELS_STABLE", ""), "")}
+        for name in stale:
             for suffix in EXTENSION_SUFFIXES:
                 folder.joinpath(*name.split(".")).with_suffix(suffix).unlink(missing_ok=True)
 

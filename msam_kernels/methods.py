@@ -136,13 +136,13 @@ class Plan:
         return self.rescale or any(c.b for c in self.descent)
 
     @cached_property
-    def terms(self) -> tuple[tuple[int, bool, list[float]], ...]:
-        """The vectors that the descent is made of: which, whether it counts or only has the length, and its coefficient's row.
+    def terms(self) -> tuple[tuple[int, bool, Coefficient], ...]:
+        """The vectors that the descent is made of: which, whether it counts or only has the length, and its coefficient.
 
         Without those that do neither.
         """
-        coefficients = [(k, bool(c.a or c.b), c.row()) for k, c in enumerate(self.descent)]
-        return tuple((k, counts, row) for k, counts, row in coefficients if counts or self.rescale)
+        coefficients = [(k, bool(c.a or c.b), c) for k, c in enumerate(self.descent)]
+        return tuple((k, counts, c) for k, counts, c in coefficients if counts or self.rescale)
 
     @cached_property
     def products(self) -> int:

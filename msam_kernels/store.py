@@ -67,11 +67,9 @@ class Descent:
 
     def combine(self, plan: Plan, vectors: Sequence[Vectors], share: float) -> None:
         """What the plan's descent is of the vectors of a micro-batch, times its share of the batch."""
-        for k, counts, row in plan.terms:
+        for k, counts, coefficient in plan.terms:
             # What is there for its length alone does not make a parameter one that has a gradient.
-            self.terms.append(vectors[k] if counts else vectors[k].present(vectors[0]))
-            self.coefs += row
-            self.coefs[-len(row)] = share
+            self.add(vectors[k] if counts else vectors[k].present(vectors[0]), coefficient.row(share))
 
     def add(self, vector: Vectors, row: list[float]) -> None:
         self.terms.append(vector)

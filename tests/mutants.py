@@ -899,7 +899,7 @@ MUTANTS = [
     Mutant(
         "a rank does not save the mean gradient of its own passes",
         P + "integrations/transformers.py",
-        "if not args.save_only_model and _keeps_own(args, opt):",
+        "if not args.save_only_model and not state.is_hyper_param_search and _keeps_own(args, opt):",
         "if False:",
         ON_RANKS,
     ),

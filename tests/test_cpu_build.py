@@ -149,6 +149,10 @@ def test_a_build_in_place_removes_what_another_choice_left(tmp_path):
     assert left("1", "1") == {"_stable.abi3.so": b""}
     assert left("1", "0") == {f"_C{own}": b""}
     assert left("1", "") == {f"_C{own}": b"", "_stable.abi3.so": b""}
+    # What this environment cannot build another one may run on.
+    setup = clone / "setup.py"
+    setup.write_text(setup.read_text().replace("STABLE_TORCH_AT_LEAST = (2, 10)", "STABLE_TORCH_AT_LEAST = (99, 0)"))
+    assert left("1", "") == {f"_C{own}": b"", "_stable.abi3.so": b""}
 
 
 @on_x86

@@ -18,6 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -547,6 +548,22 @@ def test_a_trainer_without_the_mixin_is_told_of_it(accelerator_state, tmp_path):
 
 
 @needs("transformers")
+@pytest.mark.parametrize("search", [False, True], ids=["a training", "a search"])
+def test_a_search_gets_no_folder_from_its_other_ranks(search, monkeypatch, tmp_path):
+    """Its trials' checkpoints lie elsewhere, and a folder with one rank's file would be taken for one."""
+    from msam_kernels.integrations import transformers
+
+    monkeypatch.setattr(transformers, "_keeps_own", lambda *_: True)
+    opt = MicroBatchSAM(SGD(Net().parameters(), lr=0.1))
+    args = SimpleNamespace(save_only_model=False, output_dir=tmp_path, world_size=2, process_index=1)
+    state = SimpleNamespace(is_hyper_param_search=search, global_step=3)
+    transformers._Checkpoints().on_save(args, state, None, optimizer=opt)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.pt")] == (
+        [] if search else ["checkpoint-3/msam_1.pt"]
+    )
+
+
+@needs("transformers")
 def test_the_mixin_refuses_a_place_behind_the_trainer_and_what_is_no_dict(tmp_path):
     from transformers import Trainer
 
@@ -557,6 +574,14 @@ def test_the_mixin_refuses_a_place_behind_the_trainer_and_what_is_no_dict(tmp_pa
     with pytest.raises(TypeError, match=r"Wrong has a Trainer before .*: write class Wrong\(SAMTrainerMixin, Other\)$"):
 
         class Wrong(Other, SAMTrainerMixin): ...
+
+    class Wraps:  # no Trainer, whatever it has
+        def train(self, *args: Any) -> Any:
+            return super().train(*args)
+
+    class Mine(Wraps, SAMTrainerMixin): ...
+
+    assert issubclass(type("Right", (Mine, Trainer), {}), Wraps)
 
     class Logs:
         def training_step(self, *args: Any) -> Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import TrainerCallback
 
 from .. import checkpoint
 from ..batches import split
@@ -48,7 +48,7 @@ class SAMTrainerMixin(Trainer):
         super().__init_subclass__(**kwargs)
         at = cls.__mro__.index(SAMTrainerMixin)
         before, behind = (
-            any("train" in vars(c) for c in classes if not issubclass(c, SAMTrainerMixin))
+            any(issubclass(c, transformers.Trainer) and not issubclass(c, SAMTrainerMixin) for c in classes)
             for classes in (cls.__mro__[:at], cls.__mro__[at:])
         )
         if before and not behind:
@@ -136,7 +136,7 @@ class SAMTrainerMixin(Trainer):
                 )
 
 
-class _Checkpoints(TrainerCallback):
+class _Checkpoints(transformers.TrainerCallback):
     """The Trainer saves the optimizer of one rank, by methods that users replace; its callbacks are called in any case."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -145,7 +145,8 @@ class _Checkpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         opt = find(optimizer)
-        if not args.save_only_model and _keeps_own(args, opt):
+        # The checkpoints of a search lie in folders that no callback is told of.
+        if not args.save_only_model and not state.is_hyper_param_search and _keeps_own(args, opt):
             folder = _checkpoint_of(args, state)
             folder.mkdir(parents=True, exist_ok=True)
             own = {"world_size": args.world_size, **checkpoint.remembered(opt.engine)}
