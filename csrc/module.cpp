@@ -61,7 +61,12 @@ py::dict build_info() {
 template <class T>
 struct Argument;
 
-bool is_none(PyObject* o) { return o == Py_None; }
+// Of a number that Python was asked for.
+template <class T>
+T arrived(T x) {
+  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
 
 template <>
 struct Argument<Tensor> {
@@ -71,20 +76,12 @@ struct Argument<Tensor> {
 template <>
 struct Argument<double> {
   static bool is(PyObject* o) { return PyFloat_Check(o) || PyLong_Check(o); }
-  static double of(PyObject* o) {
-    const double x = PyFloat_AsDouble(o);
-    if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return x;
-  }
+  static double of(PyObject* o) { return arrived(PyFloat_AsDouble(o)); }
 };
 template <>
 struct Argument<int64_t> {
   static bool is(PyObject* o) { return PyLong_Check(o); }
-  static int64_t of(PyObject* o) {
-    const int64_t n = PyLong_AsLongLong(o);
-    if (n == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return n;
-  }
+  static int64_t of(PyObject* o) { return arrived(PyLong_AsLongLong(o)); }
 };
 template <>
 struct Argument<bool> {
@@ -93,8 +90,8 @@ struct Argument<bool> {
 };
 template <class T>
 struct Argument<std::optional<T>> {
-  static bool is(PyObject* o) { return is_none(o) || Argument<T>::is(o); }
-  static std::optional<T> of(PyObject* o) { return is_none(o) ? std::nullopt : std::optional<T>(Argument<T>::of(o)); }
+  static bool is(PyObject* o) { return o == Py_None || Argument<T>::is(o); }
+  static std::optional<T> of(PyObject* o) { return o == Py_None ? std::nullopt : std::optional<T>(Argument<T>::of(o)); }
 };
 template <>
 struct Argument<TensorList> {

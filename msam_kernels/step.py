@@ -1022,8 +1022,7 @@ class Step:
             sums = [] if products is None else [products]
             kept = Descent(stacks=vectors[: len(plan.keeps)], shares=store.weigh(shares, coefs, sums, -1, None))
             self._keep(kept, begins=which.start == 0)
-        if self._scaled is not None:
-            norm_sq = self._seen(norm_sq, vectors[0], len(which))
+        norm_sq = self._seen(norm_sq, vectors[0], len(which))
         sums, rescale = self._sums(products, norm_sq)
         of_each = Descent()
         of_each.combine(plan, vectors, 1.0)
@@ -1172,9 +1171,7 @@ class Step:
 
     def _collect(self, *, clear: bool) -> Vectors:
         """The gradients of a pass; where ranks share the perturbation their mean, as far as it is combined with others."""
-        grads, plan = self.store.collect(clear=clear), self.plan
-        if grads is None:
-            grads = self.engine.collect(clear=clear)
+        grads, plan = self.engine.collect(clear=clear), self.plan
         if self.ranks.inner is not None and plan.climbs and (self.turn == 0 or plan.combines):
             return self.ranks.mean_within(self.store, grads, self._i)
         return grads
@@ -1383,7 +1380,7 @@ class Step:
             self._check_any(vectors[0])
         products = store.gram(vectors[: plan.products]) if plan.products else None
         share = self.shares[i] if i else 1.0
-        norm_sq = self._norm_sq if self._scaled is None else self._seen(self._norm_sq, vectors[0])
+        norm_sq = self._seen(self._norm_sq, vectors[0])
         descent = Descent(norm_sq=norm_sq)
         if products is not None:
             descent.sums, descent.rescale = self._sums(products, norm_sq)
@@ -1406,11 +1403,11 @@ class Step:
         return descent
 
     def _seen(self, norm_sq: Tensor | None, latest: Vectors, stack: int | None = None) -> Tensor | None:
-        """Of a scaled loss the terms that make a descent NaN where they are not finite.
+        """The terms that make a descent NaN where they are not finite.
 
         Decoupled WSAM's last gradient is no term of what a scaler looks at: its norm is one of these then.
         """
-        if not self.plan.after or norm_sq is None:
+        if self._scaled is None or not self.plan.after or norm_sq is None:
             return norm_sq
         return torch.cat([norm_sq, self.store.gram([latest], stack).sum(-1)], -1)
 

@@ -46,6 +46,12 @@ def run(*words: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=ROOT, **options)
 
 
+def check(code: str, environment: dict[str, str]) -> None:
+    """That Python runs it to its end, without a warning."""
+    done = run(sys.executable, "-W", "error", "-c", code, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def passed(environment: dict[str, str], tests: str) -> int:
     """How many, if all of them do."""
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *shlex.split(tests)]
@@ -128,8 +134,7 @@ def test_every_argument_of_every_operator_counts(environment):
         "        else:\n"
         "            raise AssertionError(arguments[k])\n"
     )
-    done = run(sys.executable, "-W", "error", "-c", code, env=environment)
-    assert done.returncode == 0, done.stderr
+    check(code, environment)
 
 
 def test_calls_in_grad_mode_take_any_dense_order_and_leave_no_trace_in_autograd(environment):
@@ -140,8 +145,7 @@ def test_calls_in_grad_mode_take_any_dense_order_and_leave_no_trace_in_autograd(
         "norm_sq = backends.extension.norm([], [w], torch.tensor([[0, 0, 0, 30, 0]]))\n"
         "assert norm_sq.tolist() == [30.0] and not norm_sq.requires_grad, norm_sq\n"
     )
-    done = run(sys.executable, "-W", "error", "-c", code, env=environment)
-    assert done.returncode == 0, done.stderr
+    check(code, environment)
 
 
 def test_it_asks_torch_and_python_for_what_is_stable_alone(library):
