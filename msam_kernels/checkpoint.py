@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ._torch import children_of, parameters_of, versions_of
-from .flat import Flat
+from .flat import Flat, has_begun
 from .precision import SEEDS
 from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho, saves_itself, theirs_in
-from .sharded import check_alike, shard, shown, values
+from .sharded import check_alike, shown, values
 from .step import Engine
 from .store import Store
 
@@ -55,6 +55,8 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
         names = [name for name in wanted if name != "ema" or plan.only is None or flat.params[i] in plan.only]
         names += [name for name in _MEMORIES if name in flat.memories and name not in names]
         names += ["master"] if flat.has_masters else []
+        if i in flat.waiting:
+            names = []
         if not flat.has_masters:  # before it was converted it may have had one
             engine.base.state.get(flat.params[i], {}).pop(OURS + "master", None)
         masked = plan.sparse is not None or flat.mask is not None
@@ -70,7 +72,7 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
                 entry[OURS + name] = (
                     old if flat.is_part(buffer, i, old) else shown(flat.part(buffer, i), flat.params[i])
                 )
-            elif there is not None and _has_begun(part := flat.part(there, i)):
+            elif there is not None and has_begun(part := flat.part(there, i)):
                 left.setdefault(name, {})[at] = shown(part, flat.params[i])
         if masked and entry is not None:
             entry[OURS + "mask"] = _bits(flat)[i]
@@ -125,8 +127,8 @@ def remembered(engine: Engine) -> dict[str, Any]:
         own["seed"] = engine.seed
     for at, flat, i in _places(engine.store):
         for name in _MEMORIES:
-            if name in flat.memories and _has_begun(part := flat.part(flat.memories[name].buffer, i)):
-                own.setdefault(name, {})[at] = shown(part, flat.params[i])
+            if i not in flat.waiting and name in flat.memories and has_begun(flat.memories[name].parts[i]):
+                own.setdefault(name, {})[at] = shown(flat.memories[name].parts[i], flat.params[i])
         if flat.mask is not None:
             own.setdefault("mask", {})[at] = _bits(flat)[i]
     return {**own, "mask_step": engine.mask_step} if "mask" in own else own
@@ -146,12 +148,6 @@ def load_own(engine: Engine, own: dict[str, Any]) -> None:
 def _places(store: Store) -> list[tuple[int, Flat, int]]:
     """Of every parameter that is in a flat: its number, the flat, its place there."""
     return [(at, *place) for at, place in enumerate(store.places()) if place is not None]
-
-
-def _has_begun(memory: Tensor) -> bool:
-    """Whether a parameter's part of a memory holds anything. An empty shard says yes, as those of other ranks may."""
-    memory = shard(memory)
-    return memory.numel() == 0 or not bool(memory[(0,) * memory.dim()].isnan())
 
 
 def saved(state_dict: dict[str, Any], left: dict[str, dict[int, Tensor]]) -> dict[str, Any]:
@@ -234,7 +230,7 @@ def _begun(own: dict[str, Any]) -> dict[str, Any]:
     """``own`` without what has not begun."""
     begun = dict(own)
     for name in _MEMORIES:
-        begun[name] = {at: t for at, t in own.get(name, {}).items() if _has_begun(t)}
+        begun[name] = {at: t for at, t in own.get(name, {}).items() if has_begun(t)}
     if own.get("mask_step", 0) < 0:
         begun["mask"] = {}
     return begun
@@ -249,12 +245,14 @@ def take_in(engine: Engine, own: dict[str, Any]) -> None:
     frozen = [p for at, (p, place) in enumerate(pairs) if place is None and at in kept]
     if frozen:
         engine.adopt(frozen)
+    begun = {at for name in _TENSORS if name != "mask" for at in own.get(name, {})}
+    engine.store.end_wait([(flat, i) for at, flat, i in _places(engine.store) if at in begun])
 
 
 def load(engine: Engine, own: dict[str, Any]) -> None:
     """What ``apart`` returned; what it does not hold begins anew."""
     take_in(engine, own)
-    own = _begun(own)
+    named, own = own.get("v", {}), _begun(own)
     engine.steps, engine.v_step = own.get("steps", 0), -1
     if "mask_step" in own or engine.method.full.sparse is not None:
         engine.mask_step = own.get("mask_step", -1)
@@ -265,8 +263,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     engine.undo = None
     # Copies first: what is loaded may be a view of what begins anew.
     tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
-    if not all(at in tensors["v"] or not flat.shards[i].numel() for at, flat, i in places):
-        tensors["v"] = {}  # of some parameters only, it is of no use
+    if not all(at in tensors["v"] or at not in named or not flat.shards[i].numel() for at, flat, i in places):
+        tensors["v"] = {}  # of some only of those that have had gradients, it is of no use
     rule = RULES.get(type(engine.base))
     for at, flat, i in places:
         if flat.has_masters:
@@ -293,7 +291,7 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
             for i, t in there.items():
                 memory.parts[i].copy_(values(t, flat.params[i]))
             if name == "v":
-                flat.measure(memory)
+                memory.measure()
         masks = {i: tensors["mask"][at] for i, at in mine.items() if at in tensors["mask"]}
         flat.mask = None
         if len(masks) == len(flat.params):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
-from operator import is_
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import groupby
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -146,11 +148,17 @@ def check_parameters(named: Sequence[tuple[str, Tensor]], left: Sequence[tuple[s
         reached[device, moves] = max(reached.get((device, moves), (-1, "")), (last, name))
 
 
+def has_begun(memory: Tensor) -> bool:
+    """Whether a parameter's part of a memory holds anything. An empty shard says yes, as those of other ranks may."""
+    memory = shard(memory)
+    return memory.numel() == 0 or not bool(memory[(0,) * memory.dim()].isnan())
+
+
 class Memory:
     """A vector that a method remembers from step to step, as a flat buffer.
 
     Attributes:
-        buffer: flat, at one address for good: captured graphs read it there.
+        buffer: flat, at one address as long as its flat's layout stays: captured graphs read it there.
         parts: the same by parameter.
         terms: float64 ``[K]``, the terms of its squared norm, where a kernel has written them.
         square: the same, or their sum if they are many.
@@ -158,9 +166,13 @@ class Memory:
     """
 
     def __init__(self, flat: Flat, begin: float):
-        self.begin, self.started = begin, not math.isnan(begin)
-        self.buffer = flat.new_buffer().fill_(begin) if begin else flat.new_buffer()
-        self.parts = flat.parts(self.buffer)
+        self.flat, self.begin, self.started = flat, begin, not math.isnan(begin)
+        self.hold(flat.new_buffer().fill_(begin) if begin else flat.new_buffer())
+
+    def hold(self, buffer: Tensor) -> None:
+        """``buffer`` from now on, of the flat's layout."""
+        flat = self.flat
+        self.buffer, self.parts = buffer, flat.parts(buffer)
         self.terms = torch.zeros(flat.rows, dtype=torch.float64, device=flat.device)
         self.square = self.terms
         if flat.rows > FEW_TERMS:
@@ -168,18 +180,61 @@ class Memory:
             self._one = self.terms.new_ones(1)
             self._row = flat.table.new_tensor([[0, 0, 0, 1, 0]])
 
-    def add_up(self, flat: Flat) -> None:
+    def holds(self, i: int) -> bool:
+        """Whether anything has been added to a parameter's part."""
+        return has_begun(self.parts[i]) and (not self.started or bool(shard(self.parts[i]).any()))
+
+    def now(self) -> Held:
+        flat = self.flat
+        return Held(
+            self.buffer.clone(), [self.terms.clone(), self.square.clone()], self.started, flat.offsets, flat.waiting
+        )
+
+    def as_now(self, held: Held) -> Tensor:
+        """A buffer of before in today's layout: of parameters that have ceased to wait nothing had begun."""
+        if held.offsets is self.flat.offsets:
+            return held.buffer
+        fill = 0.0 if held.started else self.begin
+        return self.flat.moved(held.buffer, held.offsets, held.waiting, fill)
+
+    def put_back(self, held: Held) -> None:
+        buffer = self.as_now(held)
+        self.buffer.copy_(buffer)
+        self.started = held.started
+        if buffer is not held.buffer:
+            return self.measure()
+        for t, before in zip((self.terms, self.square), held.sums, strict=True):
+            t.copy_(before)
+
+    def measure(self) -> None:
+        """The terms of its squared norm, by the kernel and in the order that they have when it is written."""
+        flat, one = self.flat, [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+        flat.backend.descend([], self.parts, self.parts, flat.table, coefs=one, sums=[], out_sq=self.terms)
+        self.add_up()
+
+    def add_up(self) -> None:
         """``square`` from ``terms``, in the order in which kernels add: 1.0 times the first of these sums."""
         if self.square is not self.terms:
             first = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0]
             sums = [self.terms, self._one]
-            flat.backend.descend([], [self.square], [self._one], self._row, coefs=first, sums=sums)
+            self.flat.backend.descend([], [self.square], [self._one], self._row, coefs=first, sums=sums)
 
     def start(self) -> None:
         """From now on sums are added to it: numbers, where it began as NaN."""
         if not self.started:
             self.buffer.zero_()
             self.started = True
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a memory held at some time."""
+
+    buffer: Tensor
+    sums: list[Tensor]
+    started: bool
+    offsets: list[int]
+    waiting: Set[int]
 
 
 class Flat:
@@ -199,6 +254,14 @@ class Flat:
         spread: how the parameters lie over ranks, see there.
         table: int64 ``[K, 5]``, see csrc/segments.h.
         weights: what the operators take as weights: [the flat buffer], or every parameter's memory.
+        order: the numbers of the parameters as they lie in flat buffers.
+        offsets: where each begins there.
+        offsets_of_all: where they would if none waited, as in messages: ranks need not wait alike.
+        waiting: those of parameters that never had a gradient, the last ones in that order: rows and buffers, but for those
+            of weights and masks, end before them. See ``wait_for``.
+        settled: whether it has been looked who is waiting.
+        size: elements of all parameters in a flat buffer, with padding.
+        kept: elements of the buffers of what is kept for them.
         sums: the shape of the sums of a perturbation, see ``achieved_sq`` in ``backends``.
         noise: where random rounding comes from, see ``backends``; None until a step rounds so.
         status: uint8 ``[K]``, what the kernels know about each row's weights, see ``backends``.
@@ -227,26 +290,13 @@ class Flat:
         self.has_masters = self.dtype_kept != self.dtype
         # Torch makes a string of a device's type, which takes longer than the question.
         self._is_cuda = params[0].is_cuda
-        step = ALIGNMENT // params[0].element_size()
-        self.offsets: list[int] = []
-        self.size = 0
-        for p in self.shards:
-            self.offsets.append(self.size)
-            self.size += _round_up(p.numel(), step)
-        length = row_length(self.device, self.dtype)
-        rows = [
-            (i, begin, self.offsets[i] + begin, min(length, p.numel() - begin), groups[i])
-            for i, p in enumerate(self.shards)
-            for begin in range(0, p.numel(), length)
-        ]
-        self.rows = len(rows)
         # Of shards some have no elements on some ranks.
         self.empty = [i for i, p in enumerate(self.shards) if not p.numel()]
         self._index_of_empty = torch.tensor(self.empty, dtype=torch.int64, device=self.device)
-        ends = {g: k + 1 for k, (*_, g) in enumerate(rows)}  # of the groups, which come one after the other
-        self._ends = list(ends.items())
-        table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
-        self.table = table.to(self.device, non_blocking=True)
+        self._shapes = [p.shape for p in self.shards]
+        self.settled = False
+        self._lay_out(list(range(len(params))), len(params))
+        self.offsets_of_all = self.offsets
         self.status = torch.zeros(self.rows, dtype=torch.uint8, device=self.device)
         two = os.environ.get("MSAM_KERNELS_TWO_LAUNCHES", "0") != "0"
         self.arrived = None if two else torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -255,12 +305,10 @@ class Flat:
         self.flatten = flatten and not any(map(_stays, self.shards))
         self.weights: list[Tensor] = []
         if self.flatten:
-            self.weights = [self.new_buffer()]
-            self._move_in(range(len(params)))
+            self._move_all_in()
         else:
             self._close_gaps(range(len(params)))
-        self._remember()
-        self.sums = (SUMS, self.rows) if is_short(self.dtype) else (self.rows,)
+            self._remember()
         self.noise: Tensor | None = None
         self._head: tuple[int, int] | None = None  # as it stands there
         self.saved: Tensor | None = None
@@ -272,8 +320,6 @@ class Flat:
         self.views: dict[tuple[int, str], Tensor] = {}
         self._bound: _Bound | None = None
         self.achieved: list[Tensor] = []  # of the latest step, by micro-batch: ‖e‖² by row
-        # By the micro-batches that run at once: their places in it, its rows, and all of them as one.
-        self._achieved_of: dict[int | range, tuple[slice, list[Tensor], Tensor]] = {}
 
     @torch.no_grad()
     def _close_gaps(self, which: Iterable[int]) -> None:
@@ -294,13 +340,20 @@ class Flat:
             p.data = p.detach().clone(memory_format=torch.contiguous_format)
 
     @torch.no_grad()
-    def _move_in(self, which: Iterable[int]) -> None:
-        """Parameters into the flat buffer of weights: their values, and their ``.data``."""
+    def _move_in(self, which: Iterable[int], buffer: Tensor) -> None:
+        """Parameters into a flat buffer of weights: their values, and their ``.data``."""
         for i in which:
             if self.params[i].numel():
-                alias = self.alias(self.weights[0], i)
+                alias = self.alias(buffer, i)
                 alias.copy_(self.params[i])
                 self.params[i].data = alias
+
+    def _move_all_in(self) -> None:
+        """All of them into a new one."""
+        buffer = self.new_buffer(size=self.size)
+        self._move_in(range(len(self.params)), buffer)
+        self.weights = [buffer]
+        self._remember()
 
     def _remember(self) -> None:
         """How the parameters lie in memory now."""
@@ -310,20 +363,85 @@ class Flat:
             self.weights = [p.detach() for p in self.shards]
         self._pointers = list(map(Tensor.data_ptr, self.shards))
         self._strides = [p.stride() for p in self.shards]
-        self._shapes = [p.shape for p in self.shards]
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
+    def _lay_out(self, order: list[int], trained: int) -> None:
+        """Parameters lie in that order; of the first ``trained`` of them alone anything is kept."""
+        self.order, self.waiting = order, frozenset(order[trained:])
+        self.offsets, self.size, self.kept = [0] * len(order), 0, 0
+        for i in order:
+            self.offsets[i] = self.size
+            self.size += self.rounded(self._shapes[i].numel(), self.dtype)
+            if i not in self.waiting:
+                self.kept = self.size
+        length = row_length(self.device, self.dtype)
+        rows = [
+            (i, begin, self.offsets[i] + begin, min(length, self._shapes[i].numel() - begin), self.groups[i])
+            for i in order[:trained]
+            for begin in range(0, self._shapes[i].numel(), length)
+        ]
+        self.rows = len(rows)
+        self._runs = [(g, len(list(run))) for g, run in groupby(rows, key=itemgetter(4))]
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
+        self.table = table.to(self.device, non_blocking=True)
+        self.sums = (SUMS, self.rows) if is_short(self.dtype) else (self.rows,)
+        # By the micro-batches that run at once: their places in ``achieved``, its rows, and all of them as one.
+        self._achieved_of: dict[int | range, tuple[slice, list[Tensor], Tensor]] = {}
+
+    @torch.no_grad()
+    def wait_for(self, waiting: Set[int]) -> None:
+        """From now on these parameters wait for their first gradient: they lie behind the others, and nothing is kept for them.
+
+        What is kept for the others follows; the base optimizer's state does when ``bind`` finds it elsewhere. Those that have
+        waited until now are the last of the others, which stay where they were in the buffers.
+        """
+        self.check_not_capturing("which parameters have gradients")
+        before, order = dict(vars(self)), sorted(self.order, key=lambda i: i in waiting)
+        old, waited, status, rows = self.offsets, self.waiting, self.status, self.table[:, 0]
+        kept = [(memory, memory.now()) for memory in self.memories.values()]
+        try:
+            self._lay_out(order, len(order) - len(waiting))
+            stay = torch.tensor([i not in waiting | waited for i in range(len(order))], device=self.device)
+            self.status = status.new_zeros(self.rows)
+            self.status[stay[self.table[:, 0]]] = status[stay[rows]]  # their rows follow each other as they did
+            if self.saved is not None:
+                self.saved = self.moved(self.saved, old, waited)
+            buffers = [memory.as_now(held) for memory, held in kept]
+            if self.flatten and order != before["order"]:
+                self._move_all_in()
+        except BaseException:
+            vars(self).update(before)
+            raise
+        for (memory, _), buffer in zip(kept, buffers, strict=True):
+            memory.hold(buffer)
+            if memory.started:
+                memory.measure()
+        self.state, self.views, self._bound, self._stack = {}, {}, None, None
+
+    def moved(self, buffer: Tensor, offsets: list[int], waiting: Set[int], fill: float = 0.0) -> Tensor:
+        """What a buffer of another layout holds, in one of today's; ``fill`` where it holds nothing."""
+        new = self.new_buffer(buffer.dtype)
+        if fill:
+            new.fill_(fill)
+        for i in set(self.order) - self.waiting - waiting:
+            n = self._shapes[i].numel()
+            new[self.offsets[i] :][:n].copy_(buffer[offsets[i] :][:n])
+        return new
+
     @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
-    def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.zeros(self.size, dtype=dtype or self.dtype, device=self.device)
+    def new_buffer(self, dtype: torch.dtype | None = None, size: int | None = None) -> Tensor:
+        """Zeros, for what is kept."""
+        return torch.zeros(self.kept if size is None else size, dtype=dtype or self.dtype, device=self.device)
 
     def alias(self, buffer: Tensor, i: int) -> Tensor:
         """A parameter's part of a flat buffer, in its shape and memory order."""
         return _alias(buffer, self.offsets[i], self.shards[i])
 
     def part(self, buffer: Tensor, i: int) -> Tensor:
-        """The same in the memory order that the parameter had at the last look."""
+        """Of what is kept the same, in the memory order that the parameter had at the last look; ``absent`` if it waits."""
+        if i in self.waiting:
+            return self.absent
         like = torch.empty_strided(self._shapes[i], self._strides[i], dtype=self.dtype, device="meta")
         return _alias(buffer, self.offsets[i], like)
 
@@ -341,8 +459,8 @@ class Flat:
         return [self.part(buffer, i) for i in range(len(self.params))]
 
     def slices(self, buffer: Tensor) -> list[Tensor]:
-        """The same in one storage, for what lasts no longer than a step: they are made in a tenth of the time."""
-        places = zip(self._shapes, self._strides, self.offsets, strict=True)
+        """The same of a message to other ranks, in one storage: they are made in a tenth of the time."""
+        places = zip(self._shapes, self._strides, self.offsets_of_all, strict=True)
         return [buffer.as_strided(shape, strides, buffer.storage_offset() + begin) for shape, strides, begin in places]
 
     @staticmethod
@@ -353,8 +471,8 @@ class Flat:
     @property
     def rows_of_groups(self) -> list[tuple[int, Tensor]]:
         """The rows of the table by group."""
-        begins = [0, *(end for _, end in self._ends)]
-        return [(g, self.table[begin:end]) for begin, (g, end) in zip(begins, self._ends, strict=False)]
+        parts = self.table.split([n for _, n in self._runs]) if self._runs else ()
+        return [(g, rows) for (g, _), rows in zip(self._runs, parts, strict=True)]
 
     def achieved_sq(self, which: int | range) -> Tensor:
         """Where a micro-batch's ‖e‖² goes, by row, float64 of shape ``sums``; of several that run at once one for each.
@@ -419,7 +537,7 @@ class Flat:
         """A parameter's master; None: the weights are, as zeros stand for none."""
         if master is not None:
             self.alias(self.save_buffer(), i).copy_(master)
-        elif self.saved is not None:
+        elif self.saved is not None and i not in self.waiting:
             self.alias(self.saved, i).zero_()
 
     @property
@@ -428,18 +546,20 @@ class Flat:
         return [] if self._stack is None else [self._stack]
 
     def stack(self, n: int) -> Tensor:
-        """``[n, size]`` for copies of the weights; the same memory as long as that is enough."""
+        """``[n, kept]`` for copies of the weights; the same memory as long as that is enough."""
         if self._stack is None or len(self._stack) < n:
             self.check_not_capturing("the number of micro-batches that run at once")
-            self._stack = self.weights[0].new_zeros(n, self.size)
+            self._stack = self.weights[0].new_zeros(n, self.kept)
         return self._stack[:n]
 
     def stacked(self, stack: Tensor | None, n: int) -> list[Tensor]:
-        """Every parameter ``[n, *shape]``: its parts of the stack, or n times itself."""
-        if stack is None:
-            return [p.detach().expand(n, *p.shape) for p in self.params]
-        places = zip(self._shapes, self._strides, self.offsets, strict=True)
-        return [stack.as_strided((n, *shape), (self.size, *strides), offset) for shape, strides, offset in places]
+        """Every parameter ``[n, *shape]``: its parts of the stack, or n times itself where it has none there."""
+        return [
+            p.detach().expand(n, *p.shape)
+            if stack is None or i in self.waiting
+            else stack.as_strided((n, *p.shape), (self.kept, *self._strides[i]), self.offsets[i])
+            for i, p in enumerate(self.params)
+        ]
 
     # -- parameters that somebody moved -----------------------------------------------------------------------------------
 
@@ -467,7 +587,13 @@ class Flat:
         """
         old = [homes.get(p) for p in self.params]
         for name in dict.fromkeys(name for home in old if home for name in home[0].memories):
-            there = {i: home for i, home in enumerate(old) if home and name in home[0].memories}
+            there = {
+                i: home
+                for i, home in enumerate(old)
+                if home and name in home[0].memories and home[1] not in home[0].waiting
+            }
+            if not there:
+                continue
             first = next(iter(there.values()))[0].memories[name]
             if len(there) < len(old) and first.started:
                 continue
@@ -477,9 +603,10 @@ class Flat:
             for i, (flat, at) in there.items():
                 memory.parts[i].copy_(flat.memories[name].parts[at])
             if name == "v":
-                self.measure(memory)
+                memory.measure()
         for i, home in enumerate(old):
-            if self.has_masters and home and home[0].has_masters and home[0].saved is not None:
+            keeps = home and home[0].has_masters and home[1] not in home[0].waiting
+            if self.has_masters and home and keeps and home[0].saved is not None:
                 self.set_master(i, home[0].part(home[0].saved, home[1]))
         if all(home and home[0].mask is not None for home in old):
             for i, home in enumerate(old):
@@ -513,10 +640,9 @@ class Flat:
         if not self.flatten:
             self._close_gaps(moved)
         elif all(self._places[i].expired() for i in moved):
-            self._move_in(moved)
+            self._move_in(moved, self.weights[0])
         else:
-            self.weights = [self.new_buffer()]
-            self._move_in(range(len(self.params)))
+            self._move_all_in()
         for i in moved:
             if self.shards[i].stride() != self._strides[i]:
                 self._reorder(i)
@@ -528,17 +654,17 @@ class Flat:
         bits = None if self.mask is None else self.mask_of(i)
         states = {name: buffer for name, buffer in self.state.items() if name != "step"}
         for buffer in (self.saved, *(memory.buffer for memory in self.memories.values()), *states.values()):
-            if buffer is not None:
+            if buffer is not None and i not in self.waiting:
                 values = buffer.as_strided(p.size(), self._strides[i], offset).clone()
                 buffer.as_strided(p.size(), p.stride(), offset).copy_(values)
+        self._strides[i] = p.stride()
         for memory in self.memories.values():
-            memory.parts[i] = self.alias(memory.buffer, i)
+            memory.parts[i] = self.part(memory.buffer, i)
         for name, buffer in states.items():  # also where the parameter took no part in the latest step
             view = self.views.get((i, name))
             view = None if view is None else shard(view)
             if view is not None and view.data_ptr() == buffer[offset:].data_ptr() and view.shape == p.shape:
                 view.as_strided_(p.size(), p.stride())
-        self._strides[i] = p.stride()
         if bits is not None:
             self.set_mask(i, bits)
 
@@ -551,12 +677,6 @@ class Flat:
             self.check_not_capturing(f"the method's {name}")
             memory = self.memories[name] = Memory(self, begin)
         return memory
-
-    def measure(self, memory: Memory) -> None:
-        """The terms of a memory's squared norm, by the kernel and in the order that they have when it is written."""
-        one = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-        self.backend.descend([], memory.parts, memory.parts, self.table, coefs=one, sums=[], out_sq=memory.terms)
-        memory.add_up(self)
 
     def mask_of(self, i: int) -> Tensor:
         """A parameter's part of the mask, as bools in its shape and memory order."""

@@ -211,7 +211,8 @@ class Ranks:
         for flat, tensors in zip(store.flats, scores, strict=True):
             squares = torch.zeros(flat.size, dtype=torch.float64, device=flat.device)
             places = [
-                squares.as_strided(p.size(), p.stride(), at) for p, at in zip(flat.params, flat.offsets, strict=True)
+                squares.as_strided(p.size(), p.stride(), at)
+                for p, at in zip(flat.params, flat.offsets_of_all, strict=True)
             ]
             for place, t in zip(places, tensors, strict=True):
                 if t.numel():
@@ -219,7 +220,7 @@ class Ranks:
             dist.all_reduce(squares, group=self.all)
             roots = squares.sqrt_().to(flat.dtype)
             out.append([
-                roots.as_strided(p.size(), p.stride(), at) for p, at in zip(flat.params, flat.offsets, strict=True)
+                roots.as_strided(p.size(), p.stride(), at) for p, at in zip(flat.params, flat.offsets_of_all, strict=True)
             ])  # fmt: skip
         return out
 
@@ -249,6 +250,8 @@ def summed(store: Store, descent: Descent, group: Any) -> Vectors:
             flags[f] = message[begin + flat.size : begin + _length(flat)]
             begin += _length(flat)
             flat.backend.descend([], lists[f], descent.lists(f), flat.table, **descent.on(device))
+            for i in flat.waiting:  # no row of the table is theirs, and on another rank they may have a gradient
+                lists[f][i].zero_()
             flags[f].fill_(1.0)
             for i in flat.absent_from(present.lists[f]):
                 flags[f][i] = 0.0
@@ -268,7 +271,7 @@ def summed(store: Store, descent: Descent, group: Any) -> Vectors:
             for i in missing:
                 if not there[i]:
                     lists[f][i], absent = flat.absent, absent + 1
-    return Vectors(lists, absent)
+    return store.meet(Vectors(lists, absent))
 
 
 def _length(flat: Flat) -> int:

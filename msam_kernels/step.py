@@ -50,6 +50,8 @@ from .units import Undo, Units
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from .flat import Held, Memory
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -297,6 +299,9 @@ class Engine:
 
     def collect(self, *, clear: bool) -> Vectors:
         """``follow``, and every ``p.grad``: one look at the parameters. With ``clear``, every one is None then."""
+        if not self.store.is_settled:
+            self.follow()
+            self.store.settle(self.method.full)
         grads = self.store.collect(clear=clear)
         if grads is None:
             self.follow()
@@ -828,7 +833,7 @@ class Step:
         self.lacks = NO_BACKWARD_IN_CLOSURE if clear else NO_BACKWARD_IN_DROP_IN
         self._scores = scores
         self._held: list[Vectors] = []  # its gradients of earlier passes, the latest first
-        self._memories: list[tuple[Tensor, Tensor]] = []  # memories that change, and what they held before
+        self._memories: list[tuple[Memory, Held]] = []  # those that change, and what they held before
         self._synced: list[bool] = []  # by pass, where it is known: whether DDP has reduced it
         self._lacking: list[tuple[int, ...]] = []  # by flat: parameters without a gradient in the latest ascent
         self._handed: list[tuple[Tensor, Tensor, int]] = []  # parameters, what they were handed over, and its version
@@ -899,15 +904,15 @@ class Step:
             )
             self.began_undo = True
 
-    def _remember(self, memories: Sequence[Tensor]) -> None:
+    def _remember(self, memories: Sequence[Memory]) -> None:
         """What they hold is there again if the step is given up."""
         if not self.store.is_capturing():
-            self._memories += [(memory, memory.clone()) for memory in memories]
+            self._memories += [(memory, memory.now()) for memory in memories]
 
     def give_back_memories(self) -> None:
         """What a step that is given up has moved on."""
-        for memory, before in self._memories:
-            memory.copy_(before)
+        for memory, held in self._memories:
+            memory.put_back(held)
         self._memories = []
         if self._kept:
             self.engine.v_step = self.engine.steps if self.adds_to_v else -1
@@ -963,6 +968,8 @@ class Step:
             for which in passes.turns:
                 self._i, self.turn, norm_sq = which[-1], 0, None
                 losses, *vectors = self._run(passes, which, None)
+                if not store.is_settled:
+                    store.settle(engine.method.full, vectors[0])
                 self._look_at_scale()
                 if which.start == 0 and plan.lmbda is not None and plan.climbs:  # it moves on while they may still fail
                     self._remember(store.means(plan))
@@ -981,6 +988,7 @@ class Step:
                     vectors.insert(0, self._run(passes, which, copies)[1])
                     if plan.opposite is not None:
                         self._look_at_scale()
+                        copies = store.stacks(len(which), plan.only)
                         store.cross(vectors[1], plan, engine.tables, norm_sq, which, copies)
                         del vectors[plan.holds :]
                         self.turn = 2
@@ -1010,7 +1018,8 @@ class Step:
                 f"the loss gave parameters other memory, or unfroze some, between passes of one step: do it between steps, or "
                 f"{SEQUENTIAL}"
             )
-        return found
+        losses, vector = found
+        return losses, self.store.meet(vector)
 
     def _descent_of(self, which: range, vectors: Sequence[Vectors], norm_sq: Tensor | None) -> Descent:
         """``_descent`` of several micro-batches, whose vectors are stacks."""
@@ -1151,10 +1160,12 @@ class Step:
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         engine, store, plan = self.engine, self.store, self.plan
+        grads = self._collect(
+            clear=self.clear
+        )  # which may bring memories elsewhere, before the look notes what they hold
         if self._has_units:
             self._look_at_scale()
         self._has_looked = True
-        grads = self._collect(clear=self.clear)
         if grads.absent:
             self._check_any(grads)
         if self._several and self.ranks.synchronised is False:
@@ -1466,7 +1477,7 @@ class Step:
             memory_of.start()
         memory = Vectors([memory.parts for memory in memories])
         if self.adds_to_v and not self._kept:
-            self._remember([t for m in memories for t in (m.buffer, m.terms, m.square)])
+            self._remember(memories)
         self._kept = True
         if self.adds_to_v or not begins:
             descent.add(memory, PLAIN)
@@ -1495,7 +1506,7 @@ class Step:
             pairs = zip(flat.shards, grads or [None] * len(flat.params), strict=True)
             lists.append([flat.absent if g is None else regular_gradient(p, g) for p, g in pairs])
             absent += sum(g is flat.absent for g in lists[-1])
-        return Vectors(lists, absent)
+        return self.store.meet(Vectors(lists, absent))
 
     def _put_into_grads(self) -> None:
         """The mean into ``p.grad``; where a gradient was there before, into its own tensor, if that can be written to."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +117,7 @@ class Store:
 
     Attributes:
         drawn: how many micro-batches of the step under way have rounded so, in earlier loops.
+        is_settled: whether it has been looked, of all parameters, which wait for their first gradient.
         is_sharded: whether any parameter is a DTensor.
     """
 
@@ -132,6 +133,8 @@ class Store:
     ):
         self.base, self.flatten, self.backend, self.seed, self.masters = base, flatten, backend, seed, masters
         self.drawn = 0
+        self.is_settled = False
+        self._waits = False  # whether any does
         self.process_group = process_group
         self.flats: list[Flat] = []
         self._lists: list[list[Tensor]] = []  # the parameters by flat
@@ -304,6 +307,7 @@ class Store:
         self._gathered = Gathered(params, self._gathered) if is_sharded else None
         self.layout = self._loops.memory_layout(groups, self._lists)
         self._left = {id(p) for _, p in left}
+        self._look_who_waits()
 
     def _move_state(self, p: Tensor, was: Flat, group: dict[str, Any]) -> None:
         """The base optimizer's state follows its parameter, as in torch's ``load_state_dict``.
@@ -324,6 +328,47 @@ class Store:
         for name, value in entry.items():
             if name != "step" or on_device:
                 entry[name] = moved(value)
+
+    def _look_who_waits(self) -> None:
+        self.is_settled = all(flat.settled for flat in self.flats)
+        self._waits = any(flat.waiting for flat in self.flats)
+
+    def settle(self, plan: Plan, vector: Vectors | None = None) -> None:
+        """At the first gradients of a flat, in ``p.grad`` or the vector: parameters that lack one wait for it.
+
+        As long as they do, nothing is kept for them. A mask is of all elements, and with one of its plan nobody waits.
+        """
+        for f, flat in enumerate(self.flats):
+            if flat.settled:
+                continue
+            flat.settled = True
+            missing = (
+                flat.absent_from(vector.lists[f])
+                if vector
+                else [i for i, p in enumerate(flat.params) if p.grad is None]
+            )
+            waiting = [] if plan.sparse is not None else [i for i in missing if not self.base.state.get(flat.params[i])]
+            memories = flat.memories.values()
+            self._wait_for(flat, {i for i in waiting if not any(memory.holds(i) for memory in memories)})
+        self._look_who_waits()
+
+    def _wait_for(self, flat: Flat, waiting: Set[int]) -> None:
+        if waiting != flat.waiting:
+            flat.wait_for(waiting)
+            self.layout = self._loops.memory_layout(self.base.param_groups, self._lists)
+
+    def meet(self, vector: Vectors) -> Vectors:
+        """``vector``; parameters that wait for their first gradient, and have one in it, wait no longer."""
+        if self._waits:
+            pairs = zip(self.flats, vector.lists, strict=True)
+            self.end_wait([(flat, i) for flat, ts in pairs for i in flat.waiting if ts[i] is not flat.absent])
+        return vector
+
+    def end_wait(self, which: Sequence[tuple[Flat, int]]) -> None:
+        """There is something to keep of these parameters, if they have waited for that."""
+        for flat in self.flats:
+            self._wait_for(flat, flat.waiting - {i for f, i in which if f is flat})
+        self._look_who_waits()
 
     def check_only(self, only: Parameters | None) -> None:
         """Refuse a choice of parameters of which the optimizer has none.
@@ -368,7 +413,7 @@ class Store:
             lists = made_regular(found[0], self._lists, self._absent, self._loops, clear=clear)
         if len(lists) > 1:
             lists = own_memory_of_lists(lists, whole=False)
-        return Vectors(lists, absent)
+        return self.meet(Vectors(lists, absent))
 
     def current_grads(self) -> list[Optionals]:
         """By flat: every p.grad or None; an empty list where all are None."""
@@ -404,9 +449,9 @@ class Store:
     def memory(self, name: str, begin: float) -> list[Memory]:
         return [flat.memory(name, begin) for flat in self.flats]
 
-    def means(self, plan: Plan) -> list[Tensor]:
+    def means(self, plan: Plan) -> list[Memory]:
         """The means of gradients that the plan's direction is made of."""
-        return [flat.memory("ema", float("nan")).buffer for _, flat, _ in self.parts(plan.only)]
+        return [flat.memory("ema", math.nan) for _, flat, _ in self.parts(plan.only)]
 
     def has_v(self) -> bool:
         """Whether there is a "v" to reuse."""
@@ -414,17 +459,13 @@ class Store:
 
     def recall(self) -> Callable[[], None]:
         """What brings the methods' memories back to what they hold now."""
-        kept = [
-            {name: (memory.buffer.clone(), memory.started) for name, memory in flat.memories.items()}
-            for flat in self.flats
-        ]
+        kept = [{name: memory.now() for name, memory in flat.memories.items()} for flat in self.flats]
 
         def back() -> None:
-            for flat, buffers in zip(self.flats, kept, strict=True):
+            for flat, of_names in zip(self.flats, kept, strict=True):
                 for name, memory in flat.memories.items():
-                    if name in buffers:
-                        memory.buffer.copy_(buffers[name][0])
-                        memory.started = buffers[name][1]
+                    if name in of_names:
+                        memory.put_back(of_names[name])
                     else:
                         memory.buffer.fill_(memory.begin)
                         memory.started = not math.isnan(memory.begin)
@@ -450,10 +491,10 @@ class Store:
         if into is not None and not renew and plan.lmbda is not None:
             # The perturbations to the other side begin with the same mean, and move it on for good.
             means = self.means(plan)
-            before = [mean.clone() for mean in means]
+            before = [mean.buffer.clone() for mean in means]
             norm_sq = self._ascend(grads, plan, tables, which, True, into)
             for mean, old in zip(means, before, strict=True):
-                mean.copy_(old)
+                mean.buffer.copy_(old)
             return norm_sq
         return self._ascend(grads, plan, tables, which, renew, into)
 
@@ -634,7 +675,7 @@ class Store:
                 **options,
             )
             if memories:
-                memories[f].add_up(flat)
+                memories[f].add_up()
 
     def shift(self, vector: Vectors, factor: float, tables: Tables, scale: Tensor | None = None) -> None:
         """w ← w − factor·lr·vector, with the learning rate of the parameter's group; nothing of what is absent.
@@ -744,7 +785,7 @@ class Store:
         """The base optimizer's momentum, as the kernels take it; absent where there is none, or the parameter is frozen."""
         lists = [flat.momentum(state, MOMENTA) for flat in self.flats]
         absent = sum(t is flat.absent for flat, tensors in zip(self.flats, lists, strict=True) for t in tensors)
-        return Vectors(lists, absent)
+        return self.meet(Vectors(lists, absent))
 
     def separate(self, state: State) -> None:
         """What lies in a flat buffer of states, but not as ``bind`` left it there for its parameter, gets memory of its own.

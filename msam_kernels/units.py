@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ._torch import Scaled, moved
 from .backends.reference import PERTURBED
-from .flat import Flat, Memory
+from .flat import Held, Memory
 from .methods import Plan
 from .store import Store
 
@@ -113,11 +114,10 @@ class Undo:
         self.v_step, self.mask_step = v_step, mask_step if chooses else None
         changed = [(flat, "ema") for _, flat, _ in store.parts(plan.only)] if plan.lmbda is not None else []
         changed += [(flat, "v") for flat in store.flats] if plan.remembers_v else []
-        self._memories: list[tuple[Flat, Memory, bool, list[Tensor]]] = []
+        self._memories: list[tuple[Memory, Held]] = []
         for flat, name in changed:
             memory = flat.memory(name, math.nan)
-            before = [t.clone() for t in (memory.buffer, memory.terms, memory.square)]
-            self._memories.append((flat, memory, memory.started, before))
+            self._memories.append((memory, memory.now()))
         masks = [(flat, flat.mask) for flat in store.flats] if chooses else []
         self._masks = [(flat, mask, None if mask is None else mask.clone()) for flat, mask in masks]
 
@@ -125,10 +125,8 @@ class Undo:
         """The step was skipped."""
         if self._scale is not None:  # somebody may have looked, or the scale have changed
             self._units.bring_means_to(self._scale)
-        for _, memory, started, before in self._memories:
-            for t, values in zip((memory.buffer, memory.terms, memory.square), before, strict=True):
-                t.copy_(values)
-            memory.started = started
+        for memory, held in self._memories:
+            memory.put_back(held)
         for flat, mask, bits in self._masks:
             flat.mask = mask
             if mask is not None and bits is not None:
@@ -138,11 +136,16 @@ class Undo:
         """The memories, where ``found_inf``, on the device, is not 0; else they are neither read nor written."""
         if self._scale is not None:
             self._units.bring_means()
-        for flat, memory, started, (buffer, *sums) in self._memories:
-            if memory.started and not started:  # the host takes it for begun: it counts nothing then
-                buffer.zero_()
-            skipped = moved(found_inf, flat.device) != 0
+        for memory, held in self._memories:
+            flat = memory.flat
+            if memory.started and not held.started:  # the host takes it for begun: it counts nothing then
+                held.buffer.zero_()
+                held = replace(held, started=True)
+            buffer, skipped = memory.as_now(held), moved(found_inf, flat.device) != 0
             status = (skipped.to(torch.uint8) * PERTURBED).expand(flat.rows).contiguous()
             flat.backend.descend([memory.buffer], [], [], flat.table, coefs=[], sums=[], saved=buffer, status=status)
-            for t, values in zip((memory.terms, memory.square), sums, strict=True):
+            if buffer is not held.buffer:
+                memory.measure()
+                continue
+            for t, values in zip((memory.terms, memory.square), held.sums, strict=True):
                 t.copy_(torch.where(skipped, values, t))
