@@ -55,7 +55,7 @@ MAY_KNOW = {
     "checkpoint": {"_torch", "flat", "precision", "rules", "sharded", "step", "store"},
     "step": {
         *("_torch", "batches", "buffers", "gradients", "masks", "methods", "mistakes", "parallel", "precision"),
-        *("ranks", "rules", "sharded", "store", "units"),
+        *("ranks", "rules", "sharded", "store", "units", "flat"),
     },
     "units": {"_torch", "backends.reference", "flat", "methods", "store"},
     "ranks": {"batches", "flat", "gradients", "methods", "sharded", "store"},
