@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -305,6 +306,15 @@ class PlainRanks(PlainSAM):
         descent = super()._gradients(rho, closure, share)
         self.emas[rank] = self.ema
         return descent
+
+
+def of_both_and_own(both: Callable[[], Any], own: Callable[[], Any]) -> Callable[[], Any]:
+    """A micro-batch of a rank, in the one loop of several that DDP synchronises.
+
+    The rank perturbs along the gradient of all, less its own mean gradient, and what it finds there is averaged with theirs.
+    """
+    turns = itertools.cycle((both, own))
+    return lambda: next(turns)()
 
 
 # ---- where the tests run ---------------------------------------------------------------------------------------------

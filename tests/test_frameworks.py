@@ -30,7 +30,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 import msam_kernels
 from msam_kernels import MicroBatchSAM, methods
-from plain import METHODS, PlainRanks, off, on_ranks, same_bits, weights
+from plain import METHODS, PlainRanks, of_both_and_own, off, on_ranks, same_bits, weights
 
 pytestmark = pytest.mark.host
 
@@ -1181,14 +1181,13 @@ class Ranked(Case):
             step = whole[begin : begin + RANKS * self.accumulate]
             items = sum(int((batch["labels"] >= 0).sum()) for batch in step)
             each = [[part for batch in step[r::RANKS] for part in self.parts(batch)] for r in range(RANKS)]
-            shares = [1 / RANKS / m] * len(each[0]) * RANKS
-            if self.ascent == "global":  # the last loop's perturbation is that of all ranks
-                pairs = zip(*(parts[-m:] for parts in each), strict=True)
-                both = [{k: torch.cat([p[k] for p in pair]) for k in pair[0]} for pair in pairs]
-                each = [each[0][:-m] + both, each[1][:-m]]
-                shares = shares[m:]
-                shares[len(each[0]) - m : len(each[0])] = [1 / m] * m
-            theirs.step([partial(self.backward, model, part, items) for part in each[0] + each[1]], shares)
+            backward = [[partial(self.backward, model, part, items) for part in parts] for parts in each]
+            if self.ascent == "global":
+                for i in range(-m, 0):
+                    both = {k: torch.cat([parts[i][k] for parts in each]) for k in each[0][i]}
+                    for closures in backward:
+                        closures[i] = of_both_and_own(partial(self.backward, model, both, items), closures[i])
+            theirs.step([*backward[0], *backward[1]], [1 / RANKS / m] * len(each[0]) * RANKS)
         return weights(model)
 
     def parts(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -1228,9 +1227,7 @@ RANKED |= {
     "Trainer, no accumulation": Ranked(framework="Trainer", accumulate=1, method=METHODS["F-SAM"]),
 }
 #: Which loops count as what differs from one process: see docs/distributed.md.
-UNLIKE_ONE_PROCESS = {"Accelerate, LookSAM k=2", "Accelerate, Sparse SAM", "Accelerate, F-SAM + Sparse + Stable"} | {
-    name for name in RANKED if "F-SAM, global" in name
-}
+UNLIKE_ONE_PROCESS = {"Accelerate, LookSAM k=2", "Accelerate, Sparse SAM", "Accelerate, F-SAM + Sparse + Stable"}
 RESUMED_ON_RANKS = [name for name in RANKED if name.startswith(("Trainer, AdamW", "Accelerate, AdamW"))]
 COMBINES = Ranked(framework="Trainer", method=METHODS["GSAM"], ascent="global")
 
