@@ -332,6 +332,7 @@ class CapturedStep:
             ]
         return (
             engine.store.layout,
+            [flat.waiting for flat in engine.store.flats],
             engine.tables.names,
             fused,
             addresses,

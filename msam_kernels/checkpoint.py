@@ -19,7 +19,7 @@ from ._torch import children_of, parameters_of, versions_of
 from .flat import Flat, has_begun
 from .precision import SEEDS
 from .rules import MASK_STEP, OURS, RULES, SEED, STEPS, check_rho, saves_itself, theirs_in
-from .sharded import check_alike, shown, values
+from .sharded import check_alike, is_dtensor, shard, shown, values
 from .step import Engine
 from .store import Store
 
@@ -55,8 +55,6 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
         names = [name for name in wanted if name != "ema" or plan.only is None or flat.params[i] in plan.only]
         names += [name for name in _MEMORIES if name in flat.memories and name not in names]
         names += ["master"] if flat.has_masters else []
-        if i in flat.waiting:
-            names = []
         if not flat.has_masters:  # before it was converted it may have had one
             engine.base.state.get(flat.params[i], {}).pop(OURS + "master", None)
         masked = plan.sparse is not None or flat.mask is not None
@@ -66,13 +64,11 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
                 if isinstance(entry[name], Tensor) and entry[name].dtype != flat.dtype_kept:
                     entry[name] = entry[name].to(flat.dtype_kept)
         for name in names:
-            there = _buffer(flat, name, begin=entry is not None)
-            if entry is not None and there is not None:
-                old, buffer = entry.get(OURS + name), there
-                entry[OURS + name] = (
-                    old if flat.is_part(buffer, i, old) else shown(flat.part(buffer, i), flat.params[i])
-                )
-            elif there is not None and has_begun(part := flat.part(there, i)):
+            part = _part(flat, name, i, begin=entry is not None)
+            if entry is not None and part is not None:
+                if not _is_shown(entry.get(OURS + name), part, flat.params[i]):
+                    entry[OURS + name] = shown(part, flat.params[i])
+            elif part is not None and has_begun(part):
                 left.setdefault(name, {})[at] = shown(part, flat.params[i])
         if masked and entry is not None:
             entry[OURS + "mask"] = _bits(flat)[i]
@@ -83,11 +79,28 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
     return left
 
 
-def _buffer(flat: Flat, name: str, *, begin: bool) -> Tensor | None:
-    """Of a memory, or of masters, zeros where these have not begun; without ``begin`` None where there is none."""
+def _part(flat: Flat, name: str, i: int, *, begin: bool = False) -> Tensor | None:
+    """A parameter's part of a memory or of masters: zeros where these have not begun, of what waits one number in its shape.
+
+    Without ``begin`` None where there is none.
+    """
     if name == "master":
-        return flat.save_buffer() if begin else flat.saved
-    return flat.memory(name, math.nan).buffer if begin or name in flat.memories else None
+        buffer, fill = flat.save_buffer() if begin else flat.saved, 0.0
+    else:
+        memory = flat.memory(name, math.nan) if begin else flat.memories.get(name)
+        buffer, fill = (None, 0.0) if memory is None else (memory.buffer, memory.fill)
+    if buffer is None:
+        return None
+    return buffer.new_full((), fill).expand(flat.shards[i].shape) if i in flat.waiting else flat.part(buffer, i)
+
+
+def _is_shown(t: Any, part: Tensor, p: Tensor) -> bool:
+    """Whether ``t`` is the part as everybody else sees it."""
+    if not isinstance(t, Tensor) or is_dtensor(t) != is_dtensor(p):
+        return False
+    t = shard(t)
+    same = (t.dtype, t.device, t.shape, t.stride()) == (part.dtype, part.device, part.shape, part.stride())
+    return same and t.data_ptr() == part.data_ptr()
 
 
 def _entries(engine: Engine) -> Callable[[int, Tensor], dict[str, Any] | None]:
@@ -127,8 +140,9 @@ def remembered(engine: Engine) -> dict[str, Any]:
         own["seed"] = engine.seed
     for at, flat, i in _places(engine.store):
         for name in _MEMORIES:
-            if i not in flat.waiting and name in flat.memories and has_begun(flat.memories[name].parts[i]):
-                own.setdefault(name, {})[at] = shown(flat.memories[name].parts[i], flat.params[i])
+            part = _part(flat, name, i)
+            if part is not None and has_begun(part):
+                own.setdefault(name, {})[at] = shown(part, flat.params[i])
         if flat.mask is not None:
             own.setdefault("mask", {})[at] = _bits(flat)[i]
     return {**own, "mask_step": engine.mask_step} if "mask" in own else own
@@ -138,9 +152,9 @@ def load_own(engine: Engine, own: dict[str, Any]) -> None:
     """Means and masks of this rank, after a file of another rank was loaded: all else stays what that said."""
     kept = {name: value for name, value in remembered(engine).items() if name not in ("ema", "mask")}
     masters = {
-        at: shown(flat.part(flat.saved, i), flat.params[i])
+        at: shown(part, flat.params[i])
         for at, flat, i in _places(engine.store)
-        if flat.has_masters and flat.saved is not None
+        if flat.has_masters and (part := _part(flat, "master", i)) is not None
     }
     load(engine, {**kept, **{name: own[name] for name in ("ema", "mask") if name in own}, "master": masters})
 
@@ -245,14 +259,22 @@ def take_in(engine: Engine, own: dict[str, Any]) -> None:
     frozen = [p for at, (p, place) in enumerate(pairs) if place is None and at in kept]
     if frozen:
         engine.adopt(frozen)
-    begun = {at for name in _TENSORS if name != "mask" for at in own.get(name, {})}
-    engine.store.end_wait([(flat, i) for at, flat, i in _places(engine.store) if at in begun])
+    if any(_holds(own, name, at) for name in _TENSORS for at, flat, i in _places(engine.store) if i in flat.waiting):
+        engine.follow()
+        held = [(flat, i) for at, flat, i in _places(engine.store) if any(_holds(own, name, at) for name in _TENSORS)]
+        engine.store.end_wait(held)
+
+
+def _holds(own: dict[str, Any], name: str, at: int) -> bool:
+    """Whether it has anything to keep for a parameter, of what has begun. A mask is of all elements, trained or not."""
+    t = own.get(name, {}).get(at)
+    return t is not None and name != "mask" and (name == "ema" or bool(shard(t).any()))
 
 
 def load(engine: Engine, own: dict[str, Any]) -> None:
     """What ``apart`` returned; what it does not hold begins anew."""
     take_in(engine, own)
-    named, own = own.get("v", {}), _begun(own)
+    own = _begun(own)
     engine.steps, engine.v_step = own.get("steps", 0), -1
     if "mask_step" in own or engine.method.full.sparse is not None:
         engine.mask_step = own.get("mask_step", -1)
@@ -263,8 +285,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
     engine.undo = None
     # Copies first: what is loaded may be a view of what begins anew.
     tensors = {name: {at: t.clone() for at, t in own.get(name, {}).items()} for name in _TENSORS}
-    if not all(at in tensors["v"] or at not in named or not flat.shards[i].numel() for at, flat, i in places):
-        tensors["v"] = {}  # of some only of those that have had gradients, it is of no use
+    if not all(at in tensors["v"] or not flat.shards[i].numel() for at, flat, i in places):
+        tensors["v"] = {}  # of some parameters only, it is of no use
     rule = RULES.get(type(engine.base))
     for at, flat, i in places:
         if flat.has_masters:
@@ -289,7 +311,8 @@ def load(engine: Engine, own: dict[str, Any]) -> None:
             if name == "v":
                 memory.start()
             for i, t in there.items():
-                memory.parts[i].copy_(values(t, flat.params[i]))
+                if i not in flat.waiting:
+                    memory.parts[i].copy_(values(t, flat.params[i]))
             if name == "v":
                 memory.measure()
         masks = {i: tensors["mask"][at] for i, at in mine.items() if at in tensors["mask"]}

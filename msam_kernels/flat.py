@@ -27,7 +27,7 @@ from .backends import Backend, reference
 from .backends.checks import lost_memory, span
 from .gradients import has_layout, holds, memory_layout, regular_values
 from .precision import dtype_kept, is_short
-from .sharded import first_draw, is_dtensor, shard, shards, shown, spread, values
+from .sharded import first_draw, shard, shards, shown, spread, values
 
 # Of one row of the table, the unit of work and of the deterministic reductions: elements on a CPU, bytes on a GPU, where a row
 # is a block of threads (csrc/cuda/kernels.cuh). The rows themselves, of 40 bytes, are 0.25 % of what one pass over them moves.
@@ -180,9 +180,10 @@ class Memory:
             self._one = self.terms.new_ones(1)
             self._row = flat.table.new_tensor([[0, 0, 0, 1, 0]])
 
-    def holds(self, i: int) -> bool:
-        """Whether anything has been added to a parameter's part."""
-        return has_begun(self.parts[i]) and (not self.started or bool(shard(self.parts[i]).any()))
+    @property
+    def fill(self) -> float:
+        """What it holds where nothing was added."""
+        return 0.0 if self.started else self.begin
 
     def now(self) -> Held:
         flat = self.flat
@@ -243,8 +244,9 @@ class Flat:
     Args:
         params: distinct parameters of one device and dtype, and DTensors of one mesh and number of shards.
         groups: for each, the index of its parameter group.
-        flatten: re-point every ``p.data``, once, into one flat buffer of weights. Without it, and where others rely on the
-            place of any of them, see ``_stays``, all stay where they are and are reached by segment.
+        flatten: re-point every ``p.data`` into one flat buffer of weights, and into another one where ``wait_for`` moves them.
+            Without it, and where others rely on the place of any of them, see ``_stays``, all stay where they are and are
+            reached by segment.
         backend: the namespace of operators, see ``backends``.
         masters: see ``MicroBatchSAM``.
 
@@ -393,13 +395,14 @@ class Flat:
     def wait_for(self, waiting: Set[int]) -> None:
         """From now on these parameters wait for their first gradient: they lie behind the others, and nothing is kept for them.
 
-        What is kept for the others follows; the base optimizer's state does when ``bind`` finds it elsewhere. Those that have
-        waited until now are the last of the others, which stay where they were in the buffers.
+        What is kept for the others follows. Those that have waited until now are the last of the others, which stay where they
+        were in the buffers.
         """
         self.check_not_capturing("which parameters have gradients")
-        before, order = dict(vars(self)), sorted(self.order, key=lambda i: i in waiting)
+        before = [(each, dict(vars(each))) for each in (self, *self.memories.values())]
+        was, order = self.order, sorted(self.order, key=lambda i: i in waiting)
         old, waited, status, rows = self.offsets, self.waiting, self.status, self.table[:, 0]
-        kept = [(memory, memory.now()) for memory in self.memories.values()]
+        bits = [] if self.mask is None else list(map(self.mask_of, range(len(order))))
         try:
             self._lay_out(order, len(order) - len(waiting))
             stay = torch.tensor([i not in waiting | waited for i in range(len(order))], device=self.device)
@@ -407,17 +410,31 @@ class Flat:
             self.status[stay[self.table[:, 0]]] = status[stay[rows]]  # their rows follow each other as they did
             if self.saved is not None:
                 self.saved = self.moved(self.saved, old, waited)
-            buffers = [memory.as_now(held) for memory, held in kept]
-            if self.flatten and order != before["order"]:
+            for memory in self.memories.values():
+                memory.hold(self.moved(memory.buffer, old, waited, memory.fill))
+                if memory.started:
+                    memory.measure()
+            if bits and order != was:
+                self.mask, self.shown = None, (None, [])
+                for i, chosen in enumerate(bits):
+                    self.set_mask(i, chosen)
+            self.state = {
+                name: buffer if name == "step" else self.moved(buffer, old, waited)
+                for name, buffer in self.state.items()
+            }
+            self._stack, bound, self._bound = None, self._bound, None
+            if self.flatten and order != was:
                 self._move_all_in()
-        except BaseException:
-            vars(self).update(before)
+        except BaseException:  # where parameters have moved already, they are taken back
+            for each, attributes in before:
+                vars(each).update(attributes)
             raise
-        for (memory, _), buffer in zip(kept, buffers, strict=True):
-            memory.hold(buffer)
-            if memory.started:
-                memory.measure()
-        self.state, self.views, self._bound, self._stack = {}, {}, None, None
+        if bound is not None:  # what it has left in the base optimizer's state
+            places = {id(view): place for place, view in self.views.items()}
+            for entry, name, view in zip(bound.dicts, bound.names, bound.views, strict=True):
+                i, _ = place = places.get(id(view), (-1, ""))
+                if name != "step" and entry.get(name) is view and i >= 0 and i not in waiting:
+                    entry[name] = self.views[place] = shown(self.alias(self.state[name], i), self.params[i])
 
     def moved(self, buffer: Tensor, offsets: list[int], waiting: Set[int], fill: float = 0.0) -> Tensor:
         """What a buffer of another layout holds, in one of today's; ``fill`` where it holds nothing."""
@@ -444,16 +461,6 @@ class Flat:
             return self.absent
         like = torch.empty_strided(self._shapes[i], self._strides[i], dtype=self.dtype, device="meta")
         return _alias(buffer, self.offsets[i], like)
-
-    def is_part(self, buffer: Tensor, i: int, t: Any) -> bool:
-        """Whether ``t`` is what ``part`` returns, or that as everybody else sees it."""
-        if not isinstance(t, Tensor) or is_dtensor(t) != is_dtensor(self.params[i]):
-            return False
-        t = shard(t)
-        if t.dtype != buffer.dtype or t.device != self.device or t.shape != self._shapes[i]:
-            return False
-        place = buffer.data_ptr() + self.offsets[i] * buffer.element_size()
-        return not t.numel() or (t.data_ptr() == place and t.stride() == self._strides[i])
 
     def parts(self, buffer: Tensor) -> list[Tensor]:
         return [self.part(buffer, i) for i in range(len(self.params))]
@@ -535,9 +542,11 @@ class Flat:
 
     def set_master(self, i: int, master: Tensor | None) -> None:
         """A parameter's master; None: the weights are, as zeros stand for none."""
+        if i in self.waiting:
+            return
         if master is not None:
             self.alias(self.save_buffer(), i).copy_(master)
-        elif self.saved is not None and i not in self.waiting:
+        elif self.saved is not None:
             self.alias(self.saved, i).zero_()
 
     @property
@@ -587,13 +596,7 @@ class Flat:
         """
         old = [homes.get(p) for p in self.params]
         for name in dict.fromkeys(name for home in old if home for name in home[0].memories):
-            there = {
-                i: home
-                for i, home in enumerate(old)
-                if home and name in home[0].memories and home[1] not in home[0].waiting
-            }
-            if not there:
-                continue
+            there = {i: home for i, home in enumerate(old) if home and name in home[0].memories}
             first = next(iter(there.values()))[0].memories[name]
             if len(there) < len(old) and first.started:
                 continue
@@ -601,7 +604,8 @@ class Flat:
             if first.started:
                 memory.start()
             for i, (flat, at) in there.items():
-                memory.parts[i].copy_(flat.memories[name].parts[at])
+                if at not in flat.waiting:
+                    memory.parts[i].copy_(flat.memories[name].parts[at])
             if name == "v":
                 memory.measure()
         for i, home in enumerate(old):
@@ -667,6 +671,18 @@ class Flat:
                 view.as_strided_(p.size(), p.stride())
         if bits is not None:
             self.set_mask(i, bits)
+
+    @property
+    def remembered(self) -> dict[str, Tensor]:
+        """By name, the buffers that are part of the optimizer's state: memories and masters."""
+        buffers = {name: memory.buffer for name, memory in self.memories.items()}
+        return buffers if self.saved is None or not self.has_masters else {**buffers, "master": self.saved}
+
+    def remembers(self, i: int) -> bool:
+        """Whether there is anything of a parameter in them."""
+        began_as_nan = {name for name, memory in self.memories.items() if not memory.started}
+        parts = {name: self.part(buffer, i) for name, buffer in self.remembered.items()}
+        return any(bool((~part.isnan() if name in began_as_nan else part).any()) for name, part in parts.items())
 
     # -- what methods keep --------------------------------------------------------------------------------------------
 

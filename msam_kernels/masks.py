@@ -116,7 +116,8 @@ def _parts(place: Place) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
     keys = torch.zeros(end - begin, dtype=torch.int64, device=flat.device)
 
     def parts() -> Iterator[tuple[int, slice, Tensor]]:
-        for i in range(max(bisect_right(flat.offsets, begin) - 1, 0), bisect_left(flat.offsets, end)):
+        offsets = [flat.offsets[i] for i in flat.order]
+        for i in flat.order[max(bisect_right(offsets, begin) - 1, 0) : bisect_left(offsets, end)]:
             offset = flat.offsets[i]
             low, high = max(begin, offset), min(end, offset + flat.params[i].numel())
             if low < high:

@@ -117,7 +117,8 @@ class MicroBatchSAM(Optimizer):
     before the method's ``start``, the base optimizer works alone: one pass per micro-batch, nothing is perturbed.
 
     Mutates: at construction, re-points the ``.data`` of every parameter that requires a gradient, or has one, into a flat
-    buffer (see ``flatten``); that of one that is unfrozen later before its first step. ``param_groups``
+    buffer (see ``flatten``); that of one that is unfrozen later before its first step; and all once more where the first
+    step finds parameters without a gradient, for which nothing is kept, or one of these gets its first. ``param_groups``
     and ``state`` are the base optimizer's own: a scheduler on either object reaches both, and state dicts of either load
     into the other. Each group gets a ``rho``.
 

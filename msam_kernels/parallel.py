@@ -537,7 +537,7 @@ class ParallelPasses:
         """(losses, gradients) of these micro-batches; the gradients are stacks ``[len(which), *shape]``.
 
         Args:
-            weights: by flat, ``[len(which), size]``; None for w, in the pass that moves statistics on.
+            weights: by flat, ``[len(which), kept]``; None for w, in the pass that moves statistics on.
         """
         n, flats = len(which), self._store.flats
         params = [p for flat in flats for p in flat.params]

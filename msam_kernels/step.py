@@ -601,7 +601,7 @@ class Engine:
         ``stepped``: gradients that it took; where these are absent the weights stay.
         """
         if gap is None:
-            gap = Vectors([memory.parts for memory in self.store.memory("gap", 0.0)])
+            gap = self.store.vector_of(self.store.memory("gap", 0.0))
             self.v_step = -1
         scale = self.units.scale
         if scale is not None and found_inf is not None:
@@ -1137,8 +1137,8 @@ class Step:
         if self.plan.keeps:
             memories = store.memory(self.plan.kept, 0.0)
             descent = Descent()
-            kept = Vectors([memory.parts for memory in memories])
-            descent.add(ranks.mean(store, kept, plain=self.adds_to_v), PLAIN)
+            descent.add(ranks.mean(store, store.vector_of(memories), plain=self.adds_to_v), PLAIN)
+            kept = store.vector_of(memories)  # by now of whatever another rank keeps, too
             store.descend(kept, descent, weights=False, memories=None if self.plan.after else memories)
 
     def follow(self) -> None:
@@ -1160,10 +1160,8 @@ class Step:
     def ascend(self) -> None:
         """p.grad is the gradient at w: perturb the weights, and clear p.grad for the next pass."""
         engine, store, plan = self.engine, self.store, self.plan
-        grads = self._collect(
-            clear=self.clear
-        )  # which may bring memories elsewhere, before the look notes what they hold
-        if self._has_units:
+        grads = self._collect(clear=self.clear)
+        if self._has_units:  # after what may lay memories out anew, as it notes what they hold
             self._look_at_scale()
         self._has_looked = True
         if grads.absent:
@@ -1475,7 +1473,7 @@ class Step:
         memories = store.memory(plan.kept, math.nan if plan.remembers_v else 0.0)
         for memory_of in memories:
             memory_of.start()
-        memory = Vectors([memory.parts for memory in memories])
+        memory = store.vector_of(memories)
         if self.adds_to_v and not self._kept:
             self._remember(memories)
         self._kept = True
@@ -1491,7 +1489,7 @@ class Step:
         """The step's mean gradient, and "v" with its coefficient."""
         assert self.plan.reuses is not None
         memories = self.store.memory("v", math.nan)
-        v = Vectors([memory.parts for memory in memories])
+        v = self.store.vector_of(memories)
         descent = Descent(sums=[self.store.gram([mean]), self.store.squared(memories)])
         descent.add(mean, PLAIN)
         descent.add(v.present(mean), self.plan.reuses.row())

@@ -29,8 +29,8 @@ from .gradients import (
 )
 from .methods import Coefficient, Parameters, Plan
 from .precision import dtype_kept, is_short
-from .rules import MOMENTA, Rule, Tables
-from .sharded import Gathered, Reduction, Spread, check_placements, shard, spread
+from .rules import MOMENTA, OURS, Rule, Tables
+from .sharded import Gathered, Reduction, Spread, check_placements, shard, shown, spread
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -341,27 +341,37 @@ class Store:
         for f, flat in enumerate(self.flats):
             if flat.settled:
                 continue
+            if vector is None:
+                missing: Sequence[int] = [i for i, p in enumerate(flat.params) if p.grad is None]
+            else:
+                missing = flat.absent_from(vector.lists[f])
+            if plan.sparse is not None:
+                missing = ()
+            state = self.base.state
+            self._wait_for(flat, {i for i in missing if not state.get(flat.params[i]) and not flat.remembers(i)})
             flat.settled = True
-            missing = (
-                flat.absent_from(vector.lists[f])
-                if vector
-                else [i for i, p in enumerate(flat.params) if p.grad is None]
-            )
-            waiting = [] if plan.sparse is not None else [i for i in missing if not self.base.state.get(flat.params[i])]
-            memories = flat.memories.values()
-            self._wait_for(flat, {i for i in waiting if not any(memory.holds(i) for memory in memories)})
         self._look_who_waits()
 
     def _wait_for(self, flat: Flat, waiting: Set[int]) -> None:
-        if waiting != flat.waiting:
-            flat.wait_for(waiting)
-            self.layout = self._loops.memory_layout(self.base.param_groups, self._lists)
+        if waiting == flat.waiting:
+            return
+        assert self.is_current(), "who was re-pointed is to be taken back, and not to be taken for one that stays"
+        self._waits = True  # before anything may fail
+        flat.wait_for(waiting)
+        self.layout = self._loops.memory_layout(self.base.param_groups, self._lists)
+        for i, p in enumerate(flat.params):  # what was shown of them lies elsewhere now
+            entry = self.base.state.get(p, {})
+            for name, buffer in flat.remembered.items():
+                if OURS + name in entry and i not in waiting:
+                    entry[OURS + name] = shown(flat.part(buffer, i), p)
 
     def meet(self, vector: Vectors) -> Vectors:
         """``vector``; parameters that wait for their first gradient, and have one in it, wait no longer."""
         if self._waits:
             pairs = zip(self.flats, vector.lists, strict=True)
-            self.end_wait([(flat, i) for flat, ts in pairs for i in flat.waiting if ts[i] is not flat.absent])
+            met = [(flat, i) for flat, ts in pairs for i in flat.waiting if ts[i] is not flat.absent]
+            if met:
+                self.end_wait(met)
         return vector
 
     def end_wait(self, which: Sequence[tuple[Flat, int]]) -> None:
@@ -449,6 +459,10 @@ class Store:
     def memory(self, name: str, begin: float) -> list[Memory]:
         return [flat.memory(name, begin) for flat in self.flats]
 
+    def vector_of(self, memories: Sequence[Memory]) -> Vectors:
+        """All flats' memories as one vector."""
+        return Vectors([memory.parts for memory in memories], sum(len(memory.flat.waiting) for memory in memories))
+
     def means(self, plan: Plan) -> list[Memory]:
         """The means of gradients that the plan's direction is made of."""
         return [flat.memory("ema", math.nan) for _, flat, _ in self.parts(plan.only)]
@@ -484,7 +498,7 @@ class Store:
     ) -> Tensor:
         """Perturb the weights to w + e, for micro-batch ``which``; the terms of the direction's squared norm.
 
-        With ``into``, a buffer ``[m, size]`` by flat, the weights stay: w + e of each of m micro-batches is written there.
+        With ``into``, a buffer ``[m, kept]`` by flat, the weights stay: w + e of each of m micro-batches is written there.
         ``which`` are those, ``grads`` their stacks, and each has a row of terms.
         """
         renew = plan.opposite is None

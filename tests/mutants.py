@@ -71,7 +71,7 @@ MUTANTS = [
     # -- what was loaded, on ranks and before wrapping
     Mutant(
         "an empty shard has not begun",
-        P + "checkpoint.py",
+        P + "flat.py",
         "return memory.numel() == 0 or not",
         "return memory.numel() > 0 and not",
         SHARDED + "reused_by_all_ranks",
@@ -1058,17 +1058,66 @@ MUTANTS = [
         "tests/test_holders.py",
     ),
     Mutant(
+        "nobody waits for a first gradient",
+        P + "flat.py",
+        "sorted(self.order, key=lambda i: i in waiting)",
+        "self.order",
+        "tests/test_waiting.py -k costs_nothing",
+    ),
+    Mutant(
+        "a first gradient that comes late is not seen",
+        P + "store.py",
+        "        if self._waits:\n",
+        "        if False:\n",
+        "tests/test_waiting.py -k costs_nothing",
+    ),
+    Mutant(
+        "weights that were perturbed when one ceased to wait are not known to be",
+        P + "flat.py",
+        " = status[stay[rows]]",
+        " = 0",
+        "tests/test_waiting.py -k costs_nothing",
+    ),
+    Mutant(
+        "what was saved does not follow when one ceases to wait",
+        P + "flat.py",
+        "self.moved(self.saved, old, waited)",
+        "self.new_buffer(self.saved.dtype)",
+        "tests/test_waiting.py -k costs_nothing",
+    ),
+    Mutant(
+        "what was loaded for one that waits is lost",
+        P + "checkpoint.py",
+        "if any(_holds(own, name, at) for name in _TENSORS)",
+        "if False",
+        "tests/test_waiting.py -k resumes",
+    ),
+    Mutant(
+        "ranks that wait send something",
+        P + "ranks.py",
+        "lists[f][i].zero_()",
+        "lists[f][i].fill_(1.0)",
+        "tests/test_waiting.py -k alike",
+    ),
+    Mutant(
+        "a step that is skipped leaves something of one that has ceased to wait",
+        P + "flat.py",
+        "fill = 0.0 if held.started else self.begin",
+        "fill = 0.5",
+        "tests/test_waiting.py -k scaler",
+    ),
+    Mutant(
         "a parameter off by one row",
         P + "flat.py",
-        "for begin in range(0, p.numel(), length)",
-        "for begin in range(0, p.numel() - 1, length)",
+        "for begin in range(0, self._shapes[i].numel(), length)",
+        "for begin in range(0, self._shapes[i].numel() - 1, length)",
         "tests/test_golden.py tests/test_flatten.py -k cpu",
     ),
     Mutant(
         "off by one at chunk borders",
         P + "flat.py",
-        "min(length, p.numel() - begin)",
-        "min(length - 1, p.numel() - begin)",
+        "min(length, self._shapes[i].numel() - begin)",
+        "min(length - 1, self._shapes[i].numel() - begin)",
         "tests/test_optimizer.py -k 'several_rows'",
     ),
     Mutant(
@@ -1137,7 +1186,7 @@ MUTANTS = [
     Mutant(
         "v is not measured when it is loaded",
         P + "checkpoint.py",
-        "flat.measure(memory)",
+        "memory.measure()",
         "pass",
         "tests/test_resume.py tests/test_old_files.py",
     ),
@@ -1232,22 +1281,22 @@ MUTANTS = [
     Mutant(
         "a direction that has not begun is NaN",
         P + "units.py",
-        "                buffer.zero_()",
+        "                held.buffer.zero_()",
         "                pass",
         "tests/test_amp.py -k first_direction",
     ),
     Mutant(
         "a skipped loop's memories stay moved",
         P + "units.py",
-        "                t.copy_(values)\n            memory.started",
-        "                pass\n            memory.started",
+        "            memory.put_back(held)",
+        "            pass",
         "tests/test_amp.py -k 'overflow and passes and (F-SAM or Look)'",
     ),
     Mutant(
         "a skipped whole step's memories stay moved",
         P + "units.py",
-        "skipped = moved(found_inf, flat.device) != 0",
-        "skipped = moved(found_inf, flat.device) > 1",
+        "moved(found_inf, flat.device) != 0",
+        "moved(found_inf, flat.device) > 1",
         "tests/test_amp.py -k 'overflow and train_step'",
     ),
     Mutant(
@@ -1626,7 +1675,7 @@ MUTANTS = [
     Mutant(
         "parallel: the other side begins with a mean that has moved on",
         "msam_kernels/store.py",
-        "mean.copy_(old)",
+        "mean.buffer.copy_(old)",
         "pass",
         "tests/test_parallel.py -k compose",
     ),
@@ -1708,7 +1757,7 @@ MUTANTS = [
     Mutant(
         "parallel: a mean of gradients moves on by passes that fail",
         "msam_kernels/step.py",
-        "            memory.copy_(before)",
+        "            memory.put_back(held)",
         "            pass",
         "tests/test_parallel.py -k mean_of_gradients",
     ),
@@ -2553,8 +2602,8 @@ MUTANTS = [
     Mutant(
         "masters: none in what a new optimizer shows",
         P + "checkpoint.py",
-        "return flat.save_buffer() if begin else flat.saved",
-        "return flat.saved",
+        "flat.save_buffer() if begin else flat.saved, 0.0",
+        "flat.saved, 0.0",
         MASTERS + "distributed_checkpoints",
     ),
     Mutant(
@@ -2633,7 +2682,7 @@ MUTANTS = [
         P + "store.py",
         "terms = self._together([(flat, m.square) for flat, m in zip(self.flats, memories, strict=True)])",
         "terms = torch.cat([m.square for m in memories])",
-        SHARDED + "'LookSAM and AdamW and passes'",
+        SHARDED + "'LookSAM and SGD and passes'",
     ),
     Mutant(
         "the perturbation that arrived is this rank's",
@@ -2729,8 +2778,8 @@ MUTANTS = [
     Mutant(
         "what a method remembers is saved as this rank's part",
         P + "checkpoint.py",
-        "else shown(flat.part(buffer, i), flat.params[i])",
-        "else flat.part(buffer, i)",
+        "entry[OURS + name] = shown(part, flat.params[i])",
+        "entry[OURS + name] = part",
         SHARDED + "own_state_dicts",
     ),
     Mutant(
