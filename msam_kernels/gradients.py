@@ -157,11 +157,13 @@ def _holds(
     dicts: list[dict[Any, Any]],
     keys: list[Any],
     values: list[Any],
+    layout: object = None,
 ) -> bool:
     return (
         len(whole) == len(entries)
         and all(map(is_, whole.values() if isinstance(whole, dict) else whole, entries))
         and all(d.get(key) is value for d, key, value in zip(dicts, keys, values, strict=True))
+        and (layout is None or _has_layout(as_groups(values), layout))
     )
 
 
@@ -189,10 +191,18 @@ memory_layout: Callable[[Groups, list[list[Tensor]]], object] = getattr(extensio
 #: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
 has_layout: Callable[[Groups, object], bool] = getattr(extension, "has_layout", _has_layout)
 #: (whole, entries, dicts, keys, values) -> whether the values of a dict, or of a list, are these very entries, and each dict
-#: has the very value under its key, or has not that key where the value is None.
-holds: Callable[[dict[Any, Any] | list[Any], list[Any], list[dict[Any, Any]], list[Any], list[Any]], bool] = getattr(
-    extension, "holds", _holds
-)
+#: has the very value under its key, or has not that key where the value is None. And with ``layout_of`` the values, whether
+#: they are tensors that lie so.
+holds: Callable[..., bool] = getattr(extension, "holds", _holds)
+
+
+def as_groups(tensors: list[Tensor]) -> Groups:
+    """Mere tensors, as what looks at parameters takes them."""
+    return [{"params": tensors}]
+
+
+def layout_of(tensors: list[Tensor]) -> object:
+    return memory_layout(as_groups(tensors), [tensors])
 
 
 class Loops(NamedTuple):

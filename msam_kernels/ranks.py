@@ -248,7 +248,7 @@ def summed(store: Store, descent: Descent, group: Any) -> Vectors:
             lists[f] = flat.slices(message[begin : begin + flat.size])
             flags[f] = message[begin + flat.size : begin + _length(flat)]
             begin += _length(flat)
-            flat.backend.descend([], lists[f], descent.lists(f), flat.table, **descent.on(device))
+            flat.backend.descend([], lists[f], descent.lists(f), flat.table, **descent.on(flat))
             flags[f].fill_(1.0)
             for i in flat.absent_from(present.lists[f]):
                 flags[f][i] = 0.0
