@@ -3,12 +3,14 @@
 
 #include <c10/core/InferenceMode.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -521,24 +523,77 @@ bool holds(py::handle whole, const py::list& entries, const py::list& dicts, con
   });
 }
 
+// A function as Python calls it, with as many arguments as it has, by place. The way through pybind11 is in no cache either, and
+// costs 1 to 2 us then.
+template <auto function>
+struct Called;
+template <class Result, class... Args, Result (*function)(Args...)>
+struct Called<function> {
+  static void define(py::module_& m, const char* name, const char* doc) {
+    static PyMethodDef method{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL, doc};
+    PyObject* callable = PyCFunction_NewEx(&method, nullptr, py::str(m.attr("__name__")).ptr());
+    if (!callable) throw py::error_already_set();
+    m.attr(name) = py::reinterpret_steal<py::object>(callable);
+  }
+
+ private:
+  static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    try {
+      TORCH_CHECK_TYPE(count == Py_ssize_t(sizeof...(Args)), "expected ", sizeof...(Args), " arguments, got ", count);
+      return with(args, std::index_sequence_for<Args...>());
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (...) {
+      torch::translate_exception_to_python(std::current_exception());
+    }
+    return nullptr;
+  }
+  template <size_t... i>
+  static PyObject* with(PyObject* const* args, std::index_sequence<i...>) {
+    if constexpr (std::is_void_v<Result>)
+      return function(of<std::decay_t<Args>>(args[i])...), py::none().release().ptr();
+    else if constexpr (std::is_same_v<Result, bool>)
+      return PyBool_FromLong(function(of<std::decay_t<Args>>(args[i])...));
+    else
+      return function(of<std::decay_t<Args>>(args[i])...).release().ptr();
+  }
+  template <class T>
+  static T of(PyObject* o) {
+    if constexpr (std::is_same_v<T, std::optional<py::bytes>>) {
+      return o == Py_None ? T() : T(of<py::bytes>(o));
+    } else if constexpr (std::is_same_v<T, bool>) {
+      return o == Py_True;
+    } else if constexpr (std::is_same_v<T, py::handle>) {
+      return o;
+    } else {
+      const char* wanted = std::is_same_v<T, py::list> ? "a list" : "bytes";
+      TORCH_CHECK_TYPE(T::check_(o), "expected ", wanted, ", got ", Py_TYPE(o)->tp_name);
+      return py::reinterpret_borrow<T>(o);
+    }
+  }
+};
+
 }  // namespace
 
 void define_parameters(py::module_& m) {
   tensors_type = make_tensors_type();
   m.attr("Tensors") = py::handle(reinterpret_cast<PyObject*>(tensors_type));
   m.def("addresses", &addresses, "(lists, dtype, device) -> bytes: where the tensors are; None where one is not as it must be");
-  m.def("collect_grads", &collect_grads,
-        "(parameter groups, bytes of memory_layout, placeholders, clear) -> (lists of gradients, regular, absent), or None");
-  m.def("have_grads", &have_grads, "(parameter groups, bytes of memory_layout) -> whether one has a gradient, or None");
-  m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
-  m.def("without_own_memory", &without_own_memory, "(grads, whole) -> the indices of those to copy before they are written to");
-  m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
-  m.def("joined", &joined, "(lists) -> the tensors of all of them, one list after the other");
-  m.def("memory_layout", &memory_layout, "(parameter groups, lists of the served) -> bytes that say which they are and where these lie");
-  m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether they say so still, and no others are trained");
-  m.def("holds", &holds, py::arg("whole"), py::arg("entries"), py::arg("dicts"), py::arg("keys"), py::arg("values"),
-        py::arg("layout") = py::none(),
-        "(dict or list, entries, dicts, keys, values, their layout) -> whether these are its values, and each dict's, and lie so");
+  Called<&collect_grads>::define(m, "collect_grads",
+      "(parameter groups, bytes of memory_layout, placeholders, clear) -> (lists of gradients, regular, absent), or None");
+  Called<&have_grads>::define(m, "have_grads",
+      "(parameter groups, bytes of memory_layout) -> whether one has a gradient, or None");
+  Called<&current_grads>::define(m, "current_grads", "(params) -> every p.grad, or an empty list where all are None");
+  Called<&without_own_memory>::define(m, "without_own_memory",
+      "(grads, whole) -> the indices of those to copy before they are written to");
+  Called<&set_grads>::define(m, "set_grads", "(params, grads): p.grad by parameter, None for all where grads is empty");
+  Called<&joined>::define(m, "joined", "(lists) -> the tensors of all of them, one list after the other");
+  Called<&memory_layout>::define(m, "memory_layout",
+      "(parameter groups, lists of the served) -> bytes that say which they are and where these lie");
+  Called<&has_layout>::define(m, "has_layout",
+      "(parameter groups, bytes) -> whether they say so still, and no others are trained");
+  Called<&holds>::define(m, "holds",
+      "(dict or list, entries, dicts, keys, values, layout) -> whether these are its values, and each dict's, and lie so");
 }
 
 }  // namespace msam

@@ -768,7 +768,7 @@ class _Bound:
         if self._memory is self.views:
             return holds(state, self.entries, self.dicts, self.names, self.views, self._layout)
         return (
-            holds(state, self.entries, self.dicts, self.names, self.views)
+            holds(state, self.entries, self.dicts, self.names, self.views, None)
             and all(map(is_, map(shard, self.views), self._memory))
             and has_layout(as_groups(self._memory), self._layout)
         )

@@ -157,7 +157,7 @@ def _holds(
     dicts: list[dict[Any, Any]],
     keys: list[Any],
     values: list[Any],
-    layout: object = None,
+    layout: object,
 ) -> bool:
     return (
         len(whole) == len(entries)
@@ -190,10 +190,12 @@ without_own_memory: Callable[[Sequence[Tensor | None], bool], list[int]] = getat
 memory_layout: Callable[[Groups, list[list[Tensor]]], object] = getattr(extension, "memory_layout", _memory_layout)
 #: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
 has_layout: Callable[[Groups, object], bool] = getattr(extension, "has_layout", _has_layout)
-#: (whole, entries, dicts, keys, values) -> whether the values of a dict, or of a list, are these very entries, and each dict
-#: has the very value under its key, or has not that key where the value is None. And with ``layout_of`` the values, whether
-#: they are tensors that lie so.
-holds: Callable[..., bool] = getattr(extension, "holds", _holds)
+#: (whole, entries, dicts, keys, values, layout) -> whether the values of a dict, or of a list, are these very entries, and each
+#: dict has the very value under its key, or has not that key where the value is None. Where the layout is not None, but
+#: ``layout_of`` the values, these must also lie so.
+holds: Callable[[dict[Any, Any] | list[Any], list[Any], list[dict[Any, Any]], list[Any], list[Any], object], bool] = (
+    getattr(extension, "holds", _holds)
+)
 
 
 def as_groups(tensors: list[Tensor]) -> Groups:

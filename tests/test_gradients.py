@@ -233,7 +233,7 @@ def test_a_state_holds_what_it_held(of):
     values = [d[k] for d, k in zip(dicts, keys, strict=True)]
 
     def holds() -> bool:
-        return of["holds"](state, entries, dicts, keys, values)
+        return of["holds"](state, entries, dicts, keys, values, None)
 
     assert holds()
     state[1] = dict(entries[1])  # equal, but another one
