@@ -3,11 +3,14 @@
 
 #include <c10/core/InferenceMode.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string_view>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -113,8 +116,9 @@ void TensorsOf::release() {
 namespace {
 
 // After a forward and a backward pass no cache holds what is read of a parameter: its Python object, which leads to the tensor,
-// which leads to its storage and to its autograd data, which leads to its gradient. Each is asked for some iterations ahead.
-constexpr Py_ssize_t kAhead = 5;
+// which leads to its storage, its version and its autograd data, which leads to its gradient, and that to a storage. Each is
+// asked for some iterations ahead.
+constexpr Py_ssize_t kAhead = 4;
 
 template <class T>
 void fetch(const T* p) {
@@ -123,26 +127,51 @@ void fetch(const T* p) {
 #endif
 }
 
-// visit(i, object) for every item, until it returns false. `of_grads`: it is going to look at gradients.
+// Where a tensor's version is counted; VariableVersion is a pointer to it, which it does not show.
+const void* version_of(const at::TensorImpl* t) {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
+  return *reinterpret_cast<const void* const*>(&t->version_counter());
+}
+
+// Torch's own way to it is two calls, of which one is virtual.
+at::Tensor* grad_of(const at::TensorImpl* t) {
+  auto* autograd = static_cast<torch::autograd::AutogradMeta*>(t->autograd_meta());
+  return autograd ? &autograd->grad_ : nullptr;
+}
+
+// visit(object, grad) for every item, until it returns false. `grad`: where the object's gradient is, null where it is no tensor
+// or has none, or they are not asked for, `of_grads`.
 template <class Visit>
 bool each(PyObject* const* items, Py_ssize_t size, bool of_grads, const Visit& visit) {
-  const auto item = [&](Py_ssize_t i) { return i >= 0 && i < size ? items[i] : nullptr; };
-  const auto tensor = [&](Py_ssize_t i) {
-    PyObject* p = item(i);
-    return p && THPVariable_Check(p) ? THPVariable_Unpack(p).unsafeGetTensorImpl() : nullptr;
+  struct Ahead {
+    const at::TensorImpl* tensor = nullptr;
+    at::Tensor* grad = nullptr;
   };
-  for (Py_ssize_t i = -4 * kAhead; i < size; ++i) {
-    if (PyObject* p = item(i + 4 * kAhead)) fetch(reinterpret_cast<const THPVariable*>(p));
-    if (const auto* t = tensor(i + 3 * kAhead)) fetch(t);
-    if (const auto* t = tensor(i + 2 * kAhead)) {
-      if (t->has_storage()) fetch(t->unsafe_storage().unsafeGetStorageImpl());
-      const auto* autograd = of_grads ? t->autograd_meta() : nullptr;
-      if (autograd) fetch(static_cast<const torch::autograd::AutogradMeta*>(autograd));
+  constexpr Py_ssize_t kStages = 5, kRing = 32;
+  static_assert(kStages * kAhead < kRing);
+  Ahead ring[kRing];
+  for (Py_ssize_t i = -kStages * kAhead; i < size; ++i) {
+    const auto ahead = [&](Py_ssize_t stages) {
+      const Py_ssize_t k = i + stages * kAhead;
+      return k >= 0 && k < size ? &ring[k % kRing] : nullptr;
+    };
+    if (ahead(5)) fetch(reinterpret_cast<const THPVariable*>(items[i + 5 * kAhead]));
+    if (Ahead* a = ahead(4)) {
+      PyObject* p = items[i + 4 * kAhead];
+      *a = {THPVariable_Check(p) ? THPVariable_Unpack(p).unsafeGetTensorImpl() : nullptr, nullptr};
+      if (a->tensor) fetch(a->tensor);
     }
-    if (of_grads)
-      if (const auto* t = tensor(i + kAhead))
-        if (t->grad().defined()) fetch(t->grad().unsafeGetTensorImpl());
-    if (i >= 0 && !visit(i, items[i])) return false;
+    if (Ahead* a = ahead(3); a && a->tensor) {
+      fetch(a->tensor->unsafe_storage().unsafeGetStorageImpl());
+      if (of_grads && (a->grad = grad_of(a->tensor))) {
+        fetch(a->grad);
+        fetch(static_cast<const uint64_t*>(version_of(a->tensor)));
+      }
+    }
+    if (Ahead* a = ahead(2); a && a->grad && a->grad->defined()) fetch(a->grad->unsafeGetTensorImpl());
+    if (Ahead* a = ahead(1); a && a->grad && a->grad->defined())
+      fetch(a->grad->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+    if (i >= 0 && !visit(items[i], ring[i % kRing].grad)) return false;
   }
   return true;
 }
@@ -160,17 +189,18 @@ const at::Tensor& unpacked(PyObject* p, const char* function) {
 // values and may be written to.
 bool is_regular(const at::Tensor& grad, const at::Tensor& param) {
   if (grad.layout() != at::kStrided || grad.scalar_type() != param.scalar_type() || grad.device() != param.device() ||
-      grad.requires_grad() || msam::is_lazy(grad) || (grad.is_inference() && !c10::InferenceMode::is_enabled()) ||
-      !grad.sizes().equals(param.sizes()))
+      grad.requires_grad() || msam::is_lazy(grad) || (grad.is_inference() && !c10::InferenceMode::is_enabled()))
     return false;
-  for (int64_t d = 0; d < grad.dim(); ++d)
-    if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;
-  return true;
+  const at::IntArrayRef sizes = grad.sizes(), strides = grad.strides(), of_sizes = param.sizes(), of_strides = param.strides();
+  bool same = sizes.size() == of_sizes.size();
+  for (size_t d = 0; same && d < sizes.size(); ++d)
+    same = sizes[d] == of_sizes[d] && (sizes[d] == 1 || strides[d] == of_strides[d]);
+  return same;
 }
 
 // Every p.grad or None; an empty list where all are None.
 py::list current_grads(const py::list& params) {
-  const bool none = each(params, true, [](Py_ssize_t, PyObject* p) { return !unpacked(p, "current_grads").grad().defined(); });
+  const bool none = each(params, true, [](PyObject* p, at::Tensor*) { return !unpacked(p, "current_grads").grad().defined(); });
   py::list grads;
   if (!none)
     for (py::handle p : params) grads.append(p.attr("grad"));
@@ -179,9 +209,31 @@ py::list current_grads(const py::list& params) {
 
 // Whether another tensor holds a gradient's memory. What autograd.grad returns may be a view whose base it alone holds.
 bool is_shared(const at::Tensor& grad) {
-  const bool lone = grad.is_view() && grad._base().use_count() == 1;
-  return grad.storage().use_count() > (lone ? 2 : 1);
+  const size_t holders = grad.storage().use_count();
+  return holders > 1 && (holders > 2 || !(grad.is_view() && grad._base().use_count() == 1));
 }
+
+// Whether it frees its memory itself, so that no other storage has it; one that only stands for an owner names that instead.
+bool owns_memory(const c10::Storage& storage) { return storage.data_ptr().get() == storage.data_ptr().get_context(); }
+
+// Tells addresses that come for the first time.
+class Addresses {
+ public:
+  explicit Addresses(size_t most) {
+    while ((size_t(1) << bits_) < 2 * most) ++bits_;
+    slots_.resize(size_t(1) << bits_, nullptr);
+  }
+  bool add(const void* address) {
+    const size_t mask = slots_.size() - 1;
+    size_t k = size_t(reinterpret_cast<uintptr_t>(address) * 0x9E3779B97F4A7C15u >> (64 - bits_));
+    while (slots_[k] && slots_[k] != address) k = (k + 1) & mask;
+    return std::exchange(slots_[k], address) == nullptr;
+  }
+
+ private:
+  int bits_ = 4;
+  c10::SmallVector<const void*, 512> slots_;
+};
 
 // From the first byte of a tensor that has elements to the end of its last one; and its place in a list.
 struct Span {
@@ -203,9 +255,16 @@ py::list without_own_memory(py::handle grads, bool whole) {
   py::list found;
   c10::SmallVector<Span, 256> spans;  // mostly without the heap, see spare()
   const TensorsOf tensors(grads, true);
+  const auto has_memory = [](const at::Tensor& grad) { return grad.defined() && grad.has_storage() && grad.numel() != 0; };
+  Addresses storages(tensors.list().size());
+  const auto is_apart = [&](const at::Tensor& grad) {
+    return !has_memory(grad) || (owns_memory(grad.storage()) && storages.add(grad.storage().unsafeGetStorageImpl()) &&
+                                 !(whole && is_shared(grad)));
+  };
+  if (std::all_of(tensors.list().begin(), tensors.list().end(), is_apart)) return found;  // as backward mostly leaves them
   for (size_t i = 0; i < tensors.list().size(); ++i) {
     const at::Tensor& grad = tensors.list()[i];
-    if (!grad.defined() || !grad.has_storage() || grad.numel() == 0) continue;
+    if (!has_memory(grad)) continue;
     if (whole && is_shared(grad))
       found.append(i);
     else
@@ -226,12 +285,14 @@ void set_grads(const py::list& params, py::handle grads) {
   const TensorsOf tensors(grads, true);
   const at::TensorList list = tensors.list();
   TORCH_CHECK(list.empty() || list.size() == params.size(), "set_grads takes a gradient or None per parameter");
-  each(params, true, [&](Py_ssize_t i, PyObject* p) {
+  size_t i = 0;
+  each(params, true, [&](PyObject* p, at::Tensor*) {
     at::Tensor& place = unpacked(p, "set_grads").mutable_grad();
     if (list.empty() || !list[i].defined())
       place.reset();
     else if (!place.is_same(list[i]))
       place = list[i];
+    ++i;
     return true;
   });
 }
@@ -274,7 +335,9 @@ bool all_parameters(const py::list& groups, bool of_grads, const Count& count, c
     if (!PyList_Check(params.ptr()) && !PyTuple_Check(params.ptr())) return false;
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
     if (!count(static_cast<int64_t>(size))) return false;
-    const auto visit = [&](Py_ssize_t, PyObject* p) { return THPVariable_Check(p) && parameter(p, THPVariable_Unpack(p)); };
+    const auto visit = [&](PyObject* p, at::Tensor* grad) {
+      return THPVariable_Check(p) && parameter(p, THPVariable_Unpack(p), grad);
+    };
     if (!each(PySequence_Fast_ITEMS(params.ptr()), size, of_grads, visit)) return false;
   }
   return true;
@@ -286,6 +349,19 @@ struct Known {
 
   static constexpr int kOther = 2, kServed = 6;
   int64_t words() const { return list < 0 ? kOther : kServed + 2 * dim; }
+
+  // Whether the tensor, which is served, lies so.
+  bool lies(const at::Tensor& t) const {
+    const at::IntArrayRef now = t.sizes(), strides = t.strides();
+    if (tensor != reinterpret_cast<int64_t>(t.unsafeGetTensorImpl()) ||
+        memory != reinterpret_cast<int64_t>(t.const_data_ptr()) || dtype != int64_t(t.scalar_type()) ||
+        dim != int64_t(now.size()))
+      return false;
+    const int64_t* of_sizes = &tensor + kServed;
+    bool same = true;
+    for (int64_t d = 0; d < dim; ++d) same = same && of_sizes[d] == now[d] && of_sizes[dim + d] == strides[d];
+    return same;
+  }
 };
 struct Words {
   explicit Words(const py::bytes& known) {
@@ -310,7 +386,7 @@ py::bytes memory_layout(const py::list& groups, const py::list& served) {
     words.push_back(size);
     return true;
   };
-  all_parameters(groups, false, count, [&](PyObject* p, const at::Tensor& param) {
+  all_parameters(groups, false, count, [&](PyObject* p, const at::Tensor& param, at::Tensor*) {
     const auto place = places.find(p);
     words.push_back(reinterpret_cast<int64_t>(param.unsafeGetTensorImpl()));
     words.push_back(place == places.end() ? -1 : place->second.first);
@@ -326,39 +402,33 @@ py::bytes memory_layout(const py::list& groups, const py::list& served) {
   return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)};
 }
 
-// Whether all is as known, and nothing that is not served is trained by now. Meanwhile visit(tensor, known) for what is served.
+// Whether all is as known, and nothing that is not served is trained by now. Meanwhile visit(tensor, known, grad) for what is
+// served, see `each`.
 template <class Visit>
 bool is_as_known(const py::list& groups, Words words, bool of_grads, const Visit& visit) {
   words.next += 1 + *words.next;
   const auto count = [&](int64_t size) { return words.left() && *words.next++ == size; };
-  const bool all = all_parameters(groups, of_grads, count, [&](PyObject*, const at::Tensor& param) {
+  const bool all = all_parameters(groups, of_grads, count, [&](PyObject*, const at::Tensor& param, at::Tensor* grad) {
     if (words.left() < Known::kOther) return false;
     const auto& known = *reinterpret_cast<const Known*>(words.next);
     if (known.tensor != reinterpret_cast<int64_t>(param.unsafeGetTensorImpl())) return false;
     words.next += known.words();
     if (known.list < 0) return !param.requires_grad() && !param.grad().defined();
-    const at::IntArrayRef sizes = param.sizes(), strides = param.strides();
-    if (known.memory != reinterpret_cast<int64_t>(param.const_data_ptr()) || known.dtype != int64_t(param.scalar_type()) ||
-        known.dim != int64_t(sizes.size()))
-      return false;
-    const int64_t* of_strides = words.next - known.dim;
-    const int64_t* of_sizes = of_strides - known.dim;
-    bool same = true;
-    for (int64_t d = 0; d < known.dim; ++d) same = same && of_sizes[d] == sizes[d] && of_strides[d] == strides[d];
-    if (same) visit(param, known);
+    const bool same = known.lies(param);
+    if (same) visit(param, known, grad);
     return same;
   });
   return all && words.next == words.end;
 }
 
 bool has_layout(const py::list& groups, const py::bytes& known) {
-  return is_as_known(groups, Words(known), false, [](const at::Tensor&, const Known&) {});
+  return is_as_known(groups, Words(known), false, [](const at::Tensor&, const Known&, at::Tensor*) {});
 }
 
 // Whether one that is served has a gradient; None where not all is as known.
 py::object have_grads(const py::list& groups, const py::bytes& known) {
   bool any = false;
-  const auto look = [&](const at::Tensor& param, const Known&) { any = any || param.grad().defined(); };
+  const auto look = [&](const at::Tensor&, const Known&, at::Tensor* grad) { any = any || (grad && grad->defined()); };
   if (!is_as_known(groups, Words(known), true, look)) return py::none();
   return py::bool_(any);
 }
@@ -384,18 +454,16 @@ py::object collect_grads(const py::list& groups, const py::bytes& known, const p
   }
   struct Found {
     c10::TensorImpl* param;
-    at::Tensor* place;
+    at::Tensor *grad, *place;
   };
   c10::SmallVector<Found, 256> found;  // mostly without the heap, see spare()
   size_t absent = 0;
   bool regular = true;
-  const bool as_known = is_as_known(groups, words, true, [&](const at::Tensor& param, const Known& k) {
-    const at::Tensor& grad = param.grad();
+  const bool as_known = is_as_known(groups, words, true, [&](const at::Tensor& param, const Known& k, at::Tensor* grad) {
     List& list = out[k.list];
-    if (grad.defined()) {
-      regular = regular && is_regular(grad, param);
-      if (grad.has_storage()) fetch(grad.storage().unsafeGetStorageImpl());  // for the kernels' pointers
-      found.push_back({param.unsafeGetTensorImpl(), &list.grads[k.index]});
+    if (grad && grad->defined()) {
+      regular = regular && is_regular(*grad, param);
+      found.push_back({param.unsafeGetTensorImpl(), grad, &list.grads[k.index]});
     } else {
       ++absent;
       list.grads[k.index] = list.placeholder;
@@ -403,20 +471,19 @@ py::object collect_grads(const py::list& groups, const py::bytes& known, const p
   });
   if (!as_known) return py::none();
   for (const Found& f : found) {
-    at::Tensor& grad = f.param->mutable_grad();
     if (regular) f.param->bump_version();
     if (regular && clear)
-      *f.place = std::move(grad);
+      *f.place = std::move(*f.grad);
     else
-      *f.place = grad;
+      *f.place = *f.grad;
   }
   return py::make_tuple(std::move(lists), regular, absent);
 }
 
 // Whether the values of a dict, or of a list, are these very entries, and each dict has the very value under its key, or has
-// not that key where the value is None.
-bool holds(
-    py::handle whole, const py::list& entries, const py::list& dicts, const py::list& keys, const py::list& values) {
+// not that key where the value is None; and with a memory_layout of the values, whether they lie so.
+bool holds(py::handle whole, const py::list& entries, const py::list& dicts, const py::list& keys, const py::list& values,
+           const std::optional<py::bytes>& layout) {
   TORCH_CHECK(dicts.size() == values.size() && keys.size() == values.size(), "holds takes a dict and a key per value");
   const bool is_dict = PyDict_Check(whole.ptr());
   TORCH_CHECK_TYPE(is_dict || PyList_Check(whole.ptr()), "holds takes a dict or a list");
@@ -431,26 +498,80 @@ bool holds(
     if (entry != PyList_GET_ITEM(entries.ptr(), i)) return false;
   }
   struct Table {  // of a small dict
-    char bytes[192];
+    char bytes[128];
   };
   const Py_ssize_t size = Py_ssize_t(values.size());
-  const auto dict_at = [&](Py_ssize_t i) {
-    PyObject* dict = i >= 0 && i < size ? PyList_GET_ITEM(dicts.ptr(), i) : nullptr;
-    return reinterpret_cast<const PyDictObject*>(dict);
-  };
+  PyObject* const* const all = PySequence_Fast_ITEMS(dicts.ptr());
   for (Py_ssize_t i = -2 * kAhead; i < size; ++i) {
-    if (const auto* dict = dict_at(i + 2 * kAhead)) fetch(dict);
-    const auto* next = dict_at(i + kAhead);
-    if (next && PyDict_Check(reinterpret_cast<const PyObject*>(next))) fetch(reinterpret_cast<const Table*>(next->ma_keys));
+    if (i + 2 * kAhead < size) fetch(reinterpret_cast<const PyDictObject*>(all[i + 2 * kAhead]));
+    if (const Py_ssize_t next = i + kAhead; next >= 0 && next < size && PyDict_Check(all[next]))
+      fetch(reinterpret_cast<const Table*>(reinterpret_cast<const PyDictObject*>(all[next])->ma_keys));
     if (i < 0) continue;
-    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
-    TORCH_CHECK_TYPE(PyDict_Check(dict), "holds takes dicts");
-    PyObject* value = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys.ptr(), i));
+    TORCH_CHECK_TYPE(PyDict_Check(all[i]), "holds takes dicts");
+    PyObject* value = PyDict_GetItemWithError(all[i], PyList_GET_ITEM(keys.ptr(), i));
     if (!value && PyErr_Occurred()) throw py::error_already_set();
     if ((value ? value : Py_None) != PyList_GET_ITEM(values.ptr(), i)) return false;
   }
-  return true;
+  if (!layout) return true;
+  Words words(*layout);
+  words.next += 3;  // one list, its length, that of the only group
+  return each(values, false, [&](PyObject* value, at::Tensor*) {
+    if (words.left() < Known::kServed) return false;
+    const auto& known = *reinterpret_cast<const Known*>(words.next);
+    words.next += known.words();
+    return known.lies(unpacked(value, "holds"));
+  });
 }
+
+// A function as Python calls it, with as many arguments as it has, by place. The way through pybind11 is in no cache either, and
+// costs 1 to 2 us then.
+template <auto function>
+struct Called;
+template <class Result, class... Args, Result (*function)(Args...)>
+struct Called<function> {
+  static void define(py::module_& m, const char* name, const char* doc) {
+    static PyMethodDef method{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL, doc};
+    PyObject* callable = PyCFunction_NewEx(&method, nullptr, py::str(m.attr("__name__")).ptr());
+    if (!callable) throw py::error_already_set();
+    m.attr(name) = py::reinterpret_steal<py::object>(callable);
+  }
+
+ private:
+  static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    try {
+      TORCH_CHECK_TYPE(count == Py_ssize_t(sizeof...(Args)), "expected ", sizeof...(Args), " arguments, got ", count);
+      return with(args, std::index_sequence_for<Args...>());
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (...) {
+      torch::translate_exception_to_python(std::current_exception());
+    }
+    return nullptr;
+  }
+  template <size_t... i>
+  static PyObject* with(PyObject* const* args, std::index_sequence<i...>) {
+    if constexpr (std::is_void_v<Result>)
+      return function(of<std::decay_t<Args>>(args[i])...), py::none().release().ptr();
+    else if constexpr (std::is_same_v<Result, bool>)
+      return PyBool_FromLong(function(of<std::decay_t<Args>>(args[i])...));
+    else
+      return function(of<std::decay_t<Args>>(args[i])...).release().ptr();
+  }
+  template <class T>
+  static T of(PyObject* o) {
+    if constexpr (std::is_same_v<T, std::optional<py::bytes>>) {
+      return o == Py_None ? T() : T(of<py::bytes>(o));
+    } else if constexpr (std::is_same_v<T, bool>) {
+      return o == Py_True;
+    } else if constexpr (std::is_same_v<T, py::handle>) {
+      return o;
+    } else {
+      const char* wanted = std::is_same_v<T, py::list> ? "a list" : "bytes";
+      TORCH_CHECK_TYPE(T::check_(o), "expected ", wanted, ", got ", Py_TYPE(o)->tp_name);
+      return py::reinterpret_borrow<T>(o);
+    }
+  }
+};
 
 }  // namespace
 
@@ -458,16 +579,21 @@ void define_parameters(py::module_& m) {
   tensors_type = make_tensors_type();
   m.attr("Tensors") = py::handle(reinterpret_cast<PyObject*>(tensors_type));
   m.def("addresses", &addresses, "(lists, dtype, device) -> bytes: where the tensors are; None where one is not as it must be");
-  m.def("collect_grads", &collect_grads,
-        "(parameter groups, bytes of memory_layout, placeholders, clear) -> (lists of gradients, regular, absent), or None");
-  m.def("have_grads", &have_grads, "(parameter groups, bytes of memory_layout) -> whether one has a gradient, or None");
-  m.def("current_grads", &current_grads, "(params) -> every p.grad, or an empty list where all are None");
-  m.def("without_own_memory", &without_own_memory, "(grads, whole) -> the indices of those to copy before they are written to");
-  m.def("set_grads", &set_grads, "(params, grads): p.grad by parameter, None for all where grads is empty");
-  m.def("joined", &joined, "(lists) -> the tensors of all of them, one list after the other");
-  m.def("memory_layout", &memory_layout, "(parameter groups, lists of the served) -> bytes that say which they are and where these lie");
-  m.def("has_layout", &has_layout, "(parameter groups, bytes) -> whether they say so still, and no others are trained");
-  m.def("holds", &holds, "(dict or list, entries, dicts, keys, values) -> whether these are its values, and each dict's");
+  Called<&collect_grads>::define(m, "collect_grads",
+      "(parameter groups, bytes of memory_layout, placeholders, clear) -> (lists of gradients, regular, absent), or None");
+  Called<&have_grads>::define(m, "have_grads",
+      "(parameter groups, bytes of memory_layout) -> whether one has a gradient, or None");
+  Called<&current_grads>::define(m, "current_grads", "(params) -> every p.grad, or an empty list where all are None");
+  Called<&without_own_memory>::define(m, "without_own_memory",
+      "(grads, whole) -> the indices of those to copy before they are written to");
+  Called<&set_grads>::define(m, "set_grads", "(params, grads): p.grad by parameter, None for all where grads is empty");
+  Called<&joined>::define(m, "joined", "(lists) -> the tensors of all of them, one list after the other");
+  Called<&memory_layout>::define(m, "memory_layout",
+      "(parameter groups, lists of the served) -> bytes that say which they are and where these lie");
+  Called<&has_layout>::define(m, "has_layout",
+      "(parameter groups, bytes) -> whether they say so still, and no others are trained");
+  Called<&holds>::define(m, "holds",
+      "(dict or list, entries, dicts, keys, values, layout) -> whether these are its values, and each dict's, and lie so");
 }
 
 }  // namespace msam

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from ._torch import Table, buffers_of, children_of, copy_all, is_lazy, versions_of
 from .backends.checks import lost_memory
-from .gradients import has_layout, is_writable, memory_layout, place
+from .gradients import as_groups, has_layout, is_writable, layout_of, place
 
 
 def check_model(model: Any) -> None:
@@ -80,11 +80,11 @@ class Buffers:
         # What is trained is a weight, whatever else it is registered as.
         distinct = {id(t): t for _, _, t in places if t is not None and not t.requires_grad}
         rare = []
-        if list(distinct) != list(map(id, self._tensors)) or not has_layout(_group(self._tensors), self._layout):
+        if list(distinct) != list(map(id, self._tensors)) or not has_layout(as_groups(self._tensors), self._layout):
             tensors = [t for t in distinct.values() if _is_plain(t)]
             if len(tensors) < len(distinct):
                 rare = [(t, t.detach().clone(), versions_of([t])[0]) for t in distinct.values() if _is_rare(t)]
-            layout = memory_layout(_group(tensors), [tensors])
+            layout = layout_of(tensors)
             if layout != self._layout:
                 self._data = [t.data for t in tensors]
                 self._fit()
@@ -105,7 +105,7 @@ class Buffers:
             if name not in table or table[name] is not t:  # a layer may assign instead of writing in place
                 table[name] = t
         gone: set[int] = set()  # those whose memory somebody has freed meanwhile
-        if not has_layout(_group(now.tensors), now.layout):
+        if not has_layout(as_groups(now.tensors), now.layout):
             gone = {i for i, data in enumerate(now.data) if lost_memory(data)}
             for i, (t, data) in enumerate(zip(now.tensors, now.data, strict=True)):
                 if i not in gone and place(t) != place(data):
@@ -149,11 +149,6 @@ class Buffers:
             groups.setdefault((device, dtype), []).append(i)
         copies = [(which, [_memory_like(self._data[i]) for i in which]) for which in groups.values()]
         self._shapes, self._copies = shapes, copies
-
-
-def _group(tensors: list[Tensor]) -> list[dict[str, Any]]:
-    """As ``memory_layout`` takes parameters."""
-    return [{"params": tensors}]
 
 
 # Decorators, not blocks: an interruption at the end of a block would leave its mode on.

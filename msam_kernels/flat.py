@@ -25,7 +25,7 @@ from torch.utils.dlpack import from_dlpack
 from ._torch import is_of_fsdp
 from .backends import Backend, reference
 from .backends.checks import lost_memory, span
-from .gradients import has_layout, holds, memory_layout, regular_values
+from .gradients import as_groups, has_layout, holds, layout_of, regular_values
 from .precision import dtype_kept, is_short
 from .sharded import first_draw, shard, shards, shown, spread, values
 
@@ -883,8 +883,7 @@ class _Bound:
         self.buffers: list[Tensor] = []
         self.momentum: list[Tensor] = []  # by parameter of the flat, once somebody has asked for it
         self._memory = self.views  # of DTensors their shards
-        self._group: list[dict[str, Any]] = []  # as layouts are asked for
-        self._layout: object = None
+        self._layout: object = None  # of those
 
     def add(self, entry: dict[str, Any], name: str, view: Tensor) -> None:
         self.dicts.append(entry)
@@ -895,18 +894,20 @@ class _Bound:
         """All have been added."""
         self.entries = list(state.values())
         self._memory = shards(self.views)
-        self._group = [{"params": self._memory}]
-        self._layout = memory_layout(self._group, [self._memory])
+        self._layout = layout_of(self._memory)
 
     def is_current(self, state: State) -> bool:
         """Whether they are there still, with the same memory.
 
         ``load_state_dict`` replaces the entries, and anybody may replace what is in them, or, as by ``.data``, its memory.
         """
-        held = holds(state, self.entries, self.dicts, self.names, self.views)
-        if held and self._memory is not self.views:
-            held = all(map(is_, map(shard, self.views), self._memory))
-        return held and has_layout(self._group, self._layout)
+        if self._memory is self.views:
+            return holds(state, self.entries, self.dicts, self.names, self.views, self._layout)
+        return (
+            holds(state, self.entries, self.dicts, self.names, self.views, None)
+            and all(map(is_, map(shard, self.views), self._memory))
+            and has_layout(as_groups(self._memory), self._layout)
+        )
 
 
 # -- masks: one bit per element ---------------------------------------------------------------------------------------

@@ -157,11 +157,13 @@ def _holds(
     dicts: list[dict[Any, Any]],
     keys: list[Any],
     values: list[Any],
+    layout: object,
 ) -> bool:
     return (
         len(whole) == len(entries)
         and all(map(is_, whole.values() if isinstance(whole, dict) else whole, entries))
         and all(d.get(key) is value for d, key, value in zip(dicts, keys, values, strict=True))
+        and (layout is None or _has_layout(as_groups(values), layout))
     )
 
 
@@ -188,11 +190,21 @@ without_own_memory: Callable[[Sequence[Tensor | None], bool], list[int]] = getat
 memory_layout: Callable[[Groups, list[list[Tensor]]], object] = getattr(extension, "memory_layout", _memory_layout)
 #: (parameter groups, such a value) -> whether it is that still, and none of those that were not served is trained now.
 has_layout: Callable[[Groups, object], bool] = getattr(extension, "has_layout", _has_layout)
-#: (whole, entries, dicts, keys, values) -> whether the values of a dict, or of a list, are these very entries, and each dict
-#: has the very value under its key, or has not that key where the value is None.
-holds: Callable[[dict[Any, Any] | list[Any], list[Any], list[dict[Any, Any]], list[Any], list[Any]], bool] = getattr(
-    extension, "holds", _holds
+#: (whole, entries, dicts, keys, values, layout) -> whether the values of a dict, or of a list, are these very entries, and each
+#: dict has the very value under its key, or has not that key where the value is None. Where the layout is not None, but
+#: ``layout_of`` the values, these must also lie so.
+holds: Callable[[dict[Any, Any] | list[Any], list[Any], list[dict[Any, Any]], list[Any], list[Any], object], bool] = (
+    getattr(extension, "holds", _holds)
 )
+
+
+def as_groups(tensors: list[Tensor]) -> Groups:
+    """Mere tensors, as what looks at parameters takes them."""
+    return [{"params": tensors}]
+
+
+def layout_of(tensors: list[Tensor]) -> object:
+    return memory_layout(as_groups(tensors), [tensors])
 
 
 class Loops(NamedTuple):

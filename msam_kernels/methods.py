@@ -42,7 +42,11 @@ class Coefficient:
 
     def row(self, scale: float = 1.0) -> list[float]:
         """As the operators take it, see ``backends``: ``scale`` times this coefficient."""
-        return [scale, self.a, self.b, self.p, self.q, float(self.root), self.eps]
+        return [scale, *self._numbers]
+
+    @cached_property
+    def _numbers(self) -> tuple[float, ...]:
+        return self.a, self.b, self.p, self.q, float(self.root), self.eps
 
 
 def dot(u: int, v: int) -> int:

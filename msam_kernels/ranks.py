@@ -249,7 +249,7 @@ def summed(store: Store, descent: Descent, group: Any) -> Vectors:
             lists[f] = flat.slices(message[begin : begin + flat.size])
             flags[f] = message[begin + flat.size : begin + _length(flat)]
             begin += _length(flat)
-            flat.backend.descend([], lists[f], descent.lists(f), flat.table, **descent.on(device))
+            flat.backend.descend([], lists[f], descent.lists(f), flat.table, **descent.on(flat))
             for i in flat.waiting:  # no row of the table is theirs, and on another rank they may have a gradient
                 lists[f][i].zero_()
             flags[f].fill_(1.0)

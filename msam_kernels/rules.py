@@ -317,7 +317,7 @@ class Noted:
 
     def stands(self) -> bool:
         return self._groups is not None and holds(
-            self._base.param_groups, self._groups, self._dicts, self._keys, self._values
+            self._base.param_groups, self._groups, self._dicts, self._keys, self._values, None
         )
 
 

@@ -61,9 +61,9 @@ class Descent:
         self, sums: Sequence[Tensor] = (), rescale: int = -1, norm_sq: Tensor | None = None,
         stacks: Sequence[Vectors] = (), shares: Tensor | None = None,
     ):  # fmt: skip
-        self.terms: list[Vectors] = list(stacks)
+        self.terms: list[Vectors] = [*stacks]
         self.coefs: list[float] = []
-        self.sums, self.rescale, self.norm_sq, self.shares = list(sums), rescale, norm_sq, shares
+        self.sums, self.rescale, self.norm_sq, self.shares = sums, rescale, norm_sq, shares
 
     def combine(self, plan: Plan, vectors: Sequence[Vectors], share: float) -> None:
         """What the plan's descent is of the vectors of a micro-batch, times its share of the batch."""
@@ -93,18 +93,19 @@ class Descent:
             return self.terms[0].lists[f]
         return joined([vector.lists[f] for vector in self.terms])
 
-    def on(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of the operators on that device."""
+    def on(self, flat: Flat, returns: bool = False) -> dict[str, Any]:
+        """Arguments of a flat's operators; with ``returns`` those that bring its weights back, too."""
+        options: dict[str, Any] = {"coefs": self.coefs, "sums": []}
         if self.shares is not None:
-            return {"coefs": self.coefs, "sums": [], "shares": moved(self.shares, device)}
-        if self.norm_sq is None and not self.sums:
-            return {"coefs": self.coefs, "sums": []}
-        return {
-            "coefs": self.coefs,
-            "sums": self.sums and [moved(t, device) for t in self.sums],
-            "rescale": self.rescale,
-            "norm_sq": None if self.norm_sq is None else moved(self.norm_sq, device),
-        }
+            options["shares"] = moved(self.shares, flat.device)
+        elif self.norm_sq is not None or self.sums:
+            if self.sums:
+                options["sums"] = [moved(t, flat.device) for t in self.sums]
+            options["rescale"] = self.rescale
+            options["norm_sq"] = None if self.norm_sq is None else moved(self.norm_sq, flat.device)
+        if returns and flat.saved is not None:
+            options["saved"], options["status"] = flat.saved, flat.status
+        return options
 
 
 class Store:
@@ -519,8 +520,9 @@ class Store:
         if len(parts) == 1 and self._ranks is None:
             (f, flat, left), *_ = parts
             weights, options = self._perturbation(f, flat, plan, tables, "radii", which, renew, into)
+            options["arrived"] = flat.arrived
             chosen = _chosen(grads, f, flat, left)
-            return flat.backend.ascend(weights, chosen, flat.table, arrived=flat.arrived, **options)
+            return flat.backend.ascend(weights, chosen, flat.table, **options)
         if isinstance(which, range) and into is not None and plan.lmbda is not None and len(which) > 1:
             # The direction of one is made of the mean that the one before has left.
             return torch.cat([
@@ -676,9 +678,10 @@ class Store:
         ``last``: the step's last micro-batch. ``memories``: what ``out`` is, to note its squared norm there.
         """
         for f, flat in enumerate(self.flats):
-            options, returns = descent.on(flat.device), weights and flat.saved is not None
+            options = descent.on(flat, weights)
+            returns = "saved" in options
             if returns:
-                options.update(saved=flat.saved, status=flat.status, last=last)
+                options["last"] = last
             if memories:
                 options["out_sq"] = memories[f].terms
             flat.backend.descend(
@@ -768,9 +771,7 @@ class Store:
             self.separate(state)
             turns = [(f, flat, a, flat.bind(state, tables.names, rule.counts, a)) for f, flat, a, _ in turns]
         for f, flat, absent, states in turns:
-            options = descent.on(flat.device)
-            if flat.saved is not None:
-                options.update(saved=flat.saved, status=flat.status)
+            options = descent.on(flat, True)
             if states:
                 options["step"] = flat.state["step"]
             if found_inf is not None:

@@ -1144,8 +1144,8 @@ MUTANTS = [
     Mutant(
         "state in new memory is not noticed",
         P + "flat.py",
-        "and has_layout(self._group, self._layout)",
-        "",
+        "self.names, self.views, self._layout)",
+        "self.names, self.views)",
         "tests/test_resume.py -k by_hand",
     ),
     Mutant(
@@ -2128,7 +2128,7 @@ MUTANTS = [
     Mutant(
         "C++: a parameter that was re-pointed goes unnoticed",
         LOOPS_OVER_PARAMETERS,
-        "known.memory != reinterpret_cast<int64_t>(param.const_data_ptr())",
+        "memory != reinterpret_cast<int64_t>(t.const_data_ptr())",
         "false",
         "tests/test_gradients.py",
         PARAMETERS,
@@ -2136,8 +2136,24 @@ MUTANTS = [
     Mutant(
         "C++: another memory order counts as regular",
         LOOPS_OVER_PARAMETERS,
-        "if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;",
-        ";",
+        "(sizes[d] == 1 || strides[d] == of_strides[d])",
+        "true",
+        "tests/test_gradients.py",
+        PARAMETERS,
+    ),
+    Mutant(
+        "C++: a gradient that is there twice has memory of its own",
+        LOOPS_OVER_PARAMETERS,
+        "storages.add(grad.storage().unsafeGetStorageImpl())",
+        "true",
+        "tests/test_gradients.py",
+        PARAMETERS,
+    ),
+    Mutant(
+        "C++: another storage is other memory",
+        LOOPS_OVER_PARAMETERS,
+        "storage.data_ptr().get() == storage.data_ptr().get_context()",
+        "true",
         "tests/test_gradients.py",
         PARAMETERS,
     ),

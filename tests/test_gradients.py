@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 from msam_kernels import backends, gradients
 from plain import DEVICE
@@ -120,6 +121,9 @@ def test_a_gradient_has_memory_of_its_own_or_is_named(of):
     assert list(of["without_own_memory"]([], True)) == []
     many = [torch.randn(2, device=DEVICE) for _ in range(300)]
     assert list(of["without_own_memory"]([*many, many[7]], False)) == [300]
+    for whole in (False, True):
+        assert list(of["without_own_memory"](many, whole)) == []
+        assert list(of["without_own_memory"]([*many, from_dlpack(many[7])], whole)) == [300]  # in another storage
 
 
 def test_lists_are_joined_in_order(of):
@@ -229,7 +233,7 @@ def test_a_state_holds_what_it_held(of):
     values = [d[k] for d, k in zip(dicts, keys, strict=True)]
 
     def holds() -> bool:
-        return of["holds"](state, entries, dicts, keys, values)
+        return of["holds"](state, entries, dicts, keys, values, None)
 
     assert holds()
     state[1] = dict(entries[1])  # equal, but another one
@@ -244,6 +248,25 @@ def test_a_state_holds_what_it_held(of):
     entries[0]["b"] = values[3]
     assert holds()
     state[3] = {}
+    assert not holds()
+
+
+def test_a_state_holds_tensors_where_they_lay(of):
+    entries = [{"a": torch.ones(n, 2)} for n in range(1, 4)]
+    values = [entry["a"] for entry in entries]
+    layout = of["memory_layout"]([{"params": values}], [values])
+
+    def holds() -> bool:
+        return of["holds"](entries, entries, entries, ["a"] * 3, values, layout)
+
+    assert holds()
+    old = values[1].detach()
+    for other in (old.clone(), old.t(), old[:1]):  # elsewhere, in another order, of another shape
+        values[1].data = other
+        assert not holds()
+        values[1].data = old
+        assert holds()
+    entries[2]["a"] = values[2].clone()
     assert not holds()
 
 
