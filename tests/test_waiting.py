@@ -254,20 +254,20 @@ def test_memory_that_is_missing_changes_nothing(when, step, method, backend, mon
 def test_weights_of_16_bits_wait_as_well(options, base, when, backend, monkeypatch):
     """Also where training resumes in a step without what was used before: masters of plain SGD have no other trace."""
     runs = []
-    for waits, resumes in ((True, True), (True, False), (False, False)):
+    for waits, resumes in ((True, [0]), (True, []), (True, None), (False, None)):
         if not waits:
             nobody_waits(monkeypatch)
         model, opt = made(when, "F-SAM", base, torch.bfloat16, backend=backend, **options)
         train(model, opt, range(3))
-        if resumes:
+        if resumes is not None:  # in an optimizer that has found who waits, or in a new one
             saved = through_a_file((model.state_dict(), opt.state_dict()))
             model, opt = made(when, "F-SAM", base, torch.bfloat16, backend=backend, **options)
+            train(model, opt, resumes)
             model.load_state_dict(saved[0])
             opt.load_state_dict(saved[1])
         train(model, opt, range(3, 6))
         runs.append([*weights(model), *(t for e in opt.state_dict()["state"].values() for t in e.values())])
-    assert same_bits(runs[0], runs[1])
-    assert same_bits(runs[1], runs[2])
+    assert all(same_bits(run, runs[-1]) for run in runs)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
@@ -439,6 +439,8 @@ def _job(rank):
                 for loop in range(loops):
                     model.step, model.call = step, 0
                     x, y = (t.chunk(2)[rank] for t in batch(12, seed=2 * step + loop))
+                    if ascent == "global" and step == 3 and not loop:  # as of another loss, which DDP does not know
+                        model.never.bias.grad = torch.ones_like(model.never.bias)
                     for part in opt.passes(x, y):
                         loss_of(ddp, *part).backward()
                 opt.step()
@@ -457,22 +459,22 @@ def test_ranks_need_not_wait_alike(tmp_path):
         ours, waiting = first[case, True]
         for p, q in zip(ours, first[case, False][0], strict=True):  # sums of fp64 are in another order
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15, msg=str(case))
-        assert {0, 1, 6} <= set(waiting), case  # what nobody uses
+        assert {0, 1, 6} - set(waiting) == ({1} if "global" in case else set()), case  # what nobody uses
 
 
 @pytest.mark.parametrize("way", ["passes", "train_step"])
 @pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2", "SAM"])
-def test_a_step_that_a_scaler_skips_where_one_ceases_to_wait_never_was(method, way, backend, monkeypatch):
-    """The first gradient comes after what the step may have to undo was noted."""
+@pytest.mark.parametrize(("base", "at"), [("AdamW", 2), ("SGD", 0)], ids=["in that step", "in the next one"])
+def test_a_step_that_a_scaler_skips_where_one_ceases_to_wait_never_was(base, at, method, way, backend, monkeypatch):
+    """The first gradient comes after what the step may have to undo was noted, or before the base optimizer counts any."""
     runs = []
     for overflows, waits in ((True, True), (False, True), (True, False)):
         if not waits:
             nobody_waits(monkeypatch)
-        model, opt = made("never", method, "AdamW", backend=backend)
-        model.uses = lambda step, call: ("late",) if step > 2 or (step == 2 and call >= 2) else ()
+        model, opt = made("never", method, base, backend=backend)
+        model.uses = lambda step, call: ("late",) if step > at or (at and (step, call) >= (at, 2)) else ()
         scaler = torch.amp.GradScaler(DEVICE.type, init_scale=64.0, growth_interval=100)
-        skips = iter([2] if overflows else [])
-        todo = [*range(2), *skips, *range(2, 5)]
+        todo = [*range(at), *([at] if overflows else []), *range(at, 5)]
         for k, step in enumerate(todo):
             model.step, model.call = step, 0
             bad, before = step in todo[k + 1 :], copy.deepcopy(scaler.state_dict())
