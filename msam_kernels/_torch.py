@@ -94,8 +94,8 @@ def is_of_fsdp(p: Tensor) -> bool:
 def is_shared(grad: Tensor) -> bool:
     """Whether another tensor holds the memory too. In doubt the answer is yes: a copy is always right."""
     holders = getattr(torch._C, "_storage_Use_Count", None)
-    # What untyped_storage() returns holds it as well.
-    return holders is None or holders(grad.untyped_storage()._cdata) > 2
+    storage = grad.untyped_storage()  # which holds it as well, as long as it is there
+    return holders is None or holders(storage._cdata) > 2
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:

@@ -123,7 +123,8 @@ def test_a_gradient_has_memory_of_its_own_or_is_named(of):
     assert list(of["without_own_memory"]([*many, many[7]], False)) == [300]
     for whole in (False, True):
         assert list(of["without_own_memory"](many, whole)) == []
-        assert list(of["without_own_memory"]([*many, from_dlpack(many[7])], whole)) == [300]  # in another storage
+        (found,) = of["without_own_memory"]([*many, from_dlpack(many[7])], whole)  # in another storage
+        assert found == 300 or (whole and found == 7)  # of which some versions of torch hold the first one, too
 
 
 def test_lists_are_joined_in_order(of):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections import OrderedDict, UserDict, UserList, deque, namedtuple
 from collections.abc import MutableMapping
@@ -94,7 +95,11 @@ BASES = {
     "Adam amsgrad": lambda p: Adam(p, lr=0.1, amsgrad=True),
     "Adam maximize": lambda p: Adam(p, lr=0.1, maximize=True),
     "Adam everything": lambda p: Adam(p, lr=0.1, betas=(0.8, 0.9), weight_decay=0.1, amsgrad=True, maximize=True),
-    "Adam decoupled": lambda p: Adam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+    **(
+        {"Adam decoupled": lambda p: Adam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)}
+        if "decoupled_weight_decay" in inspect.signature(Adam).parameters
+        else {}
+    ),
     "Adam tensor lr": lambda p: Adam(p, lr=torch.tensor(0.1, dtype=FLOAT64)),
     "Adam tensor betas": lambda p: Adam(
         p, lr=0.1, betas=(torch.tensor(0.8, dtype=FLOAT64), torch.tensor(0.9, dtype=FLOAT64)), foreach=False
