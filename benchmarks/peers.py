@@ -317,7 +317,7 @@ class Foreach(Peer):
             torch._foreach_sub_(grads, self.ema)
             torch._foreach_add_(self.ema, grads, alpha=1 - self.lmbda)
         else:
-            raw = torch._foreach_clone(grads)
+            raw = torch._foreach_clone(grads) if hasattr(torch, "_foreach_clone") else [g.clone() for g in grads]
             torch._foreach_sub_(grads, self.ema, alpha=self.sigma)
             torch._foreach_lerp_(self.ema, raw, 1 - self.lmbda)
 

@@ -330,6 +330,10 @@ def random_numbers(seed: int) -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
+# Of ``compile=True``: an older compiler takes no stacked weights, and what it was to compile runs as it is written.
+COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+NO_COMPILER = "the compiler of this torch cannot take parallel passes"
+
 # ---- models and data -------------------------------------------------------------------------------------------------
 
 

@@ -88,7 +88,6 @@ def rows():
 
 
 @pytest.mark.parametrize(("method", "base", "options", "how"), rows())
-@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized")
 @pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
 def test_training_resumes_bit_for_bit_from_distributed_checkpoints(method, base, options, how, tmp_path, backend):
     straight, opt = new(METHODS[method], base, backend=backend)
@@ -107,7 +106,6 @@ def test_training_resumes_bit_for_bit_from_distributed_checkpoints(method, base,
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", ["SAM", *KEEP])
-@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized")
 def test_asking_for_state_changes_nothing(method, base, backend):
     """Neither of an optimizer that is new, nor later; and every name is there that a later file has."""
     expected, theirs = new(METHODS[method], base, backend=backend)

@@ -334,12 +334,25 @@ def test_a_function_may_make_the_base_optimizer():
 LOST = r"no state of {}, which begins anew"
 
 
+def begins_anew(kind) -> bool:
+    p = nn.Parameter(torch.ones(1))
+    base, p.grad = kind([p], lr=0.1), torch.ones(1)
+    base.state.clear()
+    try:
+        base.step()
+    except KeyError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("friendly", [None, (0.8, 0.6)], ids=["SAM", "F-SAM"])
 @pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
 @pytest.mark.parametrize("base", BASES)
 def test_their_checkpoints_load(base, adaptive, friendly):
     """With all that they have: F-SAM's mean, and which of SAM and ASAM it is; the base optimizer begins anew, as there."""
     kind, settings = BASES[base]
+    if not begins_anew(kind):
+        pytest.skip(f"the {base} of this torch begins its state at construction alone")
     expected = mlp(FLOAT64)
     first = LoopSAM(expected.parameters(), kind, 0.2, adaptive, friendly=friendly, **settings)
     for step in range(3):

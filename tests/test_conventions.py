@@ -67,6 +67,7 @@ BASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # old SequentialLRs call others with it
 @pytest.mark.parametrize("way", ["passes", "train_step"])
 @pytest.mark.parametrize("on", ["the wrapper", "the base", "the base, before it was wrapped"])
 @pytest.mark.parametrize("base", BASES)

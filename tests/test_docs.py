@@ -82,7 +82,7 @@ def runnable(page: Path) -> list[str]:
     return [textwrap.dedent(code) for needs, _, code in BLOCK.findall(page.read_text("utf-8")) if not needs]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized")
 @pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
 @pytest.mark.filterwarnings("error::UserWarning")  # a page shows no mistake
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from msam_kernels import MicroBatchSAM, _torch, buffers, capture, flat, methods
 from msam_kernels.capture import CapturedStep, CudaRecorder
 from msam_kernels.ranks import Ranks
-from plain import remembered, same_bits, without_ours
+from plain import COMPILES, NO_COMPILER, remembered, same_bits, without_ours
 
 pytestmark = pytest.mark.host  # each test says where its model is
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -185,6 +185,7 @@ def test_a_graph_holds_parallel_passes(method):
 
 
 @pytest.mark.host
+@pytest.mark.skipif(not COMPILES, reason=NO_COMPILER)
 def test_a_captured_step_holds_compiled_passes(monkeypatch):
     torch.compiler.reset()
     made = []

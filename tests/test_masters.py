@@ -353,7 +353,6 @@ def test_training_goes_on_bit_for_bit(way, base):
     assert same_bits(model.parameters(), other.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated")
 @pytest.mark.parametrize("flattened", [False, True], ids=["as it is", "flattened"])
 @pytest.mark.parametrize("base", ["SGD, everything", "AdamW"])

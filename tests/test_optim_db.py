@@ -30,7 +30,7 @@ FUSED = ("SGD", "Adam", "AdamW")
 TORCHS = {
     "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "LBFGS", "Muon", "NAdam", "RAdam", "RMSprop",
     "Rprop", "SGD", "SparseAdam",
-}  # fmt: skip
+} - {name for name in ("Muon",) if not hasattr(torch.optim, name)}  # which old ones lack  # fmt: skip
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
 

@@ -38,9 +38,19 @@ pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
 ]
 
-FSDP_KNOWS_CPUS = hasattr(torch.cpu.Stream, "record_event")
-NO_FSDP = "the FSDP2 of this torch is for GPUs alone"
-needs_fsdp = pytest.mark.skipif(not FSDP_KNOWS_CPUS, reason=NO_FSDP)
+needs_fsdp = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="the FSDP2 of this torch is for GPUs alone"
+)
+#: How the names of the cases begin that have no FSDP2.
+WITHOUT_FSDP = (
+    "2 ranks, TP",
+    "stages_",
+    "plain_parameters_",
+    "all_ranks_",
+    "equal_shards_",
+    "shards_that_",
+    "masters_go_",
+)
 
 SERVED = {name: method for name, method in METHODS.items() if method.full.sparse is None}
 BASES = {
@@ -1020,7 +1030,11 @@ TOGETHER = 32  # cases, of which the processes start once
 @pytest.fixture(scope="module")
 def failures(request, tmp_path_factory) -> Callable[[str], str]:
     """What went wrong in a case. Those that were asked for run together, once for all processes of pytest-xdist."""
-    asked = [item.callspec.params["case"] for item in request.session.items if item.name.startswith(TEST)]
+    asked = [
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.name.startswith(TEST) and not any(mark.args[0] for mark in item.iter_markers("skipif"))
+    ]
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -1045,12 +1059,19 @@ def failures(request, tmp_path_factory) -> Callable[[str], str]:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(name, marks=() if always else pytest.mark.exhaustive) for name, (_, always, _) in CASES.items()],
+    [
+        pytest.param(
+            name,
+            marks=[
+                *([] if always else [pytest.mark.exhaustive]),
+                *([] if name.startswith(WITHOUT_FSDP) and "FSDP2" not in name else [needs_fsdp]),
+            ],
+        )
+        for name, (_, always, _) in CASES.items()
+    ],
 )
 def test_training_on_several_ranks(case, failures):
     words = failures(case)
-    if not FSDP_KNOWS_CPUS and "'Stream' object has no attribute 'record_event'" in words:
-        pytest.skip(NO_FSDP)
     assert not words, words
 
 

@@ -7,6 +7,7 @@ Run as a script, this file is the child process that compiles: nothing can be co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -116,6 +117,8 @@ def _triton():
     if find_spec("triton") is None:
         missing = "triton is not installed: pip install triton"
         pytest.fail(missing, pytrace=False) if os.environ.get("CI") else pytest.skip(missing)
+    if backends.available_backends()["triton"]:
+        pytest.skip(backends.available_backends()["triton"])
     if ON_GPU:
         yield
         return
@@ -523,7 +526,18 @@ def test_triton_is_a_backend_by_name():
     with mock.patch.object(backends.importlib.util, "find_spec", return_value=None):
         with pytest.raises(RuntimeError, match="pip install triton"):
             backends.get_backend("triton", DEVICE)
-        assert not hasattr(backends.get_backend("auto", torch.device("cuda")), "PROGRAMS")
+        backends._warn_once.cache_clear()
+        told = pytest.warns(RuntimeWarning, match="plain torch and slower, is used on cuda, as triton is not installed")
+        with told if backends.available_backends()["cuda"] else contextlib.nullcontext():
+            assert not hasattr(backends.get_backend("auto", torch.device("cuda")), "PROGRAMS")
+
+
+def test_an_old_triton_is_told_of_and_left_alone():
+    old = mock.patch.object(backends.importlib.metadata, "version", return_value="3.5.1")
+    with old, pytest.raises(RuntimeError, match=r"triton 3\.5\.1 is older than 3\.6"):
+        backends.get_backend("triton", DEVICE)
+    with mock.patch.object(backends.importlib.metadata, "version", return_value="3.10.0+git1"):
+        backends.get_backend("triton", DEVICE)
 
 
 def test_interpreted_kernels_serve_the_cpu_and_compiled_ones_the_gpu(kernels):

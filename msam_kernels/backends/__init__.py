@@ -54,9 +54,11 @@ What each computes stands in ``reference.py``, the specification.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -223,9 +225,16 @@ def _missing_cuda() -> str | None:
     return None
 
 
+#: As pyproject.toml asks for it.
+TRITON_AT_LEAST = (3, 6)
+
+
 def _missing_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: `pip install triton` (it comes with torch's builds for GPUs on Linux)"
+    there = importlib.metadata.version("triton")
+    if tuple(map(int, re.findall(r"\d+", there)[:2])) < TRITON_AT_LEAST:
+        return f"triton {there} is older than {'.'.join(map(str, TRITON_AT_LEAST))}: take a torch that comes with a newer one"
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if not interpreted and not torch.cuda.is_available() and not torch.xpu.is_available():
         return "torch sees no GPU; on the CPU it runs in Triton's interpreter, slowly: set TRITON_INTERPRET=1 before the start"
@@ -276,7 +285,12 @@ def get_backend(name: str, device: torch.device) -> Backend:
         elif device.type == "cuda" and missing["cuda"] is None:
             name = "cuda"
         else:
-            name = "triton" if device.type in ("cuda", "xpu") and missing["triton"] is None else "reference"
+            is_gpu = device.type in ("cuda", "xpu")
+            name = "triton" if is_gpu and missing["triton"] is None else "reference"
+            if is_gpu and name == "reference":
+                _warn_once(
+                    f"backend 'reference', plain torch and slower, is used on {device.type}, as {missing['triton']}"
+                )
     if name not in missing:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
     if missing[name] is not None:
