@@ -64,7 +64,11 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
                 if isinstance(entry[name], Tensor) and entry[name].dtype != flat.dtype_kept:
                     entry[name] = entry[name].to(flat.dtype_kept)
         for name in names:
-            part = _part(flat, name, i, begin=entry is not None)
+            if entry is not None and name == "master":
+                flat.save_buffer()
+            elif entry is not None:
+                flat.memory(name, math.nan)
+            part = flat.remembered_of(i, name)
             if entry is not None and part is not None:
                 if not _is_shown(entry.get(OURS + name), part, flat.params[i]):
                     entry[OURS + name] = shown(part, flat.params[i])
@@ -77,21 +81,6 @@ def show(engine: Engine) -> dict[str, dict[int, Tensor]]:
     if plan.sparse is not None and any(flat.mask is None for flat in store.flats):
         engine.mask_step = -1
     return left
-
-
-def _part(flat: Flat, name: str, i: int, *, begin: bool = False) -> Tensor | None:
-    """A parameter's part of a memory or of masters: zeros where these have not begun, of what waits one number in its shape.
-
-    Without ``begin`` None where there is none.
-    """
-    if name == "master":
-        buffer, fill = flat.save_buffer() if begin else flat.saved, 0.0
-    else:
-        memory = flat.memory(name, math.nan) if begin else flat.memories.get(name)
-        buffer, fill = (None, 0.0) if memory is None else (memory.buffer, memory.fill)
-    if buffer is None:
-        return None
-    return buffer.new_full((), fill).expand(flat.shards[i].shape) if i in flat.waiting else flat.part(buffer, i)
 
 
 def _is_shown(t: Any, part: Tensor, p: Tensor) -> bool:
@@ -122,14 +111,13 @@ def _entries(engine: Engine) -> Callable[[int, Tensor], dict[str, Any] | None]:
 def _bits(flat: Flat) -> list[Tensor]:
     """The flat's mask by parameter, as bools; nothing is set where there is none."""
     version = -1 if flat.mask is None else versions_of([flat.mask])[0]
-    known, bits = flat.shown
-    if known != (id(flat.mask), version):
+    if flat.shown is None or flat.shown[0] is not flat.mask or flat.shown[1] != version:
         if flat.mask is None:
             bits = [torch.zeros_like(p, dtype=torch.bool, requires_grad=False) for p in flat.params]
         else:
             bits = list(map(flat.mask_of, range(len(flat.params))))
-        flat.shown = (id(flat.mask), version), bits
-    return bits
+        flat.shown = flat.mask, version, bits
+    return flat.shown[2]
 
 
 def remembered(engine: Engine) -> dict[str, Any]:
@@ -140,7 +128,7 @@ def remembered(engine: Engine) -> dict[str, Any]:
         own["seed"] = engine.seed
     for at, flat, i in _places(engine.store):
         for name in _MEMORIES:
-            part = _part(flat, name, i)
+            part = flat.remembered_of(i, name)
             if part is not None and has_begun(part):
                 own.setdefault(name, {})[at] = shown(part, flat.params[i])
         if flat.mask is not None:
@@ -154,7 +142,7 @@ def load_own(engine: Engine, own: dict[str, Any]) -> None:
     masters = {
         at: shown(part, flat.params[i])
         for at, flat, i in _places(engine.store)
-        if flat.has_masters and (part := _part(flat, "master", i)) is not None
+        if flat.has_masters and (part := flat.remembered_of(i, "master")) is not None
     }
     load(engine, {**kept, **{name: own[name] for name in ("ema", "mask") if name in own}, "master": masters})
 

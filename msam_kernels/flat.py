@@ -278,7 +278,7 @@ class Flat:
         views: parts of ``state``, by parameter and name: what ``bind`` left in the base optimizer's.
         absent: stands in a list for a parameter that is absent from it.
         empty: the parameters without elements.
-        shown: the mask by parameter, as bools, and of which mask they are.
+        shown: the mask by parameter, as bools, and of which mask and which version of it they are.
     """
 
     def __init__(
@@ -316,7 +316,7 @@ class Flat:
         self.saved: Tensor | None = None
         self.memories: dict[str, Memory] = {}
         self.mask: Tensor | None = None
-        self.shown: tuple[object, list[Tensor]] = (None, [])
+        self.shown: tuple[Tensor | None, int, list[Tensor]] | None = None
         self._stack: Tensor | None = None
         self.state: dict[str, Tensor] = {}
         self.views: dict[tuple[int, str], Tensor] = {}
@@ -402,7 +402,7 @@ class Flat:
         before = [(each, dict(vars(each))) for each in (self, *self.memories.values())]
         was, order = self.order, sorted(self.order, key=lambda i: i in waiting)
         old, waited, status, rows = self.offsets, self.waiting, self.status, self.table[:, 0]
-        bits = [] if self.mask is None else list(map(self.mask_of, range(len(order))))
+        mask = self.mask_of_all
         try:
             self._lay_out(order, len(order) - len(waiting))
             stay = torch.tensor([i not in waiting | waited for i in range(len(order))], device=self.device)
@@ -414,10 +414,8 @@ class Flat:
                 memory.hold(self.moved(memory.buffer, old, waited, memory.fill))
                 if memory.started:
                     memory.measure()
-            if bits and order != was:
-                self.mask, self.shown = None, (None, [])
-                for i, chosen in enumerate(bits):
-                    self.set_mask(i, chosen)
+            self.mask = None
+            self.hold_mask(mask)
             self.state = {
                 name: buffer if name == "step" else self.moved(buffer, old, waited)
                 for name, buffer in self.state.items()
@@ -678,6 +676,13 @@ class Flat:
         buffers = {name: memory.buffer for name, memory in self.memories.items()}
         return buffers if self.saved is None or not self.has_masters else {**buffers, "master": self.saved}
 
+    def remembered_of(self, i: int, name: str) -> Tensor | None:
+        """A parameter's part of one of them: of what waits one number in its shape; None where there is no such buffer."""
+        buffer, memory = self.remembered.get(name), self.memories.get(name)
+        if buffer is None or i not in self.waiting:
+            return None if buffer is None else self.part(buffer, i)
+        return buffer.new_full((), memory.fill if memory else 0.0).expand(self._shapes[i])
+
     def remembers(self, i: int) -> bool:
         """Whether there is anything of a parameter in them."""
         began_as_nan = {name for name, memory in self.memories.items() if not memory.started}
@@ -693,6 +698,30 @@ class Flat:
             self.check_not_capturing(f"the method's {name}")
             memory = self.memories[name] = Memory(self, begin)
         return memory
+
+    @property
+    def mask_of_all(self) -> Tensor | None:
+        """The mask as it would lie if no parameter waited; itself where none does."""
+        return None if self.mask is None else self._moved_mask(self.mask, self.offsets, self.offsets_of_all)
+
+    def hold_mask(self, mask: Tensor | None) -> None:
+        """That of ``mask_of_all``, from now on. Where there was one it is written to: captured graphs read it there."""
+        if mask is not None:
+            mask = self._moved_mask(mask, self.offsets_of_all, self.offsets)
+        if mask is None or self.mask is None:
+            self.mask = mask
+        else:
+            self.mask.copy_(mask)
+
+    def _moved_mask(self, mask: Tensor, old: list[int], new: list[int]) -> Tensor:
+        """Of parameters that began at the ``old`` offsets; itself where these are the new ones."""
+        if old == new:
+            return mask
+        out = torch.zeros_like(mask)
+        for shape, a, b in zip(self._shapes, old, new, strict=True):
+            n = -(-shape.numel() // 8)
+            out[b // 8 :][:n] = mask[a // 8 :][:n]
+        return out
 
     def mask_of(self, i: int) -> Tensor:
         """A parameter's part of the mask, as bools in its shape and memory order."""

@@ -26,7 +26,7 @@ _DIGIT = 16  # bits of a key that are looked at together
 #: By flat and parameter: a tensor in the memory order of the parameter. Its absolute values count; an empty one counts as
 #: zeros.
 Scores = Sequence[Sequence[Tensor]]
-Place = tuple[Flat, int]  # a slice of a flat buffer: where it begins
+Place = tuple[Flat, int]  # a slice of a flat buffer of all: where it begins
 
 
 def add_up(scores: list[Tensor] | None, grads: Sequence[Tensor], *, copies: bool = False) -> list[Tensor]:
@@ -80,7 +80,7 @@ def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) 
     def write(place: Place, bits: Tensor) -> None:
         _bytes(new[id(place[0])], place).copy_(pack(bits))
 
-    old = {id(flat): flat.mask for flat in flats if flat.mask is not None}
+    old = {id(flat): mask for flat in flats if (mask := flat.mask_of_all) is not None}
 
     def inside(place: Place) -> Tensor:
         return unpack(_bytes(old[id(place[0])], place))
@@ -98,10 +98,7 @@ def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) 
             bits = inside(place)
             write(place, stays(by_score(place) * bits) | comes(at_random(place) * ~bits))
     for flat in flats:  # all at once: an interruption before leaves the old masks
-        if flat.mask is None:
-            flat.mask = new[id(flat)]
-        else:
-            flat.mask.copy_(new[id(flat)])  # captured graphs read it at this address
+        flat.hold_mask(new[id(flat)])
 
 
 def _bytes(mask: Tensor, place: Place) -> Tensor:
@@ -116,9 +113,9 @@ def _parts(place: Place) -> tuple[Tensor, Iterator[tuple[int, slice, Tensor]]]:
     keys = torch.zeros(end - begin, dtype=torch.int64, device=flat.device)
 
     def parts() -> Iterator[tuple[int, slice, Tensor]]:
-        offsets = [flat.offsets[i] for i in flat.order]
-        for i in flat.order[max(bisect_right(offsets, begin) - 1, 0) : bisect_left(offsets, end)]:
-            offset = flat.offsets[i]
+        offsets = flat.offsets_of_all
+        for i in range(max(bisect_right(offsets, begin) - 1, 0), bisect_left(offsets, end)):
+            offset = offsets[i]
             low, high = max(begin, offset), min(end, offset + flat.params[i].numel())
             if low < high:
                 yield i, slice(low - offset, high - offset), keys[low - begin : high - begin]

@@ -301,7 +301,7 @@ class Engine:
         """``follow``, and every ``p.grad``: one look at the parameters. With ``clear``, every one is None then."""
         if not self.store.is_settled:
             self.follow()
-            self.store.settle(self.method.full)
+            self.store.settle()
         grads = self.store.collect(clear=clear)
         if grads is None:
             self.follow()
@@ -969,7 +969,7 @@ class Step:
                 self._i, self.turn, norm_sq = which[-1], 0, None
                 losses, *vectors = self._run(passes, which, None)
                 if not store.is_settled:
-                    store.settle(engine.method.full, vectors[0])
+                    store.settle(vectors[0])
                 self._look_at_scale()
                 if which.start == 0 and plan.lmbda is not None and plan.climbs:  # it moves on while they may still fail
                     self._remember(store.means(plan))

@@ -29,7 +29,7 @@ from .gradients import (
 )
 from .methods import Coefficient, Parameters, Plan
 from .precision import dtype_kept, is_short
-from .rules import MOMENTA, OURS, Rule, Tables
+from .rules import MOMENTA, OURS, Rule, Tables, theirs_in
 from .sharded import Gathered, Reduction, Spread, check_placements, shard, shown, spread
 
 if TYPE_CHECKING:
@@ -334,10 +334,10 @@ class Store:
         self.is_settled = all(flat.settled for flat in self.flats)
         self._waits = any(flat.waiting for flat in self.flats)
 
-    def settle(self, plan: Plan, vector: Vectors | None = None) -> None:
+    def settle(self, vector: Vectors | None = None) -> None:
         """At the first gradients of a flat, in ``p.grad`` or the vector: parameters that lack one wait for it.
 
-        As long as they do, nothing is kept for them. A mask is of all elements, and with one of its plan nobody waits.
+        As long as they do, nothing is kept for them.
         """
         for f, flat in enumerate(self.flats):
             if flat.settled:
@@ -346,10 +346,10 @@ class Store:
                 missing: Sequence[int] = [i for i, p in enumerate(flat.params) if p.grad is None]
             else:
                 missing = flat.absent_from(vector.lists[f])
-            if plan.sparse is not None:
-                missing = ()
             state = self.base.state
-            self._wait_for(flat, {i for i in missing if not state.get(flat.params[i]) and not flat.remembers(i)})
+            self._wait_for(
+                flat, {i for i in missing if not theirs_in(state.get(flat.params[i])) and not flat.remembers(i)}
+            )
             flat.settled = True
         self._look_who_waits()
 
@@ -362,9 +362,10 @@ class Store:
         self.layout = self._loops.memory_layout(self.base.param_groups, self._lists)
         for i, p in enumerate(flat.params):  # what was shown of them lies elsewhere now
             entry = self.base.state.get(p, {})
-            for name, buffer in flat.remembered.items():
-                if OURS + name in entry and i not in waiting:
-                    entry[OURS + name] = shown(flat.part(buffer, i), p)
+            for name in flat.remembered:
+                part = flat.remembered_of(i, name) if OURS + name in entry else None
+                if part is not None:
+                    entry[OURS + name] = shown(part, p)
 
     def meet(self, vector: Vectors) -> Vectors:
         """``vector``; parameters that wait for their first gradient, and have one in it, wait no longer."""

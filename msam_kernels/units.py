@@ -118,8 +118,8 @@ class Undo:
         for flat, name in changed:
             memory = flat.memory(name, math.nan)
             self._memories.append((memory, memory.now()))
-        masks = [(flat, flat.mask) for flat in store.flats] if chooses else []
-        self._masks = [(flat, mask, None if mask is None else mask.clone()) for flat, mask in masks]
+        masks = [(flat, flat.mask_of_all) for flat in store.flats] if chooses else []
+        self._masks = [(flat, None if mask is None else mask.clone()) for flat, mask in masks]
 
     def bring_back(self) -> None:
         """The step was skipped."""
@@ -127,10 +127,8 @@ class Undo:
             self._units.bring_means_to(self._scale)
         for memory, held in self._memories:
             memory.put_back(held)
-        for flat, mask, bits in self._masks:
-            flat.mask = mask
-            if mask is not None and bits is not None:
-                mask.copy_(bits)
+        for flat, mask in self._masks:
+            flat.hold_mask(mask)
 
     def bring_back_where(self, found_inf: Tensor) -> None:
         """The memories, where ``found_inf``, on the device, is not 0; else they are neither read nor written."""

@@ -1067,9 +1067,44 @@ MUTANTS = [
     Mutant(
         "a mask stays where one has ceased to wait",
         P + "flat.py",
-        "if bits and order != was:",
-        "if False:",
+        "self.hold_mask(mask)\n",
+        "self.mask = mask\n",
         "tests/test_waiting.py -k mask_follows",
+    ),
+    Mutant(
+        "a mask is chosen where parameters lie, and not where they would if none waited",
+        P + "masks.py",
+        "offsets = flat.offsets_of_all",
+        "offsets = flat.offsets",
+        "tests/test_waiting.py -k costs_nothing",
+    ),
+    Mutant(
+        "a skipped step's mask comes back as it lay before one ceased to wait",
+        P + "units.py",
+        "(flat, flat.mask_of_all)",
+        "(flat, flat.mask)",
+        "tests/test_waiting.py -k scaler",
+    ),
+    Mutant(
+        "the mask of before is shown after another was loaded in its place",
+        P + "checkpoint.py",
+        "flat.shown[0] is not flat.mask",
+        "id(flat.shown[0]) != id(flat.mask) and flat.shown[0] is None",
+        "tests/test_masks.py -k loaded_last",
+    ),
+    Mutant(
+        "an entry of the state that is only ours counts as one of the base optimizer's",
+        P + "store.py",
+        "theirs_in(state.get(flat.params[i]))",
+        "state.get(flat.params[i])",
+        "tests/test_waiting.py -k looks_at",
+    ),
+    Mutant(
+        "what is shown of one that waits is still the old memory",
+        P + "store.py",
+        "entry[OURS + name] = shown(part, p)",
+        "entry[OURS + name] = entry[OURS + name] if i in waiting else shown(part, p)",
+        "tests/test_waiting.py -k looks_at",
     ),
     Mutant(
         "the base optimizer's state begins anew where one has ceased to wait",
@@ -2653,8 +2688,8 @@ MUTANTS = [
     Mutant(
         "masters: none in what a new optimizer shows",
         P + "checkpoint.py",
-        "flat.save_buffer() if begin else flat.saved, 0.0",
-        "flat.saved, 0.0",
+        "                flat.save_buffer()\n",
+        "                pass\n",
         MASTERS + "distributed_checkpoints",
     ),
     Mutant(

@@ -847,6 +847,22 @@ def test_a_mask_of_another_method_is_not_used(backend):
     assert same_bits(*trained)
 
 
+def test_the_state_shows_the_mask_that_was_loaded_last():
+    """Also where the mask of before was given up, and its memory and its name are those of the new one."""
+    model = mlp()
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.1, method=methods.SparseSAM(update_every=None))
+    files = []
+    for share in (0, 1):
+        opt.mask = [torch.full_like(p, share, dtype=torch.bool) for p in model.parameters()]
+        next(iter(WAYS.values()))(opt, model, batch(6))
+        files.append(copy.deepcopy(opt.state_dict()))
+    for share in (0, 1) * 10:
+        opt.load_state_dict(files[share])
+        shown = [entry["msam_mask"] for entry in opt.state_dict()["state"].values()]
+        assert len(shown) == len(list(model.parameters()))
+        assert all((bits == share).all() for bits in shown)
+
+
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 
 

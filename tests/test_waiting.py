@@ -131,10 +131,9 @@ def test_waiting_costs_nothing_and_changes_no_bit(when, method, way, flatten, ba
             assert same_bits([state["state"][key][name]], [t]), (key, name)
     for name, t in vars(expected_stats).items():  # the rows are added up in another order
         torch.testing.assert_close(vars(stats)[name], t, rtol=1e-14, atol=0, equal_nan=True)
-    if METHODS[method].full.sparse is None:  # whose mask is of all elements
-        single = opt.method.full.momentum or opt.method.period > 1  # passes of that step
-        late = 0 if when == "in one pass alone" and single else LATE.get(when, 30)
-        assert set(elements_kept(opt)) == {32 + late}
+    single = opt.method.full.momentum or opt.method.period > 1  # passes of that step
+    late = 0 if when == "in one pass alone" and single else LATE.get(when, 30)
+    assert set(elements_kept(opt)) == {32 + late}
 
 
 @rows(("method", "base"), METHODS, BASES, every=2)
@@ -151,7 +150,7 @@ def test_parallel_passes_wait_as_well(method, base, backend, monkeypatch):
                 model.uses = lambda step, call, first=first: ("late",) if (step, call) >= (1, first) else ()
                 train(model, opt, range(3), "train_step")
                 runs.append(weights(model))
-                if waits and METHODS[method].full.sparse is None:
+                if waits:
                     assert set(elements_kept(opt)) == {32 + 30}
         if exact:
             assert same_bits(*runs)
@@ -180,11 +179,33 @@ def test_training_resumes_where_parameters_wait(method, when, at, where, backend
     loads.load_state_dict(saved[1])
     train(second, loads, range(at, 5))
     assert same_bits(weights(second), weights(straight))
-    if METHODS[method].full.sparse is None:
-        assert set(elements_kept(loads)) <= {32, *elements_kept(opt)}
+    assert set(elements_kept(loads)) <= {32, *elements_kept(opt)}
 
 
-@rows(("method", "dies", "when"), ["SAM", "F-SAM", "VaSSO", "LookSAM k=2", "Momentum-SAM"], range(4), WHEN, every=5)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ["SAM", "F-SAM", "Sparse SAM"])
+def test_who_looks_at_the_state_first_keeps_nobody_from_waiting(method, base, backend):
+    """Nor who loads one: entries that are only ours, of plain SGD, hold nothing for what was never used."""
+    files: list[dict] = []
+    for _ in range(3):
+        model, opt = made("never", method, base, backend=backend)
+        opt.load_state_dict(files[-1] if files else opt.state_dict())
+        before = opt.state_dict()["state"]
+        train(model, opt, range(2))
+        assert set(elements_kept(opt)) <= {32}
+        names = [name for name in opt.base_optimizer.state[model.never.weight] if name != "msam_mask"]
+        assert all(opt.base_optimizer.state[model.never.weight][name].untyped_storage().nbytes() <= 4 for name in names)
+        assert before.keys() <= opt.state_dict()["state"].keys()
+        files.append(through_a_file(opt.state_dict()))
+
+
+@rows(
+    ("method", "dies", "when"),
+    ["SAM", "F-SAM", "VaSSO", "LookSAM k=2", "Momentum-SAM", "Sparse SAM"],
+    range(4),
+    WHEN,
+    every=5,
+)
 def test_a_step_may_fail_where_one_has_ceased_to_wait(when, dies, method, backend, monkeypatch):
     runs = []
     for waits in (True, False):
@@ -211,7 +232,9 @@ def test_a_step_may_fail_where_one_has_ceased_to_wait(when, dies, method, backen
     assert same_bits(*runs)
 
 
-@rows(("method", "step", "when"), ["SAM", "F-SAM", "LookSAM k=2", "Momentum-SAM"], range(3), WHEN, every=5)
+@rows(
+    ("method", "step", "when"), ["SAM", "F-SAM", "LookSAM k=2", "Momentum-SAM", "Sparse SAM"], range(3), WHEN, every=5
+)
 def test_memory_that_is_missing_changes_nothing(when, step, method, backend, monkeypatch):
     """As where the GPU has none left: of any buffer that a step makes."""
     model, opt = made(when, method, backend=backend)
@@ -271,7 +294,7 @@ def test_weights_of_16_bits_wait_as_well(options, base, when, backend, monkeypat
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-@pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2"])
+@pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2", "Sparse SAM"])
 def test_a_model_that_is_converted_brings_along_what_is_kept(method, at, backend, monkeypatch):
     runs = []
     for waits in (True, False):
@@ -411,7 +434,7 @@ RANKS = {
 }
 RANKED = [
     (method, ascent, loops, when)
-    for method in ("F-SAM", "LookSAM k=3", "WSAM")
+    for method in ("F-SAM", "LookSAM k=3", "WSAM", "Sparse SAM")
     for ascent in ("local", "global", "group")
     for loops in (1, 2)
     for when in RANKS
@@ -463,10 +486,16 @@ def test_ranks_need_not_wait_alike(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["passes", "train_step"])
-@pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2", "SAM"])
-@pytest.mark.parametrize(("base", "at"), [("AdamW", 2), ("SGD", 0)], ids=["in that step", "in the next one"])
+@pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2", "SAM", "Sparse SAM"])
+@pytest.mark.parametrize(
+    ("base", "at"),
+    [("AdamW", 2), ("AdamW", 3), ("SGD", 0)],
+    ids=["in that step", "in one that would choose a mask", "in the next one"],
+)
 def test_a_step_that_a_scaler_skips_where_one_ceases_to_wait_never_was(base, at, method, way, backend, monkeypatch):
     """The first gradient comes after what the step may have to undo was noted, or before the base optimizer counts any."""
+    if method == "LookSAM k=2" and at % 2:
+        pytest.skip("a step without a third pass, in which the first gradient would come")
     runs = []
     for overflows, waits in ((True, True), (False, True), (True, False)):
         if not waits:
@@ -501,5 +530,5 @@ def test_a_step_that_a_scaler_skips_where_one_ceases_to_wait_never_was(base, at,
         runs.append([*weights(model), *(t for _, entry in entries for _, t in sorted(entry.items()))])
     skipped, never_was, nobody_waited = runs
     assert same_bits(skipped, nobody_waited)
-    # LookSAM counts a whole step before the device knows that it is skipped.
-    assert same_bits(skipped, never_was) or (method, way) == ("LookSAM k=2", "train_step")
+    # Steps are counted before the device knows that one is skipped; LookSAM and masks go by their number.
+    assert same_bits(skipped, never_was) or (way == "train_step" and method in ("LookSAM k=2", "Sparse SAM"))
