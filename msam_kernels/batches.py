@@ -136,7 +136,7 @@ def rebuilt(part: Any, of: Callable[[Any], Any] | None = None) -> Any:
     What is in them is the same, or what ``of`` makes of it. Containers are dicts, lists, sets and what behaves like them,
     and dataclasses; a tuple is rebuilt where something in it is new. What cannot be copied stays as it is.
     """
-    known: dict[int, Any] = {}  # by id: also of containers that hold themselves
+    known: dict[int, tuple[Any, Any]] = {}  # by id, with the old one, which is to live as long: some hold themselves
 
     def new(old: Any) -> Any:
         if isinstance(old, tuple):
@@ -147,12 +147,12 @@ def rebuilt(part: Any, of: Callable[[Any], Any] | None = None) -> Any:
         if isinstance(old, Tensor) or not _is_container(old):
             return old if of is None else of(old)
         if id(old) in known:
-            return known[id(old)]
+            return known[id(old)][1]
         try:
             container = copy.copy(old)
         except Exception:  # whatever somebody else's class raises
             return old
-        known[id(old)] = container
+        known[id(old)] = old, container
         own = getattr(container, "__dict__", {})  # where those that are no dict or list themselves keep one
         own.update({name: new(value) for name, value in own.items()})
         if isinstance(container, dict):

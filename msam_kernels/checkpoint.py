@@ -153,8 +153,20 @@ def _places(store: Store) -> list[tuple[int, Flat, int]]:
 
 
 def saved(state_dict: dict[str, Any], left: dict[str, dict[int, Tensor]]) -> dict[str, Any]:
-    """``state_dict``, and in it what ``show`` found no entry for."""
+    """``state_dict``, and in it what ``show`` found no entry for. What waits is written out, for who loads in place."""
+    entries = state_dict.get("state")
+    if isinstance(entries, dict):
+        state_dict = {**state_dict, "state": {key: _written_out(entry) for key, entry in entries.items()}}
     return {**state_dict, KEY: left} if left else state_dict
+
+
+def _written_out(entry: Any) -> Any:
+    """An entry of the state, or a copy without tensors of ours that are one number in the shape of many."""
+    if not isinstance(entry, dict):
+        return entry
+    ours = {name: shard(t) for name, t in entry.items() if isinstance(t, Tensor) and str(name).startswith(OURS)}
+    short = [name for name, t in ours.items() if t.numel() > 1 and not any(t.stride())]
+    return {**entry, **{name: entry[name].contiguous() for name in short}} if short else entry
 
 
 def apart(state_dict: dict[str, Any], store: Store | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

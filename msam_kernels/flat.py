@@ -391,6 +391,7 @@ class Flat:
         # By the micro-batches that run at once: their places in ``achieved``, its rows, and all of them as one.
         self._achieved_of: dict[int | range, tuple[slice, list[Tensor], Tensor]] = {}
 
+    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
     @torch.no_grad()
     def wait_for(self, waiting: Set[int]) -> None:
         """From now on these parameters wait for their first gradient: they lie behind the others, and nothing is kept for them.
@@ -402,7 +403,6 @@ class Flat:
         before = [(each, dict(vars(each))) for each in (self, *self.memories.values())]
         was, order = self.order, sorted(self.order, key=lambda i: i in waiting)
         old, waited, status, rows = self.offsets, self.waiting, self.status, self.table[:, 0]
-        mask = self.mask_of_all
         try:
             self._lay_out(order, len(order) - len(waiting))
             stay = torch.tensor([i not in waiting | waited for i in range(len(order))], device=self.device)
@@ -414,8 +414,8 @@ class Flat:
                 memory.hold(self.moved(memory.buffer, old, waited, memory.fill))
                 if memory.started:
                     memory.measure()
-            self.mask = None
-            self.hold_mask(mask)
+            if self.mask is not None:
+                self.mask = self._moved_mask(self.mask, old, self.offsets)
             self.state = {
                 name: buffer if name == "step" else self.moved(buffer, old, waited)
                 for name, buffer in self.state.items()
@@ -444,7 +444,7 @@ class Flat:
             new[self.offsets[i] :][:n].copy_(buffer[offsets[i] :][:n])
         return new
 
-    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
+    @torch.inference_mode(False)
     def new_buffer(self, dtype: torch.dtype | None = None, size: int | None = None) -> Tensor:
         """Zeros, for what is kept."""
         return torch.zeros(self.kept if size is None else size, dtype=dtype or self.dtype, device=self.device)
@@ -615,6 +615,8 @@ class Flat:
                 if home:
                     self.set_mask(i, home[0].mask_of(home[1]))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def take_back(self) -> None:
         """Take back parameters that somebody re-pointed.
 
@@ -704,10 +706,12 @@ class Flat:
         """The mask as it would lie if no parameter waited; itself where none does."""
         return None if self.mask is None else self._moved_mask(self.mask, self.offsets, self.offsets_of_all)
 
+    def mask_as_now(self, mask: Tensor) -> Tensor:
+        """One of ``mask_of_all`` as it lies today; itself where none waits."""
+        return self._moved_mask(mask, self.offsets_of_all, self.offsets)
+
     def hold_mask(self, mask: Tensor | None) -> None:
-        """That of ``mask_of_all``, from now on. Where there was one it is written to: captured graphs read it there."""
-        if mask is not None:
-            mask = self._moved_mask(mask, self.offsets_of_all, self.offsets)
+        """That of ``mask_as_now``, from now on. Where there was one it is written to: captured graphs read it there."""
         if mask is None or self.mask is None:
             self.mask = mask
         else:
@@ -730,6 +734,7 @@ class Flat:
         bits = unpack(self.mask[first : first + -(-n // 8)])[:n]
         return bits.as_strided(self._shapes[i], self._strides[i])
 
+    @torch.inference_mode(False)
     def set_mask(self, i: int, bits: Tensor) -> None:
         """``bits``: bools in the shape of the parameter."""
         if self.mask is None:
@@ -763,6 +768,8 @@ class Flat:
             return None
         return bound.buffers
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def bind(
         self, state: State, names: Sequence[tuple[str, ...]], counts: bool, absent: tuple[int, ...]
     ) -> list[Tensor]:

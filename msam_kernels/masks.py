@@ -44,6 +44,8 @@ def add_up(scores: list[Tensor] | None, grads: Sequence[Tensor], *, copies: bool
     return list(map(one, [None] * len(grads) if scores is None else scores, grads))
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) -> None:
     """Choose a new ``mask`` for every flat by the rule of ``methods.SparseSAM``. If any has none yet, all get a first one.
 
@@ -97,8 +99,9 @@ def choose(flats: Sequence[Flat], scores: Scores, sparse: SparseSAM, step: int) 
         for place in places:
             bits = inside(place)
             write(place, stays(by_score(place) * bits) | comes(at_random(place) * ~bits))
-    for flat in flats:  # all at once: an interruption before leaves the old masks
-        flat.hold_mask(new[id(flat)])
+    chosen_masks = [flat.mask_as_now(new[id(flat)]) for flat in flats]
+    for flat, mask in zip(flats, chosen_masks, strict=True):  # all at once: what fails before leaves the old masks
+        flat.hold_mask(mask)
 
 
 def _bytes(mask: Tensor, place: Place) -> Tensor:

@@ -200,6 +200,8 @@ class Store:
 
     # -- parameters -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
+    @torch.no_grad()
     def adopt(
         self, check_idle: Callable[[str], None], only: Parameters | None = None, also: Sequence[Tensor] = ()
     ) -> None:

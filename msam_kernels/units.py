@@ -128,7 +128,7 @@ class Undo:
         for memory, held in self._memories:
             memory.put_back(held)
         for flat, mask in self._masks:
-            flat.hold_mask(mask)
+            flat.hold_mask(None if mask is None else flat.mask_as_now(mask))
 
     def bring_back_where(self, found_inf: Tensor) -> None:
         """The memories, where ``found_inf``, on the device, is not 0; else they are neither read nor written."""

@@ -1067,9 +1067,37 @@ MUTANTS = [
     Mutant(
         "a mask stays where one has ceased to wait",
         P + "flat.py",
-        "self.hold_mask(mask)\n",
-        "self.mask = mask\n",
+        "self.mask = self._moved_mask(self.mask, old, self.offsets)",
+        "pass",
         "tests/test_waiting.py -k mask_follows",
+    ),
+    Mutant(
+        "masks of several flats change one after the other",
+        P + "masks.py",
+        "    chosen_masks = [flat.mask_as_now(new[id(flat)]) for flat in flats]\n",
+        "    chosen_masks = (flat.mask_as_now(new[id(flat)]) for flat in flats)\n",
+        "tests/test_masks.py -k all_at_once",
+    ),
+    Mutant(
+        "what moves in inference mode stays of that mode",
+        P + "flat.py",
+        "    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it\n",
+        "",
+        "tests/test_waiting.py -k inference",
+    ),
+    Mutant(
+        "what waits is shown as one number in many places",
+        P + "checkpoint.py",
+        "if short else entry",
+        "if False else entry",
+        "tests/test_waiting.py -k in_place",
+    ),
+    Mutant(
+        "a container is taken for another one that is gone",
+        P + "batches.py",
+        "known[id(old)] = old, container",
+        "known[id(old)] = None, container",
+        "tests/test_optimizer.py -k as_it_came",
     ),
     Mutant(
         "a mask is chosen where parameters lie, and not where they would if none waited",
@@ -1088,8 +1116,8 @@ MUTANTS = [
     Mutant(
         "the mask of before is shown after another was loaded in its place",
         P + "checkpoint.py",
-        "flat.shown[0] is not flat.mask",
-        "id(flat.shown[0]) != id(flat.mask) and flat.shown[0] is None",
+        "flat.shown[0] is not flat.mask or flat.shown[1] != version",
+        "flat.shown[1] != version",
         "tests/test_masks.py -k loaded_last",
     ),
     Mutant(

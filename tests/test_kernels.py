@@ -770,7 +770,7 @@ def fingerprint(cases: Iterable[tuple[str, str]], sizes: Callable[[int], tuple])
 
 def child(*arguments: str, isa: str | None = None) -> subprocess.CompletedProcess:
     """This file as a script, with the instruction set of the whole run or with ``isa``."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     if isa:
         env["MSAM_KERNELS_ISA"] = isa
     command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", __file__, *arguments]

@@ -856,7 +856,7 @@ def test_the_state_shows_the_mask_that_was_loaded_last():
         opt.mask = [torch.full_like(p, share, dtype=torch.bool) for p in model.parameters()]
         next(iter(WAYS.values()))(opt, model, batch(6))
         files.append(copy.deepcopy(opt.state_dict()))
-    for share in (0, 1) * 10:
+    for share in (0, 1) * 50:
         opt.load_state_dict(files[share])
         shown = [entry["msam_mask"] for entry in opt.state_dict()["state"].values()]
         assert len(shown) == len(list(model.parameters()))
@@ -890,6 +890,51 @@ def test_a_choice_that_is_interrupted_changes_nothing(at, way, monkeypatch, back
     WAYS[way](opt, model, batch(6, F64))
     assert opt.mask is not None
     assert (opt.stats.perturbation_norm > 0).all()
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_masks_change_all_at_once(call, backend, monkeypatch):
+    """Those of several flats, where memory is missing while one of them is brought to where its parameters lie."""
+    model = nn.ModuleList([nn.Linear(9, 7), nn.Linear(3, 5), nn.Linear(9, 7).double(), nn.Linear(3, 5).double()])
+    method = methods.SparseSAM(sparsity=0.5, mask="dynamic", update_every=1, total_steps=100)
+    opt = MicroBatchSAM(SGD(model.parameters(), lr=0.1), 0.1, method=method, backend=backend)
+    x = torch.ones(2, 3)
+
+    def closure():
+        loss = model[1](x).square().mean() + model[3](x.double()).square().mean()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert all(flat.waiting for flat in opt.engine.store.flats)
+    old, moved, left = opt.mask, Flat._moved_mask, iter(range(call))
+
+    def failing(flat, *args):
+        if next(left, None) is None:
+            raise MemoryError
+        return moved(flat, *args)
+
+    monkeypatch.setattr(Flat, "_moved_mask", failing)
+    with pytest.raises(MemoryError):
+        opt.step(closure)
+    monkeypatch.undo()
+    assert equal(opt.mask, old)
+    opt.step(closure)
+    assert not equal(opt.mask, old)
+    assert sum(int(m.sum()) for m in opt.mask) == sum(p.numel() for p in model.parameters()) // 2
+
+
+def test_a_mask_that_is_assigned_or_loaded_in_inference_mode_can_change_later(backend):
+    model, opt = mlp_optimizer(methods.SparseSAM(update_every=1), backend)
+    with torch.inference_mode():
+        opt.mask = [torch.ones(p.shape, dtype=torch.bool) for p in model.parameters()]
+    opt.train_step(lambda x, y: loss_of(model, x, y), *batch(6, F64))
+    assert not all(m.all() for m in opt.mask)
+    saved = copy.deepcopy(opt.state_dict())
+    with torch.inference_mode():
+        opt.load_state_dict(saved)
+    for _ in range(2):
+        opt.train_step(lambda x, y: loss_of(model, x, y), *batch(6, F64))
 
 
 def test_a_mask_of_some_of_the_parameters_is_not_taken(backend):

@@ -815,6 +815,11 @@ WHOLE = {
     "UserDict": (lambda x, y: (UserDict(x=x, y=y),), taken),
     "nested UserDict": (lambda x, y: (UserDict(x=[x], y=y),), lambda a: (a["x"].pop(), a.pop("y"))),
     "UserList": (lambda x, y: (UserList([y, x]),), lambda a: (a.pop(), a.pop())),
+    "several UserDicts": (
+        lambda x, y: ({"a": UserDict(t=x), "b": UserDict(t=y)},),
+        lambda a: (a["a"].pop("t"), a["b"].pop("t")),
+    ),
+    "several UserLists": (lambda x, y: ([UserList([x]), UserList([y])],), lambda a: (a[0].pop(), a[1].pop())),
     "deque": (lambda x, y: (deque([y, x]),), lambda a: (a.pop(), a.pop())),
     "a dict's subclass": (lambda x, y: (Batch(x=x, y=y),), taken),
     "a nested one": (lambda x, y: (Batch(x=[x], y=y),), lambda a: (a["x"].pop(), a.pop("y"))),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, RMSprop
 
 from msam_kernels import MicroBatchSAM, methods
+from msam_kernels.compat import SAM
 from msam_kernels.flat import Flat
 from plain import (
     DEVICE,
@@ -390,6 +391,48 @@ def test_what_is_shown_of_the_state_stays_live_where_one_ceases_to_wait(backend)
     now = opt.state[model.body.weight]
     assert kept.keys() == now.keys()
     assert same_bits(kept.values(), now.values())
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ["F-SAM", "LookSAM k=2", "Sparse SAM"])
+def test_a_state_dict_can_be_loaded_in_place_where_parameters_wait(method, base, backend):
+    """As torch.distributed.checkpoint does it: into the tensors that a state dict shows."""
+    model, opt = made("from the third step on", method, base, backend=backend)
+    train(model, opt, range(4))
+    saved = through_a_file((model.state_dict(), opt.state_dict()))
+    second, loads = made("from the third step on", method, base, backend=backend)
+    train(second, loads, range(1))
+    shown = loads.state_dict()
+    for key, entry in saved[1]["state"].items():
+        for name, t in shown["state"].get(key, {}).items():
+            t.copy_(entry[name])
+    second.load_state_dict(saved[0])
+    loads.load_state_dict({**saved[1], "state": {**saved[1]["state"], **shown["state"]}})
+    for trained, of in ((model, opt), (second, loads)):
+        train(trained, of, range(4, 6))
+    assert same_bits(weights(second), weights(model))
+
+
+@pytest.mark.parametrize("when", ["from the third step on", "first of all in the second pass"])
+@pytest.mark.parametrize("method", ["SAM", "F-SAM", "Sparse SAM"])
+def test_who_waits_may_be_found_in_inference_mode(method, when):
+    """What moves then is to be trained later."""
+    runs = []
+    for inferred in (True, False):
+        model = Routed(WHEN[when])
+        opt = SAM(model.parameters(), AdamW, lr=0.01, rho=0.1, method=METHODS[method])
+        for step in range(5):
+            model.step, model.call = step, 0
+            for take in (opt.first_step, opt.second_step):
+                loss_of(model, *batch(6, seed=step)).backward()
+                with torch.inference_mode(inferred and step % 2 == 0):
+                    take(zero_grad=True)
+            if step == 3:
+                saved = copy.deepcopy(opt.state_dict())
+                with torch.inference_mode(inferred):
+                    opt.load_state_dict(saved)
+        runs.append(weights(model))
+    assert same_bits(*runs)
 
 
 def test_a_captured_step_refuses_a_first_gradient(backend, monkeypatch):
