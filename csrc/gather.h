@@ -56,7 +56,10 @@ class Call {
     const int64_t size = int64_t(tensors.size());
     TORCH_CHECK(lists_.count == 0 || lists_.segments == size, name, " has ", size, " tensors, another list ", lists_.segments,
                 ": every list has one per parameter");
+    for (int k = 0; k < lists_.count && !stack; ++k)  // as where a gradient is what the descent is written to
+      if (list_[k] == tensors.data()) return {nullptr, k};
     TORCH_INTERNAL_ASSERT(lists_.count < kLists);
+    list_[lists_.count] = tensors.data();
     auto& pointers = pointers_[lists_.count];
     pointers.reserve(size);
     for (int64_t k = 0; k < size; ++k) {
@@ -363,6 +366,7 @@ class Call {
   ScalarType dtype_;
   Reach reach_;
   Lists lists_;
+  const Tensor* list_[kLists];
   SmallVector<void*, 256> pointers_[kLists];  // mostly without the heap, see parameters.cpp
   SmallVector<int64_t, 64> sizes_;
 };

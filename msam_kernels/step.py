@@ -552,9 +552,9 @@ class Engine:
 
     def update_uncounted(self, found_inf: Tensor | None = None, most: float | None = None) -> None:
         """``update``, but that the step is not counted. Where ``found_inf`` is not 0, nothing changes."""
-        self.follow()  # there may be parameters by now that are new
-        rule = self.rule()
+        layout, rule = self.store.layout, self.rule()
         if rule is None:
+            self.follow()
             if most is not None:
                 if self.store.has_ranks:
                     self.limit(None, most)
@@ -563,6 +563,9 @@ class Engine:
             self._step_of_base()
         else:
             grads = self.collect(clear=False)
+            if self.store.layout is not layout:  # there are parameters by now that are new
+                rule = self.rule()
+                assert rule is not None, "only what is in the groups has changed"
             if most is None:
                 descent = Descent()
                 descent.add(grads, PLAIN)
