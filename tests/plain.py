@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -335,6 +336,19 @@ COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 NO_COMPILER = "the compiler of this torch cannot take parallel passes"
 
 # ---- models and data -------------------------------------------------------------------------------------------------
+
+
+def rows(names: Sequence[str], *columns: Iterable[Any], every: int) -> pytest.MarkDecorator:
+    """All combinations, of which every so many runs where not everything does: with each value some values of all others."""
+    columns = tuple(map(list, columns))
+    params = [
+        pytest.param(
+            *(column[i] for column, i in zip(columns, places, strict=True)),
+            marks=[pytest.mark.exhaustive] if sum(places) % every else [],
+        )
+        for places in itertools.product(*(range(len(column)) for column in columns))
+    ]
+    return pytest.mark.parametrize(names, params)
 
 
 def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:

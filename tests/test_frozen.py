@@ -22,6 +22,7 @@ from plain import (
     loss_of,
     mlp,
     remembered,
+    rows,
     same_bits,
     split,
     step_with_train_step,
@@ -175,10 +176,7 @@ def test_lora_costs_what_its_adapters_do(quantised, backend):
 GO_ON = [name for name, m in METHODS.items() if m.period == 1 and not m.full.sparse]
 
 
-@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "left in place"])
-@pytest.mark.parametrize("way", WAYS)
-@each_base
-@pytest.mark.parametrize("method", GO_ON)
+@rows(("method", "base", "way", "flatten"), GO_ON, BASES, WAYS, [True, False], every=2)
 def test_what_is_unfrozen_takes_part_from_the_next_step_on(method, base, way, flatten, backend):
     expected = mlp(FLOAT64)
     expected[0].requires_grad_(False)

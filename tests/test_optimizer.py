@@ -39,6 +39,7 @@ from plain import (
     mlp,
     random_numbers,
     remembered,
+    rows,
     same_bits,
     split,
     weights,
@@ -329,10 +330,7 @@ def test_a_step_that_the_user_patched_into_the_base_optimizer_is_used(scheduled)
 # ---- against plain loops ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("name", [*sorted(MANY_FLAGS), "RMSprop"])
-@pytest.mark.parametrize("method", METHODS)
+@rows(("method", "name", "micro_batches", "way"), METHODS, [*sorted(MANY_FLAGS), "RMSprop"], [1, 3], WAYS, every=3)
 def test_parameters_of_every_kind_follow_the_plain_loops(method, name, micro_batches, way, backend):
     def check(ours, theirs):
         if not theirs.grad_norms:  # a step of LookSAM that perturbs nothing
@@ -367,11 +365,14 @@ PRESENCE = {
 }
 
 
-@pytest.mark.parametrize("way", ["passes", "train_step"])
-@pytest.mark.parametrize("name", ["SGD dampening weight_decay", "Adam everything", "RMSprop"])
-@pytest.mark.parametrize("presence", PRESENCE)
-@pytest.mark.parametrize(
-    ("method", "micro_batches"), [("SAM", 2), ("F-SAM sigma=0.5 lmbda=0.6", 2), ("WSAM", 2), ("WSAM", 1)]
+@rows(
+    ("method", "presence", "name", "way", "micro_batches"),
+    ["SAM", "F-SAM sigma=0.5 lmbda=0.6", "WSAM"],
+    PRESENCE,
+    ["SGD dampening weight_decay", "Adam everything", "RMSprop"],
+    ["passes", "train_step"],
+    [2, 1],
+    every=3,
 )
 def test_a_parameter_may_get_a_gradient_in_some_passes_only(method, micro_batches, presence, name, way, backend):
     expected = Zoo(uses=PRESENCE[presence])

@@ -22,6 +22,7 @@ from plain import (
     batch,
     loss_of,
     on_ranks,
+    rows,
     same_bits,
     step_with_passes,
     through_a_file,
@@ -71,15 +72,6 @@ WHEN = {
     "one after the other": lambda step, call: ("other", "late")[: step + call // 2],
 }
 LATE = {"never": 0, "in one pass alone": 25, "one after the other": 30 + 25}  # elements; else 30
-
-
-def rows(names, *values, every):
-    """All combinations, of which every so many runs where not everything does."""
-    params = [
-        pytest.param(*row, marks=[pytest.mark.exhaustive] if k % every else [])
-        for k, row in enumerate(itertools.product(*values))
-    ]
-    return pytest.mark.parametrize(names, params)
 
 
 def made(when, method="SAM", base="SGD", dtype=torch.float32, **options):
