@@ -52,7 +52,7 @@ def test_info_says_versions_and_backends():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_info_says_that_triton_needs_a_gpu_or_the_interpreter():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "{}.{}".format(*backends.TRITON_AT_LEAST))
     lines = {}
     for interpreted in ("0", "1"):
         done = python("-m", "msam_kernels", "info", TRITON_INTERPRET=interpreted)
@@ -303,9 +303,8 @@ def test_build_with_a_compiler_that_does_not_work_is_pure_python(tmp_path):
 def test_build_that_was_asked_for_kernels_stops_without_compiler(tmp_path, environment):
     done = build(tmp_path, PATH=str(tmp_path), **environment)
     assert done.returncode == 1
-    assert re.fullmatch(
-        r"msam_kernels: the C\+\+ kernels cannot be built: .*; install a C\+\+17 compiler .*\n", done.stderr
-    )
+    told = re.sub(r"No CUDA runtime is found.*\n", "", done.stderr)  # by an older torch with CUDA
+    assert re.fullmatch(r"msam_kernels: the C\+\+ kernels cannot be built: .*; install a C\+\+17 compiler .*\n", told)
 
 
 @pytest.mark.usefixtures("extension")

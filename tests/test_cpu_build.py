@@ -79,7 +79,15 @@ def calls(way: str, folder: Path, stable: str = "0", modules: int = 1) -> dict[s
     log, recorder = folder / "log", folder / "recorder"
     recorder.write_text(RECORDER.format(compiler=shlex.join(compiler()), log=shlex.quote(str(log))))
     recorder.chmod(0o755)
-    env = {**os.environ, "CXX": str(recorder), "MAX_JOBS": "1", "MSAM_KERNELS_CPP": "1", "MSAM_KERNELS_CUDA": "0"}
+    # Older setuptools compiles C++ with CC.
+    env = {
+        **os.environ,
+        "CC": str(recorder),
+        "CXX": str(recorder),
+        "MAX_JOBS": "1",
+        "MSAM_KERNELS_CPP": "1",
+        "MSAM_KERNELS_CUDA": "0",
+    }
     env["MSAM_KERNELS_STABLE"] = stable
     build = ("build_ext", "--build-temp", folder / "temp", "--build-lib", folder / "lib")
     output(sys.executable, "-c", SETUP, way, *build, cwd=ROOT, env=env)
