@@ -169,6 +169,7 @@ class Memory:
         self.flat, self.begin, self.started = flat, begin, not math.isnan(begin)
         self.hold(flat.new_buffer().fill_(begin) if begin else flat.new_buffer())
 
+    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
     def hold(self, buffer: Tensor) -> None:
         """``buffer`` from now on, of the flat's layout."""
         flat = self.flat
@@ -391,7 +392,7 @@ class Flat:
         # By the micro-batches that run at once: their places in ``achieved``, its rows, and all of them as one.
         self._achieved_of: dict[int | range, tuple[slice, list[Tensor], Tensor]] = {}
 
-    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it
+    @torch.inference_mode(False)
     @torch.no_grad()
     def wait_for(self, waiting: Set[int]) -> None:
         """From now on these parameters wait for their first gradient: they lie behind the others, and nothing is kept for them.
@@ -681,8 +682,10 @@ class Flat:
     def remembered_of(self, i: int, name: str) -> Tensor | None:
         """A parameter's part of one of them: of what waits one number in its shape; None where there is no such buffer."""
         buffer, memory = self.remembered.get(name), self.memories.get(name)
-        if buffer is None or i not in self.waiting:
-            return None if buffer is None else self.part(buffer, i)
+        if buffer is None:
+            return None
+        if i not in self.waiting:
+            return self.part(buffer, i)
         return buffer.new_full((), memory.fill if memory else 0.0).expand(self._shapes[i])
 
     def remembers(self, i: int) -> bool:

@@ -1081,9 +1081,16 @@ MUTANTS = [
     Mutant(
         "what moves in inference mode stays of that mode",
         P + "flat.py",
+        "    @torch.inference_mode(False)\n    @torch.no_grad()\n    def wait_for(",
+        "    @torch.no_grad()\n    def wait_for(",
+        "tests/test_waiting.py -k inference",
+    ),
+    Mutant(
+        "what a method begins to remember in inference mode stays of that mode",
+        P + "flat.py",
         "    @torch.inference_mode(False)  # what is made in that mode could not be written to outside of it\n",
         "",
-        "tests/test_waiting.py -k inference",
+        "tests/test_compat.py -k inference",
     ),
     Mutant(
         "what waits is shown as one number in many places",

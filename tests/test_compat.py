@@ -15,6 +15,7 @@ import msam_kernels
 from msam_kernels import SAM, MicroBatchSAM, methods
 from msam_kernels.compat import FriendlySAM
 from plain import (
+    METHODS,
     Zoo,
     assert_close,
     batch,
@@ -687,6 +688,23 @@ def test_a_first_step_in_inference_mode_can_be_given_up():
     assert not same_bits(model.parameters(), before)
     opt.restore()
     assert same_bits(model.parameters(), before)
+
+
+@pytest.mark.parametrize("method", ["SAM", "F-SAM", "VaSSO", "LE-SAM", "Sparse SAM"])
+def test_what_a_method_began_in_inference_mode_can_be_loaded_outside(method):
+    runs = []
+    for inferred in (True, False):
+        model = mlp()
+        opt = SAM(model.parameters(), AdamW, lr=0.01, rho=0.1, method=METHODS[method])
+        for step in range(4):
+            for take in (opt.first_step, opt.second_step):
+                loss_of(model, *batch(seed=step)).backward()
+                with torch.inference_mode(inferred and step == 0):
+                    take(zero_grad=True)
+            if step < 2:
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        runs.append(weights(model))
+    assert same_bits(*runs)
 
 
 @pytest.mark.parametrize("cleared", [True, False], ids=["zero_grad=True", "zero_grad=False"])
