@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import os
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -989,23 +990,25 @@ CASES = table()
 
 
 def run_rank(rank: int, ranks: int, folder: str, jobs: list[tuple[str, Case]]) -> None:
-    """Run the cases; what went wrong stands in a file, by name."""
+    """Run the cases up to the first that goes wrong, after which ranks may wait for each other; a file says what did, by name.
+
+    In one process group: gloo may abort or hang where one rank ends a group that another still uses.
+    """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     wrong: dict[str, str] = {}
+    store = f"file://{folder}/group"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     for i, (name, job) in enumerate(jobs):
-        store = f"file://{folder}/group{i}"
         try:
-            dist.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-            )
             job()
         except Exception:
             wrong[name] = traceback.format_exc()
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            wrong.update({later: f"not run, after {name}" for later, _ in jobs[i + 1 :]})
+            break
     torch.save(wrong, f"{folder}/rank{rank}")
+    while not all(Path(folder, f"rank{other}").exists() for other in range(ranks)):
+        time.sleep(0.01)
     os._exit(0)  # without torch's own end, in which gloo's threads may abort
 
 
